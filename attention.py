@@ -1,0 +1,84 @@
+"""Self-attention of the backup denoiser: multi-head attention with rotary positions, its block rule, and its exact cache.
+
+Used by model.py. One place calls the kernel (attend); each new attention variant is one short class beside MultiHead.
+Legend: B batch, T positions, S block, D width, H heads, E head size, C cached positions.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layers import rotate
+
+
+def attend(q, k, v, mask=None):
+    """The one call of the attention kernel: q (B,H,Tq,E), k, v (B,H,Tk,E), mask (Tq,Tk) bool or None -> (B,H,Tq,E)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=q.shape[-1] ** -0.5)
+
+
+def block_masks(length, block, first, device):
+    """The block rule as two boolean masks: clean sees clean (T, T); noisy sees [clean, noisy] (T, 2T)."""
+    b = (torch.arange(length, device=device) + block - first) // block
+    earlier, own = b[:, None] > b[None, :], b[:, None] == b[None, :]
+    return earlier | own, torch.cat((earlier, own), dim=1)
+
+
+class KVCache:
+    """The frozen context, preallocated: keys and values (L, B, H, length, E); grows by commit, never beyond its length."""
+
+    def __init__(self, cfg, batch, length, device, dtype):
+        shape = (cfg.n_layers, batch, cfg.n_heads, length, cfg.d_model // cfg.n_heads)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def nbytes(self):
+        return sum(t.numel() * t.element_size() for t in (self.k, self.v))
+
+    def reset(self):
+        self.length = 0
+
+    def context(self, layer):
+        return self.k[layer, :, :, :self.length], self.v[layer, :, :, :self.length]            # (B, H, C, E) each
+
+    def write(self, layer, k, v):
+        end = self.length + k.shape[2]
+        if end > self.k.shape[3]:
+            raise ValueError(f"the cache holds {self.k.shape[3]} positions, {end} are needed")
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+
+
+class MultiHead(nn.Module):
+    """All heads in one projection in and one out; no bias and no norm on q and k, so that llama.cpp's graph can run it."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads = cfg.n_heads
+        self.qkv_proj = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
+        self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+
+    def project(self, x, table):
+        """x (N, T, D) -> q, k, v (N, H, T, E), q and k rotated."""
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return rotate(q, table), rotate(k, table), v
+
+    def join(self, y):
+        return self.out_proj(y.transpose(1, 2).flatten(2))                         # (N, H, T, E) -> (N, T, D)
+
+    def one_block(self, x, table, context=None):
+        """One block x (B, S, D), bidirectional inside, after a frozen context; returns (output, its k, its v)."""
+        q, k, v = self.project(x, table)
+        if context is None:
+            return self.join(attend(q, k, v)), k, v
+        keys, values = (torch.cat((c.to(k.dtype), own), dim=2) for c, own in zip(context, (k, v), strict=True))
+        return self.join(attend(q, keys, values)), k, v                            # keys (B, H, C+S, E)
+
+    def all_blocks(self, x, table, masks):
+        """x (2B, T, D), noisy rows first: the clean stream block-causally, the noisy stream on clean context + own block."""
+        q, k, v = self.project(x, table)
+        (q_noisy, q_clean), (k_noisy, k_clean), (v_noisy, v_clean) = (z.chunk(2) for z in (q, k, v))
+        clean_mask, noisy_mask = masks
+        clean = attend(q_clean, k_clean, v_clean, clean_mask)                      # (B, H, T, E)
+        noisy = attend(q_noisy, torch.cat((k_clean, k_noisy), dim=2), torch.cat((v_clean, v_noisy), dim=2), noisy_mask)
+        return self.join(torch.cat((noisy, clean)))                                # (2B, T, D)

@@ -1,0 +1,390 @@
+"""Checkpoints are folders, `checkpoints/<run>/step_000500/`: safetensors, JSON, the tokenizer, a manifest of hashes.
+
+Used by train.py (run_lock, save, load), sample.py and edge_benchmark.py (load); nothing here runs by itself. Notable:
+* a save is written aside, synced, then renamed: a kill at any moment leaves the earlier or the new state, never a half;
+* neither safetensors nor torch notices a flipped bit: every file is hashed here, and checked on every load;
+* no pickle: the file names that older guides type (`last.ckpt`, `step_000500.pt`) are only names for such folders.
+"""
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from config import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there a second trainer goes unnoticed
+    fcntl = None
+
+FORMAT = "aria-checkpoint-1"
+MODEL, EMA, OPTIMIZER, MANIFEST = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "MANIFEST.json"
+REQUIRED = {MODEL, "state.json", "config.json", "tokenizer.model"}
+STRAY = {".DS_Store", "desktop.ini", "Thumbs.db"}  # file managers leave these anywhere; nothing reads them
+
+class Damage(UserError):
+    """A checkpoint that must not be used; the message names the file."""
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+# ---------------------------------------------------------------------------------------------------- disk work
+
+def sync(path):
+    folder = os.path.isdir(path)
+    if folder and os.name == "nt":  # Windows cannot open a folder
+        return
+    fd = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems: no folder sync
+            raise
+    finally:
+        os.close(fd)
+
+def write_file(path, data):
+    with open(path, "wb") as f:
+        f.write(data)
+    sync(path)
+
+def rename(source, target):
+    for wait in (0.1, 0.5, 2.0, None):
+        try:
+            return os.replace(source, target)
+        except PermissionError:  # on Windows somebody else's open file blocks a rename for a moment
+            if os.name != "nt" or wait is None:
+                raise
+            time.sleep(wait)
+
+def replace_file(path, data, run):
+    """Replace a small file whole. Its temporary twin lies in the run folder, where sweep() finds it after a kill."""
+    temp = run / f".tmp-{path.name}-{os.getpid()}"
+    write_file(temp, data)
+    rename(temp, path)
+    sync(path.parent)
+
+def discard(folder):
+    """Rename first, delete then: what bears a checkpoint's name is always whole."""
+    trash = folder.with_name(f".trash-{folder.name.lstrip('.')}-{time.time_ns()}")
+    rename(folder, trash)
+    sync(folder.parent)
+    shutil.rmtree(trash)
+
+def sweep(run):
+    """Clear up after a killed writer. Only the one writer of a run may call this."""
+    for path in run.glob(".*-*"):
+        if path.name.startswith((".tmp-", ".trash-")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif path.name.startswith(".old-step_"):
+            final = path.with_name(path.name.removeprefix(".old-"))
+            discard(path) if final.exists() else rename(path, final)
+
+@contextlib.contextmanager
+def run_lock(run_dir):
+    """One writer per run folder; a second one is refused. The kernel frees the lock however its holder dies."""
+    run = Path(run_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "LOCK", "a+") as f:
+        try:
+            if fcntl:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            raise UserError(f"process {f.read(20)} trains in {run}: wait, or choose another --output_dir") from None
+        except OSError as error:
+            say(f"warning: {run} cannot be locked ({error.strerror}): start only one training in it")
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+        sweep(run)
+        yield
+
+# ---------------------------------------------------------------------------------------------------- save
+
+def save(run_dir, step, *, model_state, state, config, tokenizer_bytes, ema_state=None, optimizer_state=None,
+         best=False, keep_last=0, keep_full=2):
+    """Write checkpoint `step`, point `latest` (and `best`) at it, prune; returns its folder.
+
+    FloatingPointError: a tensor is not finite, nothing was touched. OSError (disk full, ...): what was there is intact
+    and nothing half-written bears a checkpoint's name. Saving a step that exists replaces it.
+    """
+    assert model_state, "a checkpoint without weights"
+    run, name = Path(run_dir), step_name(step)
+    temp, final, old = run / f".tmp-{name}-{os.getpid()}", run / name, run / f".old-{name}"
+    tensors = {file: pack(part, file) for file, part in
+               ((MODEL, model_state), (EMA, ema_state), (OPTIMIZER, optimizer_state)) if part}
+    small = {"state.json": to_json({**state, "format": FORMAT, "step": step}), "config.json": to_json(config),
+             "tokenizer.model": tokenizer_bytes}
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        sweep(run)
+        temp.mkdir()
+        for file, data in small.items():
+            write_file(temp / file, data)
+        for file, (part, tied) in tensors.items():
+            write_tensors(temp / file, part, tied)
+        files = {f: {"size": (temp / f).stat().st_size, "sha256": sha256(temp / f)} for f in (*small, *tensors)}
+        write_file(temp / MANIFEST, to_json(seal({
+            "format": FORMAT, "step": step, "files": files, "tokenizer_sha256": files["tokenizer.model"]["sha256"],
+            "config_sha256": files["config.json"]["sha256"]})))
+        sync(temp)
+        if final.exists():  # the old one steps aside, to where list_steps() and sweep() still find it
+            rename(final, old)
+        rename(temp, final)
+        sync(run)
+        if any((final / file).stat().st_size != entry["size"] for file, entry in files.items()):
+            rename(final, temp)
+            raise OSError(errno.EIO, "a file has another size than what was written", str(final))
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            sweep(run)
+        raise
+    for pointer in ("latest", "best") if best else ("latest",):
+        replace_file(run / pointer, f"{name}\n{datetime.now(timezone.utc).isoformat()}\n".encode(), run)
+    try:
+        prune(run, step, keep_last, keep_full)
+    except OSError as error:  # the new checkpoint is safe, and the next save prunes again
+        say(f"warning: old checkpoints in {run} could not be removed: {error}")
+    return final
+
+def pack(tensors, file):
+    """Tensors -> (what safetensors takes: on the CPU, dense, each storage once; {name tied to another: that one})."""
+    kept, tied, seen = {}, {}, {}
+    for key, t in tensors.items():
+        assert "_orig_mod." not in key, f"{key}: save the bare module, not its compiled wrapper"
+        assert t.numel(), f"{file}: {key} is empty"
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise FloatingPointError(f"{file}: {key} holds NaN or infinity; nothing was saved")
+        first = seen.setdefault((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype), key)
+        if first != key:
+            tied[key] = first
+            continue
+        t = t.detach().cpu().contiguous()
+        kept[key] = t if t.untyped_storage().nbytes() == t.nbytes else t.clone()  # a slice without its whole storage
+    return kept, tied
+
+def write_tensors(path, tensors, tied):
+    try:
+        save_file(tensors, path, metadata={"tied": json.dumps(tied)})
+    except SafetensorError as error:  # the library tells a full disk only in words
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
+    os.chmod(path, (path.parent / "state.json").stat().st_mode & 0o777)  # the library's 0600 ignores the umask
+    sync(path)
+
+def prune(run, step, keep_last, keep_full):
+    """Newest first: the steps up to the one just saved, then those that the run had reached before it was rewound."""
+    sweep(run)
+    steps = list_steps(run)
+    for rank, s in enumerate(sorted(steps, key=lambda s: (s <= step, s), reverse=True)):
+        folder = steps[s]
+        if keep_last and rank >= keep_last and s not in (step, read_pointer(run, "best")[0]):
+            discard(folder)
+        elif rank >= keep_full and (folder / OPTIMIZER).exists():
+            try:
+                manifest = read_manifest(folder)
+            except UserError:
+                continue  # damaged: somebody may want to look at it as it is
+            if manifest["files"].pop(OPTIMIZER, None):  # manifest first; after a kill in between, the file is ignored
+                replace_file(folder / MANIFEST, to_json(seal({**manifest, "dropped": OPTIMIZER})), run)
+            (folder / OPTIMIZER).unlink()
+
+# ---------------------------------------------------------------------------------------------------- load
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+def to_json(value):
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+def read_json(path):
+    """A JSON object, refusing what Python's json lets through: NaN, infinities, repeated keys, bottomless nesting."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key is repeated")
+        return dict(pairs)
+    try:
+        value = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)
+        json.dumps(value, allow_nan=False)
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damage(f"{path} cannot be read as JSON: {error}") from None
+    return value
+
+def seal(manifest):
+    """Adds the manifest's own hash, so that a flipped bit in the list of hashes shows as well."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**body, "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+
+def read_manifest(folder):
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if manifest != seal(manifest):
+        raise Damage(f"{path} was changed after it was written")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has the format {manifest.get('format')!r}, but this Aria reads {FORMAT}")
+    files, step = manifest.get("files"), manifest.get("step")
+    known = isinstance(files, dict) and REQUIRED <= set(files) <= REQUIRED | {EMA, OPTIMIZER}
+    if not known or type(step) is not int:
+        raise Damage(f"{path} is incomplete")
+    if re.fullmatch(r"step_[0-9]+", folder.name) and folder.name != step_name(step):
+        raise Damage(f"{path} belongs to step {step}, not to {folder.name}")
+    return manifest
+
+def verify(folder):
+    """Every listed file is there with its size and hash, and no other; returns the manifest."""
+    manifest = read_manifest(folder)
+    for file, entry in manifest["files"].items():
+        try:
+            found = {"size": (folder / file).stat().st_size}
+            if isinstance(entry, dict) and found["size"] == entry.get("size"):
+                found["sha256"] = sha256(folder / file)
+        except OSError as error:
+            raise Damage(f"{folder / file} cannot be read: {error.strerror}") from None
+        if found != entry:
+            raise Damage(f"{folder / file} is not what was saved: {found} instead of {entry}")
+    extra = set(os.listdir(folder)) - {MANIFEST, *manifest["files"], manifest.get("dropped") and OPTIMIZER, *STRAY}
+    if extra:
+        raise Damage(f"{folder / min(extra)} does not belong to this checkpoint: move it away")
+    return manifest
+
+def read_tensors(path):
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as f:
+            for key in f.keys():  # noqa: SIM118
+                if not all(0 < side < 1 << 32 for side in f.get_slice(key).get_shape()):
+                    raise Damage(f"{path}: {key} has the shape {f.get_slice(key).get_shape()}")
+                t = tensors[key] = f.get_tensor(key).clone()  # a copy: what stays mapped must not be written over
+                if t.is_floating_point() and not torch.isfinite(t).all():
+                    raise Damage(f"{path}: {key} holds NaN or infinity")
+            tied = json.loads((f.metadata() or {}).get("tied", "{}"))
+            return tensors | {key: tensors[first] for key, first in tied.items()}
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Damage(f"{path} is no valid tensor file: {error!r}") from None
+
+def load(path, *, parts=("model",), quarantine=False):
+    """Any spelling of a checkpoint -> .path .step .config .state .tokenizer_bytes .model .ema .optimizer (or None).
+
+    All files are verified, the tensors of `parts` are read. A damaged `latest` falls back to the one before, loudly;
+    with quarantine (for the holder of the lock) it is renamed .corrupt-*. Damage in a step that was named raises.
+    """
+    def read(folder):
+        manifest, found = verify(folder), dict.fromkeys(("model", "ema", "optimizer"))
+        state, config = read_json(folder / "state.json"), read_json(folder / "config.json")
+        if (state.get("format"), state.get("step")) != (FORMAT, manifest["step"]):
+            raise Damage(f"{folder / 'state.json'} is not of step {manifest['step']}")
+        for part in parts:
+            file = f"{part}.safetensors"
+            found[part] = read_tensors(folder / file) if file in manifest["files"] else None
+        return SimpleNamespace(path=folder, step=manifest["step"], config=config, state=state,
+                               tokenizer_bytes=(folder / "tokenizer.model").read_bytes(), **found)
+    return first_good(path, read, quarantine)
+
+def load_into(model, tensors):
+    """Copy tensors into the model; every name and every shape must match."""
+    own = model.state_dict()
+    for key in (*own, *tensors):
+        theirs, ours = (tuple(side[key].shape) if key in side else "missing" for side in (tensors, own))
+        if theirs != ours:
+            raise UserError(f"the checkpoint does not fit the model: {key} is {theirs} there and {ours} here")
+    model.load_state_dict(tensors)
+
+# ---------------------------------------------------------------------------------------------------- names
+
+def step_name(step):
+    return f"step_{step:06d}"
+
+def list_steps(run_dir):
+    """{step: folder}, ascending. What a killed re-save had set aside counts as long as its own name is free."""
+    found = {}
+    for folder in sorted(Path(run_dir).glob("*step_*")):  # ".old-step_" sorts first, so its successor overrides it
+        match = re.fullmatch(r"(?:\.old-)?(step_([0-9]{6,12}))", folder.name)
+        if match and match[1] == step_name(int(match[2])) and os.path.isdir(folder):
+            found[int(match[2])] = folder
+    return dict(sorted(found.items()))
+
+def read_pointer(run, pointer):
+    """The text file `latest` or `best` -> (step or None, the time it was written)."""
+    with contextlib.suppress(OSError, ValueError):
+        name, *when = (run / pointer).read_text(encoding="utf-8").split("\n")
+        if re.fullmatch(r"step_[0-9]{6,12}", name):
+            return int(name[5:]), "".join(when)
+    return None, ""
+
+def is_run(folder):
+    return os.path.isfile(Path(folder) / "latest") or bool(list_steps(folder))
+
+def candidates(path):
+    """What was typed -> the folders to try, in order; more than one only where `latest` is meant."""
+    p, run, folder = Path(path), Path(path).parent, os.path.isdir(path)
+    if folder and (re.fullmatch(r"step_[0-9]{6,12}", p.name) or os.path.exists(p / MANIFEST)):
+        return [p]
+    if os.path.exists(p) and not folder and p.name not in ("latest", "best"):
+        raise UserError(f"{p} is a file, and Aria opens no foreign checkpoints: name a folder such as step_000500")
+    number = re.findall(r"(?<![a-z])step[=_]?([0-9]{1,12})(?![0-9])", p.name)
+    if folder:
+        run, want = p, "latest"
+    elif number:
+        want = int(number[-1])
+    else:
+        want = "best" if p.name.startswith("best") else re.fullmatch(r"(latest|last)(\..*)?", p.name) and "latest"
+    below = [] if is_run(run) else [child for child in run.glob("*") if is_run(child)]
+    if below and not folder:
+        run = max(below, key=lambda child: read_pointer(child, "latest")[1])  # the run that saved last
+    steps = list_steps(run)
+    if want == "latest" and steps:
+        target = read_pointer(run, "latest")[0]
+        if target is None:
+            say(f"warning: {run / 'latest'} is missing or damaged: taking the newest checkpoint")
+            target = max(steps)
+        order = sorted({target, *steps}, key=lambda s: (s <= target, s), reverse=True)
+        return [steps.get(s, run / step_name(s)) for s in order]
+    want = read_pointer(run, "best")[0] if want == "best" else want
+    if want in steps:
+        return [steps[want]]
+    known = [str(found) for r in (below or [run]) for found in list_steps(r).values()]
+    raise UserError(f"there is no checkpoint {p}; there " + (f"are: {', '.join(known)}" if known else "is none at all"))
+
+def first_good(path, use, quarantine=False):
+    """use(folder), of the first candidate that is not damaged."""
+    folders, first = candidates(path), None
+    for folder in folders:
+        try:
+            result = use(folder)
+        except Damage as damage:
+            if len(folders) == 1:
+                raise
+            first = first or damage
+            say(f"warning: {damage}; trying the checkpoint before it")
+            if quarantine and folder.exists():
+                rename(folder, folder.with_name(f".corrupt-{folder.name.lstrip('.')}-{time.time_ns()}"))
+            continue
+        if folder != Path(path):
+            say(f"checkpoint: {path} -> {folder.as_posix()}")
+        return result
+    raise UserError(f"no usable checkpoint at {path}: {first}")
+
+def resolve(path):
+    """Any spelling -> the checkpoint's folder; where `latest` is meant, the first that verifies."""
+    single = len(candidates(path)) == 1
+    return first_good(path, lambda folder: folder if single else verify(folder) and folder)

@@ -1,0 +1,774 @@
+"""Every knob of Aria, declared once; the command line, --help, the tables of the docs and saved configs derive from it.
+
+    args, origins = parse(TrainArgs, argv, "train")   # how every entry point starts; no other default exists
+    announce(args, origins)                           # what is not a default, and why; --print_config ends here
+
+A knob is a dataclass field whose metadata holds help, choices, limits, old names and its resume rule:
+  must    a resumed run has to agree with its checkpoint       may   it may change, and the change is logged
+  ignore  it belongs to this one invocation: neither a checkpoint nor a --config file ever sets it
+Precedence: default < tier < preset or profile < --config FILE.json < flag. Reading argv is a loop of our own: argparse
+stops at the first mistake, suggests nothing, and cannot read `--x`, `--no_x` and `--x True` next to a positional.
+No torch and no numpy here: --help has to be instant.
+"""
+import dataclasses
+import json
+import math
+import operator
+import re
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+PROMPTS = ("mai kal bazaar gaya tha aur", "भारत में आज मौसम", "yaar mujhe samajh nahi aa raha",
+           "मुझे एक अच्छी कहानी सुनाओ")     # the runbook's
+BENCH_PROMPTS = ("namaste", "mai kal bazaar gaya tha", "aaj mausam kaisa hai")
+
+
+class UserError(Exception):
+    """A slip the user can mend: printed as one sentence, exit code 2 (3: something external is missing)."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
+
+def run(main, argv=None):
+    """Call an entry point; a UserError becomes one message on stderr and its exit code. Output is UTF-8 everywhere."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        sys.exit(main(argv) or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ---- presets and profiles: only what differs from the defaults ------------------------------------------------------
+# A preset's d_ff is the backup's; the primary's is matched to the same parameter count (see match_d_ff).
+
+PRESETS = {
+    "none": {},
+    "starter": dict(d_model=256, n_layers=6, n_heads=4, d_ff=768, memory_slots=8, seq_len=128, batch_size=32,
+                    grad_accum=1, lr=2e-3, max_steps=300, save_interval=100, eval_interval=100),
+    "nano": dict(d_model=64, n_layers=3, n_heads=4, d_ff=192, memory_slots=8, seq_len=64, batch_size=8, grad_accum=1,
+                 lr=1e-3, warmup_steps=50, max_steps=500, save_interval=100),
+    "tiny": dict(d_model=128, n_layers=3, n_heads=4, d_ff=512, memory_slots=8, seq_len=128, batch_size=8, grad_accum=1,
+                 warmup_steps=100, max_steps=1000),
+    "micro": dict(d_ff=2048, seq_len=256, lr=5e-4, warmup_steps=500, max_steps=50_000, save_interval=1000, dropout=0.1),
+    "medium": dict(d_model=1024, n_layers=24, n_heads=16, d_ff=2816, memory_slots=32, seq_len=1024, batch_size=1,
+                   grad_accum=32, warmup_steps=300, max_steps=20_000, save_interval=1000),
+    "full": dict(d_model=2048, n_layers=24, n_heads=16, d_ff=6144, memory_slots=32, seq_len=2048, batch_size=8,
+                 grad_accum=16, lr=1e-4, warmup_steps=5000, max_steps=500_000, save_interval=5000),
+}
+GPU_ONLY_PRESETS = ("full",)              # on a CPU only with an explicit --device cpu
+TRAIN_PROFILES = {
+    "none": {},
+    "tiny": dict(d_model=256, n_layers=6, n_heads=4, d_ff=768, memory_slots=8, timesteps=16, sample_steps=8,
+                 seq_len=384, masking_strategy="span"),
+    "laptop": dict(d_model=320, d_ff=960, memory_slots=12, timesteps=24, sample_steps=10, masking_strategy="span"),
+}
+SAMPLE_PROFILES = {
+    "none": {},
+    "balanced": dict(steps=8, temperature=0.8, temperature_end=0.6, top_k=0, blockwise=True, block_size=64,
+                     frozen_context=True, min_decode_layers=4),
+    "max": dict(steps=6, temperature=0.0, top_k=0, blockwise=True, block_size=64, frozen_context=True,
+                min_decode_layers=3),
+}
+GPU_TIERS = (                             # of the one-shot: (bytes of memory at least, settings)
+    (70e9, dict(batch_size=8, grad_accum=4, seq_len=2048)),
+    (35e9, dict(batch_size=4, grad_accum=8, seq_len=2048)),
+    (14e9, dict(batch_size=2, grad_accum=16, seq_len=1024)),
+    (0, dict(batch_size=1, grad_accum=32, seq_len=512)),
+)
+CPU_TIER = dict(batch_size=1, grad_accum=8, seq_len=256)
+
+
+def gpu_tier(memory, typed=()):
+    """Settings for a GPU with so many bytes (None: a CPU). A batch_size typed alone keeps the sequences per step."""
+    tier = dict(CPU_TIER) if memory is None else dict(next(row for least, row in GPU_TIERS if memory >= least))
+    if "batch_size" in typed and "grad_accum" not in typed:
+        tier["grad_accum"] = max(1, round(tier["batch_size"] * tier["grad_accum"] / typed["batch_size"]))
+    return tier
+
+
+# ---- the knobs ------------------------------------------------------------------------------------------------------
+
+def knob(default, help, resume="may", **meta):
+    """A field with one knob's declaration. The type is the annotation's; a default of None also accepts "none".
+
+    choices; values: old value -> value; aliases: other flag names; shortcuts: flag -> the value it stands for;
+    at_least, above, at_most, below: limits; bare: value of the flag alone; many: "repeat" (one value each time) or
+    "several"; positional; rare: only under --help_all; elsewhere: wrong choice -> what it is.
+    """
+    if isinstance(default, bool):
+        meta["bare"] = "on"
+    return dataclasses.field(default=default, metadata=dict(help=help, resume=resume, **meta))
+
+
+def again(cls, name, *default):
+    """Another class's knob, with a default of its own if one is given."""
+    f = cls.__dataclass_fields__[name]
+    return dataclasses.field(default=default[0] if default else f.default, metadata=f.metadata)
+
+
+OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffusion="backup")
+
+
+@dataclass
+class CommonKnobs:
+    "Everywhere"
+    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps", "ignore", shortcuts={"cpu": "cpu"})
+    seed: int = knob(1337, "all randomness", "must", at_least=0, below=2**63)
+    threads: int = knob(0, "CPU threads; 0 = PyTorch's choice", "ignore", at_least=0, rare=True)
+    print_config: bool = knob(False, "show every setting with its origin and the parameter count, then stop", "ignore")
+
+    def problems(self):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", self.device):
+            yield f"--device {self.device}: must be auto, cpu, cuda, cuda:N or mps"
+
+
+@dataclass
+class DataKnobs:
+    "Data"
+    data_dir: str = knob("data/processed", "folder with train.bin, val.bin and meta.json")
+
+
+@dataclass
+class ModelKnobs:
+    "Model"
+    model: str = knob("primary", "which denoiser", "must", choices=("primary", "backup"), values=OLD_MODELS)
+    d_model: int = knob(512, "width, divisible by the heads", "must", at_least=2, aliases=("n_embd",))
+    n_layers: int = knob(8, "blocks", "must", at_least=1, aliases=("layers", "n_layer"))
+    n_heads: int = knob(8, "heads", "must", at_least=1, aliases=("n_head",))
+    d_ff: int = knob(1536, "feed-forward width", "must", at_least=1)
+    memory_slots: int = knob(16, "memory slots per head; primary only", "must", at_least=2)
+    conv_kernel: int = knob(7, "odd width of the convolution; primary only", "must", at_least=3, rare=True,
+                            aliases=("conv_kernel_size",))
+    d_mem: int = knob(0, "width of the memory, 0 = half of d_model; primary only", "must", at_least=0, rare=True)
+    dropout: float = knob(0.0, "share of activations dropped", at_least=0, below=1, rare=True)
+    block_size: int = knob(64, "decode block, stored for sample", at_least=1, rare=True)
+
+
+@dataclass
+class MaskKnobs:
+    "Objective"
+    loss: str = knob("elbo", "the bound, or the mean over masked tokens", choices=("elbo", "masked_mean"))
+    mask_schedule: str = knob("linear", "mask rate as a function of time", choices=("cosine", "linear"))
+    min_mask_rate: float = knob(0.0, "lowest mask rate", at_least=0, at_most=1, rare=True)
+    max_mask_rate: float = knob(1.0, "highest mask rate; decoding starts at 1", at_least=0, at_most=1, rare=True)
+    time_mode: str = knob("continuous", "times: any, or levels", choices=("continuous", "discrete"), rare=True)
+    timestep_sampling: str = knob("stratified", "draw of times", choices=("stratified", "uniform"), rare=True)
+    timesteps: int = knob(32, "levels of discrete time", at_least=2, rare=True)
+    masking_strategy: str = knob("token", "what is hidden in training", choices=("token", "span"))
+    mean_span_length: float = knob(3.0, "tokens per span", above=0, rare=True)
+    sample_steps: int = knob(12, "stored default of sample --steps", at_least=1, rare=True)
+    train_block_sizes: str = knob("T,64,32", "block rules drawn per step: T (whole sequence) or numbers")
+
+
+@dataclass
+class OptimKnobs:
+    "Optimisation"
+    max_steps: int = knob(5000, "optimizer steps in total", at_least=1, aliases=("steps",))
+    seq_len: int = knob(512, "training length", "must", at_least=16, aliases=("train_seq_len",))
+    batch_size: int = knob(4, "sequences per forward", at_least=1)
+    grad_accum: int = knob(8, "forwards per step", at_least=1, aliases=("accumulate_grad_batches",))
+    lr: float = knob(3e-4, "peak rate", above=0, aliases=("learning_rate",))
+    lr_schedule: str = knob("cosine", "after the warm-up", choices=("cosine", "constant", "wsd"))
+    warmup_steps: int = knob(-1, "linear warm-up; -1 = 5 % of the steps, at most 300", at_least=-1)
+    min_lr_ratio: float = knob(0.1, "last rate / peak rate", at_least=0, at_most=1, rare=True)
+    weight_decay: float = knob(0.05, "on matrices only", at_least=0)
+    optimizer: str = knob("adamw", "update rule", "must", choices=("adamw", "muon"))
+    ema: float = knob(0.0, "decay of averaged weights; 0 = off", at_least=0, below=1)
+    grad_clip: float = knob(1.0, "limit of the gradient norm; 0 = off", at_least=0, rare=True)
+    amp: str = knob("auto", "mixed precision", choices=("auto", "on", "off"), bare="on",
+                    values={"True": "on", "true": "on", "False": "off", "false": "off"})
+    amp_dtype: str = knob("bf16", "its number type; fp16 only on CUDA", choices=("bf16", "fp16"), rare=True)
+    compile: bool = knob(False, "torch.compile the training step")
+    compile_mode: str = knob("default", "for torch.compile", choices=("default", "reduce-overhead", "max-autotune"),
+                             rare=True)
+
+
+@dataclass
+class RunKnobs:
+    "Run folder and log"
+    output_dir: str = knob(None, "run folder; none = checkpoints/ eco_hybrid_hi (primary) or diffusion_hi (backup)",
+                           "ignore", aliases=("out_dir",))
+    run_name: str = knob(None, "run folder checkpoints/NAME", "ignore", aliases=("name",))
+    save_interval: int = knob(500, "steps between checkpoints; 0 = latest only", at_least=0, aliases=("save_every",))
+    log_interval: int = knob(10, "steps between log lines", at_least=1, aliases=("log_every",))
+    eval_interval: int = knob(500, "steps between validations; 0 = off", at_least=0, aliases=("eval_every",))
+    eval_batches: int = knob(20, "batches per validation", at_least=1, aliases=("eval_iters",), rare=True)
+    keep_last: int = knob(0, "numbered checkpoints kept; 0 = all", at_least=0, rare=True)
+    keep_full: int = knob(2, "newest ones that keep the optimizer file", at_least=1, rare=True)
+    if_exists: str = knob("archive", "a fresh start in a used folder", "ignore", rare=True,
+                          choices=("archive", "suffix", "skip", "error"))
+    live: str = knob("auto", "console lines: redrawn (basic) or plain (off)", "ignore", rare=True,
+                     choices=("auto", "off", "basic"))
+    show_samples: bool = knob(True, "continue fixed prompts at the end", "ignore", rare=True)
+
+
+@dataclass
+class ResumeKnobs:
+    "Resume"
+    resume: str = knob(None, "continue PATH; alone: --ckpt, else the run folder's latest", "ignore", bare="latest",
+                       values={"True": "latest", "true": "latest"})
+    resume_latest: bool = knob(False, "like --resume, but start fresh when nothing is there", "ignore", rare=True)
+    ckpt: str = knob(None, "with --resume: what to resume; without: first weights, step 0", "ignore")
+    reset_optimizer: bool = knob(False, "fresh optimizer on resume", "ignore", rare=True)
+
+
+@dataclass
+class PresetKnobs:
+    "Preset"
+    preset: str = knob("none", "shape and training settings", "ignore", choices=tuple(PRESETS), aliases=("size",),
+                       elsewhere={"laptop": "that is an --edge_profile"})
+    config: str = knob(None, "a preset's name, or FILE.json (a run's config.json)", "ignore")
+    edge_profile: str = knob("none", "small shapes", "ignore", choices=tuple(TRAIN_PROFILES),
+                             elsewhere=dict.fromkeys(("balanced", "max"), "that is a profile of sample"))
+
+
+# dataclasses collect fields from the last base to the first: --help shows these groups from right to left
+@dataclass
+class TrainArgs(CommonKnobs, ResumeKnobs, RunKnobs, OptimKnobs, MaskKnobs, ModelKnobs, DataKnobs, PresetKnobs):
+    @property
+    def run_dir(self):
+        folder = "eco_hybrid_hi" if self.model == "primary" else "diffusion_hi"
+        return Path(self.output_dir or Path("checkpoints", self.run_name or folder))
+
+    @property
+    def warmup(self):
+        return min(300, self.max_steps // 20) if self.warmup_steps < 0 else self.warmup_steps
+
+    @property
+    def block_choices(self):
+        """train_block_sizes as numbers; T, and whatever is longer than a sequence, is the whole sequence."""
+        return [self.seq_len if b == "T" else min(int(b), self.seq_len) for b in split_list(self.train_block_sizes)]
+
+    def problems(self):
+        yield from shape_problems(self)
+        yield from block_problems("train_block_sizes", self.train_block_sizes)
+        if self.min_mask_rate >= self.max_mask_rate:
+            yield f"--min_mask_rate {self.min_mask_rate:g} must be below --max_mask_rate {self.max_mask_rate:g}"
+        if self.amp_dtype == "fp16" and self.device in ("cpu", "mps"):
+            yield f"--amp_dtype fp16 works only on CUDA, not with --device {self.device}"
+        if self.run_name and not re.fullmatch(r"\w[^/\\\0]*", self.run_name):
+            yield f"--run_name {self.run_name}: must be a plain folder name (a path goes to --output_dir)"
+        for pair in (("preset", "edge_profile"), ("output_dir", "run_name"), ("resume", "resume_latest")):
+            if all(getattr(self, name) not in (None, False, "none") for name in pair):
+                yield " and ".join(f"--{name} {getattr(self, name)}" for name in pair) + ": give only one of them"
+        if self.resume not in (None, "latest", self.ckpt) and self.ckpt:
+            yield f"--resume {self.resume} and --ckpt {self.ckpt} are two checkpoints: give only one of them"
+
+
+@dataclass
+class PrepareKnobs(DataKnobs):
+    "Preparation"
+    source: str = knob("builtin", "the starter corpus (offline), or --input", "ignore", choices=("builtin", "files"))
+    input: tuple = knob((), "text files or folders for --source files", "ignore", many="several")
+    tokenizer: str = knob("data/tokenizer/aria_hindi.model", "trained when missing", "ignore")
+    tokenizer_vocab: int = knob(0, "base pieces, mask not included; 0 = by corpus size", "ignore", at_least=0)
+    model_type: str = knob("bpe", "kind of SentencePiece model", "ignore", choices=("bpe", "unigram"))
+    hinglish_ratio: float = knob(0.35, "wanted share of romanised documents", "ignore", at_least=0, at_most=1)
+    val_doc_frac: float = knob(0.02, "share of documents kept for validation", "ignore", above=0, below=1)
+    max_docs: int = knob(120_000, "documents at most", "ignore", at_least=2)
+    max_chars: int = knob(60_000_000, "characters at most", "ignore", at_least=1)
+    force: bool = knob(False, "rebuild what is there", "ignore")
+
+    def problems(self):
+        if 0 < self.tokenizer_vocab < 300:
+            yield f"--tokenizer_vocab {self.tokenizer_vocab}: must be 0 or at least 300 (256 bytes, special pieces)"
+        if (self.source == "files") != bool(self.input):
+            yield f"--source files and --input go together (now: source {self.source}, {len(self.input)} inputs)"
+
+
+@dataclass
+class PrepareArgs(PrepareKnobs, CommonKnobs):
+    pass
+
+
+@dataclass
+class ColabKnobs:
+    "One-shot"
+    skip_setup: bool = knob(False, "use the data as it is", "ignore")
+    allow_cpu: bool = knob(False, "train without a GPU", "ignore")
+
+
+@dataclass
+class ColabArgs(TrainArgs, PrepareKnobs, ColabKnobs):
+    n_layers: int = again(ModelKnobs, "n_layers", 10)
+
+
+@dataclass
+class CheckpointKnobs:
+    "Checkpoint"
+    ckpt: str = knob(None, "checkpoint or run folder; the flag's name may be left out", positional=True)
+
+    def problems(self):
+        if not self.ckpt:
+            yield "--ckpt is missing: name a checkpoint or a run folder (python -m train makes one)"
+
+
+@dataclass
+class GenerateKnobs(CheckpointKnobs):
+    "Generation"
+    tokenizer: str = knob(None, "a tokenizer that has to be the checkpoint's own", rare=True)
+    model: str = knob("auto", "a check, not a cast", choices=("auto", "primary", "backup"), values=OLD_MODELS)
+    prompt: tuple = knob((), "text to continue; may be repeated", many="repeat")
+    prompts_file: str = knob(None, "a file with one prompt per line")
+    max_new_tokens: int = knob(128, "length of the new text", at_least=1, aliases=("seq_len",))
+    steps: int = knob(0, "forwards at most, per block if blockwise; 0 = the checkpoint's", at_least=0,
+                      aliases=("num_steps",))
+    sampler: str = knob("confidence", "which positions come first", choices=("confidence", "random"),
+                        values={"first_hitting": "random"}, aliases=("scheduler",))
+    reveal: str = knob("linear", "how many come at each forward", choices=("linear", "cosine"))
+    temperature: float = knob(1.0, "0 = greedy", at_least=0)
+    temperature_end: float = knob(None, "reached linearly from --temperature", at_least=0, rare=True)
+    top_k: int = knob(50, "0 = off", at_least=0)
+    top_p: float = knob(1.0, "1 = off", above=0, at_most=1)
+    block_size: int = knob(0, "block of the block modes; 0 = the checkpoint's", at_least=0)
+    min_decode_layers: int = knob(0, "layers of a block's first forward; 0 = all", at_least=0, rare=True)
+
+
+@dataclass
+class SampleArgs(GenerateKnobs, CommonKnobs):
+    "Sampling"
+    num_samples: int = knob(1, "continuations per prompt, with seeds seed, seed+1, ...", at_least=1)
+    blockwise: bool = knob(False, "left to right in blocks")
+    frozen_context: bool = knob(False, "exact cached context; needs --blockwise")
+    edge_profile: str = knob("none", "fast settings", choices=tuple(SAMPLE_PROFILES),
+                             elsewhere=dict.fromkeys(("tiny", "laptop"), "that is a profile of train"))
+    ignore_eos: bool = knob(False, "always the full length")
+    benchmark_runs: int = knob(1, "timed runs; more than one prints [bench]", at_least=1, rare=True)
+    warmup_runs: int = knob(0, "untimed runs before them", at_least=0, rare=True)
+    out_json: str = knob(None, "write texts and statistics", rare=True)
+
+
+@dataclass
+class BenchArgs(GenerateKnobs, CommonKnobs):
+    "Benchmark"
+    temperature: float = again(GenerateKnobs, "temperature", 0.0)
+    top_k: int = again(GenerateKnobs, "top_k", 0)
+    modes: tuple = knob(("full", "block", "block_frozen"), "decode modes", choices=("full", "block", "block_frozen"),
+                        many="several")
+    runs_per_prompt: int = knob(3, "timed runs", at_least=1)
+    warmup_runs: int = knob(1, "untimed runs, per mode and prompt", at_least=0)
+    out_json: str = knob("benchmarks/edge_benchmark.json", "where the result goes")
+
+
+@dataclass
+class EvaluateArgs(CheckpointKnobs, DataKnobs, CommonKnobs):
+    "Evaluation"
+    blocks: str = knob(None, "block rules to score, such as T,64; none = those it was trained with")
+    batches: int = knob(20, "validation batches", at_least=1)
+    draws: int = knob(4, "mask draws per sequence", at_least=1)
+    out_json: str = knob(None, "write the numbers")
+
+    def problems(self):
+        yield from block_problems("blocks", self.blocks or "T")
+
+
+COMMANDS = dict(train=TrainArgs, sample=SampleArgs, prepare=PrepareArgs, evaluate=EvaluateArgs,
+                edge_benchmark=BenchArgs, colab_train_eco=ColabArgs)
+
+
+def problems_of(args):
+    """Everything wrong with the relations between knobs, in sentences that name the flags and the numbers."""
+    return [p for c in type(args).__mro__ if "problems" in vars(c) for p in c.problems(args)]
+
+
+def split_list(text):
+    return [part.strip() for part in text.split(",")]
+
+
+def block_problems(name, text):
+    for part in split_list(text):
+        if part != "T" and not re.fullmatch("0*[1-9][0-9]{0,8}", part):
+            yield f"--{name} {text}: {part!r} is neither T nor a number of at least 1"
+
+
+# ---- the shape of a model -------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What build_model needs. Derived numbers are properties; d_mem 0 becomes half the width."""
+    model: str = again(ModelKnobs, "model", dataclasses.MISSING)
+    vocab_size: int = knob(dataclasses.MISSING, "base pieces; the mask is one more row", at_least=1)
+    d_model: int = again(ModelKnobs, "d_model")
+    n_layers: int = again(ModelKnobs, "n_layers")
+    n_heads: int = again(ModelKnobs, "n_heads")
+    d_ff: int = again(ModelKnobs, "d_ff")
+    dropout: float = again(ModelKnobs, "dropout")
+    memory_slots: int = again(ModelKnobs, "memory_slots")
+    conv_kernel: int = again(ModelKnobs, "conv_kernel")
+    d_mem: int = again(ModelKnobs, "d_mem")
+    block_size: int = again(ModelKnobs, "block_size")
+
+    def __post_init__(self):
+        object.__setattr__(self, "d_mem", self.d_mem or self.d_model // 2)
+        if problems := list(shape_problems(self)):
+            raise UserError("\n  ".join(problems))
+
+    rows = property(lambda self: self.vocab_size + 1)
+    mask_id = property(lambda self: self.vocab_size)
+    pad_id = property(lambda self: 0)
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved):
+        """Strict: every key, no other key, each of its own type."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        if missing := names - set(saved):
+            raise UserError(f"model configuration without {', '.join(sorted(missing))}")
+        return cls(**checked(cls, saved, "model configuration"))
+
+
+def model_config(args, vocab_size):
+    """The ModelConfig that these training arguments and this many base pieces ask for."""
+    names = {f.name for f in dataclasses.fields(ModelConfig)} - {"vocab_size"}
+    return ModelConfig(vocab_size=vocab_size, **{name: getattr(args, name) for name in names})
+
+
+def shape_problems(c):
+    """Relations between the widths, of training arguments and of a ModelConfig alike."""
+    d_mem = c.d_mem or c.d_model // 2
+    if c.d_model % c.n_heads:
+        yield f"--d_model {c.d_model} is not divisible by --n_heads {c.n_heads}"
+    elif c.model == "backup" and c.d_model // c.n_heads % 2:
+        yield f"--d_model {c.d_model} / --n_heads {c.n_heads}: the head size {c.d_model // c.n_heads} must be even"
+    elif c.model == "primary" and d_mem % c.n_heads:
+        yield f"--d_mem {d_mem} is not divisible by --n_heads {c.n_heads}"
+    if c.conv_kernel % 2 == 0:
+        yield f"--conv_kernel {c.conv_kernel}: must be odd"
+
+
+def block_params(c):
+    """Parameters of all layers in closed form (a test compares it with the real models)."""
+    d, ff, dm, slots = c.d_model, c.d_ff, c.d_mem or c.d_model // 2, c.n_heads * c.memory_slots
+    if c.model == "backup":               # attention, gated feed-forward, two norms
+        return c.n_layers * (4 * d * d + 3 * d * ff + 2 * d)
+    # gated feed-forward; memory query, value and output; slot scores, names and decays; convolution and norm
+    return c.n_layers * (3 * d * ff + 3 * d * dm + d * slots + c.memory_slots * dm + slots + d * c.conv_kernel + d)
+
+
+def count_params(c):
+    """The true number of parameters: tied embedding with the mask's row, layers, final norm."""
+    return c.rows * c.d_model + block_params(c) + c.d_model
+
+
+def match_d_ff(c, target):
+    """The d_ff, a multiple of 8, that brings this shape closest to a target count (usually the other model's)."""
+    rest = count_params(dataclasses.replace(c, d_ff=0))
+    return max(8, 8 * round((target - rest) / (3 * c.d_model * c.n_layers) / 8))
+
+
+# ---- reading values and the command line ----------------------------------------------------------------------------
+
+WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+LIMITS = dict(at_least=operator.ge, above=operator.gt, at_most=operator.le, below=operator.lt)
+
+
+def convert(f, value):
+    """A flag's text (or a JSON value of the right type) -> the knob's value. A ValueError says what is wrong."""
+    meta, is_text = f.metadata, isinstance(value, str)
+    if f.default is None and is_text and value.lower() == "none":
+        return None
+    if f.type is bool and is_text:
+        if value.lower() not in WORDS:
+            raise ValueError("must be True or False")
+        return WORDS[value.lower()]
+    try:
+        value = f.type(value)
+    except (ValueError, OverflowError):
+        raise ValueError("must be a whole number" if f.type is int else "must be a number") from None
+    if f.type is float and not math.isfinite(value):
+        raise ValueError("must be finite")
+    for limit, holds in LIMITS.items():
+        if limit in meta and not holds(value, meta[limit]):
+            raise ValueError(f"must be {limit.replace('_', ' ')} {meta[limit]}")
+    if f.type is str:
+        value = meta.get("values", {}).get(value, value)
+    for part in value if f.type is tuple else (value,):
+        if "choices" in meta and part not in meta["choices"]:
+            raise ValueError(meta.get("elsewhere", {}).get(part) or f"must be one of {', '.join(meta['choices'])}")
+    return value
+
+
+def flag_names(cls):
+    """Every name of every flag in snake case -> (its field, the text it stands for or None)."""
+    names = {}
+    for f in dataclasses.fields(cls):
+        names |= {name: (f, None) for name in (f.name, *f.metadata.get("aliases", ()))}
+        names |= {name: (f, text) for name, text in f.metadata.get("shortcuts", {}).items()}
+        if f.type is bool or "bare" in f.metadata and "choices" in f.metadata:
+            names["no_" + f.name] = (f, "off")
+    return names
+
+
+def suggestion(name, names, prog=""):
+    import difflib  # costs 10 ms, and only a mistake needs it
+    for other, cls in COMMANDS.items():
+        if other != prog and name in flag_names(cls):
+            return f" (it belongs to {other})"
+    near = difflib.get_close_matches(name, names, 1)
+    return f", did you mean --{near[0]}?" if near else ""
+
+
+def read_flags(cls, argv, prog):
+    """argv -> ({field: value}, [all that is wrong with it], {unreadable fields}). Only flag names are normalised."""
+    names, queue, typed, problems, bad = flag_names(cls), deque(argv), {}, [], set()
+    positional = next((f for f in dataclasses.fields(cls) if f.metadata.get("positional")), None)
+    place = None                                                   # the positional argument
+
+    def take(accept=None):
+        """The next argument, unless it is a flag or none of accept."""
+        if queue and not re.match("--[A-Za-z]|-h$", queue[0]) and (accept is None or queue[0].lower() in accept):
+            return queue.popleft()
+
+    while queue:
+        token = queue.popleft()
+        if token in ("-h", "--help", "--help_all", "--help-all"):
+            print(help_text(cls, prog, everything="all" in token))
+            raise SystemExit(0)
+        if token and not token.strip("\\ \r\n"):
+            problems.append("a lone \\ is no argument: use a single \\ at the line end, with nothing after it")
+            continue
+        if not token.startswith("-") and positional and place is None:
+            place = token
+            continue
+        name, equals, text = token[2:].partition("=")
+        name, text = name.replace("-", "_"), text if equals else None
+        if not token.startswith("--") or name not in names:
+            if token.startswith("--"):
+                problems.append(f"unknown flag --{name}{suggestion(name, names, prog)}")
+                take()                                             # most likely its value
+            else:
+                problems.append(f"unexpected argument {token!r}")
+            continue
+        f, stands_for = names[name]
+        try:
+            value = flag_value(f, stands_for, text, take)
+        except ValueError as error:
+            problems.append(f"--{name} {error}")
+            bad.add(f.name)
+            continue
+        typed[f.name] = typed.get(f.name, ()) + value if f.metadata.get("many") == "repeat" else value
+    if place is not None and typed.setdefault(positional.name, place) != place:
+        problems.append(f"{place} and --{positional.name} {typed[positional.name]} differ: give only one of them")
+    return typed, problems, bad
+
+
+def flag_value(f, stands_for, text, take):
+    """The value of one flag; text is what followed its "=", take() hands out the arguments after it."""
+    many, bare, choices = (f.metadata.get(key) for key in ("many", "bare", "choices"))
+    if stands_for:                                                 # --no_x, --cpu
+        if text is not None or take(WORDS):
+            raise ValueError("takes no value")
+        text = stands_for
+    elif text is None and bare:                                    # a switch takes only what can be its value
+        text = take({*WORDS, *(choices or ())} if choices or f.type is bool else None) or bare
+    elif text is None:
+        text = take()
+    if text is None:
+        raise ValueError("needs a value")
+    parts = [text]
+    while many == "several" and (more := take()) is not None:
+        parts.append(more)
+    if many and choices:
+        parts = [part for text in parts for part in split_list(text)]
+    try:
+        return convert(f, parts if many else text)
+    except ValueError as error:
+        raise ValueError(f"{' '.join(parts)}: {error}") from None
+
+
+def parse(cls, argv, prog, pinned=None, tier=None):
+    """argv (None: the process's own) -> (arguments, origins: field -> where its value comes from).
+
+    pinned: {field: value} that this command stands for; contradicting it is an error (the old command names).
+    tier: settings just above the defaults, or a function from the typed flags to them, called only if they are sound.
+    """
+    typed, problems, bad = read_flags(cls, sys.argv[1:] if argv is None else argv, prog)
+    path, file = typed.get("config"), {}
+    if path in PRESETS:
+        if typed.setdefault("preset", path) != path:
+            problems.append(f"--config {path} and --preset {typed['preset']} differ: give only one of them")
+        del typed["config"]
+    elif path and not path.endswith(".json"):
+        problems.append(f"--config {path}: neither a preset ({', '.join(PRESETS)}) nor a FILE.json")
+    elif path:
+        saved = checked(cls, read_json(path), path)
+        file = {name: v for name, v in saved.items() if cls.__dataclass_fields__[name].metadata["resume"] != "ignore"}
+    if callable(tier):
+        tier = {} if problems else tier(typed)
+    preset, profile = typed.get("preset", "none"), typed.get("edge_profile", "none")
+    profiles = SAMPLE_PROFILES if cls is SampleArgs else TRAIN_PROFILES
+    values, origins = {}, {f.name: "default" for f in dataclasses.fields(cls)}
+    for origin, layer in (("tier", tier or {}), (f"preset {preset}", PRESETS[preset]),
+                          (f"profile {profile}", profiles[profile]), (f"config {path}", file), ("flag", typed)):
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+    for name, value in (pinned or {}).items():
+        if values.get(name, value) != value:
+            problems.append(f"--{name} {values[name]} contradicts this command, which means --{name} {value}: "
+                            f"use python -m {prog} --{name} {values[name]}")
+        values[name], origins[name] = value, "command"
+    args = cls(**values)
+    # a relation is judged only if each of its flags could be read
+    problems += [p for p in problems_of(args) if not bad & set(re.findall(r"--(\w+)", p))]
+    if problems:
+        raise UserError("\n  ".join(problems) + f"\nall flags: python -m {prog} --help_all")
+    if preset != "none" and origins["d_ff"] == f"preset {preset}" and args.model == "primary":
+        shape = model_config(args, vocab_size=1)                   # the vocabulary is the same on both sides
+        args.d_ff = match_d_ff(shape, count_params(dataclasses.replace(shape, model="backup")))
+    return args, origins
+
+
+# ---- configurations in files ----------------------------------------------------------------------------------------
+
+def read_json(path):
+    """An object from strict JSON: UTF-8, no NaN, no key twice. Trouble is a UserError that names the file."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
+
+    def refuse(word):
+        raise ValueError(f"{word} is no JSON")
+
+    try:
+        value = json.loads(Path(path).read_bytes().decode(), object_pairs_hook=unique, parse_constant=refuse)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def to_dict(args, cls=None):
+    """The "args" section of a run's config.json: every knob of cls (none: of the arguments' own command)."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls or args)}
+
+
+def checked(cls, saved, where):
+    """Values for fields of cls from JSON, flat or as the "args" of a run. Unknown keys and wrong types die."""
+    if isinstance(saved.get("args"), dict):
+        saved = saved["args"]
+    fields, values, problems = cls.__dataclass_fields__, {}, []
+    for name, value in saved.items():
+        if name not in fields:
+            problems.append(f"unknown setting {name}{suggestion(name, fields).replace('--', '')}")
+            continue
+        f = fields[name]
+        kinds = {float: (float, int), tuple: (list, tuple)}.get(f.type, (f.type,))
+        try:
+            if type(value) not in kinds and not (value is None and f.default is None):
+                raise ValueError(f"must be of type {f.type.__name__}")
+            values[name] = value if value is None else convert(f, value)
+        except ValueError as error:
+            problems.append(f"{name} {value}: {error}")
+    if problems:
+        raise UserError(f"{where}:\n  " + "\n  ".join(problems))
+    return values
+
+
+ADDED = {}  # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
+
+
+def resume_check(saved, args, origins):
+    """(args of the checkpoint's config.json, arguments now, their origins) -> (arguments to use, changes to log).
+
+    The checkpoint gives every value that was not typed now. A "must" knob that was typed, or comes from another preset
+    than the run's own, and differs is a UserError; "may" knobs that differ are the changes. origins follows.
+    """
+    old = ADDED | checked(TrainArgs, saved, "the checkpoint's config.json")
+    rules = {f.name: f.metadata["resume"] for f in dataclasses.fields(TrainArgs)}
+    if missing := set(rules) - set(old):
+        raise UserError(f"the checkpoint's config.json lacks {', '.join(sorted(missing))}: another version wrote it")
+    kept, changes, problems = {}, [], []
+    sets = ("preset", "edge_profile")
+    if all(origins[name] == "default" for name in sets):
+        kept = {name: old[name] for name in sets}                  # so that the next resume still knows
+    binding = set()                                                # what another preset than the run's own insists on
+    if any(kept.get(name, getattr(args, name)) != old[name] for name in sets):
+        binding = {key for table in (PRESETS, TRAIN_PROFILES) for diff in table.values() for key in diff}
+    for name, rule in rules.items():
+        was, now, origin = old[name], getattr(args, name), origins[name]
+        typed = origin.startswith(("flag", "config", "command"))
+        if rule == "ignore" or was == now:
+            continue
+        if not typed and not (rule == "must" and name in binding and origin != "tier"):
+            kept[name], origins[name] = was, "checkpoint"
+        elif rule == "must" and not (name == "optimizer" and args.reset_optimizer):
+            problems.append(f"--{name} {now} ({origin}), but the checkpoint has {was}")
+        else:
+            changes.append(f"{name}: {was} -> {now}")
+    args = dataclasses.replace(args, **kept)
+    if problems := problems or problems_of(args):
+        raise UserError("cannot resume:\n  " + "\n  ".join(problems))
+    return args, changes
+
+
+# ---- showing it -----------------------------------------------------------------------------------------------------
+
+def show(value):
+    if isinstance(value, tuple):
+        return ", ".join(value) or "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else str(value)
+
+
+def announce(args, origins, vocab_size=None):
+    """What is not a default, and why, on stderr. With --print_config everything on stdout, and the program ends."""
+    if not args.print_config:
+        pairs = [f"{name}={show(getattr(args, name))} ({why})" for name, why in origins.items() if why != "default"]
+        print("settings:", ", ".join(pairs) or "all defaults", file=sys.stderr)
+        return
+    for name, origin in origins.items():
+        print(f"{name:20} {show(getattr(args, name)):24} {origin}")
+    if isinstance(args, TrainArgs):
+        meta = Path(args.data_dir, "meta.json")
+        vocab_size = vocab_size or (read_json(meta).get("vocab_size") if meta.exists() else None)
+        c = model_config(args, vocab_size or 0)
+        more = f"with {vocab_size} pieces" if vocab_size else f"+ {c.d_model} per piece, as there is no {meta} yet"
+        print(f"{'parameters':20} {count_params(c):,} {more}")
+    raise SystemExit(0)
+
+
+def describe(cls):
+    """(group, flag names, kind, default, help, rare) of every knob: the one source of --help and of the tables."""
+    for f in dataclasses.fields(cls):
+        owner = next(c for c in reversed(cls.__mro__) if f.name in vars(c).get("__annotations__", ()))
+        names = [f"--{name}" for name in (f.name, *f.metadata.get("aliases", ()), *f.metadata.get("shortcuts", ()))]
+        kind = {str: "text", tuple: "texts", bool: ""}.get(f.type, f.type.__name__)
+        kind = "|".join(f.metadata.get("choices", ())) or kind
+        yield owner.__doc__, names, kind, show(f.default), f.metadata["help"], f.metadata.get("rare")
+
+
+def help_text(cls, prog, everything=True):
+    lines, last = [f"usage: python -m {prog} [--flag value] ..."], None
+    for group, names, kind, default, text, rare in describe(cls):
+        if rare and not everything:
+            continue
+        lines += ["", group] if group != last else []
+        last, head = group, f"  {', '.join(names)} {kind}"
+        lines.append(f"{head:37} {text} [{default}]" if len(head) < 38 else f"{head}\n{'':37} {text} [{default}]")
+    return "\n".join([*lines, "", "--a_b and --a-b are one flag; a switch --x is turned off by --no_x."]
+                     + [f"More flags: python -m {prog} --help_all"] * (not everything))
+
+
+def table(cls):
+    """The knobs of a command as a markdown table, for the README and the docs."""
+    lines = ["| Flag | Value | Default | Meaning |", "|---|---|---|---|"]
+    for _, names, kind, default, text, _ in describe(cls):
+        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {kind.replace('|', ', ')} | {default} | {text} |")
+    return "\n".join(lines)

@@ -1,0 +1,19 @@
+"""Older name of `python -m train --model primary`: train the primary denoiser.
+
+    python -m diffusion.train_eco_hybrid ...       or       python diffusion/train_eco_hybrid.py ...
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root, when run by its path
+
+import config
+import train
+
+
+def main(argv=None):
+    return train.main(argv, pinned={"model": "primary"})
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,96 @@
+"""Documents out of text files: .txt (a blank line ends a document) and .jsonl ({"text": ...}), also as .gz and .xz.
+
+Used by prepare. An optional "prompt" in a .jsonl line becomes the line before the text. Memory stays bounded, whatever
+the files look like; what cannot be read is a UserError with file, line and the way out, never a guess.
+"""
+import gzip
+import json
+import lzma
+import os
+import zlib
+from pathlib import Path
+
+from config import UserError
+
+OPEN = {".txt": open, ".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+LINE_BYTES = 1 << 24                       # a longer document is cut, so that a file of one line fits into memory
+
+
+def kind_of(path):
+    """'.txt' or '.jsonl' for a file that we can read, else None."""
+    kind = Path(path.name.lower().removesuffix(".gz").removesuffix(".xz")).suffix
+    return kind if kind in (".txt", ".jsonl") else None
+
+
+def find_files(inputs):
+    """Files and folders (recursively, in the order of their names) -> files, each once; other kinds of file are left
+    out of a folder, but naming one is an error."""
+    files = {}
+    for given in map(Path, inputs):
+        if not given.exists():
+            raise UserError(f"--input {given}: no such file or folder")
+        inside = [given]
+        if given.is_dir():
+            inside = sorted(Path(top, name) for top, _, names in os.walk(given) for name in names)
+            inside = [path for path in inside if kind_of(path) and not path.name.startswith(".")]
+            if not inside:
+                raise UserError(f"--input {given}: no .txt or .jsonl file in this folder")
+        elif not kind_of(given):
+            raise UserError(f"--input {given}: unknown kind of file, not .txt or .jsonl (also .gz, .xz); rename or "
+                            "convert it")
+        for path in inside:
+            files.setdefault(path.resolve(), path)
+    return list(files.values())
+
+
+def read_lines(path):
+    """(line number, text); a line of more than LINE_BYTES comes in parts."""
+    number, begins, rest = 0, True, b""
+    try:
+        with OPEN[path.suffix.lower()](path, "rb") as f:
+            while raw := rest + f.readline(LINE_BYTES):
+                number, begins, rest = number + begins, raw.endswith(b"\n"), b""
+                if len(raw) >= LINE_BYTES and raw[-1] >= 0x80:           # perhaps inside a character: keep that back
+                    last = max(raw.rfind(bytes([lead]), -4) for lead in range(0xc2, 0xf5))
+                    raw, rest = raw[:last], raw[last:]
+                yield number, raw.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        guess = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "ITS_ENCODING"
+        raise UserError(f"{path}, line {number}, byte {error.start} of the line: not valid UTF-8; convert the file "
+                        f"first: iconv -f {guess} -t UTF-8 {path.name} > new_{path.name}") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"cannot read {path}, stopped after line {number}: {error}") from None
+
+
+def read_documents(path, log=print):
+    """The documents of one file as they stand there, not normalised, perhaps empty."""
+    lines, size = [], 0
+    for number, line in read_lines(path):
+        if kind_of(path) == ".jsonl":
+            if line.strip():
+                yield parse_record(line, f"{path}, line {number}")
+        elif line.strip() and size < LINE_BYTES:
+            lines.append(line)
+            size += len(line.encode())
+        else:
+            if line.strip():
+                log(f"notice: {path}, line {number}: a document is cut here, after {size:,} bytes")
+            yield "".join(lines)
+            lines, size = [line], len(line.encode())
+    yield "".join(lines)
+
+
+def parse_record(line, where):
+    """The text of one .jsonl line."""
+    try:
+        record = json.loads(line)
+        text, prompt = record["text"], record.get("prompt") or ""
+        if isinstance(text, str) and isinstance(prompt, str):
+            return f"{prompt}\n{text}" if prompt else text
+        why = '"text" and "prompt" must be strings'
+    except (ValueError, RecursionError) as error:
+        long = len(line.encode()) > LINE_BYTES - 8                       # then this is only a part of the line
+        why = f"longer than {LINE_BYTES:,} bytes" if long else f"not valid JSON ({error})"
+    except (TypeError, KeyError, AttributeError):
+        why = 'no "text"'
+    raise UserError(f'{where}: {why}; each line must be an object like {{"text": "..."}}')

@@ -1,0 +1,68 @@
+"""How good is a checkpoint: the bound on -log p of held-out text, in nats per token and bits per byte.
+
+    python -m evaluate --ckpt checkpoints/eco_hybrid_hi --data_dir data/builtin
+
+The bound is the exact-count form of masking.bound: every count of hidden tokens weighs the same, strata over rows and blocks,
+masks fixed by the seed, so that two checkpoints are scored on the same questions. It is printed for each block rule; a
+uniform guess scores ln V. bits/byte divides by the UTF-8 bytes of the raw text; compare it only within one script.
+"""
+import json
+import math
+import sys
+
+import config
+
+
+def held_out(model, rows, blocks, seed=0, batch=8, draws=1):
+    """Held-out rows (R, T) -> {block: {"nats": bound per token, "se": standard error over rows, "masked_mean": plain CE}}."""
+    import torch
+
+    from masking import bound
+    result = {}
+    for block in blocks:
+        parts = [bound(model, rows, block, None, seed + i, batch) for i in range(draws)]
+        per_row = torch.stack([p[0] for p in parts]).mean(0)                       # (R,)
+        result[block] = {"nats": float(per_row.mean()), "se": float(per_row.std() / math.sqrt(len(per_row))) if len(per_row) > 1 else 0.0,
+                         "masked_mean": sum(p[1] for p in parts) / draws}
+    return result
+
+
+def bits_per_byte(nats_per_token, meta):
+    """nats/token -> bits per byte of the raw validation text; None when the bytes were not recorded."""
+    if not meta.get("val_bytes"):
+        return None
+    return nats_per_token * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
+
+
+def main(argv=None):
+    args, origins = config.parse(config.EvaluateArgs, argv, "evaluate")
+    config.announce(args, origins)
+    import runtime
+    from sample import load_model
+    from tokens import TokenData
+    device = runtime.pick_device(args.device)
+    runtime.start(args.threads)
+    model, tokenizer, saved = load_model(args.ckpt, device)
+    data = TokenData(args.data_dir, "val")
+    if data.meta["tokenizer_sha256"] != tokenizer.sha256:
+        raise config.UserError(f"{args.data_dir} was made with tokenizer {data.meta['tokenizer_sha256'][:12]}, the checkpoint's is "
+                               f"{tokenizer.sha256[:12]}: prepare the text with --tokenizer {saved.path / 'tokenizer.model'}")
+    length = saved.config["args"]["seq_len"]
+    batch = saved.config["args"]["batch_size"]
+    rows = data.val_windows(args.batches * batch, length).to(device)
+    blocks = [length if b == "T" else int(b) for b in config.split_list(args.blocks)]
+    result = held_out(model, rows, blocks, args.seed, batch, args.draws)
+    print(f"{saved.path}  step {saved.step}  {len(rows)} rows of {length} tokens, {args.draws} draws each, "
+          f"uniform guess {math.log(model.cfg.vocab_size - 1):.3f} nats", file=sys.stderr)
+    for block, r in result.items():
+        r["bits_per_byte"] = bits_per_byte(r["nats"], data.meta)
+        name = "T" if block >= length else str(block)
+        print(f"block {name:>4}   bound {r['nats']:.4f} +- {r['se']:.4f} nats/token   {r['bits_per_byte']:.4f} bits/byte   "
+              f"masked CE {r['masked_mean']:.4f}")
+    if args.out_json:
+        with open(args.out_json, "w", encoding="utf-8") as f:
+            json.dump({"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed, "bound": result}, f, indent=1)
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,100 @@
+"""Small parts that both denoisers are built from: norm, rotary positions, local convolution, blocks, the tied head.
+
+Used by attention.py, eco_hybrid.py and model.py. Nothing here knows about masking or data.
+Legend for shapes: B batch, T positions, D width, H heads, E head size, V vocabulary rows, M slots, S block size, n blocks.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 whatever the autocast."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6)
+
+
+def unit_rms(x):
+    """x / rms(x) over the last dimension: the norm without a weight, for keys and values."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def rotary_table(positions, head_size, base=10_000.0):
+    """cos and sin for integer positions (T,) -> two float32 tensors (T, E/2). Never cast: bf16 cannot tell 500 from 501."""
+    inverse = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=positions.device) / head_size)
+    angle = positions.double()[:, None] * inverse                                  # (T, E/2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, table):
+    """Turn the pairs (x_i, x_{i+E/2}) of x (..., T, E) by their position's angle; keeps x's dtype."""
+    cos, sin = table
+    a, b = x.float().chunk(2, dim=-1)                                              # (..., T, E/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class LocalConv(nn.Module):
+    """Depthwise convolution over positions, centred, kernel k odd. It starts as noise over all k: started near the identity,
+    a model stays on the unigram plateau for hundreds of steps longer (docs/experiments.md).
+
+    It is given its k//2 left neighbours explicitly (the halo) and sees zeros to the right of the block.
+    """
+
+    def __init__(self, dim, kernel):
+        super().__init__()
+        self.reach = kernel // 2
+        self.weight = nn.Parameter(torch.empty(dim, kernel))
+
+    def forward(self, x, halo=None):
+        r = self.reach                                                             # x (N, S, D), halo (N, r, D) or None
+        if halo is not None:
+            x = torch.cat((halo, x, x.new_zeros(x.shape[0], r, x.shape[2])), dim=1)     # (N, r+S+r, D)
+        x = x.transpose(1, 2).unsqueeze(2)                                         # (N, D, 1, S+2r), channels last in memory
+        with torch.autocast(x.device.type, enabled=False):  # float32: its bf16 backward is 2.5x slower on CPUs
+            y = F.conv2d(x, self.weight[:, None, None, :], groups=x.shape[1], padding=(0, 0 if halo is not None else r))
+        return y.squeeze(2).transpose(1, 2)                                        # (N, S, D)
+
+
+class TiedHead(nn.Module):
+    """Embedding and head share one (V, D) matrix; V = pieces + 1, the last row is the mask.
+
+    The mask and the pad can never be an answer, so their logits are -inf everywhere: in the loss, in scores, in decoding.
+    """
+
+    def __init__(self, rows, dim, never):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, dim))
+        self.never = tuple(never)
+
+    def forward(self, ids):
+        return F.embedding(ids, self.weight)                                       # (..., D)
+
+    def logits(self, h):
+        z = F.linear(h, self.weight).float()                                       # (..., V)
+        z[..., list(self.never)] = -math.inf
+        return z
+
+
+def initialise(model, std=0.02, depth=1):
+    """Every parameter gets its value by a rule here; an unknown name is an error, so none is forgotten."""
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight"):
+            nn.init.ones_(p)
+        elif "conv." in name:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+        elif "decay" in name or "slot" in name:
+            pass  # set by their module: they are constants with a meaning, not noise
+        elif p.dim() == 2:
+            scale = std if name.startswith("head") else p.shape[1] ** -0.5
+            if "out_proj" in name:
+                scale = scale / math.sqrt(2 * depth)
+            nn.init.normal_(p, std=scale)
+        else:
+            raise AssertionError(f"no initialisation rule for {name} {tuple(p.shape)}")

@@ -1,0 +1,198 @@
+"""Masked diffusion: what is hidden, and what the answer costs. The project's mathematics in one file.
+
+Used by train.py and evaluate.py; knows no model (it calls model.hidden_blocks and reads model.head, no more).
+
+A schedule is one function alpha(t), the share of tokens still visible at time t in [0, 1]. Everything else is derived from it.
+Time t hides exactly k = ceil(L (1 - alpha(t))) of a block's L tokens, never none, and each hidden token weighs
+        -alpha'(t) / (k / L),
+the familiar -alpha'/(1 - alpha) with the rate that was really used. Integrating over t gives every k the same total weight, so
+        E_t [ weight * sum of CE ] / L  =  mean over k = 1..L of (mean CE over k hidden tokens)
+which is the exact-count form of the bound on -log p, for every schedule, with no clipping and no bias (docs/math.md).
+Legend: R rows of the whole optimizer step, T positions, S block, n blocks, D width, V vocabulary rows, N hidden positions.
+"""
+import math
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+
+SCHEDULES = {  # alpha(t) for the full range; min/max_mask_rate stretch it
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: 1 - torch.sin(t * (math.pi / 2)),
+}
+
+
+def alpha(t, schedule="linear", low=0.0, high=1.0):
+    """Share of visible tokens at time t, falling from 1 - low to 1 - high: the one definition of a schedule."""
+    return 1 - (low + (high - low) * (1 - SCHEDULES[schedule](t)))
+
+
+def alpha_slope(t, schedule="linear", low=0.0, high=1.0):
+    """alpha'(t), by autograd from alpha, so that the weight cannot disagree with the schedule."""
+    with torch.enable_grad():
+        t = t.detach().double().requires_grad_()
+        return torch.autograd.grad(alpha(t, schedule, low, high).sum(), t)[0]
+
+
+def weight(t, *bounds):
+    """-alpha'(t) / (1 - alpha(t)): what a hidden token weighs in the bound when tokens are hidden independently."""
+    return -alpha_slope(t, *bounds) / (1 - alpha(t.double(), *bounds))
+
+
+def step_generator(seed, step, purpose):
+    """Randomness is a function of (seed, step, purpose), never of history: a resumed run sees the masks it would have seen."""
+    mixed = (seed * 1_000_003 + step) * 1_000_003 + sum(ord(c) << (8 * i) for i, c in enumerate(purpose[:6]))
+    return torch.Generator().manual_seed(mixed % (2 ** 63))
+
+
+def strata(n, sampling, generator):
+    """n numbers in [0, 1): one per n-th (a shared offset, then shuffled), or independent ones."""
+    if sampling == "uniform":
+        return torch.rand(n, generator=generator, dtype=torch.float64)
+    grid = (torch.arange(n, dtype=torch.float64) + torch.rand((), generator=generator, dtype=torch.float64)) / n
+    return grid[torch.randperm(n, generator=generator)]  # shuffled: or the rate would follow the block's place in the row
+
+
+def hide(count, real, span, generator):
+    """Boolean masks (..., S) with exactly `count` (...) of the `real` (..., S) positions hidden.
+
+    span = 1: any positions. span > 1: runs of that mean length (geometric), the last one cut to hit the count exactly.
+    Every position gets a priority, shared inside a run; the first `count` by priority are hidden. No loop over rows.
+    """
+    shape = (*count.shape, real.shape[-1])
+    run = (torch.rand(shape, generator=generator) * span < 1.0).cumsum(-1)         # (..., S) run number, 0..S
+    priority = torch.rand(*count.shape, shape[-1] + 1, generator=generator).gather(-1, run)
+    priority = priority.masked_fill(~real, math.inf)
+    rank = priority.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)              # (..., S)
+    return rank < count[..., None]
+
+
+class Draw(NamedTuple):
+    """The corruption of one optimizer step, all rows."""
+    mask: torch.Tensor      # (R, T) bool, True = hidden
+    weight: torch.Tensor    # (R, T) float32, -alpha'(t) / (k / L) of the position's block
+    t: torch.Tensor         # (R, n) time of each block
+    block: int
+    first: int              # length of block 0
+
+
+def draw(args, seed, step, rows, length, block, first=None):
+    """Corruption for a whole optimizer step: rows x blocks share one stratified grid of times."""
+    g = step_generator(seed, step, "mask")
+    block = min(block, length)
+    first = min(first or block, block)
+    n = 1 + math.ceil((length - first) / block)
+    at = torch.arange(n * block) - (block - first)                                 # position of each slot; outside: padding
+    real = ((at >= 0) & (at < length)).view(n, block)
+    size = real.sum(-1)                                                            # (n,) tokens of each block
+    u = strata(rows * n, args.timestep_sampling, g).view(rows, n)
+    bounds = args.mask_schedule, args.min_mask_rate, args.max_mask_rate
+    if args.time_mode == "discrete":                    # levels 1..N; the slope is the step's own difference quotient
+        level = torch.floor(u * args.timesteps)
+        t, before = (level + 1) / args.timesteps, level / args.timesteps
+        slope = (alpha(t, *bounds) - alpha(before, *bounds)) * args.timesteps
+    else:
+        t = 1 - u                                       # in (0, 1]
+        slope = alpha_slope(t, *bounds)
+    count = torch.ceil((1 - alpha(t, *bounds)) * size - 1e-9).long().clamp(min=1)  # (R, n)
+    span = args.mean_span_length if args.masking_strategy == "span" else 1.0
+    mask = hide(count, real.expand(rows, n, block), span, g)                       # (R, n, S)
+    weight = -slope / (args.max_mask_rate - args.min_mask_rate) * size / count     # (R, n)
+    weight = weight.float()[..., None].expand(mask.shape)
+    return Draw(mask[:, real], weight[:, real], t, block, first)                   # (R, n, S)[:, real] -> (R, T)
+
+
+def pick_blocks(sizes, length, seed, step):
+    """The block structure of this step: a size from the list, and for half of the steps a shorter first block.
+
+    A prompt rarely ends on a multiple of the block; the shorter first block makes that a trained case.
+    """
+    g = step_generator(seed, step, "blocks")
+    block = min(sizes[int(torch.randint(len(sizes), (), generator=g))], length)
+    short = torch.rand((), generator=g) < 0.5 and block < length
+    return block, int(torch.randint(1, block + 1, (), generator=g)) if short else block
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_i w_i CE(h_i W^T, y_i) and each CE, in chunks: the logits of all positions never exist at once.
+
+    The gradient is made in the forward pass, chunk by chunk, while the logits are there; backward only scales it.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, target, w, never, chunk, dtype):
+        matrix = weight.to(dtype)                                                  # (V, D)
+        grads = ctx.needs_input_grad[0]
+        dh = torch.empty_like(h) if grads else None
+        dweight = torch.zeros_like(weight) if grads else None
+        ce = torch.empty(len(h), dtype=torch.float32, device=h.device)
+        for a in range(0, len(h), chunk):
+            rows, y = h[a:a + chunk].to(dtype), target[a:a + chunk, None]
+            z = (rows @ matrix.T).float()                                          # (chunk, V)
+            z[:, never] = -math.inf
+            z -= z.logsumexp(-1, keepdim=True)
+            ce[a:a + chunk] = -z.gather(1, y)[:, 0]
+            if grads:  # d CE / d logits = softmax - one hot
+                z.exp_().scatter_add_(1, y, torch.full_like(z[:, :1], -1.0))
+                dz = z.mul_(w[a:a + chunk, None]).to(dtype)
+                dh[a:a + chunk] = dz @ matrix
+                dweight += dz.T @ rows
+        ctx.save_for_backward(dh, dweight)
+        ctx.mark_non_differentiable(ce)
+        return (ce * w).sum(), ce
+
+    @staticmethod
+    def backward(ctx, dtotal, _):
+        dh, dweight = ctx.saved_tensors
+        return dh * dtotal, dweight * dtotal, None, None, None, None, None
+
+
+class Loss(NamedTuple):
+    loss: torch.Tensor      # scalar to differentiate, already divided by the whole step's normaliser
+    nll: torch.Tensor       # (N,) CE of each hidden token, detached
+    hidden: torch.Tensor    # (R', T) bool
+
+
+def denoising_loss(model, x0, draw, kind, normaliser, rows=slice(None), chunk=512):
+    """The loss of some rows of a step: x0 (R', T) are the rows `rows` of the draw.
+
+    1. hide the masked tokens  2. run the denoiser  3. keep hidden positions only  4. head + CE in chunks
+    5. weigh: "elbo" by `weight`, "masked_mean" by 1  6. divide by the step's count: tokens (elbo) or hidden tokens
+    """
+    mask = draw.mask[rows].to(x0.device)
+    xt = torch.where(mask, model.cfg.mask_id, x0)
+    h = model.hidden_blocks(xt, x0, draw.block, draw.first)                        # (R', T, D)
+    h, y = h[mask], x0[mask]                                                       # (N, D), (N,)
+    w = draw.weight[rows].to(x0.device)[mask] if kind == "elbo" else torch.ones_like(y, dtype=torch.float32)
+    device = h.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+    with torch.autocast(device, enabled=False):
+        total, ce = LinearCrossEntropy.apply(h, model.head.weight, y, w, list(model.head.never), chunk, dtype)
+    return Loss(total / normaliser, ce.detach(), mask)
+
+
+def normaliser(kind, draw):
+    """What one optimizer step's sum is divided by: all its tokens for the bound, its hidden tokens for the plain mean."""
+    return draw.mask.numel() if kind == "elbo" else int(draw.mask.sum())
+
+
+EXACT_COUNT = SimpleNamespace(mask_schedule="linear", min_mask_rate=0.0, max_mask_rate=1.0, time_mode="continuous",
+                              timestep_sampling="stratified", masking_strategy="token")
+
+
+@torch.no_grad()
+def bound(model, x0, block, first=None, seed=0, batch=8):
+    """The exact-count bound in nats per token for rows x0 (R, T): (means per row (R,), mean CE of hidden tokens).
+
+    Linear time, so every count weighs the same; stratified over rows and blocks; masks fixed by the seed.
+    """
+    d = draw(EXACT_COUNT, seed, 0, len(x0), x0.shape[1], block, first)
+    sums, plain, hidden = [], 0.0, 0
+    for a in range(0, len(x0), batch):
+        rows = slice(a, a + batch)
+        out = denoising_loss(model, x0[rows], d, "elbo", 1, rows)
+        scored = torch.zeros(out.hidden.shape, device=x0.device)
+        scored[out.hidden] = out.nll
+        sums.append((scored * d.weight[rows].to(x0.device)).sum(1))
+        plain, hidden = plain + float(out.nll.sum()), hidden + len(out.nll)
+    return torch.cat(sums) / x0.shape[1], plain / hidden

@@ -1,0 +1,108 @@
+"""The backup denoiser, a bidirectional transformer, and build_model for both denoisers.
+
+    from model import build_model; model = build_model(cfg)          # cfg.model: "primary" (EcoHybrid) or "backup"
+
+The denoiser protocol, which decode.py, masking.py and the tests' fake rely on:
+    model.cfg                            ModelConfig
+    model.hidden(xt, cache=None)         (B, S) ids of ONE noisy block, given the frozen cache -> (B, S, D)
+    model.hidden_blocks(xt, x0, block, first=None)
+                                         (B, T), (B, T) -> (B, T, D): training; noisy block b sees clean blocks < b and itself;
+                                         block 0 may be shorter (`first` tokens), and so may the last
+    model.head.weight, .never            the (V, D) head matrix, and the rows that are never an answer
+    model.logits(h)                      (..., D) -> (..., V) float32; the mask's and the pad's logit is -inf
+    model(xt, cache=None)                logits(hidden(xt, cache))
+    model.new_cache(batch, length)       frozen context; .length .nbytes .reset()
+    model.commit(x0, cache)              freeze one finished clean block of any length
+No loss, no shift, no knowledge of masking, no time input. Logits with the cache equal logits recomputed from clean text.
+Legend: B batch, T positions, S block, D width, V vocabulary rows.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attention import KVCache, MultiHead, block_masks
+from eco_hybrid import EcoHybrid
+from layers import RMSNorm, TiedHead, initialise, rotary_table
+
+
+class FeedForward(nn.Module):
+    """Gated: down(silu(gate x) * up x)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.in_proj = nn.Linear(cfg.d_model, 2 * cfg.d_ff, bias=False)
+        self.out_proj = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+
+    def forward(self, x):
+        gate, up = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(F.silu(gate) * up)
+
+
+class TransformerLayer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(cfg.d_model), MultiHead(cfg)
+        self.ff_norm, self.ff = RMSNorm(cfg.d_model), FeedForward(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def add_ff(self, x):
+        return x + self.dropout(self.ff(self.ff_norm(x)))
+
+
+class Transformer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.head = TiedHead(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
+        self.layers = nn.ModuleList(TransformerLayer(cfg) for _ in range(cfg.n_layers))
+        self.final_norm = RMSNorm(cfg.d_model)
+        initialise(self, depth=cfg.n_layers)
+
+    def table(self, start, length):
+        positions = torch.arange(start, start + length, device=self.head.weight.device)
+        return rotary_table(positions, self.cfg.d_model // self.cfg.n_heads)
+
+    def hidden(self, xt, cache=None):
+        """(B, S) ids, one noisy block, against the frozen cache -> (B, S, D). Without a cache: the whole sequence, B = T."""
+        return self.run_block(xt, cache, keep=False)
+
+    def run_block(self, ids, cache, keep):
+        x = self.head(ids)                                                        # (B, S, D)
+        table = self.table(cache.length if cache is not None else 0, ids.shape[1])
+        for i, layer in enumerate(self.layers):
+            context = cache.context(i) if cache is not None and cache.length else None
+            y, k, v = layer.attn.one_block(layer.attn_norm(x), table, context)
+            if keep:
+                cache.write(i, k, v)
+            x = layer.add_ff(x + layer.dropout(y))
+        return self.final_norm(x)
+
+    def hidden_blocks(self, xt, x0, block, first=None):
+        """Training form: xt, x0 (B, T) -> (B, T, D), noisy block b given clean blocks < b. Block 0 has `first` tokens."""
+        if block >= xt.shape[1]:
+            return self.hidden(xt)
+        masks = block_masks(xt.shape[1], block, first or block, xt.device)
+        table = self.table(0, xt.shape[1])
+        x = self.head(torch.cat((xt, x0)))                                        # (2B, T, D), noisy rows first
+        for layer in self.layers:
+            x = layer.add_ff(x + layer.dropout(layer.attn.all_blocks(layer.attn_norm(x), table, masks)))
+        return self.final_norm(x[:len(xt)])                                        # (B, T, D)
+
+    def logits(self, h):
+        return self.head.logits(h)
+
+    def forward(self, xt, cache=None):
+        return self.logits(self.hidden(xt, cache))
+
+    def new_cache(self, batch, length):
+        return KVCache(self.cfg, batch, length, self.head.weight.device, torch.float32)
+
+    def commit(self, x0, cache):
+        """Freeze one finished clean block (B, S): its keys and values join the context."""
+        self.run_block(x0, cache, keep=True)
+        cache.length += x0.shape[1]
+
+
+def build_model(cfg):
+    """The denoiser that the configuration names."""
+    return {"primary": EcoHybrid, "backup": Transformer}[cfg.model](cfg)

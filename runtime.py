@@ -1,0 +1,261 @@
+"""The machine: device, precision and why, allocator, threads, signals, the metrics file, peak speed, memory.
+
+Used by the entry points. Nothing here knows a model.
+"""
+import contextlib
+import ctypes
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+
+import torch
+from tqdm import tqdm
+
+from config import ROOT, UserError
+
+
+def pick_device(name):
+    """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps' -> torch.device; asking for what is not there is a user's slip."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count()
+        if int(name.partition(":")[2] or 0) >= count:
+            raise UserError(f"--device {name}: this machine shows {count} CUDA devices; use --device cpu or auto")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here; use --device cpu or auto")
+    return torch.device(name)
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed memory instead of returning it to the kernel; -> what was done, in words.
+
+    A training step frees and asks again for hundreds of megabytes of activations. By default each large one is mapped
+    afresh, and the kernel zeroes it page by page: up to half of a step (docs/experiments.md has the figures).
+    """
+    if os.environ.get("ARIA_ALLOCATOR") == "default":   # for the measurement of what this function is worth
+        return "default (ARIA_ALLOCATOR=default)"
+    if platform.libc_ver()[0] != "glibc":
+        return "default"
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8          # malloc.h
+    done = [libc.mallopt(m_mmap_max, 0), libc.mallopt(m_trim_threshold, 2 ** 31 - 1),
+            libc.mallopt(m_top_pad, 64 << 20), libc.mallopt(m_arena_max, 1)]
+    return "glibc, freed memory kept" if all(done) else "default (mallopt refused)"
+
+
+def start(threads):
+    """First thing in every command that computes: allocator and thread count -> what the allocator was told."""
+    told = keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
+    return told
+
+
+def matmul_flops(dtypes, device="cpu", size=1024, runs=7):
+    """Best of a few square products for each dtype, taken in turn: {dtype: floating point operations per second}."""
+    best = dict.fromkeys(dtypes, float("inf"))
+    inputs = {dtype: torch.randn(size, size, device=device).to(dtype) for dtype in dtypes}
+    for _ in range(runs):
+        for dtype, a in inputs.items():
+            started = time.perf_counter()
+            torch.mm(a, a)
+            synchronise(device)
+            best[dtype] = min(best[dtype], time.perf_counter() - started)
+    return {dtype: 2 * size ** 3 / seconds for dtype, seconds in best.items()}
+
+
+def cpu_bf16_units():
+    """The CPU's own bf16 instructions, as Linux names them; empty where there are none or they cannot be asked for."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
+            flags = next((line for line in f if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return []
+    return sorted({"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()))
+
+
+def pick_precision(amp, amp_dtype, device, before=None):
+    """-> (autocast dtype or None, reason). On a CPU bf16 pays only where the hardware has it: asked of the CPU, else measured.
+
+    `before` is what a resumed run used: the same again, or it would not continue exactly.
+    """
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
+    if amp == "off":
+        return None, "float32 (--no_amp)"
+    if device.type == "cuda":
+        if wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported():
+            return None, "float32 (this GPU has no bf16)"
+        return wanted, f"{amp_dtype} ({torch.cuda.get_device_name(device)})"
+    if wanted is torch.float16:
+        raise UserError("--amp_dtype fp16 needs a CUDA GPU; use bf16 here")
+    if device.type == "mps":
+        return None, "float32 (MPS)"
+    if amp == "on":
+        return torch.bfloat16, "bf16 (--amp)"
+    if before in ("torch.bfloat16", "None"):
+        return (torch.bfloat16, "bf16 (as before)") if before == "torch.bfloat16" else (None, "float32 (as before)")
+    units = cpu_bf16_units()
+    speed = matmul_flops((torch.bfloat16, torch.float32))
+    fast, slow = (speed[d] / 1e9 for d in (torch.bfloat16, torch.float32))
+    measured = f"matmul {fast:.0f} GFLOP/s in bf16, {slow:.0f} in float32"
+    if units or fast > 1.5 * slow:
+        return torch.bfloat16, f"bf16 ({'the CPU has ' + ', '.join(units) if units else 'faster here'}; {measured})"
+    return None, f"float32 (bf16 is not faster here; {measured})"
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def synchronise(device):
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seed_everything(seed):
+    """Weight initialisation and dropout; data order and masks have their own counters and never touch this state."""
+    torch.manual_seed(seed % 2 ** 63)
+
+
+def peak_memory_mb(device=None):
+    """Peak resident memory of this process, or of the GPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def commit_hash():
+    """The code's commit, '+' when the tree is dirty; 'unknown' outside git."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
+    try:
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def environment(device):
+    """What a reader needs to repeat a number."""
+    return {"torch": torch.__version__, "python": platform.python_version(), "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(), "commit": commit_hash()}
+
+
+class StopFlag:
+    """SIGINT and SIGTERM ask the loop to save and leave; a second SIGINT leaves at once."""
+
+    def __init__(self):
+        self.signal = None
+        self.before = {}
+
+    def __enter__(self):
+        for s in (signal.SIGINT, signal.SIGTERM):
+            self.before[s] = signal.signal(s, self.catch)
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def catch(self, number, _frame):
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @property
+    def exit_code(self):
+        return 0 if self.signal is None else 128 + self.signal
+
+
+def finite(x):
+    """JSON has no NaN: a number that is not finite is logged as null."""
+    return x if math.isfinite(x) else None
+
+
+class Progress:
+    """The progress of a run: a redrawn bar on a terminal, else plain lines; speed and time left from its own steps.
+
+    Only training steps are timed: evaluation and saving do not count. The first ten steps warm up and are left out of the
+    estimate as soon as there are others.
+    """
+
+    def __init__(self, args, start):
+        self.live = args.live == "basic" or args.live == "auto" and sys.stderr.isatty()
+        self.total, self.done, self.first = args.max_steps, start, start
+        self.seconds = deque(maxlen=50)      # of the last steps
+        self.began, self.mean_tok_s, self.warm = time.perf_counter(), 0.0, []
+        self.bar = None
+
+    def __enter__(self):
+        if self.live:
+            self.bar = tqdm(total=self.total, initial=self.done, unit="step", dynamic_ncols=True, smoothing=0.1,
+                            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining} {postfix}")
+        return self
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()
+
+    def step(self, done, tokens, seconds, loss):
+        self.done = done
+        if done == self.first + 11:
+            self.seconds.clear()
+        self.seconds.append(seconds)
+        self.warm.append(tokens / seconds)
+        self.tok_s = tokens / statistics.median(self.seconds)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {self.tok_s:,.0f} tok/s, ETA {self.eta}", refresh=False)
+            self.bar.update(1)
+
+    @property
+    def eta(self):
+        left = round((self.total - self.done) * statistics.mean(self.seconds))
+        return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}" if left >= 3600 else f"{left // 60}:{left % 60:02d}"
+
+    @property
+    def elapsed(self):
+        return time.perf_counter() - self.began
+
+    def line(self, text):
+        tqdm.write(text, file=sys.stderr)
+
+
+def summary(args, run_dir, params, data, best, progress, tokens_seen, step):
+    """summary.md: what was trained, how it went, how to go on."""
+    tok_s = statistics.median(progress.warm[10:] or progress.warm) if progress.warm else float("nan")
+    bound = f"{best:.4f} nats/token" if math.isfinite(best) else "not measured"
+    synthetic = " (synthetic: written by a program, not real text)" if data.meta["source"] == "builtin" else ""
+    return "\n".join((
+        f"# {run_dir}: step {step} of {args.max_steps}", "",
+        f"- model: {args.model}, {params:,} parameters, d_model {args.d_model}, {args.n_layers} layers, d_ff {args.d_ff}",
+        f"- text: {args.data_dir}, source {data.meta['source']}{synthetic}, {data.meta['train_tokens']:,} tokens; "
+        f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
+        f"- best held-out bound: {bound}",
+        f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory {peak_memory_mb():.0f} MB",
+        f"- sample: python -m sample --ckpt {shlex.quote(str(run_dir))} --prompt \"mai kal bazaar gaya tha\" --blockwise --frozen_context",
+        f"- go on: python -m train --resume {shlex.quote(str(run_dir))} --max_steps {2 * args.max_steps}", ""))
+
+
+class JsonLines:
+    """train.jsonl: one object per line, appended and flushed, the source of every plot."""
+
+    def __init__(self, path):
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, event, **values):
+        self.file.write(json.dumps({"event": event, **values}, ensure_ascii=False, allow_nan=False) + "\n")
+        self.file.flush()
+
+    def close(self):
+        self.file.close()

@@ -1,0 +1,600 @@
+"""Properties of checkpoint.py: killed or failing anywhere, damaged anyhow, named anyhow, it gives a whole state or a
+sentence. Children are forked from this warm process; nothing here takes longer than a few seconds."""
+import builtins
+import errno
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import struct
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save as safetensors_bytes
+
+import checkpoint as ck
+from config import UserError
+
+PARTS = ("model", "ema", "optimizer")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Forked children must not wait for the threads of their parent; and no test here can tell a real fsync (each
+    takes milliseconds) from none: what they check is where it is called."""
+    threads, fsync = torch.get_num_threads(), os.fsync
+    torch.set_num_threads(1)
+    os.fsync = os.fstat
+    yield
+    os.fsync = fsync
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def ram():
+    """A folder in memory, if there is such a thing: the tests that try every operation copy thousands of files."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        yield Path(folder)
+
+
+def put(run, step, value=None, **more):
+    value = float(step if value is None else value)
+    w = torch.full((3, 5), value)
+    return ck.save(run, step, model_state={"embed.weight": w, "head.weight": w, "norm.weight": torch.ones(5)},
+                   ema_state={"embed.weight": w + 1},
+                   optimizer_state={"adamw.w.exp_avg": w + 2, "adamw.w.step": w[0, 0]},
+                   state={"value": value}, config={"lr": 3e-4, "name": "हिन्दी"}, tokenizer_bytes=b"pieces" * 9, **more)
+
+
+def value_of(path):
+    saved = ck.load(path, parts=PARTS)
+    assert torch.all(saved.model["embed.weight"] == saved.state["value"])
+    assert torch.all(saved.ema["embed.weight"] == saved.state["value"] + 1)
+    assert saved.optimizer is None or torch.all(saved.optimizer["adamw.w.exp_avg"] == saved.state["value"] + 2)
+    return saved.step, saved.state["value"]
+
+
+def leftovers(run):
+    return [p.name for p in run.iterdir() if p.name.startswith((".tmp", ".trash", ".old"))]
+
+
+# ---------------------------------------------------------------------------------------------- every I/O operation
+
+SAVES = [(10, 11, {}), (20, 20, {"best": True}), (30, 30, {})]  # the first replaces a step that exists
+KEEP = {"keep_last": 2, "keep_full": 1}
+
+
+@contextmanager
+def watched(at_op):
+    """Calls at_op(name, argument) before each operation that changes the disk; files are written in two halves."""
+    kept = {name: getattr(os, name) for name in ("fsync", "replace", "unlink", "rmdir", "mkdir", "chmod")}
+
+    def hook(name):
+        def call(*args, **kwargs):
+            at_op(name, args)
+            return kept[name](*args, **kwargs)
+        return call
+
+    class Halves:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data[:len(data) // 2])
+            self.file.flush()
+            at_op("write", (self.file.name,))
+            self.file.write(data[len(data) // 2:])
+
+    def watched_open(path, mode="r", *args, **kwargs):
+        if mode != "wb":
+            return builtins.open(path, mode, *args, **kwargs)
+        at_op("open", (path,))
+        return Halves(builtins.open(path, mode))
+
+    real_save_file = ck.save_file
+
+    def watched_save_file(tensors, path, metadata=None):
+        at_op("save_file", (path,))
+        real_save_file(tensors, path, metadata)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:len(whole) // 2])
+        at_op("save_file", (path,))
+        path.write_bytes(whole)
+
+    for name in kept:
+        setattr(os, name, hook(name))
+    ck.save_file, ck.open = watched_save_file, watched_open
+    try:
+        yield
+    finally:
+        for name, real in kept.items():
+            setattr(os, name, real)
+        ck.save_file = real_save_file
+        del ck.open
+
+
+@pytest.fixture(scope="module")
+def template(ram):
+    """A run with steps 5 and 10, and how many operations SAVES takes on it."""
+    run, ops = ram / "run", []
+    put(run, 5, best=True)
+    put(run, 10)
+    copy = shutil.copytree(run, run.with_name("dry"))
+    with watched(lambda name, args: ops.append((name, *args))):
+        for step, value, more in SAVES:
+            put(copy, step, value, **more, **KEEP)
+    assert not leftovers(copy) and list(ck.list_steps(copy)) == [20, 30]
+    return run, ops
+
+
+def test_killed_before_every_operation(template, ram, capfd):
+    source, ops = template
+    history = [(10, 10.0)] + [(step, float(value)) for step, value, _ in SAVES]
+    seen = set()
+    assert len(ops) > 100
+    for k in range(len(ops)):
+        run, (read, write), left = ram / str(k), os.pipe(), [k]
+
+        def die(*_, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                os._exit(9)
+        shutil.copytree(source, run)
+        pid = os.fork()
+        if pid == 0:
+            with watched(die):
+                for step, value, more in SAVES:
+                    put(run, step, value, **more, **KEEP)
+                    os.write(write, b".")
+            os._exit(0)
+        os.close(write)
+        done = len(os.read(read, 99))
+        while more := os.read(read, 99):
+            done += len(more)
+        os.close(read)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+        found = value_of(run)                         # a reader needs no clean-up by a writer
+        assert found in history[done:done + 2], (k, ops[k], found)
+        seen.add((done, found == history[done]))
+        assert value_of(run / "best")[0] in (5, 20)
+        for folder in ck.list_steps(run).values():
+            ck.verify(folder)                         # whatever bears a step's name is whole
+        put(run, 50, **KEEP)                          # and the next save works
+        assert value_of(run) == (50, 50.0) and not leftovers(run)
+        shutil.rmtree(run)
+    assert len(seen) == 2 * len(SAVES)                # both outcomes of each save were met
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_every_operation_fails_once(template, ram, code, capfd):
+    source, ops = template
+    points = range(len(ops)) if code == errno.ENOSPC else range(code % 3, len(ops), 3)
+    for k in points:
+        run, left = shutil.copytree(source, ram / str(k)), [k]
+
+        def fail(name, _, left=left):
+            left[0] -= 1
+            if left[0] == -1:
+                if name == "save_file":
+                    raise SafetensorError(f"Error while serializing: I/O error: no luck (os error {code})")
+                raise OSError(code, os.strerror(code))
+        before = value_of(run)
+        with watched(fail):
+            for step, value, more in SAVES:
+                try:
+                    put(run, step, value, **more, **KEEP)
+                except OSError as error:
+                    assert error.errno == code
+                    assert value_of(run) in (before, (step, value)), ops[k]
+                    assert not [name for name in leftovers(run) if name.startswith(".tmp-step")], ops[k]
+                    put(run, step, value, **more, **KEEP)  # one retry
+                before = value_of(run)
+                assert before == (step, value)
+        assert left[0] < 0
+        ck.sweep(run)
+        assert not leftovers(run) and ck.load(run / "best").step == 20
+        shutil.rmtree(run)
+
+
+def test_everything_is_synced_before_it_is_published(tmp_path):
+    log = []
+
+    def note(name, args):
+        if name == "fsync":
+            args = (os.readlink(f"/proc/self/fd/{args[0]}"),)
+        log.append((name, *(os.path.basename(str(a)) for a in args)))
+    with watched(note):
+        put(tmp_path / "run", 7, best=True)
+    temp = f".tmp-step_000007-{os.getpid()}"
+    published = log.index(("replace", temp, "step_000007"))
+    files = os.listdir(tmp_path / "run" / "step_000007")
+    assert {name for op, name, *_ in log[:published] if op == "fsync"} == {*files, temp}
+    assert log[published - 1] == ("fsync", temp)      # the folder, after all that lies in it
+    written = [name for op, name, *_ in log[:published] if op in ("open", "save_file")]
+    assert written[-1] == "MANIFEST.json"
+    twin = f".tmp-latest-{os.getpid()}"
+    between = log[published:log.index(("replace", twin, "latest"))]
+    assert ("fsync", "run") in between and ("fsync", twin) in between
+
+
+def test_a_disk_that_really_refuses(tmp_path):
+    """The library's own error, not ours: a file size limit in a child."""
+    put(tmp_path, 1)
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        try:
+            ck.save(tmp_path, 2, model_state={"w": torch.zeros(100_000)}, state={}, config={}, tokenizer_bytes=b"")
+        except OSError as error:
+            os._exit(error.errno)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == errno.EFBIG
+    assert value_of(tmp_path) == (1, 1.0) and not leftovers(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+@pytest.fixture
+def pair(tmp_path):
+    run = tmp_path / "run"
+    put(run, 10)
+    return run, put(run, 20)
+
+
+def check_damage(run, folder, name, capsys):
+    with pytest.raises(ck.Damage, match=name.replace(".", r"\.")):
+        ck.load(folder)                               # named itself: refused
+    capsys.readouterr()
+    assert ck.load(run).step == 10                    # meant as latest: the one before, loudly
+    assert name in capsys.readouterr().err
+    assert ck.resolve(run / "last.ckpt").name == "step_000010"
+
+
+def test_flipped_bits(pair, capsys):
+    run, folder = pair
+    rng = random.Random(0)
+    names = sorted(os.listdir(folder))
+    for i in range(100):
+        path = folder / names[i % len(names)]
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        check_damage(run, folder, path.name, capsys)
+        path.write_bytes(whole)
+    assert ck.load(run).step == 20
+
+
+def test_truncated_zeroed_and_replaced_files(pair, capsys):
+    run, folder = pair
+    rng = random.Random(1)
+    names = sorted(os.listdir(folder))
+    assert len(names) == 7
+    for i in range(42):
+        path = folder / names[i % 7]
+        whole = path.read_bytes()
+        cut = rng.randrange(len(whole))
+        path.write_bytes(whole[:cut] + (b"" if i < 21 else bytes(len(whole) - cut)))
+        check_damage(run, folder, path.name, capsys)
+        path.write_bytes(whole)
+    for name in set(names) - {"config.json", "tokenizer.model"}:  # those two are equal in both steps
+        whole = (folder / name).read_bytes()
+        shutil.copy(run / "step_000010" / name, folder / name)
+        check_damage(run, folder, name, capsys)
+        (folder / name).write_bytes(whole)
+    for name in names:
+        (folder / name).rename(run / "aside")
+        check_damage(run, folder, name, capsys)
+        (run / "aside").rename(folder / name)
+    for name in ("pytorch_model.bin", "optimizer.safetensors.1", ".hidden"):
+        (folder / name).write_bytes(b"x")
+        check_damage(run, folder, name, capsys)
+        (folder / name).unlink()
+    (folder / ".DS_Store").write_bytes(b"x")          # harmless and common
+    assert ck.load(run).step == 20
+    shutil.rmtree(folder)
+    shutil.copytree(run / "step_000010", folder)      # a whole checkpoint under another's name
+    check_damage(run, folder, "MANIFEST.json", capsys)
+
+
+def test_quarantine_keeps_the_broken_one(pair, capsys):
+    run, folder = pair
+    (folder / "model.safetensors").write_bytes(b"")
+    assert ck.load(run, quarantine=True).step == 10
+    corrupt = [p for p in run.iterdir() if p.name.startswith(".corrupt-step_000020")]
+    assert len(corrupt) == 1 and len(os.listdir(corrupt[0])) == 7
+    assert ck.load(run, quarantine=True).step == 10 and "step_000020" in capsys.readouterr().err
+    put(run, 20, 21)
+    assert value_of(run) == (20, 21.0) and corrupt[0].exists()
+    for s in (10, 20):
+        (run / ck.step_name(s) / "MANIFEST.json").unlink()
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        ck.load(run)
+
+
+def reseal(folder, change):
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    change(manifest)
+    (folder / "MANIFEST.json").write_bytes(ck.to_json(ck.seal(manifest)))
+
+
+def plant(folder, name, data):
+    """A file with a correct entry in the manifest: what a forger would do."""
+    (folder / name).write_bytes(data)
+    reseal(folder, lambda m: m["files"].update({name: {"size": len(data), "sha256": ck.sha256(folder / name)}}))
+
+
+def header(entries, data=b""):
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def test_forged_tensor_files(pair):
+    run, folder = pair
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    for data in (safetensors_bytes({"w": torch.tensor([1.0, float("nan")])}),
+                 safetensors_bytes({"w": torch.tensor([float("inf")], dtype=torch.bfloat16)}),
+                 safetensors_bytes({"w": torch.zeros(0, 10**9)}),
+                 header({"w": {"dtype": "F32", "shape": [0, 10**18], "data_offsets": [0, 0]}}),
+                 header({"w": {"dtype": "F32", "shape": [10**18], "data_offsets": [0, 4 * 10**18]}}, b"1234"),
+                 header({"w": entry, "__metadata__": {"tied": '{"a": "nobody"}'}}, bytes(4)),
+                 header({"w": entry, "__metadata__": {"tied": "[1]"}}, bytes(4)),
+                 header({"w": entry, "__metadata__": {"tied": "[" * 100_000}}, bytes(4)),
+                 struct.pack("<Q", 100_000_000) + b"{" * 1000, struct.pack("<Q", 2**63) + b"{}", b"", b"PK\x03\x04"):
+        plant(folder, "model.safetensors", data)
+        began = time.time()
+        with pytest.raises(UserError, match=r"model\.safetensors"):
+            ck.load(folder)
+        assert time.time() - began < 2
+    plant(folder, "model.safetensors", header({"w": entry}, bytes(4)))
+    assert ck.load(folder).model["w"].item() == 0
+
+
+def test_forged_json(pair):
+    run, folder = pair
+    for data in (b'{"a": NaN}', b'{"a": 1e999}', b'{"a": -Infinity}', b'{"a": 1, "a": 2}', b"[" * 100_000, b"[]", b"",
+                 b"\xff", b'{"a": ' * 50_000, b'{"a": ' + b"9" * 10_000 + b"}",
+                 b'{"format": "aria-checkpoint-1", "step": 21}'):
+        plant(folder, "state.json", data)
+        with pytest.raises(ck.Damage, match=r"state\.json"):
+            ck.load(folder)
+    rng = random.Random(2)
+    whole = (run / "step_000010" / "MANIFEST.json").read_bytes()
+    odd = [None, True, -1, 10**400, 1.5, "", "../../x", [], {}, [[]], {"size": 1}, "step_000010", "\ud800"]
+    for _ in range(300):                              # only our error, whatever the manifest says
+        manifest = json.loads(whole)
+        place = rng.choice([manifest, manifest["files"], *manifest["files"].values()])
+        key = rng.choice([*place, "new", "../x"])
+        if rng.random() < 0.3:
+            place.pop(key, None)
+        else:
+            place[key] = rng.choice(odd)
+        (run / "step_000010" / "MANIFEST.json").write_text(json.dumps(ck.seal(manifest)))
+        try:
+            assert ck.load(run / "step_000010").step == 10
+        except UserError:
+            pass
+    reseal(folder, lambda m: m.update(format="aria-checkpoint-2"))
+    with pytest.raises(UserError, match="aria-checkpoint-2"):
+        ck.load(run)                                  # from a newer Aria: that is no damage, so no silent fallback
+
+
+def test_pickles_are_refused_and_never_run(tmp_path, monkeypatch):
+    canary = tmp_path / "canary"
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "run", 500)
+    trap = pickle.dumps(Trap())
+    for name in ("latest.pt", "last.ckpt", "best.pt", "step_000500.pt", "model.pt", "step_000700", "last.safetensors"):
+        path = tmp_path / "run" / name
+        path.write_bytes(trap)
+        for use in (ck.load, ck.resolve):
+            with pytest.raises(UserError, match="is a file") as caught:
+                use(path)
+            assert caught.value.code == 2
+        path.unlink()
+    for name in ("model.safetensors", "state.json", "config.json", "MANIFEST.json"):
+        shutil.copytree("run/step_000500", "forged")
+        if name == "MANIFEST.json":
+            Path("forged", name).write_bytes(trap)
+        else:
+            plant(Path("forged"), name, trap)
+        with pytest.raises(UserError):
+            ck.load("forged", parts=PARTS)
+        shutil.rmtree("forged")
+    for pointer in ("latest", "best"):
+        (tmp_path / "run" / pointer).write_bytes(trap)
+    assert ck.load("run").step == 500 and ck.load("run/latest").step == 500
+    with pytest.raises(UserError):
+        ck.load("run/best")
+    assert not canary.exists()
+
+
+# ---------------------------------------------------------------------------------------------- names
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run, steps in (("checkpoints/old", (500, 7000)), ("checkpoints/day1", (500, 1000, 5000))):
+        for step in steps:
+            put(run, step, best=step in (500, 1000))
+    os.makedirs("checkpoints/empty")
+    os.makedirs("nothing")
+    return tmp_path
+
+
+TABLE = {
+    "checkpoints/day1/step_000500": "day1/step_000500", "checkpoints/day1/step_000500/": "day1/step_000500",
+    "checkpoints/day1": "day1/step_005000", "checkpoints/day1/": "day1/step_005000",
+    "checkpoints/day1/latest": "day1/step_005000", "checkpoints/day1/latest.pt": "day1/step_005000",
+    "checkpoints/day1/last.pt": "day1/step_005000", "checkpoints/day1/last.ckpt": "day1/step_005000",
+    "checkpoints/day1/last": "day1/step_005000", "checkpoints/old/latest.pt": "old/step_007000",
+    "checkpoints/day1/best": "day1/step_001000", "checkpoints/day1/best.pt": "day1/step_001000",
+    "checkpoints/day1/best-base.ckpt": "day1/step_001000", "checkpoints/day1/step_000500.pt": "day1/step_000500",
+    "checkpoints/day1/step500.pt": "day1/step_000500", "checkpoints/day1/step=500.ckpt": "day1/step_000500",
+    "checkpoints/day1/step_500": "day1/step_000500", "checkpoints/old/step_500.pt": "old/step_000500",
+    "checkpoints/day1/best-step=500.ckpt": "day1/step_000500",
+    "checkpoints/sunfish-epoch=00-step=5000.ckpt": "day1/step_005000", "checkpoints/last.ckpt": "day1/step_005000",
+    "checkpoints/latest.pt": "day1/step_005000", "checkpoints/best-base.ckpt": "day1/step_001000",
+    "checkpoints/step_000500.pt": "day1/step_000500",
+}
+REFUSED = ["checkpoints/day1/step_000501.pt", "checkpoints/step_007000.pt", "checkpoints/day1/model.pt", "checkpoints",
+           "checkpoints/empty", "checkpoints/empty/last.ckpt", "nothing/last.ckpt", "nowhere/last.ckpt", "last.ckpt",
+           "", "checkpoints/day1/timestep500.pt", "checkpoints/day1/lastly.pt", "checkpoints/day1/x\0y", "x" * 5000,
+           "checkpoints/day1/LOCK", "checkpoints/day1/step_000500/model.safetensors"]
+
+
+def test_every_spelling(runs, capsys):
+    for typed, want in TABLE.items():
+        assert ck.resolve(typed).as_posix() == f"checkpoints/{want}"
+        out, err = capsys.readouterr()
+        assert out == "" and err == ("" if "step_000500" == typed.strip("/").split("/")[-1] else
+                                     f"checkpoint: {typed} -> checkpoints/{want}\n")
+        assert ck.load(typed).path.as_posix() == f"checkpoints/{want}" and capsys.readouterr()
+    for typed in REFUSED:
+        for use in (ck.resolve, ck.load):
+            with pytest.raises(UserError):
+                use(typed)
+    with pytest.raises(UserError, match="checkpoints/day1/step_001000, checkpoints/day1/step_005000"):
+        ck.resolve("checkpoints/day1/step_000501.pt")
+    shutil.copytree("checkpoints/day1/step_000500", "my model")  # a checkpoint is whole under any name
+    assert ck.load("my model").step == 500
+    put("checkpoints/old", 7001)                      # now the newest run
+    assert ck.resolve("checkpoints/last.ckpt").as_posix() == "checkpoints/old/step_007001"
+
+
+def test_pointers_that_are_gone_or_stale(runs, capsys):
+    os.unlink("checkpoints/day1/latest")
+    assert ck.load("checkpoints/day1").step == 5000 and "latest is missing" in capsys.readouterr().err
+    for text in ("", "step_9", "../old/step_000500\n", "step_000500/../../x", "\udcff"):
+        with open("checkpoints/day1/latest", "w", errors="surrogateescape") as f:
+            f.write(text)
+        assert ck.load("checkpoints/day1/last.pt").step == 5000
+    put("checkpoints/day1", 0)                        # a run that was started again: latest decides, not the number
+    assert ck.load("checkpoints/day1").step == 0
+    (runs / "checkpoints/day1/step_001000/MANIFEST.json").unlink()
+    put("checkpoints/day1", 1000)
+    put("checkpoints/day1", 1001)
+    shutil.rmtree("checkpoints/day1/step_001001")
+    assert ck.load("checkpoints/day1").step == 1000   # the one before it, although 5000 is there
+
+
+# ---------------------------------------------------------------------------------------------- saving and keeping
+
+def test_what_is_kept(tmp_path):
+    for step in range(1, 8):
+        put(tmp_path, step, best=step == 2, keep_last=3, keep_full=2)
+    assert list(ck.list_steps(tmp_path)) == [2, 5, 6, 7]
+    full = [s for s, folder in ck.list_steps(tmp_path).items() if (folder / ck.OPTIMIZER).exists()]
+    assert full == [6, 7]
+    for folder in ck.list_steps(tmp_path).values():
+        ck.verify(folder)
+    assert ck.load(tmp_path / "step_000005", parts=PARTS).optimizer is None
+    (tmp_path / "step_000005" / ck.OPTIMIZER).write_bytes(b"from a kill between the manifest and the file")
+    assert ck.load(tmp_path / "step_000005", parts=PARTS).optimizer is None
+    put(tmp_path, 3, keep_last=2)                     # rewound: what was just saved stays, and counts as the newest
+    assert list(ck.list_steps(tmp_path)) == [2, 3] and value_of(tmp_path)[0] == 3
+    for step in range(10, 14):
+        put(tmp_path, step, keep_full=0)
+    assert len(ck.list_steps(tmp_path)) == 6 and not list(tmp_path.glob("*/optimizer.safetensors"))
+
+
+def test_tied_shared_and_unusual_tensors(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    model = {"a": base, "tied": base, "row": base[1], "t": base.T, "i": torch.tensor(3), "h": base.bfloat16(),
+             "b": torch.tensor([True]), "param": torch.nn.Parameter(base * 2)}
+    folder = ck.save(tmp_path, 1, model_state=model, state={}, config={}, tokenizer_bytes=b"")
+    saved = ck.load(tmp_path).model
+    assert saved.keys() == model.keys()
+    assert all(torch.equal(saved[k], v) and saved[k].dtype == v.dtype for k, v in model.items())
+    assert saved["a"] is saved["tied"]
+    alone = ck.save(tmp_path, 2, model_state={k: v for k, v in model.items() if k != "tied"}, state={}, config={},
+                    tokenizer_bytes=b"")
+    sizes = [(f / ck.MODEL).stat().st_size for f in (folder, alone)]
+    assert sizes[0] - sizes[1] < base.nbytes
+    saved["a"].zero_()                                # no map of the file
+    ck.verify(folder)
+
+
+def test_what_must_not_be_saved(tmp_path):
+    put(tmp_path, 1)
+    before = sorted(os.listdir(tmp_path))
+    good = {"state": {}, "config": {}, "tokenizer_bytes": b""}
+    nan = {"w": torch.tensor([0.0, float("nan")])}
+    for parts in ({"model_state": nan}, {"model_state": {"w": torch.ones(1)}, "optimizer_state": nan},
+                  {"model_state": {"w": torch.full((2,), -torch.inf, dtype=torch.bfloat16)}}):
+        with pytest.raises(FloatingPointError, match="w holds NaN"):
+            ck.save(tmp_path, 2, **parts, **good)
+    for model in ({}, {"_orig_mod.w": torch.ones(1)}, {"w": torch.ones(0)}):
+        with pytest.raises(AssertionError):
+            ck.save(tmp_path, 2, model_state=model, **good)
+    with pytest.raises(ValueError):
+        ck.save(tmp_path, 2, model_state={"w": torch.ones(1)}, **{**good, "state": {"best": float("inf")}})
+    assert sorted(os.listdir(tmp_path)) == before and value_of(tmp_path) == (1, 1.0)
+
+
+def test_the_umask_decides_who_may_read(tmp_path):
+    for mask in (0o022, 0o077):
+        old = os.umask(mask)
+        try:
+            folder = put(tmp_path, mask)
+        finally:
+            os.umask(old)
+        assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o666 & ~mask}
+
+
+def test_load_into_is_strict():
+    model = torch.nn.Linear(3, 2)
+    good = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
+    ck.load_into(model, good)
+    assert model.weight.sum() == 6
+    for tensors, text in (({**good, "bias": torch.zeros(3)}, r"bias is \(3,\) there and \(2,\) here"),
+                          ({"weight": good["weight"]}, "bias is missing there"),
+                          ({**good, "x": good["bias"]}, "x is .* missing here")):
+        with pytest.raises(UserError, match=text):
+            ck.load_into(model, tensors)
+
+
+# ---------------------------------------------------------------------------------------------- one writer
+
+def test_the_second_trainer_is_refused(tmp_path):
+    ready, pid = os.pipe(), os.fork()
+    if pid == 0:
+        with ck.run_lock(tmp_path / "run"):
+            os.write(ready[1], b".")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready[0], 1)
+    began = time.time()
+    with pytest.raises(UserError, match=f"process {pid} ") as caught, ck.run_lock(tmp_path / "run"):
+        raise AssertionError
+    assert caught.value.code == 2 and time.time() - began < 2
+    with ck.run_lock(tmp_path / "other"):
+        pass
+    os.kill(pid, signal.SIGKILL)                      # the lock dies with its holder
+    os.waitpid(pid, 0)
+    (tmp_path / "run" / ".tmp-step_000009-1").mkdir()
+    for _ in range(2):
+        with ck.run_lock(tmp_path / "run"):
+            assert (tmp_path / "run" / "LOCK").read_text() == str(os.getpid()) and not leftovers(tmp_path / "run")
+    for end in ready:
+        os.close(end)

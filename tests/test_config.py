@@ -1,0 +1,565 @@
+"""The command line: precedence, spellings, refusals, presets, resume rules. No torch but for the parameter counts.
+
+`python tests/test_config.py` rewrites tests/flags.txt, the frozen list of flags, after a wanted change.
+"""
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import config
+from config import BenchArgs, ColabArgs, EvaluateArgs, ModelConfig, PrepareArgs, SampleArgs, TrainArgs, UserError
+
+FLAGS = Path(__file__).with_name("flags.txt")
+
+
+def parse(cls, line, prog=None, **more):
+    prog = prog or next(name for name, c in config.COMMANDS.items() if c is cls)
+    return config.parse(cls, shlex.split(line) if isinstance(line, str) else line, prog, **more)
+
+
+def refused(cls, line, *words, **more):
+    with pytest.raises(UserError) as caught:
+        parse(cls, line, **more)
+    message = str(caught.value)
+    assert caught.value.code == 2 and all(word in message for word in words), message
+    return message
+
+
+def spellings(name, text):
+    kebab = name.replace("_", "-")
+    return [[f"--{name}", text], [f"--{kebab}", text], [f"--{name}={text}"], [f"--{kebab}={text}"]]
+
+
+def another(f):
+    """A legal text for this knob that is not its default, and the value it means."""
+    meta = f.metadata
+    if f.type is bool:
+        return str(not f.default), not f.default
+    if "choices" in meta:
+        choice = next(c for c in meta["choices"] if (c,) != f.default and c != f.default)
+        return choice, (choice,) if f.type is tuple else choice
+    if f.type is int:
+        return str(f.default + 1), f.default + 1
+    if f.type is float:
+        return "0.625", 0.625
+    return "Some/Path-x_y", ("Some/Path-x_y",) if f.type is tuple else "Some/Path-x_y"
+
+
+@pytest.mark.parametrize("prog", config.COMMANDS)
+def test_every_flag_in_four_spellings(prog):
+    cls = config.COMMANDS[prog]
+    for f in dataclasses.fields(cls):
+        text, value = another(f)
+        for name in (f.name, *f.metadata.get("aliases", ())):
+            for argv in spellings(name, text):
+                typed, problems, _ = config.read_flags(cls, argv, prog)
+                assert (typed, problems) == ({f.name: value}, []), argv
+
+
+@pytest.mark.parametrize("prog", config.COMMANDS)
+def test_switches_have_three_forms(prog):
+    cls = config.COMMANDS[prog]
+    for f in dataclasses.fields(cls):
+        if f.type is bool:
+            x, no_x = f"--{f.name}", f"--no_{f.name}"
+            for argv in ([x], [x, "True"], [x, "yes"], [x + "=True"], [x + "=1"]):
+                assert config.read_flags(cls, argv, prog) == ({f.name: True}, [], set()), argv
+            for argv in ([no_x], [f"--no-{f.name}"], [x, "false"], [x, "no"], [x + "=False"]):
+                assert config.read_flags(cls, argv, prog) == ({f.name: False}, [], set()), argv
+            assert config.read_flags(cls, [f"--no_{f.name}", "True"], prog)[1]
+
+
+def test_amp_takes_all_forms():
+    for line, value in (("--amp", "on"), ("--no_amp", "off"), ("--amp True", "on"), ("--amp off", "off"),
+                        ("--amp auto", "auto"), ("--amp=False", "off"), ("", "auto"), ("--amp --lr 1e-3", "on")):
+        assert parse(TrainArgs, line)[0].amp == value
+
+
+def test_a_switch_does_not_eat_the_checkpoint():
+    args, _ = parse(SampleArgs, "--blockwise runs/a --frozen_context True --ignore_eos")
+    assert (args.ckpt, args.blockwise, args.frozen_context, args.ignore_eos) == ("runs/a", True, True, True)
+
+
+# ---- precedence (L1) -----------------------------------------------------------------------------------------------
+
+SETS = [(TrainArgs, "preset", name, diff) for name, diff in config.PRESETS.items()] + \
+       [(TrainArgs, "edge_profile", name, diff) for name, diff in config.TRAIN_PROFILES.items()] + \
+       [(SampleArgs, "edge_profile", name, diff) for name, diff in config.SAMPLE_PROFILES.items()]
+
+
+@pytest.mark.parametrize("cls, flag, name, diff", SETS, ids=[f"{c.__name__}-{f}-{n}" for c, f, n, _ in SETS])
+def test_explicit_flags_beat_presets_and_profiles(cls, flag, name, diff):
+    base = ["--ckpt", "x"] if cls is SampleArgs else ["--model", "backup"]
+    for key, preset_value in diff.items():
+        default = cls.__dataclass_fields__[key].default
+        assert preset_value != default, f"{name} restates the default of {key}"
+        for typed in spellings(key, str(default)):
+            for argv in ([*typed, f"--{flag}", name], [f"--{flag}={name}", *typed]):
+                args, origins = parse(cls, base + argv)
+                assert getattr(args, key) == default and origins[key] == "flag"
+                others = {k: v for k, v in diff.items() if k != key}
+                assert {k: getattr(args, k) for k in others} == others
+    args, origins = parse(cls, [*base, f"--{flag}", name])
+    word = {"preset": "preset", "edge_profile": "profile"}[flag]
+    assert all(origins[key] == f"{word} {name}" for key in diff)
+    defaults = {k: cls.__dataclass_fields__[k].default for k in (*diff, flag)}
+    assert parse(cls, base)[0] == dataclasses.replace(args, **defaults)
+
+
+def test_whole_order_of_precedence(tmp_path):
+    file = tmp_path / "a b.json"
+    file.write_text(json.dumps({"args": {"lr": 0.5, "d_ff": 640, "seed": 7, "resume": "latest", "preset": "nano"},
+                                "model": {"d_model": 1}}))
+    tier = {"batch_size": 3, "lr": 0.1, "seq_len": 999, "weight_decay": 0.3}
+    args, origins = parse(TrainArgs, ["--config", str(file), "--size", "micro", "--weight-decay", "0.25"], tier=tier)
+    assert (args.batch_size, args.seq_len, args.lr, args.weight_decay) == (3, 256, 0.5, 0.25)
+    assert (args.d_ff, args.seed) == (640, 7)
+    assert args.resume is None and args.preset == "micro"        # "ignore" knobs never come from a file
+    assert [origins[n] for n in ("batch_size", "seq_len", "lr", "weight_decay", "d_mem")] == \
+        ["tier", "preset micro", f"config {file}", "flag", "default"]
+
+
+def test_a_saved_config_reproduces_the_run(tmp_path):
+    args, _ = parse(TrainArgs, "--preset tiny --lr 0.002 --dropout 0.125 --model eco")
+    (tmp_path / "config.json").write_text(json.dumps({"args": config.to_dict(args), "model": {}}))
+    again, _ = parse(TrainArgs, ["--config", str(tmp_path / "config.json")])
+    assert dataclasses.replace(again, preset="tiny", config=args.config) == args
+
+
+def test_tier_sees_the_typed_flags_and_is_not_asked_for_help(capsys):
+    args, origins = parse(ColabArgs, "--batch_size 8", tier=lambda typed: config.gpu_tier(16e9, typed))
+    assert (args.batch_size, args.grad_accum, args.seq_len) == (8, 4, 1024)        # 32 sequences per step, as before
+    assert (args.n_layers, origins["grad_accum"]) == (10, "tier")
+    with pytest.raises(SystemExit) as end:
+        parse(ColabArgs, "--help", tier=lambda typed: 1 / 0)
+    assert end.value.code == 0 and "--allow_cpu" in capsys.readouterr().out
+    refused(ColabArgs, "--d_modle 3", "--d_model", tier=lambda typed: 1 / 0)
+
+
+@pytest.mark.parametrize("memory, row", [(80e9, (8, 4, 2048)), (40e9, (4, 8, 2048)), (15e9, (2, 16, 1024)),
+                                         (8e9, (1, 32, 512)), (None, (1, 8, 256))])
+def test_gpu_tiers(memory, row):
+    tier = config.gpu_tier(memory)
+    assert (tier["batch_size"], tier["grad_accum"], tier["seq_len"]) == row
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cls, line, words", [
+    (TrainArgs, "--d_mode 3", ["--d_mode", "--d_model"]),
+    (TrainArgs, "--grad-acum 3", ["--grad_accum"]),
+    (TrainArgs, "--block 64", ["unknown flag --block", "--block_size"]),         # no abbreviations
+    (TrainArgs, "--max 5", ["unknown flag --max"]),
+    (TrainArgs, "--temperature 1", ["it belongs to sample"]),
+    (TrainArgs, "--edge_profile max", ["that is a profile of sample"]),
+    (SampleArgs, "x --edge_profile laptop", ["that is a profile of train"]),
+    (TrainArgs, "--preset laptop", ["--edge_profile"]),
+    (TrainArgs, "--preset micro --edge_profile laptop", ["--preset micro", "--edge_profile laptop"]),
+    (TrainArgs, "--config nan0", ["nan0", "micro"]),
+    (TrainArgs, "--config micro --preset nano", ["micro", "nano"]),
+    (TrainArgs, "--config missing.json", ["cannot read missing.json"]),
+    (TrainArgs, ["--lr", "0.1", "\\"], ["use a single \\ at the line end"]),
+    (TrainArgs, ["--lr", "0.1", "\\ "], ["use a single \\ at the line end"]),
+    (TrainArgs, "--d_model 100", ["--d_model 100", "--n_heads 8"]),
+    (TrainArgs, "--model backup --d_model 24 --n_heads 8", ["--d_model 24", "--n_heads 8", "even"]),
+    (TrainArgs, "--d_mem 100", ["--d_mem 100", "--n_heads 8"]),
+    (TrainArgs, "--conv_kernel 4", ["--conv_kernel 4", "odd"]),
+    (TrainArgs, "--conv_kernel 1", ["--conv_kernel 1", "at least 3"]),
+    (TrainArgs, "--memory_slots 1", ["--memory_slots 1", "at least 2"]),
+    (TrainArgs, "--seq_len 15", ["--seq_len 15", "at least 16"]),
+    (TrainArgs, "--batch_size 0", ["--batch_size 0", "at least 1"]),
+    (TrainArgs, "--timesteps 1", ["--timesteps 1", "at least 2"]),
+    (TrainArgs, "--lr 0", ["--lr 0", "above 0"]),
+    (TrainArgs, "--lr nan", ["--lr nan", "finite"]),
+    (TrainArgs, "--lr 1e999", ["finite"]),
+    (TrainArgs, "--lr fast", ["--lr fast", "number"]),
+    (TrainArgs, "--max_steps 1.5", ["--max_steps 1.5", "whole number"]),
+    (TrainArgs, "--max_steps", ["--max_steps needs a value"]),
+    (TrainArgs, "--lr --compile", ["--lr needs a value"]),
+    (TrainArgs, "--ema 1", ["--ema 1", "below 1"]),
+    (TrainArgs, "--min_mask_rate 0.6 --max_mask_rate 0.5", ["0.6", "0.5"]),
+    (TrainArgs, "--max_mask_rate 1.5", ["--max_mask_rate 1.5", "at most 1"]),
+    (TrainArgs, "--mask_schedule poly", ["poly", "cosine, linear"]),
+    (TrainArgs, "--train_block_sizes T,0", ["'0'"]),
+    (TrainArgs, "--train_block_sizes T,,4", ["''"]),
+    (TrainArgs, "--train_block_sizes t", ["'t'"]),
+    (TrainArgs, "--device gpu", ["--device gpu", "cuda"]),
+    (TrainArgs, "--cpu yes", ["--cpu takes no value"]),
+    (TrainArgs, "--device cpu --amp_dtype fp16", ["fp16", "--device cpu"]),
+    (TrainArgs, "--name a --output_dir b", ["--run_name a", "--output_dir b"]),
+    (TrainArgs, "--name ../a", ["--run_name ../a"]),
+    (TrainArgs, "--resume a --ckpt b", ["--resume a", "--ckpt b"]),
+    (TrainArgs, "--resume --resume_latest", ["--resume_latest"]),
+    (TrainArgs, "stray", ["unexpected argument 'stray'"]),
+    (TrainArgs, "-x", ["unexpected argument '-x'"]),
+    (TrainArgs, "--compile maybe", ["unexpected argument 'maybe'"]),
+    (TrainArgs, "--compile=maybe", ["--compile maybe", "True or False"]),
+    (SampleArgs, "", ["--ckpt is missing"]),
+    (SampleArgs, "a --ckpt b", ["a and --ckpt b"]),
+    (SampleArgs, "a b", ["unexpected argument 'b'"]),
+    (SampleArgs, "a --sampler best", ["confidence, random"]),
+    (BenchArgs, "--ckpt a --modes full blok", ["blok", "block_frozen"]),
+    (EvaluateArgs, "a --blocks T,x", ["'x'"]),
+    (PrepareArgs, "--input a.txt", ["--source files", "1 inputs"]),
+    (PrepareArgs, "--source files", ["--input", "0 inputs"]),
+    (PrepareArgs, "--tokenizer_vocab 99", ["--tokenizer_vocab 99", "300"]),
+    (ColabArgs, "--tokenizer_vocab 99 --allow_cpu", ["--tokenizer_vocab 99"]),
+])
+def test_refusals_name_the_flag_and_the_mend(cls, line, words):
+    refused(cls, line, *words)
+
+
+def test_all_mistakes_at_once_and_no_consequential_ones():
+    message = refused(TrainArgs, "--d_mdel 3 --lr x --n_heads 7 --conv_kernel 8 --bach_size 2 --edge_profile max",
+                      "--d_model", "--lr x", "--d_model 512", "--n_heads 7", "--conv_kernel 8", "--batch_size",
+                      "profile")
+    assert message.count("\n") == 6 and "'2'" not in message
+    assert "divisible" not in refused(TrainArgs, "--d_model 100 --n_heads eight", "--n_heads eight")
+
+
+def test_every_one_letter_slip_gets_its_suggestion():
+    for name in ("max_steps", "batch_size", "warmup_steps", "memory_slots", "learning_rate", "save_interval"):
+        for slip in (name[:3] + name[4:], name[:3] + "x" + name[3:], name[:2] + name[3] + name[2] + name[4:]):
+            refused(TrainArgs, [f"--{slip}", "1"], f"did you mean --{name}?")
+
+
+ODD = ["--", "-", "\\", "=", "--=", "--lr=", "T", "1", "0.5", "micro", "none", "--no_"]
+WORD = st.one_of(st.sampled_from([f"--{n}" for n in config.flag_names(TrainArgs)] + ODD), st.text(max_size=6))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(WORD, max_size=6), st.sampled_from(sorted(config.COMMANDS)))
+def test_no_command_line_ends_in_a_traceback(argv, prog):
+    try:
+        config.parse(config.COMMANDS[prog], argv, prog)
+    except UserError as error:
+        assert error.code == 2 and str(error)
+    except SystemExit as end:
+        assert end.code == 0 and {"-h", "--help", "--help_all"} & set(argv)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), max_leaves=5,
+                    extend=lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3))
+KEYS = st.sampled_from([*TrainArgs.__dataclass_fields__, "args", "vocab_size", "zzz"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(KEYS, JSON, max_size=4))
+def test_no_json_value_ends_in_a_traceback(saved):
+    for read in (lambda: config.checked(TrainArgs, saved, "it"), lambda: ModelConfig.from_dict(saved)):
+        try:
+            read()
+        except UserError:
+            pass
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"lr": NaN}', ["NaN"]), ('{"lr": 1, "lr": 2}', ["twice"]), ('{"lr": "0.1"}', ["lr 0.1", "float"]),
+    ('{"d_model": 8.0}', ["d_model"]), ('{"compile": 1}', ["compile"]), ('{"d_model": true}', ["d_model"]),
+    ('{"d_modl": 8}', ["d_modl", "d_model"]), ('{"args": {"d_modl": 8}}', ["d_modl", "d_model"]), ("[1]", ["object"]),
+    ('{"lr": -1}', ["above 0"]), ("{", ["JSON"]), ("[" * 100_000, ["JSON"]), ("\xff", ["JSON"]),
+    ('{"lr": 1e999}', ["finite"]),
+])
+def test_config_files_are_strict(tmp_path, text, words):
+    (tmp_path / "c.json").write_bytes(text.encode("latin-1"))
+    refused(TrainArgs, ["--config", str(tmp_path / "c.json")], *words)
+
+
+def test_run_turns_errors_into_exit_codes(capsys):
+    for error, code in ((UserError("mend it"), 2), (UserError("absent", 3), 3), (KeyboardInterrupt(), 130)):
+        def main(argv, error=error):
+            raise error
+        with pytest.raises(SystemExit) as end:
+            config.run(main)
+        assert end.value.code == code
+    assert "error: mend it" in capsys.readouterr().err
+
+
+# ---- shapes and presets --------------------------------------------------------------------------------------------
+
+TABLE = [("preset", "nano", 2048, 0.29), ("preset", "tiny", 2048, 1.05), ("preset", "micro", 8192, 37.8),
+         ("preset", "micro", 16000, 41.8), ("preset", "medium", 50257, 359.8), ("preset", "full", 32768, 1375.8),
+         ("preset", "none", 16000, 35.5), ("edge_profile", "tiny", 16000, 9.2), ("edge_profile", "laptop", 16000, 15.8)]
+
+
+@pytest.mark.parametrize("flag, name, vocab, millions", TABLE)
+def test_presets_have_the_documented_size(flag, name, vocab, millions):
+    args, _ = parse(TrainArgs, f"--model backup --{flag} {name}")
+    backup = config.count_params(config.model_config(args, vocab)) / 1e6
+    assert round(backup, 2 if millions < 2 else 1) == millions
+    args, _ = parse(TrainArgs, f"--{flag} {name}")
+    primary = config.count_params(config.model_config(args, vocab)) / 1e6
+    if flag == "preset" and name != "none":
+        assert abs(primary / backup - 1) < 0.02
+    else:
+        assert primary < backup                                  # at equal flags the leaner block may not be the larger
+
+
+@pytest.mark.parametrize("name", [n for n in config.PRESETS if n != "none"])
+def test_primary_is_matched_unless_its_width_is_typed(name):
+    shape = "--n_layers 5 --memory_slots 4 --d_model 384 --n_heads 6"
+    counts = [config.block_params(config.model_config(parse(TrainArgs, f"--preset {name} --model {m} {shape}")[0], 1))
+              for m in ("primary", "backup")]
+    assert abs(counts[0] / counts[1] - 1) < 0.02
+    assert parse(TrainArgs, f"--preset {name} --d_ff 640")[0].d_ff == 640
+
+
+def test_the_guides_slow_machine_shape():
+    args, _ = parse(TrainArgs, "--preset micro --model backup --n_layers 6 --n_heads 6 --d_model 384 --d_ff 1536")
+    assert round(config.count_params(config.model_config(args, 8192)) / 1e6, 1) == 17.3
+
+
+def test_model_config_round_trip_is_strict():
+    c = ModelConfig(model="primary", vocab_size=300, d_model=64, n_heads=4)
+    assert (c.rows, c.mask_id, c.pad_id, c.d_mem) == (301, 300, 0, 32)
+    saved = json.loads(json.dumps(c.to_dict()))
+    assert ModelConfig.from_dict(saved) == c
+    for damage in ({"d_model": 63}, {"d_model": "64"}, {"n_heads": 0}, {"vocab_size": 0}, {"model": "x"}, {"extra": 1}):
+        with pytest.raises(UserError):
+            ModelConfig.from_dict({**saved, **damage})
+    for key in saved:
+        with pytest.raises(UserError):
+            ModelConfig.from_dict({k: v for k, v in saved.items() if k != key})
+
+
+ODD_SHAPE = dict(d_model=48, n_heads=6, n_layers=2, d_ff=40, memory_slots=5, conv_kernel=3, d_mem=12)
+
+
+@pytest.mark.parametrize("shape", [dict(), ODD_SHAPE], ids=["default", "odd"])
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_closed_form_counts_equal_the_real_models(kind, shape):
+    torch = pytest.importorskip("torch")
+    build = pytest.importorskip("model").build_model
+    c = ModelConfig(model=kind, vocab_size=100, **shape)
+    with torch.device("meta"):
+        real = build(c)
+    assert sum(p.numel() for p in real.parameters()) == config.count_params(c)
+
+
+# ---- resume (S4) ---------------------------------------------------------------------------------------------------
+
+def resume(old_line, line):
+    old = json.loads(json.dumps(config.to_dict(parse(TrainArgs, old_line)[0])))
+    args, origins = parse(TrainArgs, line)
+    return (*config.resume_check(old, args, origins), origins)
+
+
+def test_resume_takes_what_was_not_typed_from_the_checkpoint():
+    args, changes, origins = resume("--preset nano --lr 0.25 --d_model 32",
+                                    "--resume x --max_steps 900 --log_interval 7")
+    assert (args.d_model, args.lr, args.max_steps, args.resume, args.preset) == (32, 0.25, 900, "x", "nano")
+    assert sorted(changes) == ["log_interval: 10 -> 7", "max_steps: 500 -> 900"]
+    assert origins["d_model"] == "checkpoint" and origins["max_steps"] == "flag"
+
+
+def test_resume_refuses_another_shape_and_names_it():
+    for line, word in (("--d_model 128", "--d_model 128"), ("--model backup", "--model"), ("--seed 8", "--seed 8"),
+                       ("--preset tiny", "--d_model 128"), ("--preset micro", "--n_layers 8"),
+                       ("--edge_profile tiny", "--d_model 256"), ("--optimizer muon", "muon")):
+        with pytest.raises(UserError, match=word):
+            resume("--preset nano", f"--resume {line}")
+    assert resume("--preset nano", "--resume --optimizer muon --reset_optimizer")[0].optimizer == "muon"
+
+
+def test_resume_with_the_runs_own_preset_keeps_what_was_changed_then():
+    args, changes, _ = resume("--config tiny --n_layers 6 --lr 0.25", "--config tiny --cpu --resume")
+    assert (args.n_layers, args.lr, changes, args.device) == (6, 0.25, [], "cpu")
+
+
+def test_a_tier_never_overrules_a_checkpoint():
+    saved = config.to_dict(parse(TrainArgs, "--preset nano --seq_len 32")[0])
+    for line in ("--resume", "--resume --preset starter --model backup"):
+        args, origins = parse(ColabArgs, line, tier={"seq_len": 2048, "batch_size": 3})
+        if "starter" in line:
+            with pytest.raises(UserError) as caught:              # the shape of the other preset, not what a tier chose
+                config.resume_check(saved, args, origins)
+            assert "--d_model 256 (preset starter)" in str(caught.value) and "2048" not in str(caught.value)
+        else:
+            args, changes = config.resume_check(saved, args, origins)
+            assert (args.seq_len, args.batch_size, args.n_layers, changes) == (32, 8, 3, [])
+
+
+def test_resume_rejects_a_config_of_another_version():
+    old = config.to_dict(TrainArgs())
+    with pytest.raises(UserError, match="lacks lr"):
+        config.resume_check({k: v for k, v in old.items() if k != "lr"}, TrainArgs(), dict.fromkeys(old, "default"))
+    with pytest.raises(UserError, match="unknown setting zzz"):
+        config.resume_check({**old, "zzz": 1}, TrainArgs(), dict.fromkeys(old, "default"))
+
+
+def test_every_knob_has_a_known_resume_rule_and_known_metadata():
+    known = {"help", "resume", "choices", "values", "aliases", "shortcuts", "bare", "many", "positional", "rare",
+             "elsewhere", *config.LIMITS}
+    for cls in config.COMMANDS.values():
+        for f in dataclasses.fields(cls):
+            assert f.metadata["resume"] in ("must", "may", "ignore") and set(f.metadata) <= known and f.metadata["help"]
+            if f.default not in (None, ()):                       # a default obeys its own limits
+                assert config.convert(f, f.default) == f.default
+        names = [name for _, names, *_ in config.describe(cls) for name in names]
+        assert len(names) == len(set(names))
+
+
+# ---- documented commands, the old names, the frozen list -----------------------------------------------------------
+
+COMMANDS = r"""
+python -m diffusion.colab_train_eco --max_steps 500 --save_interval 100 --log_interval 10 --compile
+python -m colab_train_eco --max_steps 500 --save_interval 100 --log_interval 10 --compile
+python -m diffusion.sample_eco_hybrid --ckpt checkpoints/eco_hybrid_hi/latest.pt \
+  --tokenizer data/tokenizer/aria_hindi.model --prompt "mai kal bazaar gaya tha" --max_new_tokens 80 --steps 12 \
+  --temperature 1.0 --top_k 50
+python -m train --d_model 384 --n_layers 8 --memory_slots 8 --seq_len 384 --lr 2e-4
+python -m sample --ckpt x --steps 16 --temperature 0.8 --top_k 30
+python -m diffusion.train_diffusion --data_dir data/processed --output_dir checkpoints/diffusion_hi --seq_len 512 \
+  --batch_size 4 --grad_accum 8 --max_steps 5000 --time_mode continuous --timestep_sampling stratified \
+  --masking_strategy span
+python -m diffusion.train_eco_hybrid --data_dir data/processed --output_dir checkpoints/eco_hybrid_hi \
+  --seq_len 512 --batch_size 4 --grad_accum 8 --max_steps 5000 --time_mode continuous \
+  --timestep_sampling stratified --masking_strategy span
+python -m diffusion.sample_diffusion --ckpt checkpoints/diffusion_hi/latest.pt \
+  --tokenizer data/tokenizer/aria_hindi.model --prompt "mai kal bazaar gaya tha" --max_new_tokens 128 --steps 16
+python -m train --model primary --data_dir data/processed --output_dir checkpoints/eco_hybrid_hi \
+  --edge_profile laptop --max_steps 5000
+python -m train --model backup --data_dir data/processed --output_dir checkpoints/diffusion_hi \
+  --edge_profile laptop --max_steps 5000
+python -m sample --ckpt checkpoints/eco_hybrid_hi/latest.pt --tokenizer data/tokenizer/aria_hindi.model \
+  --model primary --prompt "mai kal bazaar gaya tha" --max_new_tokens 128 --edge_profile max --blockwise \
+  --frozen_context --min_decode_layers 3
+python -m sample --ckpt checkpoints/eco_hybrid_hi/latest.pt --tokenizer data/tokenizer/aria_hindi.model \
+  --model primary --prompt "namaste" --max_new_tokens 128 --blockwise --frozen_context --benchmark_runs 5 \
+  --warmup_runs 1
+python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi/latest.pt --tokenizer data/tokenizer/aria_hindi.model \
+  --model primary --modes full block block_frozen --runs_per_prompt 3
+python train.py --config micro --cpu --name my-first-model
+python sample.py checkpoints/last.ckpt --num_samples 3 --seq_len 128 --num_steps 20
+python train.py --config micro --cpu --resume checkpoints/last.ckpt
+python train.py --config micro --cpu --resume checkpoints/best-base.ckpt --name prompt-finetuning
+python sample.py checkpoints/sunfish-epoch=00-step=5000.ckpt --num_samples 1 --seq_len 64 --num_steps 10
+""".replace("\\\n", "").strip().split("\n")
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_documented_commands_parse(line):
+    words = shlex.split(line)[1:]
+    name = words.pop(1) if words[0] == "-m" else words[0].removesuffix(".py")
+    old, name = name.startswith("diffusion."), name.removeprefix("diffusion.")
+    prog = {"train_": "train", "sample": "sample"}.get(name[:6], name)
+    pinned = {"model": "backup" if name.endswith("_diffusion") else "primary"} if old else None
+    args, origins = parse(config.COMMANDS[prog], words[1:], prog, pinned=pinned)
+    assert sum(word.startswith("--") for word in words) <= sum(o == "flag" for o in origins.values())
+    if prog == "sample":
+        assert args.ckpt == next(w for w in words[1:] if w != "--ckpt")
+
+
+def test_values_of_documented_commands():
+    args, _ = parse(TrainArgs, "--edge_profile laptop --model eco_hybrid")
+    assert (args.d_model, args.n_layers, args.n_heads, args.d_ff, args.memory_slots) == (320, 8, 8, 960, 12)
+    assert (args.timesteps, args.sample_steps, args.seq_len, args.time_mode) == (24, 10, 512, "continuous")
+    assert (args.timestep_sampling, args.masking_strategy, args.mean_span_length) == ("stratified", "span", 3.0)
+    args, _ = parse(SampleArgs, "x --edge_profile max --steps 9")
+    assert (args.steps, args.temperature, args.temperature_end, args.top_k, args.block_size) == (9, 0, None, 0, 64)
+    args, _ = parse(SampleArgs, "x --prompt एक --prompt='--दो' --seed=3")
+    assert args.prompt == ("एक", "--दो") and args.seed == 3
+    args, _ = parse(BenchArgs, "--ckpt x --modes full,block --prompt a")
+    assert (args.modes, args.temperature, args.top_k, args.warmup_runs) == (("full", "block"), 0.0, 0, 1)
+    args, _ = parse(PrepareArgs, "--source files --input a,b.txt 'c d.jsonl' --force")
+    assert args.input == ("a,b.txt", "c d.jsonl") and args.force
+    assert parse(TrainArgs, "--warmup-steps -1 --train_block_sizes T,900,32")[0].block_choices == [512, 512, 32]
+    assert [parse(TrainArgs, f"--max_steps {n}")[0].warmup for n in (100, 6000, 50_000)] == [5, 300, 300]
+
+
+def test_run_folders():
+    for line, folder in (("", "checkpoints/eco_hybrid_hi"), ("--model diffusion", "checkpoints/diffusion_hi"),
+                         ("--name day1", "checkpoints/day1"), ("--out-dir 'a b'", "a b")):
+        assert parse(TrainArgs, line)[0].run_dir == Path(folder)
+
+
+def test_a_wrapper_cannot_be_contradicted():
+    pinned = {"model": "backup"}
+    args, origins = parse(TrainArgs, "--preset nano", pinned=pinned)
+    assert (args.model, args.d_ff, origins["model"]) == ("backup", 192, "command")
+    assert args.run_dir == Path("checkpoints/diffusion_hi")
+    assert parse(TrainArgs, "--model diffusion", pinned=pinned)[0].model == "backup"
+    refused(TrainArgs, "--model eco", "--model primary", "--model backup", "python -m train", pinned=pinned)
+    refused(SampleArgs, "x --model=primary", "--model backup", pinned=pinned)
+
+
+def frozen_flags():
+    return "".join(f"{prog} {' '.join(names)} {kind or 'switch'} [{default}]\n" for prog, cls in config.COMMANDS.items()
+                   for _, names, kind, default, _, _ in config.describe(cls))
+
+
+def test_flags_are_frozen():
+    assert frozen_flags() == FLAGS.read_text(encoding="utf-8"), "wanted? then python tests/test_config.py"
+
+
+def test_help_and_table_come_from_the_declarations():
+    for prog, cls in config.COMMANDS.items():
+        whole, table = config.help_text(cls, prog), config.table(cls)
+        for f in dataclasses.fields(cls):
+            assert f"--{f.name}" in whole and f"`--{f.name}`" in table and f.metadata["help"] in whole
+        assert all(line.count("|") == 5 for line in table.split("\n"))
+    assert config.help_text(TrainArgs, "train", everything=False).count("\n  --") <= 40
+
+
+def test_announce_shows_origins_and_print_config_ends(capsys, tmp_path):
+    args, origins = parse(TrainArgs, "--preset nano --lr 0.5")
+    config.announce(args, origins)
+    err = capsys.readouterr().err
+    assert "lr=0.5 (flag)" in err and "d_model=64 (preset nano)" in err and "weight_decay" not in err
+    (tmp_path / "meta.json").write_text('{"vocab_size": 2048}')
+    args, origins = parse(TrainArgs, f"--preset nano --print_config --model backup --data_dir '{tmp_path}'")
+    with pytest.raises(SystemExit) as end:
+        config.announce(args, origins)
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and "291,328" in out
+    assert all(f"\n{f.name} " in "\n" + out for f in dataclasses.fields(args))
+
+
+ENTRY = [prog for prog in config.COMMANDS if (config.ROOT / f"{prog}.py").exists()]
+
+
+@pytest.mark.parametrize("prog", ENTRY)
+def test_help_is_instant_and_needs_no_torch(prog):
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", prog, "--help"], cwd=config.ROOT, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0 and "--ckpt" in done.stdout or prog == "prepare", done.stderr
+        if min(seconds) < 0.5:
+            break
+    assert min(seconds) < 0.5
+    code = f"import runpy, sys; sys.argv = ['{prog}', '--help']\n" \
+           f"try: runpy.run_module('{prog}', run_name='__main__')\n" \
+           "except SystemExit: pass\nassert not {'torch', 'numpy'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("shim", sorted(p.stem for p in (config.ROOT / "diffusion").glob("[a-z]*.py")))
+def test_old_names_run_as_module_and_as_file(shim):
+    target = next(prog for prog in ("train", "sample", "colab_train_eco") if shim.startswith(prog))
+    if target not in ENTRY:
+        pytest.skip(f"{target}.py does not exist yet")
+    outputs = {subprocess.run([sys.executable, *how, "--help"], cwd=config.ROOT, capture_output=True, text=True).stdout
+               for how in (["-m", f"diffusion.{shim}"], [f"diffusion/{shim}.py"])}
+    assert outputs == {config.help_text(config.COMMANDS[target], target, everything=False) + "\n"}
+    if target != "colab_train_eco":
+        wrong = "primary" if shim.endswith("_diffusion") else "backup"
+        argv = [sys.executable, "-m", f"diffusion.{shim}", "--ckpt", "x", "--model", wrong]
+        done = subprocess.run(argv, cwd=config.ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "contradicts" in done.stderr and "Traceback" not in done.stderr
+
+
+if __name__ == "__main__":
+    FLAGS.write_text(frozen_flags(), encoding="utf-8")
+    print(f"wrote {FLAGS}")

@@ -1,0 +1,408 @@
+"""Properties of prepare.py and documents.py: every document arrives whole, on one side only, or nothing changes at all."""
+import dataclasses
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import config
+import corpus
+import documents
+import prepare
+import tokenizer
+from config import ROOT, UserError
+from documents import find_files, read_documents
+from prepare import build, ensure_builtin
+from tokenizer import Tokenizer, normalise
+from tokens import KEYS, TokenData
+
+SETTINGS = config.PrepareArgs(source="files", tokenizer_vocab=400)
+
+
+def hindi(n):
+    return f"यह दस्तावेज़ क्रमांक {n} है।\nपिताजी ने क़लम और सड़क देखी, फिर क\u094d\u200dष लिखा! {n * n}"
+
+
+def latin(n):
+    return f"yaar document {n} hai,\nkal bazaar gaya tha 😀 \tand came  back {n * n}"
+
+
+def texts(count):
+    return [(hindi if n % 3 else latin)(n) for n in range(count)]
+
+
+def write_txt(path, docs):
+    path.write_text("\n\n".join(docs) + "\n", encoding="utf-8")
+    return path
+
+
+def prepared(tmp_path, docs, name="data", **changes):
+    """Build from these documents; returns (folder, notices)."""
+    source = write_txt(tmp_path / "in.txt", docs) if isinstance(docs, list) else docs
+    folder, said = tmp_path / name, []
+    args = dataclasses.replace(SETTINGS, input=(str(source),), data_dir=str(folder), tokenizer=str(tmp_path / "t.model"))
+    build(dataclasses.replace(args, **changes), said.append)
+    return folder, "\n".join(said)
+
+
+def decoded(folder, split):
+    """The documents of a .bin, by splitting at EOS."""
+    data, docs = TokenData(folder, split, verify=True), []
+    tok = Tokenizer(data.tokenizer_path)
+    ids = np.array(data.tokens)
+    assert ids[-1] == tok.eos_id
+    for doc in np.split(ids, np.flatnonzero(ids == tok.eos_id) + 1)[:-1]:
+        assert doc[0] == tok.bos_id and (doc[1:-1] > tok.eos_id).all()
+        docs.append(tok.decode(doc))
+    return docs
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+# ---- documents in, documents out
+
+def test_documents_come_back_byte_for_byte(tmp_path):
+    docs = texts(300)
+    folder, _ = prepared(tmp_path, docs)
+    train, val = decoded(folder, "train"), decoded(folder, "val")
+    assert sorted(train + val) == sorted(map(normalise, docs))
+    assert not set(train) & set(val)
+    order = {normalise(doc): n for n, doc in enumerate(docs)}
+    assert [order[doc] for doc in train] == sorted(order[doc] for doc in train)         # order of the source
+
+
+def test_meta_tells_the_truth(tmp_path):
+    docs = texts(300)
+    folder, said = prepared(tmp_path, docs)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    assert set(KEYS) == set(meta) and meta["version"] == 1 and meta["dtype"] == "uint16" and meta["source"] == "files"
+    assert meta["mask_token_id"] == meta["vocab_size"] == 400 and meta["tokenizer_sha256"] == Tokenizer(tmp_path / "t.model").sha256
+    assert meta["sources"] == [dict(name=str(tmp_path / "in.txt"), licence=None, documents=300,
+                                    sha256=hashlib.sha256((tmp_path / "in.txt").read_bytes()).hexdigest(),
+                                    bytes=sum(len(normalise(doc).encode()) for doc in docs))]
+    for split in ("train", "val"):
+        found = decoded(folder, split)
+        assert meta[f"{split}_docs"] == len(found) == sum(meta["scripts"][split].values())
+        assert meta[f"{split}_bytes"] == sum(len(doc.encode()) for doc in found)
+        assert meta["scripts"][split]["devanagari"] > 0 < meta["scripts"][split]["latin"]
+    assert "devanagari" in said and "latin" in said and "bytes/token" in said and "only 300 documents" in said
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "txt.gz", "jsonl.xz", "JSONL.GZ"])
+def test_each_format_gives_the_same_documents(tmp_path, suffix):
+    docs = texts(30)
+    path = tmp_path / f"x.{suffix}"
+    body = "\n\n".join(docs) if "txt" in suffix else "".join(json.dumps({"text": doc}) + "\n" for doc in docs)
+    pack = {"gz": gzip.compress, "xz": lzma.compress}.get(suffix.lower().split(".")[-1], bytes)
+    path.write_bytes(pack(("\ufeff" + body).encode()))
+    assert [doc.strip() for doc in read_documents(path)][:30] == docs
+
+
+def test_prompt_comes_before_the_text(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "नाम?", "text": "राम"}\n\n{"text": "a", "prompt": null}\n', encoding="utf-8")
+    assert list(read_documents(path))[:2] == ["नाम?\nराम", "a"]
+
+
+def test_folders_are_read_in_order_and_once(tmp_path):
+    for name in ("b/2.txt", "a.txt", "b/1.jsonl", "b/.hidden.txt", "b/readme.md", "c/d/e.txt.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = [str(p.relative_to(tmp_path)) for p in find_files([tmp_path, tmp_path / "b", tmp_path / "a.txt"])]
+    assert found == ["a.txt", "b/1.jsonl", "b/2.txt", "c/d/e.txt.gz"]
+
+
+@pytest.mark.parametrize("letter", ["a", "क", "😀"])
+def test_a_huge_line_is_cut_between_characters(tmp_path, monkeypatch, letter):
+    monkeypatch.setattr(documents, "LINE_BYTES", 100)
+    path, said = tmp_path / "x.txt", []
+    path.write_text(letter * 1000 + "\n\nsecond\nline\n\nthird", encoding="utf-8")
+    docs = list(read_documents(path, said.append))
+    assert docs[0] and "".join(docs[:-2]).strip() == letter * 1000
+    assert [doc.strip() for doc in docs[-2:]] == ["second\nline", "third"] and "is cut here" in said[0]
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "%s"}' % (letter * 200), encoding="utf-8")
+    with pytest.raises(UserError, match="line 1: longer than 100 bytes"):
+        list(read_documents(path))
+
+
+# ---- the split
+
+def test_copies_never_fall_on_both_sides(tmp_path):
+    docs = [doc for doc in texts(100) for _ in range(3)]
+    random.Random(0).shuffle(docs)
+    folder, _ = prepared(tmp_path, docs, val_doc_frac=0.3)
+    train, val = decoded(folder, "train"), decoded(folder, "val")
+    assert not set(train) & set(val) and len(train) + len(val) == 300 and 30 < len(val) < 150
+
+
+def test_the_split_depends_on_seed_and_text_only(tmp_path):
+    docs = texts(300)
+    vals = [set(decoded(prepared(tmp_path, some, name, val_doc_frac=0.1, **how)[0], "val"))
+            for name, some, how in (("a", docs, {}), ("b", docs[::-1], {}), ("c", docs, {"seed": 2}))]
+    assert vals[0] == vals[1] != vals[2]
+    more = set(decoded(prepared(tmp_path, docs + texts(400)[300:], "d", val_doc_frac=0.1)[0], "val"))
+    assert len(vals[0] - more) <= 2 and len(more) > len(vals[0])                        # old documents stay where they were
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 19, 20, 60, 200])
+@pytest.mark.parametrize("frac", [0.0001, 0.02, 0.9999])
+def test_no_split_is_ever_empty(tmp_path, count, frac):
+    folder, _ = prepared(tmp_path, texts(count), val_doc_frac=frac)
+    meta = TokenData(folder).meta
+    assert meta["train_docs"] + meta["val_docs"] == count and min(meta["train_docs"], meta["val_docs"]) > 0
+    if count >= 60:
+        assert all(meta["scripts"][split][script] > 0 for split in ("train", "val") for script in ("devanagari", "latin"))
+
+
+def test_a_small_document_is_held_out_of_a_few(tmp_path):
+    docs = [" ".join(map(hindi, range(n))) for n in (200, 3, 150)]
+    folder, _ = prepared(tmp_path, docs)
+    assert decoded(folder, "val") == [normalise(docs[1])]
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_single_document_is_cut(tmp_path, copies):
+    doc = "\n".join(map(hindi, range(100)))
+    folder, said = prepared(tmp_path, [doc] * copies)
+    (train, *_), (val, *_) = decoded(folder, "train"), decoded(folder, "val")
+    assert f"{train}\n{val}" == normalise(doc) and 500 < len(val) < len(train) / 4 and "only one document" in said
+    with pytest.raises(UserError, match="one document of 30 characters"):
+        prepared(tmp_path, ["x" * 30], "other")
+
+
+# ---- rebuilding
+
+def test_same_settings_are_already_there(tmp_path):
+    folder, _ = prepared(tmp_path, texts(60))
+    before, stamp = contents(folder), (folder / "train.bin").stat().st_mtime_ns
+    _, said = prepared(tmp_path, texts(60))
+    assert "already there" in said and (folder / "train.bin").stat().st_mtime_ns == stamp
+    _, said = prepared(tmp_path, texts(60), force=True)
+    assert "already there" not in said and contents(folder) == before and (folder / "train.bin").stat().st_mtime_ns > stamp
+
+
+@pytest.mark.parametrize("change", [dict(seed=5), dict(val_doc_frac=0.2), dict(max_docs=50), dict(max_chars=3000)])
+def test_a_changed_setting_rebuilds(tmp_path, change):
+    folder, _ = prepared(tmp_path, texts(60))
+    old = TokenData(folder).meta
+    prepared(tmp_path, texts(60), **change)
+    new = TokenData(folder).meta
+    assert old["settings_sha256"] != new["settings_sha256"] and old["train_sha256"] != new["train_sha256"]
+
+
+def test_changed_text_or_damage_rebuilds(tmp_path):
+    folder, _ = prepared(tmp_path, texts(60))
+    prepared(tmp_path, texts(61))
+    assert sum(TokenData(folder).meta[f"{split}_docs"] for split in ("train", "val")) == 61
+    whole = contents(folder)
+    (folder / "train.bin").write_bytes(whole["train.bin"][:-4])
+    _, said = prepared(tmp_path, texts(61))
+    assert "not usable" in said and contents(folder) == whole
+
+
+def test_an_existing_tokenizer_is_reused_and_never_overwritten(tmp_path):
+    prepared(tmp_path, texts(60))
+    model = (tmp_path / "t.model").read_bytes()
+    _, said = prepared(tmp_path, texts(90), "other", tokenizer_vocab=0, force=True)
+    assert "reusing" in said and (tmp_path / "t.model").read_bytes() == model
+    with pytest.raises(UserError, match="500.*400 pieces"):
+        prepared(tmp_path, texts(60), "third", tokenizer_vocab=500)
+
+
+def test_too_small_a_text_asked_twice(tmp_path):
+    _, said = prepared(tmp_path, texts(20), tokenizer_vocab=30_000)
+    assert "not 30000" in said
+    _, said = prepared(tmp_path, texts(20), tokenizer_vocab=30_000, seed=2)
+    assert "reusing" in said
+
+
+def test_limits_are_announced(tmp_path):
+    folder, said = prepared(tmp_path, texts(60), max_docs=40)
+    meta = TokenData(folder).meta
+    assert meta["train_docs"] + meta["val_docs"] == 40 and "stopped at the limit" in said
+    folder, _ = prepared(tmp_path, texts(60), "b", max_chars=2000)
+    assert 1000 < sum(map(len, decoded(folder, "train") + decoded(folder, "val"))) <= 2000
+
+
+def test_the_tokenizer_sees_no_validation_text(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(prepare, "train_tokenizer",
+                        lambda docs, *rest: tokenizer.train_tokenizer([d for d in docs if seen.append(d) or True], *rest))
+    folder, _ = prepared(tmp_path, texts(200), val_doc_frac=0.2)
+    assert sorted(seen) == sorted(decoded(folder, "train"))
+    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 3000)              # a part, and from everywhere
+    seen.clear()
+    prepared(tmp_path, texts(200), "b", val_doc_frac=0.2, tokenizer=str(tmp_path / "u.model"))
+    places = [texts(200).index(doc) for doc in seen]
+    assert set(seen) < set(decoded(folder, "train")) and 10 < len(seen) < 60 and min(places) < 60 and max(places) > 140
+
+
+# ---- failures leave what was there
+
+@pytest.mark.parametrize("data, why", [
+    (b"good\n\nbad \xff\xfe here", "line 3, byte 4.*iconv"), ("नमस्ते".encode("utf-16"), "UTF-16"), (b"\xe0\xa4", "line 1, byte 0"),
+    (b"", "every document is empty"), (b" \n\t\n\x00\n", "every document is empty")])
+def test_bad_text_changes_nothing(tmp_path, data, why):
+    folder, _ = prepared(tmp_path, texts(60))
+    before = contents(folder)
+    (tmp_path / "bad.txt").write_bytes(data)
+    with pytest.raises(UserError, match=why):
+        prepared(tmp_path, tmp_path / "bad.txt")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name, data, why", [
+    ("x.jsonl", b'{"text": "a"}\n{"text": \n', "x.jsonl, line 2: not valid JSON"), ("x.jsonl", b'{"txt": "a"}', 'line 1: no "text"'),
+    ("x.jsonl", b'["text"]', 'no "text"'), ("x.jsonl", b'{"text": 5}', "must be strings"), ("x.jsonl", b"[" * 100_000, "not valid JSON"),
+    ("x.jsonl", b'{"text": "a", "prompt": []}\n{"text": "a", "prompt": 1}', "line 2: .*must be strings"),
+    ("x.txt.gz", b"not gzip at all", "cannot read"), ("x.txt.xz", b"not xz", "cannot read"), ("x.pdf", b"", "unknown kind"),
+    ("x.txt.gz", gzip.compress(os.urandom(5000).hex().encode())[:-2000], "cannot read"), ("folder/x.pdf", b"", "no .txt or .jsonl")])
+def test_bad_files_are_named(tmp_path, name, data, why):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=why):
+        prepared(tmp_path, tmp_path / name.split("/")[0])
+    assert not list((tmp_path / "data").glob("*.bin")) and not (tmp_path / "t.model").exists()
+
+
+def command(*argv, cwd=ROOT):
+    return subprocess.run([sys.executable, "-m", "prepare", *map(str, argv)], capture_output=True, text=True, cwd=cwd, timeout=60,
+                          encoding="utf-8", env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LC_ALL": "C"})
+
+
+@pytest.mark.parametrize("argv, why", [
+    (["--source", "files", "--input", "nowhere.txt"], "nowhere.txt"), (["--source", "files", "--input", "bad.txt"], "line 1, byte 0"),
+    (["--source", "files"], "--input"), (["--source", "files", "--input", "ok.txt", "--tokenizer", "bad.txt"], "bad.txt")])
+def test_command_line_slips(tmp_path, argv, why):
+    (tmp_path / "bad.txt").write_bytes(b"\xff\x00")
+    write_txt(tmp_path / "ok.txt", texts(30))
+    done = command(*argv, "--data_dir", "out", cwd=tmp_path)
+    assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    assert not list(tmp_path.glob("out/*.bin"))
+
+
+def test_command_line_from_start_to_end(tmp_path):
+    write_txt(tmp_path / "मेरी फ़ाइल.txt", texts(60))
+    done = command("--source", "files", "--input", "मेरी फ़ाइल.txt", "--data-dir=my data", "--tokenizer_vocab", "400", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "next: python -m train" in done.stdout and "devanagari" in done.stdout
+    assert len(decoded_from(tmp_path)) == 60
+
+
+def decoded_from(cwd):
+    here = os.getcwd()
+    try:
+        os.chdir(cwd)
+        return decoded(Path("my data"), "train") + decoded(Path("my data"), "val")
+    finally:
+        os.chdir(here)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
+def test_killed_at_each_file_operation(tmp_path):
+    """SIGKILL before the n-th write, sync, rename or removal: the old data, or none at all, and the next run is whole."""
+    old, _ = prepared(tmp_path, texts(60))
+    before = contents(old)
+    new, _ = prepared(tmp_path, texts(80), "new")
+    wanted = contents(new)
+    code = """if True:
+        import os, signal, sys
+        import config, prepare
+        left = int(sys.argv[1])
+        def counted(function):
+            def wrapper(*args, **named):
+                global left
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **named)
+            return wrapper
+        for name in ("replace", "fsync", "unlink"):
+            setattr(os, name, counted(getattr(os, name)))
+        prepare.Path.unlink = counted(prepare.Path.unlink)
+        prepare.json.dump = counted(prepare.json.dump)
+        prepare.main(sys.argv[2:])"""
+    write_txt(tmp_path / "in.txt", texts(80))
+    outcomes = []
+    for n in range(20):
+        done = subprocess.run([sys.executable, "-c", code, str(n), "--source", "files", "--input", str(tmp_path / "in.txt"),
+                               "--data_dir", str(old), "--tokenizer", str(tmp_path / "t.model"), "--tokenizer_vocab", "400"],
+                              capture_output=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, timeout=60)
+        left = {name: raw for name, raw in contents(old).items() if not name.endswith((".tmp", ".lock"))}
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr[-500:]
+        is_old = left == {name: raw for name, raw in before.items() if name != ".lock"}
+        outcomes.append("old" if is_old else "none")
+        if not is_old and (old / "meta.json").exists():
+            assert left == {name: raw for name, raw in wanted.items() if name != ".lock"}
+            outcomes[-1] = "new"
+        for name, raw in before.items():
+            (old / name).write_bytes(raw)
+    assert outcomes[0] == "old" and outcomes.count("none") <= 4 and len(outcomes) >= 7, outcomes
+    assert contents(old) == wanted and done.returncode == 0                     # no temporary file is left either
+
+
+def test_a_full_disk_is_a_message(tmp_path, monkeypatch):
+    folder, _ = prepared(tmp_path, texts(60))
+    before = contents(folder)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(prepare.os, "fsync", full)
+    with pytest.raises(UserError, match="No space left") as caught:
+        prepared(tmp_path, texts(70))
+    assert caught.value.code == 1 and contents(folder) == before
+
+
+# ---- size, and the starter corpus
+
+def test_memory_stays_bounded(tmp_path, monkeypatch):
+    """30 MB in, a few MB of Python memory: of many documents and of one endless line."""
+    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 300_000)
+    monkeypatch.setattr(documents, "LINE_BYTES", 1 << 20)
+    block = "\n\n".join(texts(400)) + "\n\n"
+    with gzip.open(tmp_path / "big.txt.gz", "wt", encoding="utf-8", compresslevel=1) as f:
+        for _ in range(15_000_000 // len(block.encode())):
+            f.write(block)
+        f.write("नमस्ते दुनिया " * 400_000)
+    prepared(tmp_path, texts(60), "warm")
+    tracemalloc.start()
+    folder, _ = prepared(tmp_path, tmp_path / "big.txt.gz", max_docs=10**9)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert TokenData(folder).meta["train_bytes"] > 25e6
+    assert peak < 25e6, f"{peak / 1e6:.1f} MB"
+
+
+def test_starter_corpus(tmp_path, monkeypatch):
+    said = []
+    folder = ensure_builtin(tmp_path / "builtin", max_chars=60_000, log=said.append)
+    meta = TokenData(folder).meta
+    assert meta["source"] == "builtin" and "synthetic" in "".join(said) and meta["sources"][0]["documents"] > 50
+    assert TokenData(folder).tokenizer_path == Path(folder) / "tokenizer.model"
+    for split in ("train", "val"):                                  # X1: both scripts in both splits
+        assert meta["scripts"][split]["devanagari"] > 0 < meta["scripts"][split]["latin"]
+    before = contents(Path(folder))
+    monkeypatch.setattr(corpus, "starter_documents", None)          # nothing is generated a second time
+    said.clear()
+    ensure_builtin(tmp_path / "builtin", max_chars=60_000, log=said.append)
+    assert "already there" in said[0] and contents(Path(folder)) == before
+
+
+def test_starter_corpus_is_the_same_in_two_folders(tmp_path):
+    metas = [TokenData(ensure_builtin(tmp_path / name, max_chars=40_000, log=[].append)).meta for name in "ab"]
+    assert metas[0]["train_sha256"] == metas[1]["train_sha256"] and metas[0]["settings_sha256"] == metas[1]["settings_sha256"]

@@ -1,0 +1,198 @@
+"""Token files: strict opening of what prepare wrote, and windows whose order is a pure function of a counter.
+
+Used by train and evaluate:
+    data = TokenData("data/processed", "train")
+    windows = Windows(data, seq_len=512, seed=1337)
+    x = windows.batch(position, 32)            # (B, T) int64; a resumed run continues with the same counter
+Notable: nothing is guessed and nothing clipped, a file that does not fit its meta.json is refused with both numbers.
+The order is a seeded permutation computed on the fly: no list of indices, the state is one integer.
+"""
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+import config
+from config import UserError
+from tokenizer import NORMALISER
+
+VERSION = 1
+# every key of meta.json with its type and, for numbers, the smallest value allowed
+KEYS = {
+    "version": 1, "vocab_size": 1, "mask_token_id": 1, "pad_id": 0, "unk_id": 0, "bos_id": 0, "eos_id": 0, "dtype": str,
+    "train_tokens": 1, "val_tokens": 0, "train_docs": 1, "val_docs": 0, "train_bytes": 1, "val_bytes": 0,
+    "train_sha256": str, "val_sha256": str, "tokenizer": str, "tokenizer_sha256": str, "normaliser": str,
+    "source": str, "scripts": dict, "sources": list, "settings_sha256": str, "seed": 0,
+}
+SCAN_BYTES = 10**9          # up to this size every id is checked at opening, above it as the windows are read
+
+
+def token_dtype(vocab_size):
+    """The mask's id must fit too, although it never occurs in a file. Always little-endian."""
+    return np.dtype("<u2") if vocab_size + 1 <= 65536 else np.dtype("<u4")
+
+
+def file_sha256(path):
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+
+
+class TokenData:
+    """One split of a prepared folder: `.tokens` (read-only memory map), `.meta`, `.vocab_size`, `len(data)`.
+
+    verify=True also compares the file with its sha256, which reads all of it.
+    """
+
+    def __init__(self, data_dir, split="train", verify=False):
+        self.dir, self.split = Path(data_dir), split
+        self.path = self.dir / f"{split}.bin"
+        self.fix = f"python -m prepare --data_dir {data_dir} --force builds it again"
+        if not (self.dir / "meta.json").exists():
+            raise UserError(f"no prepared text in {data_dir} (no meta.json): run python -m prepare --source files "
+                            f"--input YOUR_TEXT.txt --data_dir {data_dir}, or python -m colab_train_eco for everything")
+        self.meta = self.check_meta(config.read_json(self.dir / "meta.json"))
+        self.vocab_size = self.meta["vocab_size"]
+        self.dtype = token_dtype(self.vocab_size)
+        try:
+            size = self.path.stat().st_size
+            count = self.meta[f"{split}_tokens"]
+            if size != count * self.dtype.itemsize:
+                self.refuse(f"{self.path} has {size:,} bytes, but meta.json says {count:,} {self.dtype.name} tokens = "
+                            f"{count * self.dtype.itemsize:,} bytes")
+            if not count:
+                self.refuse(f"{self.path} has 0 tokens")
+            self.tokens = np.memmap(self.path, self.dtype, "r")
+        except OSError as error:
+            self.refuse(f"cannot read {self.path} ({error.strerror})")
+        if size <= SCAN_BYTES:
+            for start in range(0, count, 2**22):
+                self.check_ids(self.tokens[start:start + 2**22])
+        if verify:
+            found, said = file_sha256(self.path), self.meta[f"{split}_sha256"]
+            if found != said:
+                self.refuse(f"{self.path} has sha256 {found[:12]}, but meta.json says {said[:12]}")
+
+    def refuse(self, what):
+        raise UserError(f"{what}; {self.fix}")
+
+    def check_meta(self, meta):
+        name = self.dir / "meta.json"
+        for key, rule in KEYS.items():
+            if key not in meta:
+                self.refuse(f"{name} has no {key!r}")
+            kind, value = rule if isinstance(rule, type) else int, meta[key]
+            if type(value) is not kind or (kind is int and not rule <= value < 2**63):
+                self.refuse(f"{name}: {key} is {str(value)[:60]!r}, which is no valid {kind.__name__}")
+        vocab, dtype = meta["vocab_size"], token_dtype(meta["vocab_size"]).name
+        specials = [meta[key] for key in ("pad_id", "unk_id", "bos_id", "eos_id")]
+        for what, found, wanted in (
+                ("version", meta["version"], VERSION), ("normaliser", meta["normaliser"], NORMALISER),
+                ("mask_token_id", meta["mask_token_id"], vocab), ("dtype", meta["dtype"], dtype)):
+            if found != wanted:
+                self.refuse(f"{name}: {what} is {found}, but this Aria needs {wanted} with {vocab} pieces")
+        if vocab >= 2**31 or max(specials) >= vocab or len(set(specials)) < 4:
+            self.refuse(f"{name}: special ids {specials} do not fit a vocabulary of {vocab}")
+        return meta
+
+    def check_ids(self, ids):
+        if (top := int(ids.max())) >= self.vocab_size:
+            what = "the mask, which no text may hold" if top == self.vocab_size else "out of range"
+            self.refuse(f"{self.path} holds the id {top}, {what}: the vocabulary is {self.vocab_size}")
+
+    def __len__(self):
+        return len(self.tokens)
+
+    @cached_property
+    def tokenizer_path(self):
+        """The tokenizer that made these ids: where meta.json says, or in the data folder; its hash must fit."""
+        said = Path(self.meta["tokenizer"])
+        found = [p for p in (said, config.ROOT / said, self.dir / said.name) if p.is_file()]
+        hashes = [file_sha256(p) for p in found]
+        if self.meta["tokenizer_sha256"] in hashes:
+            return found[hashes.index(self.meta["tokenizer_sha256"])]
+        if not found:
+            self.refuse(f"the tokenizer {said} of {self.dir} is missing")
+        self.refuse(f"{self.dir} was made with tokenizer {self.meta['tokenizer_sha256'][:12]}, but {found[0]} is "
+                    f"{hashes[0][:12]}")
+
+    def need(self, seq_len):
+        if len(self) < seq_len:
+            raise UserError(f"{self.path} has {len(self):,} tokens, fewer than one window of --seq_len {seq_len}: use "
+                            "a shorter --seq_len, more text, or (for val) a larger --val_doc_frac in prepare")
+
+    def gather(self, starts, seq_len):
+        """Windows from these positions on, (B, T) int64; the text is a ring, its end continues at its beginning."""
+        import torch
+        rows = np.empty((len(starts), seq_len), np.int64)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            head = self.tokens[start:start + seq_len]
+            row[:len(head)] = head
+            row[len(head):] = self.tokens[:seq_len - len(head)]
+        if len(rows) and len(self) * self.dtype.itemsize > SCAN_BYTES:
+            self.check_ids(rows)
+        return torch.from_numpy(rows)                            # (B, T)
+
+    def val_windows(self, n, seq_len):
+        """The same evenly spaced, disjoint windows each time: n of them, or as many as the text has."""
+        self.need(seq_len)
+        n = min(n, len(self) // seq_len)
+        spare = len(self) - n * seq_len
+        return self.gather(np.arange(n) * seq_len + np.arange(n) * spare // max(n - 1, 1), seq_len)
+
+
+def _mix(x):
+    """splitmix64's finaliser, on uint64 arrays: every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _hash(seed, numbers):
+    """uint64 array of pseudo-random numbers, one for each of `numbers`."""
+    base = _mix(np.array([seed % 2**64], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    return _mix(base ^ _mix(numbers.astype(np.uint64) + np.uint64(0x632BE59BD9B4E019)))
+
+
+def permute(index, n, key):
+    """Element-wise bijection of 0..n-1 chosen by `key` (uint64 arrays): a Feistel network over the next power of 4,
+    walked until it falls below n. No memory, whatever n."""
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    out, todo = index.astype(np.uint64), np.arange(len(index))
+    while len(todo):
+        x, k = out[todo], key[todo]
+        left, right = x >> half, x & low
+        for turn in range(6):
+            left, right = right, left ^ (_mix(k + np.uint64(turn << 33) + right) & low)
+        out[todo] = (left << half) | right
+        todo = todo[out[todo] >= n]
+    return out
+
+
+class Windows:
+    """Disjoint windows of seq_len tokens in a seeded order: per epoch another offset, each window exactly once.
+
+    Window number i (0, 1, 2, ... over all epochs) depends on (seed, i) alone, so a run resumes from its counter.
+    """
+
+    def __init__(self, data, seq_len, seed):
+        data.need(seq_len)
+        self.data, self.seq_len, self.seed = data, seq_len, seed
+        self.per_epoch = len(data) // seq_len
+
+    def starts(self, index, count):
+        """Where windows index .. index+count-1 begin in the text."""
+        number = np.arange(index, index + count, dtype=np.int64)
+        epoch, i = np.divmod(number, self.per_epoch)
+        key = _hash(self.seed, epoch)
+        place = permute(i, self.per_epoch, key).astype(np.int64)
+        offset = (_mix(~key) % np.uint64(len(self.data))).astype(np.int64)
+        return (offset + place * self.seq_len) % len(self.data)
+
+    def batch(self, index, count):
+        """Windows number index .. index+count-1 as a (B, T) int64 tensor."""
+        return self.data.gather(self.starts(index, count), self.seq_len)

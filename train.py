@@ -1,0 +1,298 @@
+"""Train a masked-diffusion language model.
+
+    python -m train --preset starter                     # the built-in corpus, minutes on a laptop, ends with samples
+    python -m train --data_dir data/processed            # your own text, after python -m prepare
+    python -m train --resume checkpoints/eco_hybrid_hi   # continue exactly where a run stopped
+
+Reads from top to bottom: data, model, optimizer, resume, then the loop. Randomness is a function of (seed, step), never of
+history, so a resumed run equals the uninterrupted one bit for bit on a CPU, and evaluating more often changes nothing.
+"""
+import contextlib
+import math
+import sys
+import time
+from pathlib import Path
+
+import config
+from config import UserError
+
+NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
+
+
+def say(text):
+    from tqdm import tqdm
+    tqdm.write(text, file=sys.stderr)
+
+
+def starting_point(args, origins):
+    """What the command line asks for -> (args, run folder, checkpoint or None, whether it is a resume, log lines)."""
+    import checkpoint
+    if args.resume_latest and not checkpoint.is_run(args.run_dir):
+        args.resume_latest = False               # nothing there yet: a fresh start
+    resuming = bool(args.resume or args.resume_latest)
+    source = args.ckpt
+    if resuming:
+        source = args.resume if args.resume not in (None, "latest") else args.ckpt or str(args.run_dir)
+    saved, notes = None, []
+    if source:
+        saved = checkpoint.load(source, parts=("model", "ema", "optimizer"))
+        if resuming:
+            args, changes = config.resume_check(saved.config, args, origins)
+            notes = [f"changed on resume: {c}" for c in changes]
+    named = {"output_dir", "run_name"} & {n for n, o in origins.items() if o == "flag"}
+    run_dir = saved.path.parent if resuming and not named else args.run_dir
+    return args, run_dir, saved, resuming, notes
+
+
+def find_data(args, origins):
+    """The data folder; when none was asked for and none is there, the starter corpus is prepared, never silently."""
+    folder = Path(args.data_dir)
+    if (folder / "meta.json").exists() or origins["data_dir"] not in ("default", "checkpoint"):
+        return folder
+    if origins["data_dir"] == "checkpoint" and args.data_dir != "data/builtin":
+        return folder
+    from prepare import ensure_builtin
+    say("notice: no prepared text in data/processed, so the built-in starter corpus is used (synthetic Hindi and Hinglish,\n"
+        "        written by a program; for your own text: python -m prepare --source files --input FILES)")
+    return Path(ensure_builtin(log=say))
+
+
+def make_room(run_dir, rule):
+    """A fresh start in a used folder follows --if_exists; returns the folder to write to, or None to skip."""
+    used = [p for p in Path(run_dir).glob("*") if p.name != "LOCK" and not p.name.startswith("previous_")]
+    if not used:
+        return Path(run_dir)
+    if rule == "error":
+        raise UserError(f"{run_dir} already holds a run: add --resume to continue it, or choose another --output_dir")
+    if rule == "skip":
+        return None
+    number = 1
+    if rule == "suffix":
+        while Path(f"{run_dir}_v{number + 1}").exists():
+            number += 1
+        return Path(f"{run_dir}_v{number + 1}")
+    while (Path(run_dir) / f"previous_{number}").exists():
+        number += 1
+    aside = Path(run_dir) / f"previous_{number}"
+    aside.mkdir()
+    for p in used:
+        p.rename(aside / p.name)
+    say(f"notice: the earlier run in {run_dir} was moved to {aside}")
+    return Path(run_dir)
+
+
+def compile_step(model, args, shape, device):
+    """Compile the function that the loss really calls; if that fails, say why and go on uncompiled."""
+    import torch
+    eager = model.hidden_blocks
+    model.hidden_blocks = torch.compile(eager, mode=args.compile_mode, dynamic=False)
+    started = time.perf_counter()
+    try:
+        ids = torch.zeros(shape, dtype=torch.long, device=device)
+        model.hidden_blocks(ids, ids, args.seq_len, args.seq_len).sum().backward()
+        model.zero_grad(set_to_none=True)
+        say(f"compile: first step in {time.perf_counter() - started:.0f} s")
+    except Exception as error:  # whatever a compiler, its C++ toolchain or its cache may raise
+        model.hidden_blocks = eager
+        model.zero_grad(set_to_none=True)
+        say(f"compile: failed, going on uncompiled: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+
+
+def main(argv=None, pinned=None):
+    args, origins = config.parse(config.TrainArgs, argv, "train", pinned=pinned)   # --help and slips: before torch is there
+    import torch
+
+    import checkpoint
+    import masking
+    import optim
+    import runtime
+    from decode import Settings, generate
+    from evaluate import bits_per_byte, held_out
+    from model import build_model
+    from tokenizer import Tokenizer
+    from tokens import TokenData, Windows
+
+    # ---- data -----------------------------------------------------------------------------------------------------------
+    allocator = runtime.start(args.threads)
+    device = runtime.pick_device(args.device)
+    args, run_dir, saved, resuming, notes = starting_point(args, origins)
+    config.announce(args, origins)                          # with --print_config this is the end
+    data_dir = find_data(args, origins)
+    args.data_dir = str(data_dir)
+    data, val = TokenData(data_dir, "train"), TokenData(data_dir, "val")
+    cfg = config.model_config(args, data.vocab_size)
+    windows = Windows(data, args.seq_len, args.seed)
+    tokenizer = Tokenizer(data.tokenizer_path)
+    if saved and saved.config["model"]["vocab_size"] != cfg.vocab_size:
+        raise UserError(f"{data_dir} has {cfg.vocab_size} pieces, the checkpoint {saved.config['model']['vocab_size']}: prepare the "
+                        f"text with --tokenizer {saved.path / 'tokenizer.model'}")
+    in_place = resuming and run_dir == saved.path.parent
+    if in_place and saved.state["data_sha256"] != data.meta["train_sha256"]:
+        raise UserError(f"{data_dir} has changed since this run began (sha256 {data.meta['train_sha256'][:12]}, the checkpoint "
+                        f"{saved.state['data_sha256'][:12]}): give the old text, or fork with --run_name NEW")
+    start = saved.step if resuming else 0
+    if start >= args.max_steps:
+        say(f"nothing to do: step {start} of {args.max_steps}")
+        return 0
+    if not resuming:
+        run_dir = make_room(run_dir, args.if_exists)
+        if run_dir is None:
+            say("skipped: the run folder is in use and --if_exists skip was given")
+            return 0
+
+    # ---- model, optimizer, resume ---------------------------------------------------------------------------------------
+    runtime.seed_everything(args.seed)
+    model = build_model(cfg).to(device)
+    optimizer = optim.make_optimizer(model, args)
+    ema = optim.EMA(model, args.ema) if args.ema else None
+    best, skipped, position, tokens_seen = math.inf, 0, 0, 0
+    if saved:
+        checkpoint.load_into(model, saved.ema if saved.ema and not resuming else saved.model)
+    if resuming:
+        best = saved.state["best"] if in_place and saved.state["best"] is not None else math.inf
+        skipped, position, tokens_seen = (saved.state[k] for k in ("skipped", "position", "tokens_seen"))
+        if saved.optimizer and not args.reset_optimizer:
+            optimizer.load_state_tensors(saved.optimizer)
+        else:
+            notes.append("the optimizer starts fresh")
+        if ema and saved.ema:
+            ema.load(saved.ema, saved.state["ema_updates"])
+    rows = args.batch_size * args.grad_accum                # sequences of one optimizer step
+    step_tokens = rows * args.seq_len
+    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, saved.state["precision"] if resuming else None)
+    params = config.count_params(cfg)
+    say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads; "
+        f"precision {why}; memory: {allocator}")
+    say(f"data: {data_dir} ({data.meta['source']}), {data.meta['train_tokens']:,} tokens, {cfg.vocab_size} pieces; "
+        f"{args.max_steps} steps of {rows} x {args.seq_len} = {args.max_steps * step_tokens / 1e6:.1f}M tokens, "
+        f"{args.max_steps * step_tokens / data.meta['train_tokens']:.2f} epochs; run folder {run_dir}")
+    if args.compile:
+        with runtime.autocast(device, dtype):
+            compile_step(model, args, (args.batch_size, args.seq_len), device)
+    blocks = sorted(set(args.block_choices), reverse=True)
+    held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len).to(device)
+    saved_args = {"args": config.to_dict(args, config.TrainArgs), "model": cfg.to_dict()}
+
+    def averaged():
+        return ema.swap() if ema else contextlib.nullcontext()
+
+    def evaluate(step):
+        model.eval()
+        with torch.no_grad(), runtime.autocast(device, dtype), averaged():
+            score = held_out(model, held, blocks, 0, args.batch_size)
+        model.train()
+        nats = sum(r["nats"] for r in score.values()) / len(score)
+        error = max(r["se"] for r in score.values())
+        bpb = bits_per_byte(nats, val.meta)
+        log.write("eval", step=step, val_nelbo=nats, val_ci=1.96 * error, val_bpb=bpb, best=nats < best,
+                  val_masked_mean=sum(r["masked_mean"] for r in score.values()) / len(score),
+                  by_block={"T" if b >= args.seq_len else str(b): r["nats"] for b, r in score.items()})
+        say(f"eval {step}/{args.max_steps} | bound {nats:.4f} +- {1.96 * error:.4f} nats/token | {bpb:.4f} bits/byte | "
+            + " ".join(f"{'T' if b >= args.seq_len else b}: {r['nats']:.4f}" for b, r in score.items()))
+        return nats
+
+    def save(step, is_best):
+        state = {"tokens_seen": tokens_seen, "position": position, "skipped": skipped, "best": None if best == math.inf else best,
+                 "ema_updates": ema.updates if ema else 0, "model": args.model, "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
+                 "environment": runtime.environment(device), "compiled": args.compile, "precision": str(dtype)}
+        started = time.perf_counter()
+        folder = checkpoint.save(
+            run_dir, step, model_state=model.state_dict(), ema_state=ema.state() if ema else None,
+            optimizer_state=optimizer.state_tensors(), state=state, config=saved_args, tokenizer_bytes=tokenizer.model_bytes,
+            best=is_best, keep_last=args.keep_last if args.save_interval else 1, keep_full=args.keep_full)
+        log.write("save", step=step, folder=folder.name, seconds=round(time.perf_counter() - started, 3), best=is_best)
+
+    # ---- the loop: evaluate, save, stop, step, log; one turn more than steps --------------------------------------------
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with checkpoint.run_lock(run_dir), runtime.StopFlag() as stop, runtime.Progress(args, start) as progress:
+        log = runtime.JsonLines(run_dir / "train.jsonl")
+        log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv[1:] if argv is None else list(argv),
+                  config=saved_args, params_total=params, params_blocks=config.block_params(cfg),
+                  data={"source": data.meta["source"], "tokens": data.meta["train_tokens"], "sha256": data.meta["train_sha256"]},
+                  planned_tokens=args.max_steps * step_tokens, precision=why, allocator=allocator, **runtime.environment(device))
+        if resuming:
+            log.write("resume", step=start, checkpoint=str(saved.path), notes=notes)
+        for note in notes:
+            say(f"notice: {note}")
+        (run_dir / "config.json").write_text(checkpoint.to_json(saved_args).decode(), encoding="utf-8")
+        bad_in_a_row, is_best, code = 0, False, 0
+        for step in range(start, args.max_steps + 1):
+            last = step == args.max_steps
+            turn = step > start or not resuming              # a resume does not repeat what its checkpoint already holds
+            if turn and args.eval_interval and (last or step % args.eval_interval == 0):
+                nats = evaluate(step)
+                is_best = is_best or nats < best
+                best = min(best, nats)
+            every = args.save_interval or 500
+            if turn and step and (last or stop.signal is not None or step % every == 0):
+                save(step, is_best)
+                is_best = False
+            if last or stop.signal is not None:
+                break
+
+            started = time.perf_counter()
+            model.train()
+            lr = optim.lr_at(step, args.max_steps, args.lr, args.warmup, args.lr_schedule, args.min_lr_ratio)
+            optimizer.set_lr(lr)
+            torch.manual_seed(masking.step_generator(args.seed, step, "drop").initial_seed())    # dropout
+            block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step)
+            draw = masking.draw(args, args.seed, step, rows, args.seq_len, block, first)
+            total = masking.normaliser(args.loss, draw)
+            x0 = windows.batch(position, rows).to(device)                          # (rows, T)
+            data_ms = 1e3 * (time.perf_counter() - started)
+            loss = 0.0
+            for a in range(0, rows, args.batch_size):
+                part = slice(a, a + args.batch_size)
+                with runtime.autocast(device, dtype):
+                    out = masking.denoising_loss(model, x0[part], draw, args.loss, total, part)
+                out.loss.backward()
+                loss += float(out.loss.detach())
+            gnorm = float(optim.clip_grad_norm(model, args.grad_clip))
+            if math.isfinite(loss) and math.isfinite(gnorm):
+                optimizer.step()
+                if ema:
+                    ema.update()
+                bad_in_a_row = 0
+            else:
+                skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
+                log.write("warn", step=step + 1, message="loss or gradient is not finite: step skipped")
+                say(f"warning: step {step + 1}: loss {loss}, gradient norm {gnorm}: not finite, step skipped")
+            optimizer.zero_grad()
+            position, tokens_seen = position + rows, tokens_seen + step_tokens
+            seconds = time.perf_counter() - started
+            progress.step(step + 1, step_tokens, seconds, loss)
+            if step + 1 <= 20 or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
+                rate = float(draw.mask.float().mean())
+                log.write("train", step=step + 1, loss=runtime.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
+                          gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, seq_len=args.seq_len, block=block, first=first,
+                          global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds, data_ms=data_ms,
+                          mem_mb=runtime.peak_memory_mb(device), skipped=skipped)
+                if step == start or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
+                    progress.line(f"step {step + 1}/{args.max_steps} | loss {loss:.4f} | mask {rate:.2f} | lr {lr:.1e} | "
+                                  f"gnorm {gnorm:.2f} | tok/s {progress.tok_s:.0f} | ETA {progress.eta}")
+            if bad_in_a_row == NON_FINITE_LIMIT:
+                say(f"error: {NON_FINITE_LIMIT} steps in a row were not finite, the last is step {step + 1}: try --lr {args.lr / 2:.1e}")
+                code = 1
+                break
+
+        # ---- the end ----------------------------------------------------------------------------------------------------
+        code = code or stop.exit_code
+        log.write("end", step=step, code=code, best=None if best == math.inf else best, seconds=progress.elapsed)
+        summary = runtime.summary(args, run_dir, params, data, best, progress, tokens_seen, step)
+        (run_dir / "summary.md").write_text(summary, encoding="utf-8")
+        log.close()
+    say(summary)
+    if args.show_samples and code == 0:
+        model.eval()
+        settings = Settings(max_new_tokens=40, steps=20, mode="block_frozen" if blocks[-1] < args.seq_len else "full",
+                            block_size=min(args.block_size, *blocks), temperature=0.7, top_k=50, eos_id=tokenizer.eos_id)
+        with averaged():
+            for prompt in config.PROMPTS:
+                out = generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed])
+                print(f"{prompt}{tokenizer.decode(out.rows[0])}", flush=True)
+                print("---")
+    return code
+
+
+if __name__ == "__main__":
+    config.run(main)
