@@ -6,7 +6,6 @@
 A checkpoint needs nothing but itself: shape, tokenizer and defaults come out of its folder. Text goes to stdout, statistics
 to stderr: new tokens before EOS, forwards, seconds with the prompt's encoding included.
 """
-import json
 import statistics
 import sys
 import time
@@ -38,23 +37,35 @@ def load_model(path, device, model="auto", tokenizer_path=None):
 
 def settings(args, saved, tokenizer):
     """Command line + the checkpoint's stored defaults -> decode.Settings, with a notice for what cannot be had."""
-    from decode import Settings
-    trained = saved.config["args"]
     mode = "full"
     if args.blockwise:
-        in_blocks = any(b < trained["seq_len"] for b in block_choices(trained))
-        mode = "block_frozen" if args.frozen_context and in_blocks else "block"
-        if args.frozen_context and not in_blocks:
-            say(f"warning: {saved.path} was not trained in blocks (--train_block_sizes {trained['train_block_sizes']}), "
-                "so its context cannot be frozen: --blockwise alone is used")
+        mode = "block_frozen" if args.frozen_context else "block"
+        if args.frozen_context and (why := cannot_freeze(saved)):
+            say(f"warning: {why}: --blockwise alone is used")
+            mode = "block"
     elif args.frozen_context:
         say("notice: --frozen_context needs --blockwise; the whole text is decoded in one piece")
+    return decode_settings(args, saved, mode, None if args.ignore_eos else tokenizer.eos_id)
+
+
+def decode_settings(args, saved, mode, eos_id):
+    """Also for edge_benchmark, whose command line has modes instead of switches."""
+    from decode import Settings
     if args.min_decode_layers:
         say("notice: --min_decode_layers needs exits that were trained; this checkpoint has none, all layers are used")
-    return Settings(max_new_tokens=args.max_new_tokens, steps=args.steps or trained["sample_steps"], mode=mode,
-                    block_size=args.block_size or saved.config["model"]["block_size"], sampler=args.sampler, reveal=args.reveal,
-                    temperature=args.temperature, temperature_end=args.temperature_end, top_k=args.top_k, top_p=args.top_p,
-                    eos_id=None if args.ignore_eos else tokenizer.eos_id)
+    return Settings(max_new_tokens=args.max_new_tokens, steps=args.steps or saved.config["args"]["sample_steps"], mode=mode,
+                    block_size=args.block_size or saved.config["model"]["block_size"], sampler=args.sampler,
+                    reveal=args.reveal, temperature=args.temperature, temperature_end=args.temperature_end,
+                    top_k=args.top_k, top_p=args.top_p, eos_id=eos_id)
+
+
+def cannot_freeze(saved):
+    """Why this checkpoint's context cannot be frozen; empty if it can."""
+    trained = saved.config["args"]
+    if any(b < trained["seq_len"] for b in block_choices(trained)):
+        return ""
+    return (f"{saved.path} was not trained in blocks (--train_block_sizes {trained['train_block_sizes']}), "
+            "so its context cannot be frozen")
 
 
 def block_choices(trained):
@@ -82,6 +93,7 @@ def main(argv=None, pinned=None):
     config.announce(args, origins)
     import runtime
     from decode import generate
+    from evaluate import write_json
     runtime.start(args.threads)
     device = runtime.pick_device(args.device)
     prompts = read_prompts(args)
@@ -118,9 +130,7 @@ def main(argv=None, pinned=None):
             say(f"[bench] runs={args.benchmark_runs} warmup={args.warmup_runs} mean={mean:.3f}s p50={statistics.median(times):.3f}s "
                 f"tok/s={tokens / mean:.1f} tokens={tokens} forwards={result.forwards}")
     if args.out_json:
-        Path(args.out_json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out_json).write_text(json.dumps({"checkpoint": str(saved.path), "samples": records}, ensure_ascii=False, indent=1),
-                                       encoding="utf-8")
+        write_json(args.out_json, {"checkpoint": str(saved.path), "samples": records})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import config
 from config import UserError
 
 NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
+SAVE_LIMIT = 3           # saves in a row that failed, then the run stops
 
 
 def say(text):
@@ -24,8 +25,8 @@ def say(text):
     tqdm.write(text, file=sys.stderr)
 
 
-def starting_point(args, origins):
-    """What the command line asks for -> (args, run folder, checkpoint or None, whether it is a resume, log lines)."""
+def choose_folder(args, origins):
+    """-> (run folder or None to skip, checkpoint to start from or None, whether it is a resume). Reads no weights."""
     import checkpoint
     if args.resume_latest and not checkpoint.is_run(args.run_dir):
         args.resume_latest = False               # nothing there yet: a fresh start
@@ -33,15 +34,40 @@ def starting_point(args, origins):
     source = args.ckpt
     if resuming:
         source = args.resume if args.resume not in (None, "latest") else args.ckpt or str(args.run_dir)
-    saved, notes = None, []
-    if source:
-        saved = checkpoint.load(source, parts=("model", "ema", "optimizer"))
-        if resuming:
-            args, changes = config.resume_check(saved.config, args, origins)
-            notes = [f"changed on resume: {c}" for c in changes]
-    named = {"output_dir", "run_name"} & {n for n, o in origins.items() if o == "flag"}
-    run_dir = saved.path.parent if resuming and not named else args.run_dir
-    return args, run_dir, saved, resuming, notes
+    fork = any(origins[name] == "flag" for name in ("output_dir", "run_name"))
+    if resuming:
+        home = checkpoint.candidates(source)[0].parent
+        if not fork or home.resolve() == args.run_dir.resolve():
+            return home, source, True
+    run_dir = args.run_dir
+    if is_used(run_dir):
+        if args.if_exists == "error":
+            raise UserError(f"{run_dir} already holds a run: add --resume to continue it, or choose another --output_dir")
+        if args.if_exists == "skip":
+            return None, source, resuming
+        if args.if_exists == "suffix":
+            number = 2
+            while Path(f"{run_dir}_v{number}").exists():
+                number += 1
+            run_dir = Path(f"{run_dir}_v{number}")
+    return run_dir, source, resuming
+
+
+def is_used(run_dir):
+    return any(p.name != "LOCK" and not p.name.startswith("previous_") for p in Path(run_dir).glob("*"))
+
+
+def archive(run_dir):
+    """--if_exists archive: the files of the earlier run move to previous_N/, none is lost."""
+    number = 1
+    while (run_dir / f"previous_{number}").exists():
+        number += 1
+    aside = run_dir / f"previous_{number}"
+    aside.mkdir()
+    for p in run_dir.glob("*"):
+        if p.name != "LOCK" and not p.name.startswith("previous_"):
+            p.rename(aside / p.name)
+    say(f"notice: the earlier run in {run_dir} was moved to {aside}")
 
 
 def find_data(args, origins):
@@ -57,35 +83,11 @@ def find_data(args, origins):
     return Path(ensure_builtin(log=say))
 
 
-def make_room(run_dir, rule):
-    """A fresh start in a used folder follows --if_exists; returns the folder to write to, or None to skip."""
-    used = [p for p in Path(run_dir).glob("*") if p.name != "LOCK" and not p.name.startswith("previous_")]
-    if not used:
-        return Path(run_dir)
-    if rule == "error":
-        raise UserError(f"{run_dir} already holds a run: add --resume to continue it, or choose another --output_dir")
-    if rule == "skip":
-        return None
-    number = 1
-    if rule == "suffix":
-        while Path(f"{run_dir}_v{number + 1}").exists():
-            number += 1
-        return Path(f"{run_dir}_v{number + 1}")
-    while (Path(run_dir) / f"previous_{number}").exists():
-        number += 1
-    aside = Path(run_dir) / f"previous_{number}"
-    aside.mkdir()
-    for p in used:
-        p.rename(aside / p.name)
-    say(f"notice: the earlier run in {run_dir} was moved to {aside}")
-    return Path(run_dir)
-
-
 def compile_step(model, args, shape, device):
     """Compile the function that the loss really calls; if that fails, say why and go on uncompiled."""
     import torch
     eager = model.hidden_blocks
-    model.hidden_blocks = torch.compile(eager, mode=args.compile_mode, dynamic=False)
+    model.hidden_blocks = torch.compile(eager, mode=args.compile_mode)
     started = time.perf_counter()
     try:
         ids = torch.zeros(shape, dtype=torch.long, device=device)
@@ -99,7 +101,30 @@ def compile_step(model, args, shape, device):
 
 
 def main(argv=None, pinned=None):
-    args, origins = config.parse(config.TrainArgs, argv, "train", pinned=pinned)   # --help and slips: before torch is there
+    args, origins = config.parse(config.TrainArgs, argv, "train", pinned=pinned)   # --help and slips: torch is not there yet
+    return start(args, origins)
+
+
+def start(args, origins):
+    """Train with these arguments in a run folder that nobody else writes to; -> exit code."""
+    import checkpoint
+    if args.print_config:
+        config.announce(args, origins)
+    run_dir, source, resuming = choose_folder(args, origins)
+    if run_dir is None:
+        say(f"skipped: {args.run_dir} already holds a run and --if_exists skip was given")
+        return 0
+    new = not run_dir.exists()
+    try:
+        with checkpoint.run_lock(run_dir):
+            return train(args, origins, run_dir, source, resuming)
+    finally:
+        if new and run_dir.exists() and not is_used(run_dir):      # it failed before it began: leave no trace
+            (run_dir / "LOCK").unlink(missing_ok=True)
+            run_dir.rmdir()
+
+
+def train(args, origins, run_dir, source, resuming):
     import torch
 
     import checkpoint
@@ -115,8 +140,14 @@ def main(argv=None, pinned=None):
     # ---- data -----------------------------------------------------------------------------------------------------------
     allocator = runtime.start(args.threads)
     device = runtime.pick_device(args.device)
-    args, run_dir, saved, resuming, notes = starting_point(args, origins)
-    config.announce(args, origins)                          # with --print_config this is the end
+    saved, notes = None, []
+    if source:
+        saved = checkpoint.load(source, parts=("model", "ema", "optimizer"),
+                                quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir)
+    if resuming:
+        args, changes = config.resume_check(saved.config, args, origins)
+        notes = [f"changed on resume: {c}" for c in changes]
+    config.announce(args, origins)
     data_dir = find_data(args, origins)
     args.data_dir = str(data_dir)
     data, val = TokenData(data_dir, "train"), TokenData(data_dir, "val")
@@ -130,24 +161,19 @@ def main(argv=None, pinned=None):
     if in_place and saved.state["data_sha256"] != data.meta["train_sha256"]:
         raise UserError(f"{data_dir} has changed since this run began (sha256 {data.meta['train_sha256'][:12]}, the checkpoint "
                         f"{saved.state['data_sha256'][:12]}): give the old text, or fork with --run_name NEW")
-    start = saved.step if resuming else 0
-    if start >= args.max_steps:
-        say(f"nothing to do: step {start} of {args.max_steps}")
+    first_step = saved.step if resuming else 0
+    if first_step >= args.max_steps:
+        say(f"nothing to do: step {first_step} of {args.max_steps}")
         return 0
-    if not resuming:
-        run_dir = make_room(run_dir, args.if_exists)
-        if run_dir is None:
-            say("skipped: the run folder is in use and --if_exists skip was given")
-            return 0
 
     # ---- model, optimizer, resume ---------------------------------------------------------------------------------------
     runtime.seed_everything(args.seed)
     model = build_model(cfg).to(device)
+    if saved:
+        checkpoint.load_into(model, saved.ema if saved.ema and not resuming else saved.model)
     optimizer = optim.make_optimizer(model, args)
     ema = optim.EMA(model, args.ema) if args.ema else None
     best, skipped, position, tokens_seen = math.inf, 0, 0, 0
-    if saved:
-        checkpoint.load_into(model, saved.ema if saved.ema and not resuming else saved.model)
     if resuming:
         best = saved.state["best"] if in_place and saved.state["best"] is not None else math.inf
         skipped, position, tokens_seen = (saved.state[k] for k in ("skipped", "position", "tokens_seen"))
@@ -166,11 +192,13 @@ def main(argv=None, pinned=None):
     say(f"data: {data_dir} ({data.meta['source']}), {data.meta['train_tokens']:,} tokens, {cfg.vocab_size} pieces; "
         f"{args.max_steps} steps of {rows} x {args.seq_len} = {args.max_steps * step_tokens / 1e6:.1f}M tokens, "
         f"{args.max_steps * step_tokens / data.meta['train_tokens']:.2f} epochs; run folder {run_dir}")
+    held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len).to(device)
+    if not in_place and is_used(run_dir):                   # last: whatever can be wrong with the arguments is behind us
+        archive(run_dir)
     if args.compile:
         with runtime.autocast(device, dtype):
             compile_step(model, args, (args.batch_size, args.seq_len), device)
     blocks = sorted(set(args.block_choices), reverse=True)
-    held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len).to(device)
     saved_args = {"args": config.to_dict(args, config.TrainArgs), "model": cfg.to_dict()}
 
     def averaged():
@@ -196,37 +224,46 @@ def main(argv=None, pinned=None):
                  "ema_updates": ema.updates if ema else 0, "model": args.model, "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
                  "environment": runtime.environment(device), "compiled": args.compile, "precision": str(dtype)}
         started = time.perf_counter()
-        folder = checkpoint.save(
-            run_dir, step, model_state=model.state_dict(), ema_state=ema.state() if ema else None,
-            optimizer_state=optimizer.state_tensors(), state=state, config=saved_args, tokenizer_bytes=tokenizer.model_bytes,
-            best=is_best, keep_last=args.keep_last if args.save_interval else 1, keep_full=args.keep_full)
+        try:
+            folder = checkpoint.save(
+                run_dir, step, model_state=model.state_dict(), ema_state=ema.state() if ema else None,
+                optimizer_state=optimizer.state_tensors(), state=state, config=saved_args,
+                tokenizer_bytes=tokenizer.model_bytes, best=is_best,
+                keep_last=args.keep_last if args.save_interval else 1, keep_full=args.keep_full)
+        except OSError as error:                         # disk full: what was saved before is intact, so training goes on
+            log.write("warn", step=step, message=f"save failed: {error}")
+            say(f"warning: step {step} could not be saved: {error}; the checkpoints before it are intact")
+            return False
         log.write("save", step=step, folder=folder.name, seconds=round(time.perf_counter() - started, 3), best=is_best)
+        return True
 
     # ---- the loop: evaluate, save, stop, step, log; one turn more than steps --------------------------------------------
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with checkpoint.run_lock(run_dir), runtime.StopFlag() as stop, runtime.Progress(args, start) as progress:
+    with runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress:
         log = runtime.JsonLines(run_dir / "train.jsonl")
-        log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv[1:] if argv is None else list(argv),
+        log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
                   config=saved_args, params_total=params, params_blocks=config.block_params(cfg),
                   data={"source": data.meta["source"], "tokens": data.meta["train_tokens"], "sha256": data.meta["train_sha256"]},
                   planned_tokens=args.max_steps * step_tokens, precision=why, allocator=allocator, **runtime.environment(device))
         if resuming:
-            log.write("resume", step=start, checkpoint=str(saved.path), notes=notes)
+            log.write("resume", step=first_step, checkpoint=str(saved.path), notes=notes)
         for note in notes:
             say(f"notice: {note}")
         (run_dir / "config.json").write_text(checkpoint.to_json(saved_args).decode(), encoding="utf-8")
-        bad_in_a_row, is_best, code = 0, False, 0
-        for step in range(start, args.max_steps + 1):
+        bad_in_a_row, unsaved, is_best, code = 0, 0, False, 0
+        for step in range(first_step, args.max_steps + 1):
             last = step == args.max_steps
-            turn = step > start or not resuming              # a resume does not repeat what its checkpoint already holds
+            turn = step > first_step or not resuming              # a resume does not repeat what its checkpoint already holds
             if turn and args.eval_interval and (last or step % args.eval_interval == 0):
                 nats = evaluate(step)
                 is_best = is_best or nats < best
                 best = min(best, nats)
             every = args.save_interval or 500
             if turn and step and (last or stop.signal is not None or step % every == 0):
-                save(step, is_best)
-                is_best = False
+                unsaved = 0 if save(step, is_best) else unsaved + 1
+                is_best = is_best and unsaved > 0
+            if unsaved == SAVE_LIMIT or unsaved and (last or stop.signal is not None):
+                code = 1
+                break
             if last or stop.signal is not None:
                 break
 
@@ -267,7 +304,7 @@ def main(argv=None, pinned=None):
                           gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, seq_len=args.seq_len, block=block, first=first,
                           global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds, data_ms=data_ms,
                           mem_mb=runtime.peak_memory_mb(device), skipped=skipped)
-                if step == start or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
+                if step == first_step or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
                     progress.line(f"step {step + 1}/{args.max_steps} | loss {loss:.4f} | mask {rate:.2f} | lr {lr:.1e} | "
                                   f"gnorm {gnorm:.2f} | tok/s {progress.tok_s:.0f} | ETA {progress.eta}")
             if bad_in_a_row == NON_FINITE_LIMIT:

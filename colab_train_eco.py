@@ -1,0 +1,93 @@
+"""Data, tokenizer and training of the primary model in one command, sized for the GPU that is there.
+
+    python -m colab_train_eco --max_steps 500 --save_interval 100 --log_interval 10 --compile
+    python -m colab_train_eco --allow_cpu --preset tiny --max_steps 50        # no GPU: a small try
+
+Takes every flag of train and of prepare. Stages, one line each, skipped when their result is there: 1 GPU and tier, 2 text,
+3 tokenizer, 4 token files, 5 training. Downloading real Hindi text is not built yet, so without your own text the synthetic
+starter corpus is used, and that is said every time.
+"""
+import dataclasses
+import sys
+from pathlib import Path
+
+import config
+from config import UserError
+
+STARTER_CHARS = 3_000_000       # of the starter corpus when --max_chars was not given: enough for a first check
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def gpu(device):
+    """(name, bytes of memory) of the CUDA device that would be used, or (None, None)."""
+    import torch
+    if not device.startswith(("auto", "cuda")) or not torch.cuda.is_available():
+        return None, None
+    number = int(device.partition(":")[2] or 0)
+    if number >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: this machine shows {torch.cuda.device_count()} CUDA devices")
+    properties = torch.cuda.get_device_properties(number)
+    return properties.name, properties.total_memory
+
+
+def prepare_text(args, origins):
+    """Stages 2 to 4: args.data_dir as it is, or made now. Returns the folder to train on."""
+    import prepare
+    folder = Path(args.data_dir)
+    if (folder / "meta.json").exists():
+        say(f"stages 2-4, text: {folder} is there, used as it is")
+        return folder
+    if args.skip_setup:
+        raise UserError(f"--skip_setup, but there is no prepared text in {folder} (no meta.json): leave --skip_setup out, or "
+                        f"run python -m prepare --source files --input YOUR_TEXT.txt --data_dir {folder}")
+    if args.source == "files":
+        say(f"stages 2-4, text: preparing {', '.join(args.input)} in {folder}")
+        prepare.build(args, say)
+        return folder
+    if origins["data_dir"] == "default":          # keep data/processed free for real text
+        folder = Path("data/builtin")
+    say(f"stages 2-4, text: no prepared text in {args.data_dir}; starter corpus in {folder}")
+    say("notice: downloading Hindi text is not available yet, so the built-in starter corpus is used: synthetic Hindi and\n"
+        "        Hinglish, written by a program. It shows that everything works; it is no real text.")
+    size = args.max_chars if origins["max_chars"] == "flag" else STARTER_CHARS
+    prepare.build(dataclasses.replace(args, data_dir=str(folder), max_chars=size), say)
+    return folder
+
+
+def main(argv=None):
+    found = {}
+
+    def tier(typed):
+        found["name"], found["memory"] = gpu(typed.get("device", config.TrainArgs.device))
+        return config.gpu_tier(found["memory"], typed)
+
+    args, origins = config.parse(config.ColabArgs, argv, "colab_train_eco", tier=tier)
+    if args.print_config:
+        config.announce(args, origins)
+    if found["memory"] is None and not args.allow_cpu:
+        raise UserError("no CUDA GPU here: switch one on (in Colab: Runtime, Change runtime type, GPU), or add --allow_cpu "
+                        "to train slowly on the CPU")
+    name = f"{found['name']}, {found['memory'] / 1e9:.0f} GB" if found["memory"] else "CPU"
+    say(f"stage 1, device: {name}; " + ", ".join(f"{n} {getattr(args, n)} ({origins[n]})"
+                                                 for n in ("batch_size", "grad_accum", "seq_len")))
+    folder = prepare_text(args, origins)
+    if str(folder) != args.data_dir:
+        args, origins = dataclasses.replace(args, data_dir=str(folder)), origins | {"data_dir": "one-shot"}
+    say(f"stage 5, training: {args.model}, {args.n_layers} layers of width {args.d_model}, {args.max_steps} steps on {folder}")
+    import train
+    code = train.start(args, origins)
+    if code == 0:
+        kind = "eco_hybrid" if args.model == "primary" else "diffusion"
+        print(f'next: python -m sample --ckpt {args.run_dir} --model {args.model} --prompt "mai kal bazaar gaya tha" '
+              f"--blockwise --frozen_context\n"
+              f"      python -m evaluate --ckpt {args.run_dir} --data_dir {folder}\n"
+              f"      python -m train --resume {args.run_dir} --max_steps {2 * args.max_steps}"
+              f"      (the older name of sample: python -m diffusion.sample_{kind})")
+    return code
+
+
+if __name__ == "__main__":
+    config.run(main)

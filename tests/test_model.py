@@ -1,0 +1,190 @@
+"""The block rule, the exact frozen cache, the parameter counts and the gradients of both denoisers."""
+import itertools
+
+import pytest
+import torch
+
+import config
+from layers import rotary_table
+from model import build_model
+
+MODELS = ("primary", "backup")
+
+
+def tiny(model, vocab=40, **changes):
+    torch.manual_seed(1)
+    shape = dict(d_model=32, n_layers=3, n_heads=4, d_ff=48, memory_slots=4, conv_kernel=5)
+    net = build_model(config.ModelConfig(model=model, vocab_size=vocab, **{**shape, **changes}))
+    with torch.no_grad():
+        for p in net.parameters():                     # away from the symmetric start, so that every path matters
+            p += 0.1 * torch.randn_like(p)
+    return net.eval()
+
+
+def edges(length, block, first):
+    return list(itertools.pairwise([0, *range(first, length, block), length]))
+
+
+def texts(length, batch=2, vocab=40):
+    g = torch.Generator().manual_seed(length)
+    x0 = torch.randint(1, vocab, (batch, length), generator=g)
+    hidden = torch.rand(batch, length, generator=g) < 0.5
+    return x0, torch.where(hidden, vocab, x0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 16, 64])
+@pytest.mark.parametrize("length", [17, 64, 71])
+@torch.no_grad()
+def test_cache_is_exact(model, block, length):
+    """The most important test: logits decoded with the frozen cache equal logits of the training form, to 1e-5 in float32."""
+    net = tiny(model)
+    x0, xt = texts(length)
+    for first in sorted({1, (block + 1) // 2, block} & set(range(1, length + 1))) if block < length else [length]:
+        whole = net.logits(net.hidden_blocks(xt, x0, block, first))[..., 1:40]
+        cache = net.new_cache(2, length)
+        for lo, hi in edges(length, block, first):
+            part = net(xt[:, lo:hi], cache)[..., 1:40]
+            assert (part - whole[:, lo:hi]).abs().max() <= 1e-5
+            net.commit(x0[:, lo:hi], cache)
+        assert cache.length == length
+
+
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_block_rule(model):
+    """Changing a clean token of block b moves no logit of blocks <= b; changing a noisy one moves its own block and no other."""
+    net, block, length = tiny(model), 8, 40
+    x0, xt = texts(length)
+    base = net.hidden_blocks(xt, x0, block)
+    for position in (0, 7, 8, 21, 39):
+        b = position // block
+        other = x0.clone()
+        other[:, position] = other[:, position] % 39 + 1
+        moved = (net.hidden_blocks(xt, other, block) - base).abs().amax(-1)
+        assert (moved[:, :(b + 1) * block] == 0).all()
+        assert b == 4 or (moved[:, (b + 1) * block:] > 0).any()
+        noisy = xt.clone()
+        noisy[:, position] = noisy[:, position] % 39 + 1
+        moved = (net.hidden_blocks(noisy, x0, block) - base).abs().amax(-1)
+        own = slice(b * block, (b + 1) * block)
+        assert (moved[:, own] > 0).all()
+        moved[:, own] = 0
+        assert (moved == 0).all()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_block_of_the_whole_sequence_is_plain_bidirectional_diffusion(model):
+    net = tiny(model)
+    x0, xt = texts(24)
+    torch.testing.assert_close(net.hidden_blocks(xt, x0, 24), net.hidden(xt), atol=0, rtol=0)
+    torch.testing.assert_close(net.hidden_blocks(xt, x0, 999), net.hidden(xt), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_order_enters_the_denoiser(model):
+    """Swap two distant inputs: the outputs are not just swapped (M3), with every other token hidden too."""
+    net = tiny(model)
+    xt = torch.full((1, 30), 40)
+    xt[0, 5], xt[0, 20] = 7, 9
+    swapped = xt.clone()
+    swapped[0, 5], swapped[0, 20] = 9, 7
+    a, b = net.hidden(xt), net.hidden(swapped)
+    b_back = b.clone()
+    b_back[0, 5], b_back[0, 20] = b[0, 20], b[0, 5]
+    assert (a - b_back).abs().max() > 1e-3
+    near = torch.full((1, 30), 40)
+    near[0, 5], near[0, 6] = 7, 9
+    far = torch.full((1, 30), 40)
+    far[0, 5], far[0, 7] = 7, 9
+    assert (net.hidden(near)[0, 4] - net.hidden(far)[0, 4]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_gets_a_gradient_in_one_step(model):
+    net = tiny(model)
+    x0, xt = texts(33)
+    net.hidden_blocks(xt, x0, 8).square().sum().backward()
+    net.logits(net.hidden(xt))[..., 1:40].logsumexp(-1).sum().backward()
+    dead = [name for name, p in net.named_parameters() if p.grad is None or not (p.grad != 0).any()]
+    assert dead == []
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    from layers import initialise
+    net = tiny("primary")
+    net.stray = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(AssertionError, match="stray"):
+        initialise(net)
+
+
+@torch.no_grad()
+def test_cache_sizes():
+    """EcoHybrid's cache does not grow with the context; the transformer's is preallocated; nbytes is the tensors' size."""
+    eco, backup = tiny("primary"), tiny("backup")
+    cache, sizes, norms = eco.new_cache(1, 0), set(), []
+    for _ in range(64):
+        eco.commit(texts(16, batch=1)[0], cache)
+        sizes.add(cache.nbytes)
+        norms.append(float((cache.num / cache.den).norm()))
+    assert sizes == {sum(t.numel() * t.element_size() for t in (cache.num, cache.den, cache.halo))} and cache.length == 1024
+    assert max(norms) < 4 * min(norms)                  # bounded over 64 blocks (C1)
+    small, large = backup.new_cache(1, 10), backup.new_cache(1, 100)
+    assert large.nbytes == 10 * small.nbytes == 2 * 3 * 32 * 100 * 4
+    backup.commit(texts(10, batch=1)[0], small)
+    with pytest.raises(ValueError, match="10 positions, 11"):
+        backup.commit(texts(11, batch=1)[0][:, :1], small)
+    cache.reset()
+    assert cache.length == 0 and not cache.num.any()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_cache_after_reset_is_a_new_one(model):
+    net = tiny(model)
+    x0, xt = texts(16)
+    used, fresh = net.new_cache(2, 32), net.new_cache(2, 32)
+    net.commit(texts(9)[0], used)
+    used.reset()
+    for cache in (used, fresh):
+        net.commit(x0[:, :8], cache)
+    torch.testing.assert_close(net(xt[:, 8:], used), net(xt[:, 8:], fresh), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parameter_count_is_the_formula(model):
+    for changes in ({}, dict(d_model=48, n_heads=6, d_ff=100, n_layers=2, memory_slots=7, conv_kernel=3, d_mem=12)):
+        net = tiny(model, **changes)
+        assert sum(p.numel() for p in net.parameters()) == config.count_params(net.cfg)
+
+
+@torch.no_grad()
+def test_rotary_table_is_float32_and_exact():
+    """8,192 positions give 8,192 different rows, whatever the model is cast to (C5)."""
+    cos, sin = rotary_table(torch.arange(8192), 16)
+    assert cos.dtype == torch.float32
+    assert len(torch.unique(torch.cat((cos, sin), 1), dim=0)) == 8192
+    net = tiny("backup").to(torch.bfloat16)
+    assert net.table(5000, 3)[0].dtype == torch.float32
+    torch.testing.assert_close(net.table(5000, 3)[0], rotary_table(torch.arange(5000, 5003), 8)[0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_mask_and_pad_are_never_an_answer(model):
+    net = tiny(model)
+    net.head.weight[[0, 40]] += 100
+    z = net(texts(12)[1])
+    assert z.dtype == torch.float32 and torch.isneginf(z[..., [0, 40]]).all() and torch.isfinite(z[..., 1:40]).all()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_mix(model):
+    net = tiny(model)
+    x0, xt = texts(24, batch=3)
+    together = net.hidden_blocks(xt, x0, 8)
+    for row in range(3):
+        torch.testing.assert_close(net.hidden_blocks(xt[row:row + 1], x0[row:row + 1], 8)[0], together[row], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,322 @@
+"""Text out of checkpoints: the documented commands word for word, what sampling promises, and the mode comparison."""
+import json
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+from conftest import aria
+
+import config
+import decode
+import edge_benchmark
+import evaluate
+import sample
+import train
+
+MODES = {"full": (), "block": ("--blockwise",), "block_frozen": ("--blockwise", "--frozen_context")}
+RUNS = {"primary": "checkpoints/eco_hybrid_hi", "backup": "checkpoints/diffusion_hi"}
+EDGE = """python -m sample \\
+  --ckpt checkpoints/eco_hybrid_hi/latest.pt \\
+  --tokenizer data/tokenizer/aria_hindi.model \\
+  --model primary \\
+  --prompt "mai kal bazaar gaya tha" \\
+  --max_new_tokens 128 \\
+  --edge_profile max \\
+  --blockwise \\
+  --frozen_context \\
+  --min_decode_layers 3
+"""
+BENCH = """python -m sample \\
+  --ckpt checkpoints/eco_hybrid_hi/latest.pt \\
+  --tokenizer data/tokenizer/aria_hindi.model \\
+  --model primary \\
+  --prompt "namaste" \\
+  --max_new_tokens 128 \\
+  --blockwise \\
+  --frozen_context \\
+  --benchmark_runs 5 \\
+  --warmup_runs 1
+"""
+COMPARE = """python -m edge_benchmark \\
+  --ckpt checkpoints/eco_hybrid_hi/latest.pt \\
+  --tokenizer data/tokenizer/aria_hindi.model \\
+  --model primary \\
+  --modes full block block_frozen \\
+  --runs_per_prompt 3
+"""
+
+
+def words(document, kind="primary"):
+    """A command of the user's document -> its arguments after `python -m`; for the backup, with the backup's names."""
+    if kind == "backup":
+        document = document.replace("eco_hybrid_hi", "diffusion_hi").replace("--model primary", "--model backup")
+    return shlex.split(document.replace("\\\n", " "))[2:]
+
+
+@pytest.fixture
+def here(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    return trained
+
+
+def call(main, *arguments):
+    """An entry point in this process, as config.run would do it -> exit code."""
+    try:
+        return main([str(a) for a in arguments]) or 0
+    except config.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+
+
+def stats(errors):
+    """The [stats] lines as dicts."""
+    return [dict(pair.split("=", 1) for pair in line.split()[1:]) for line in re.findall(r"^\[stats\].*", errors, re.M)]
+
+
+def draw(capsys, kind, *arguments):
+    """One sampling run -> (text on stdout, the [stats] lines)."""
+    capsys.readouterr()
+    assert call(sample.main, "--ckpt", RUNS[kind], "--threads", 1, *arguments) == 0
+    out, err = capsys.readouterr()
+    return out.removesuffix("\n"), stats(err)
+
+
+# ---- the documents' commands, word for word --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_edge_sampling(trained, kind):
+    name, *arguments = words(EDGE, kind)
+    done = aria(name, *arguments, cwd=trained, check=0)
+    assert done.stdout.startswith("mai kal bazaar gaya tha") and "\ufffd" not in done.stdout[:23]
+    [figures] = stats(done.stderr)
+    assert int(figures["forwards"]) <= 2 * 6 and int(figures["context"]) <= 2 and figures["mode"] == "block_frozen"
+    assert 0 <= int(figures["before_eos"]) <= int(figures["new"]) <= 128
+    assert "latest.pt -> " in done.stderr and "notice: --min_decode_layers" in done.stderr
+
+
+def test_sampling_benchmark(trained):
+    name, *arguments = words(BENCH)
+    done = aria(name, *arguments, cwd=trained, check=0)
+    assert done.stdout.startswith("namaste")
+    [line] = re.findall(r"^\[bench\] runs=5 warmup=1 mean=([\d.]+)s p50=([\d.]+)s tok/s=([\d.]+) tokens=(\d+) forwards=(\d+)$",
+                        done.stderr, re.M)
+    mean, _, speed, tokens, forwards = map(float, line)
+    [figures] = stats(done.stderr)
+    assert int(figures["before_eos"]) == tokens and int(figures["forwards"]) == forwards
+    assert speed == pytest.approx(tokens / mean, rel=0.05, abs=2)
+
+
+KEYS = """runs warmup_runs mean_latency_s p50_latency_s p90_latency_s mean_tok_s mean_generated_tokens mean_forwards
+mean_layer_passes peak_rss_mb nll_per_token distinct_2 agree_with_full""".split()
+TOP_KEYS = "version model ckpt step device threads torch seed prompts args results batch commit".split()
+
+
+def check_document(document, kind, runs):
+    assert set(TOP_KEYS) <= set(document) and document["model"] == kind and document["prompts"] == list(config.BENCH_PROMPTS)
+    assert list(document["results"]) == list(MODES)
+    for mode, r in document["results"].items():
+        assert set(KEYS) <= set(r), mode
+        assert r["runs"] == runs * 3 and 0 < r["p50_latency_s"] <= r["p90_latency_s"] and r["peak_rss_mb"] > 50
+        assert r["mean_layer_passes"] == 2 * r["mean_forwards"] and 0 <= r["agree_with_full"] <= 1
+        assert (r["nll_per_token"] is None) == (r["mean_generated_tokens"] == 0)
+    assert document["results"]["full"]["agree_with_full"] == 1 and document["results"]["full"]["cache_bytes"] == 0
+    assert document["results"]["block_frozen"]["cache_bytes"] > 0
+
+
+def test_mode_comparison(trained):
+    name, *arguments = words(COMPARE)
+    done = aria(name, *arguments, cwd=trained, check=0)
+    *cards, last = done.stdout.rstrip("\n").split("\n")
+    assert [card.split()[0] for card in cards] == list(MODES)
+    written = (trained / "benchmarks/edge_benchmark.json").read_text(encoding="utf-8")
+    assert json.loads(last) == json.loads(written)
+    check_document(json.loads(last), "primary", 3)
+    assert [path.name for path in (trained / "benchmarks").iterdir()] == ["edge_benchmark.json"]
+
+
+# ---- what sampling promises --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("mode", MODES)
+def test_promises_of_a_sample(here, capsys, tmp_path, kind, mode):
+    prompt, path = "भारत में आज  मौसम\tkaisa", tmp_path / "new" / "out.json"
+    arguments = (*MODES[mode], "--prompt", prompt, "--max_new_tokens", 20, "--steps", 5, "--seed", 3)
+    text, [figures] = draw(capsys, kind, *arguments, "--out_json", path)
+    assert draw(capsys, kind, *arguments)[0] == text, "the same seed gave another text"
+    assert draw(capsys, kind, *arguments, "--seed", 4)[0] != text
+    assert text.startswith(prompt) and figures["mode"] == mode
+    assert int(figures["new"]) <= 20 and int(figures["forwards"]) <= 5 * (1 if mode == "full" else 3)
+    assert (int(figures["context"]) > 0) == (mode == "block_frozen")
+    [record] = json.loads(path.read_text(encoding="utf-8"))["samples"]
+    assert record["text"] == text and record["new_tokens"] == int(figures["new"]) and record["seconds"] > 0
+
+
+@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("mode", MODES)
+def test_ids_of_a_sample(here, kind, mode):
+    """No mask, no pad, the promised number; greedy decoding does not depend on the seed."""
+    net, tokenizer, _ = sample.load_model(RUNS[kind], torch.device("cpu"))
+    prompt = [tokenizer.bos_id, *tokenizer.encode("namaste")]
+    for length, temperature in ((1, 0.0), (13, 1e-6), (13, 10.0)):
+        s = decode.Settings(max_new_tokens=length, steps=4, mode=mode, block_size=8, temperature=temperature)
+        out = decode.generate(net, prompt, s, [1, 2])
+        assert all(len(row) == length and not {net.cfg.mask_id, net.cfg.pad_id} & set(row) for row in out.full_rows)
+        assert out.forwards <= 4 * (1 if mode == "full" else -(-length // 8))
+        if temperature == 0:
+            assert out.rows[0] == out.rows[1]
+
+
+def boosted(eos_logit):
+    """sample.load_model with a model that loves or hates EOS."""
+    real = sample.load_model
+
+    def load(*args):
+        net, tokenizer, saved = real(*args)
+        logits = net.logits
+
+        def changed(h):
+            z = logits(h)
+            z[..., tokenizer.eos_id] += eos_logit
+            return z
+        net.logits = changed
+        return net, tokenizer, saved
+    return load
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_eos_ends_the_text_and_the_count(here, capsys, monkeypatch, mode):
+    arguments = ("--prompt", "namaste", "--max_new_tokens", 24, "--temperature", 0, *MODES[mode])
+    load = sample.load_model
+    monkeypatch.setattr(sample, "load_model", boosted(1000.0))
+    text, [figures] = draw(capsys, "primary", *arguments)
+    assert text == "namaste" and (figures["before_eos"], figures["new"]) == ("0", "1") and figures["tok/s"] == "0.0"
+    assert int(figures["forwards"]) <= 12, "blocks after the end were decoded"
+    text, [figures] = draw(capsys, "primary", *arguments, "--ignore_eos")
+    assert figures["new"] == "24"
+    monkeypatch.setattr(sample, "load_model", load)
+    monkeypatch.setattr(sample, "load_model", boosted(-1000.0))
+    text, [figures] = draw(capsys, "primary", *arguments)
+    assert figures["before_eos"] == figures["new"] == "24"
+
+
+def test_several_prompts_and_samples(here, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("namaste\n\nमुझे एक\n", encoding="utf-8")
+    text, figures = draw(capsys, "primary", "--prompts_file", tmp_path / "prompts.txt", "--prompt", "ek", "--prompt", "do",
+                         "--num_samples", 2, "--seed", 5, "--max_new_tokens", 3, "--ignore_eos")
+    parts = text.split("\n---\n")
+    assert len(parts) == 8 and [line["seed"] for line in figures] == ["5", "6"] * 4
+    for part, prompt in zip(parts, [p for p in ("ek", "do", "namaste", "मुझे एक") for _ in "ab"], strict=True):
+        assert part.startswith(prompt)
+    alone = draw(capsys, "primary", "--prompt", "do", "--seed", 6, "--max_new_tokens", 3, "--ignore_eos")[0]
+    assert alone == parts[3], "a sample depends on its neighbours"
+    assert draw(capsys, "primary", "--max_new_tokens", 3)[1], "no prompt at all is an unconditional sample"
+
+
+def test_every_spelling_of_a_checkpoint(here, capsys):
+    run = RUNS["primary"]
+    for spelling, step in (("", 12), ("/", 12), ("/latest.pt", 12), ("/last.ckpt", 12), ("/latest", 12), ("/step_000005.pt", 5),
+                           ("/step_000005", 5), ("/ckpt-step=10.ckpt", 10), ("/best.pt", None)):
+        assert call(sample.main, run + spelling, "--max_new_tokens", 1) == 0, spelling
+        if step:
+            assert f"step_{step:06d}" in capsys.readouterr().err + run + spelling
+    assert call(sample.main, "checkpoints/last.ckpt", "--max_new_tokens", 1) == 0
+    assert "-> checkpoints/" in capsys.readouterr().err
+    assert call(sample.main, run + "/step_000007.pt") == 2
+    assert "step_000010" in capsys.readouterr().err, "the message lists what there is"
+
+
+def test_wrong_model_and_wrong_tokenizer(here, capsys, tmp_path):
+    assert call(sample.main, RUNS["primary"], "--model", "backup") == 2
+    assert "use --model primary" in capsys.readouterr().err
+    import prepare
+    other = tmp_path / "other.model"
+    prepare.main(["--source", "builtin", "--max_chars", "7000", "--tokenizer_vocab", "400", "--data_dir", str(tmp_path / "d"),
+                  "--tokenizer", str(other)])
+    assert call(sample.main, RUNS["primary"], "--tokenizer", other) == 2
+    assert "leave the flag out" in capsys.readouterr().err
+    assert call(evaluate.main, RUNS["primary"], "--data_dir", tmp_path / "d") == 2
+
+
+# ---- the mode comparison ------------------------------------------------------------------------------------------------
+
+def compare(capsys, tmp_path, kind, *arguments):
+    capsys.readouterr()
+    assert call(edge_benchmark.main, RUNS.get(kind, kind), "--out_json", tmp_path / "b.json", "--max_new_tokens", 12,
+                "--threads", 1, *arguments) == 0
+    out = capsys.readouterr().out
+    return json.loads(out.rstrip("\n").split("\n")[-1])
+
+
+def test_comparison_repeats_for_both_models(here, capsys, tmp_path):
+    for kind in RUNS:
+        one, two = (compare(capsys, tmp_path, kind, "--runs_per_prompt", 2) for _ in "ab")
+        check_document(one, kind, 2)
+        for mode in MODES:
+            for key in ("texts", "mean_forwards", "nll_per_token", "distinct_2", "agree_with_full", "mean_generated_tokens"):
+                assert one["results"][mode][key] == two["results"][mode][key]
+
+
+def test_timed_runs_alternate(here, capsys, tmp_path, monkeypatch):
+    order, real = [], decode.generate
+    monkeypatch.setattr(decode, "generate", lambda model, ids, s, seeds: order.append(s.mode) or real(model, ids, s, seeds))
+    compare(capsys, tmp_path, "primary", "--prompt", "ek", "--runs_per_prompt", 3, "--warmup_runs", 2)
+    assert order[-15:] == [*MODES] * 5, "2 warm-up and 3 timed turns, modes in turn"
+
+
+def test_a_text_without_tokens_is_counted_as_such(here, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_model", boosted(1000.0))
+    for r in compare(capsys, tmp_path, "primary", "--runs_per_prompt", 1)["results"].values():
+        assert r["mean_generated_tokens"] == r["mean_tok_s"] == 0 and r["nll_per_token"] is r["distinct_2"] is None
+        assert r["agree_with_full"] == 1
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_nll_is_the_exact_chain_rule(here, kind):
+    """Token by token over the cache = the training form with blocks of one; each token is a mask when it is scored."""
+    net, _, _ = sample.load_model(RUNS[kind], torch.device("cpu"))
+    ids = torch.randint(4, net.cfg.vocab_size, (1, 17), generator=torch.Generator().manual_seed(0))
+    seen, real = [], net.hidden
+    with torch.no_grad():
+        h = net.hidden_blocks(torch.full_like(ids, net.cfg.mask_id), ids, 1)
+        exact = -net.logits(h).log_softmax(-1).gather(-1, ids[..., None])[0, 5:].sum()
+        net.hidden = lambda xt, cache=None: seen.append(xt.tolist()) or real(xt, cache)
+        found = edge_benchmark.nll(net, ids[0, :5].tolist(), ids[0, 5:].tolist(), frozen=True)
+        assert found == pytest.approx(float(exact), rel=1e-4) and seen == [[[net.cfg.mask_id]]] * 12
+        seen.clear()
+        assert edge_benchmark.nll(net, ids[0, :5].tolist(), ids[0, 5:].tolist(), frozen=False) > 0
+        for i, [row] in enumerate(seen):
+            assert row == ids[0, :5 + i].tolist() + [net.cfg.mask_id] * (12 - i)
+
+
+def test_figures_by_hand():
+    assert edge_benchmark.agreement([1, 2, 3], [1, 5, 3, 4]) == 0.5 and edge_benchmark.agreement([], []) == 1
+    assert edge_benchmark.distinct_2([[1, 2, 1, 2], [2, 1]]) == 0.5 and edge_benchmark.distinct_2([[1], []]) is None
+
+
+def test_a_checkpoint_without_blocks(here, capsys, tmp_path):
+    """Its context cannot be frozen: sample says so and goes on, the comparison records the mode as skipped."""
+    run = tmp_path / "whole"
+    assert call(train.main, "--output_dir", run, "--train_block_sizes", "T", "--d_model", 16, "--n_layers", 1, "--n_heads", 2,
+                "--d_ff", 32, "--seq_len", 16, "--max_steps", 1, "--eval_interval", 0, "--no_show_samples", "--threads", 1) == 0
+    capsys.readouterr()
+    assert call(sample.main, run, "--blockwise", "--frozen_context", "--max_new_tokens", 4) == 0
+    err = capsys.readouterr().err
+    assert "not trained in blocks" in err and "mode=block\n" in err
+    document = compare(capsys, tmp_path, run, "--runs_per_prompt", 1)
+    assert "not trained in blocks" in document["results"]["block_frozen"]["skipped"]
+    assert document["results"]["block"]["nll_per_token"] > 0
+
+
+# ---- evaluate -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_evaluate_gives_one_number_twice(here, capsys, tmp_path, kind):
+    found = []
+    for blocks in ((), ("--blocks", "T,8")):
+        assert call(evaluate.main, RUNS[kind], "--batches", 2, "--draws", 1, "--out_json", tmp_path / "e.json", *blocks) == 0
+        found.append(json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["bound"])
+        assert len(re.findall(r"nats/token .* bits/byte", capsys.readouterr().out)) == 2
+    assert found[0] == found[1]
+    assert all(0 < r["nats"] < 20 and r["bits_per_byte"] > 0 for r in found[0].values())

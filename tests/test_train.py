@@ -1,0 +1,336 @@
+"""The trainer as a user sees it: exact resume, signals, damage control, logs. Tiny models; a process only where it matters."""
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, aria
+
+import config
+import masking
+import model as models
+import optim
+import prepare
+import train
+
+SHAPE = ("--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 32, "--memory_slots", 2, "--seq_len", 16,
+         "--batch_size", 4, "--grad_accum", 2, "--train_block_sizes", "T,8,4", "--block_size", 4, "--lr", 3e-3,
+         "--eval_batches", 1, "--threads", 1, "--no_amp", "--no_show_samples", "--live", "off")
+HARD = ("--dropout", 0.1, "--ema", 0.9, "--masking_strategy", "span", "--keep_full", 9)      # all that carries state
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Token files of a few thousand tokens, so that a few dozen steps are more than an epoch."""
+    folder = tmp_path_factory.mktemp("text")
+    prepare.main(["--source", "builtin", "--max_chars", "7000", "--tokenizer_vocab", "400",
+                  "--data_dir", str(folder), "--tokenizer", str(folder / "t.model")])
+    return folder
+
+
+def call(*words):
+    """train.main in this process, as config.run would do it -> exit code."""
+    try:
+        return train.main([str(word) for word in words])
+    except config.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+
+
+def fresh(text, run, *more):
+    return call("--data_dir", text, "--output_dir", run, *SHAPE, *more)
+
+
+def log(run, event="train"):
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    return [line for line in lines if line["event"] == event]
+
+
+def curve(run):
+    """What must not depend on how often one looks or where one stopped: {step: figures}."""
+    return {line["step"]: [line[key] for key in ("loss", "mask", "lr", "gnorm", "block", "first")] for line in log(run)}
+
+
+def weights(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_equals_the_uninterrupted_run(text, tmp_path, kind, optimizer):
+    """Bit for bit, from the middle of one epoch into the next, with intervals that do not divide."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert fresh(text, a, *HARD, "--model", kind, "--optimizer", optimizer, "--max_steps", 52, "--save_interval", 19,
+                 "--eval_interval", 7, "--log_interval", 3) == 0
+    windows = config.read_json(text / "meta.json")["train_tokens"] // 16
+    assert 19 * 8 < windows < 52 * 8 and windows % (19 * 8), "the resume has to be mid-epoch, and the end in the next one"
+    shutil.copytree(a / "step_000019", b / "step_000019")
+    assert call("--resume", b, "--eval_interval", 10, "--save_interval", 23, "--log_interval", 2, "--threads", 1,
+                "--no_show_samples") == 0
+    files = weights(a / "step_000052")
+    assert set(files) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
+    assert files == weights(b / "step_000052")
+    same, one, two = 0, curve(a), curve(b)
+    for step in one.keys() & two.keys():
+        assert one[step] == two[step]
+        same += 1
+    assert same >= 5 and min(two) > 19
+    ends = [config.read_json(run / "step_000052" / "state.json") for run in (a, b)]
+    assert all(ends[0][key] == ends[1][key] for key in ("position", "tokens_seen", "skipped", "ema_updates"))
+
+
+@pytest.mark.parametrize("kind, optimizer", [("primary", "muon"), ("backup", "adamw")])
+def test_n_and_n_steps_are_2n_steps_across_processes(text, tmp_path, kind, optimizer):
+    """The command line's own way: --max_steps N, then --resume --max_steps 2N; the rate must not depend on the total."""
+    more = ("--model", kind, "--optimizer", optimizer, "--lr_schedule", "constant", "--warmup_steps", 4,
+            "--save_interval", 4, "--eval_interval", 5, *HARD)
+    assert fresh(text, tmp_path / "a", *more, "--max_steps", 18) == 0
+    aria("train", "--data_dir", text, "--output_dir", "b", *SHAPE, *more, "--max_steps", 9, cwd=tmp_path, check=0)
+    done = aria("train", "--output_dir", "b", "--resume", "--max_steps", 18, "--threads", 1, cwd=tmp_path, check=0)
+    assert "max_steps: 9 -> 18" in done.stderr
+    assert weights(tmp_path / "a/step_000018") == weights(tmp_path / "b/step_000018")
+    one, two = curve(tmp_path / "a"), curve(tmp_path / "b")
+    assert one == two and len(one) == 18
+
+
+def test_sigterm_saves_and_the_resume_changes_nothing(text, tmp_path, capsys):
+    """Also: while it runs, a second trainer is refused and touches nothing."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    words = ["--data_dir", text, *SHAPE, "--max_steps", 120, "--eval_interval", 0, "--save_interval", 0, "--log_interval", 1]
+    assert call(*words, "--output_dir", a) == 0
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, words), "--output_dir", str(b)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8", cwd=tmp_path) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and process.poll() is None:
+                with contextlib.suppress(OSError, json.JSONDecodeError):
+                    if len(log(b)) >= 5:
+                        break
+                time.sleep(0.01)
+            process.send_signal(signal.SIGSTOP)                      # hold it, so that the second trainer meets it
+            capsys.readouterr()
+            assert call(*words, "--output_dir", b) == 2
+            assert f"process {process.pid} trains in" in capsys.readouterr().err
+            assert len(log(b)) >= 5 and not list(b.glob("previous_*"))
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, errors[-2000:]
+    stopped = config.read_json(b / (b / "latest").read_text().split()[0] / "state.json")["step"]
+    assert 5 <= stopped < 120
+    assert call("--resume", b, "--threads", 1) == 0
+    assert weights(a / "step_000120") == weights(b / "step_000120")
+    assert curve(a) == curve(b)
+
+
+def test_evaluating_more_often_leaves_the_loss_curve(text, tmp_path):
+    runs = {every: tmp_path / str(every) for every in (2, 5, 0)}
+    for every, run in runs.items():
+        assert fresh(text, run, "--max_steps", 11, "--dropout", 0.1, "--eval_interval", every) == 0
+    assert curve(runs[2]) == curve(runs[5]) == curve(runs[0])
+    assert not log(runs[0], "eval") and [line["step"] for line in log(runs[5], "eval")] == [0, 5, 10, 11]
+    assert log(runs[2], "eval")[-1]["val_nelbo"] == log(runs[5], "eval")[-1]["val_nelbo"], "one model, two validation scores"
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert fresh(text, run, "--max_steps", 4, "--save_interval", 2) == 0
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_resume_rules(run, capsys):
+    before = tree(run)
+    assert call("--resume", run, "--d_model", 32, "--max_steps", 6) == 2
+    assert "--d_model 32" in (error := capsys.readouterr().err) and "16" in error and "Traceback" not in error
+    assert tree(run).items() >= before.items()
+    assert call("--resume", run, "--lr", 1e-3, "--max_steps", 6, "--threads", 1) == 0
+    assert "lr: 0.003 -> 0.001" in capsys.readouterr().err
+    assert "lr: 0.003 -> 0.001" in str(log(run, "resume")[-1]["notes"]) and log(run)[-1]["step"] == 6
+
+
+def test_resume_at_the_end_has_nothing_to_do(run, capsys):
+    before = tree(run / "step_000004")
+    for steps in ((), ("--max_steps", 4), ("--max_steps", 3)):
+        assert call("--resume", run, *steps) == 0
+        assert re.search(r"nothing to do: step 4 of [43]\b", capsys.readouterr().err)
+    assert tree(run / "step_000004") == before and log(run)[-1]["step"] == 4
+
+
+def test_resume_latest_starts_fresh_when_nothing_is_there(text, tmp_path, capsys):
+    words = ("--resume_latest", "--eval_interval", 0, "--max_steps")
+    assert fresh(text, tmp_path / "run", *words, 2) == 0
+    assert fresh(text, tmp_path / "run", *words, 3) == 0
+    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3] and len(log(tmp_path / "run", "resume")) == 1
+    assert call("--resume", "--output_dir", tmp_path / "none") == 2
+    assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_a_used_folder(text, run, capsys):
+    before = tree(run)
+    one = ("--max_steps", 1, "--eval_interval", 0, "--if_exists")
+    assert fresh(text, run, *one, "error") == 2 and "--resume" in capsys.readouterr().err
+    assert fresh(text, run, *one, "skip") == 0 and tree(run) == before
+    assert fresh(text, run, *one, "suffix") == 0 and tree(run) == before
+    assert log(run.with_name("run_v2"))[-1]["step"] == 1
+    assert fresh(text, run, *one, "archive") == 0
+    before.pop("LOCK")
+    assert tree(run / "previous_1") == before, "the earlier run was not kept whole"
+    assert [line["step"] for line in log(run)] == [1] and "previous_1" in capsys.readouterr().err
+
+
+def test_a_resume_returns_to_the_suffixed_folder(text, run):
+    assert fresh(text, run, "--max_steps", 1, "--eval_interval", 0, "--if_exists", "suffix") == 0
+    other = run.with_name("run_v2")
+    before = tree(run)
+    assert call("--resume", other, "--max_steps", 2, "--threads", 1) == 0
+    assert log(other)[-1]["step"] == 2 and tree(run) == before
+
+
+# ---- numbers that are none ------------------------------------------------------------------------------------------
+
+def poison(monkeypatch, steps, where):
+    """Make loss or gradient of these steps (from 1) NaN; each step has 2 forwards."""
+    calls, real = [], masking.denoising_loss
+
+    def damaged(*args, **kwargs):
+        out = real(*args, **kwargs)
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if (len(calls) + 1) // 2 in steps:
+                if where == "loss":
+                    return out._replace(loss=out.loss * float("nan"))
+                out.loss.register_hook(lambda grad: grad * float("inf"))
+        return out
+    monkeypatch.setattr(masking, "denoising_loss", damaged)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped(text, tmp_path, monkeypatch, where):
+    poison(monkeypatch, {3}, where)
+    assert fresh(text, tmp_path / "run", *HARD, "--max_steps", 4, "--save_interval", 1, "--eval_interval", 0) == 0
+    files = [weights(tmp_path / "run" / f"step_{step:06d}") for step in (1, 2, 3, 4)]
+    assert files[2] == files[1], "the skipped step changed weights, averages or moments"
+    assert files[1] != files[0] and files[3] != files[2]
+    assert [line["skipped"] for line in log(tmp_path / "run")] == [0, 0, 1, 1]
+    assert [line["step"] for line in log(tmp_path / "run", "warn")] == [3]
+
+
+def test_five_such_steps_in_a_row_end_the_run(text, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {2, 4, 5, 6, 7, 8}, "loss")
+    assert fresh(text, tmp_path / "run", "--max_steps", 20, "--save_interval", 1, "--eval_interval", 0) == 1
+    error = capsys.readouterr().err
+    assert "step 8" in error and "--lr" in error
+    assert log(tmp_path / "run", "end")[-1]["code"] == 1 and log(tmp_path / "run")[-1]["step"] == 8
+    assert log(tmp_path / "run")[-1]["loss"] is None, "JSON has no NaN"
+
+
+# ---- compile --------------------------------------------------------------------------------------------------------
+
+def compiles():
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.mark.skipif(not compiles(), reason="no C++ compiler, which torch.compile needs on a CPU")
+def test_compile_compiles_the_step_that_runs(text, tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+    words = ("--model", "backup", "--n_layers", 1, "--train_block_sizes", "T", "--max_steps", 3, "--eval_interval", 0)
+    assert fresh(text, tmp_path / "eager", *words) == 0
+    counters.clear()
+    calls, real = [], torch.compile
+
+    def counted(function, **options):
+        fast = real(function, **options)
+        return lambda *args: calls.append(torch.is_grad_enabled()) or fast(*args)
+    monkeypatch.setattr(torch, "compile", counted)
+    assert fresh(text, tmp_path / "compiled", *words, "--compile") == 0
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert sum(calls) >= 1 + 3 * 2, "the loop does not call what was compiled: 3 steps of 2 forwards"
+    for step, figures in curve(tmp_path / "eager").items():
+        assert figures[0] == pytest.approx(curve(tmp_path / "compiled")[step][0], abs=1e-3)
+    torch.compiler.reset()
+
+
+def test_a_compiler_that_fails_is_named_and_training_goes_on(text, tmp_path, monkeypatch, capsys):
+    def broken(function, **options):
+        def fail(*args):
+            raise RuntimeError("no toolchain on this machine")
+        return fail
+    monkeypatch.setattr(torch, "compile", broken)
+    assert fresh(text, tmp_path / "run", "--max_steps", 2, "--eval_interval", 0, "--compile") == 0
+    assert "no toolchain on this machine" in capsys.readouterr().err and len(log(tmp_path / "run")) == 2
+
+
+# ---- what a run leaves ----------------------------------------------------------------------------------------------
+
+def test_console_and_log(text, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert fresh(text, run, "--max_steps", 25, "--log_interval", 10, "--save_interval", 10, "--eval_interval", 10) == 0
+    error = capsys.readouterr().err
+    line = (r"^step (\d+)/25 \| loss \d+\.\d{4} \| mask 0\.\d\d \| lr \d\.\de-\d\d \| gnorm \d+\.\d\d \| tok/s \d+"
+            r" \| ETA \d+:\d\d$")
+    assert re.findall(line, error, re.M) == ["1", "10", "20", "25"]
+    assert not re.search(r"\bppl\b|perplexity", error)
+    keys = {"meta": "time version argv config params_total params_blocks torch device data planned_tokens",
+            "train": "step loss loss_kind mask lr gnorm tok_s seq_len global_batch tokens_seen step_ms data_ms mem_mb skipped",
+            "eval": "step val_nelbo val_ci val_bpb val_masked_mean best", "save": "step", "end": "step"}
+    for event, names in keys.items():
+        found = log(run, event)
+        assert found and all(set(names.split()) <= set(entry) for entry in found), event
+    assert [entry["step"] for entry in log(run)] == [*range(1, 21), 25]
+    assert [entry["step"] for entry in log(run, "eval")] == [0, 10, 20, 25]
+    assert [entry["step"] for entry in log(run, "save")] == [10, 20, 25]
+    assert all(0.05 < entry["mask"] < 0.95 and entry["tokens_seen"] == 128 * entry["step"] for entry in log(run))
+    best = min(log(run, "eval")[1:], key=lambda entry: entry["val_nelbo"])
+    assert (run / "best").read_text().startswith(f"step_{best['step']:06d}")
+    assert {"latest", "best", "summary.md", "config.json"} <= {path.name for path in run.iterdir()}
+    summary = (run / "summary.md").read_text(encoding="utf-8")
+    assert "builtin" in summary and "python -m sample" in summary and "--resume" in summary
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_the_loss_falls(text, tmp_path, kind):
+    assert fresh(text, tmp_path / "run", "--model", kind, "--d_model", 32, "--d_ff", 64, "--lr", 1e-2, "--max_steps", 60,
+                 "--log_interval", 1, "--eval_interval", 60) == 0
+    losses = [line["loss"] for line in log(tmp_path / "run")]
+    assert sum(losses[-5:]) / 5 <= 0.9 * losses[0]
+    first, last = (line["val_nelbo"] for line in log(tmp_path / "run", "eval"))
+    assert last <= 0.9 * first, "held-out text did not get easier"
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_one_batch_is_learned_by_heart(kind):
+    args = config.TrainArgs(model=kind, d_model=32, n_layers=2, n_heads=2, d_ff=64, memory_slots=4, weight_decay=0.0)
+    torch.manual_seed(0)
+    net = models.build_model(config.model_config(args, vocab_size=60))
+    optimizer = optim.make_optimizer(net, args)
+    optimizer.set_lr(1e-2)
+    x0 = torch.randint(4, 60, (2, 16))
+    start = masking.bound(net, x0, 8)[1]
+    for step in range(200):
+        block, first = masking.pick_blocks([16, 8], 16, 0, step)
+        draw = masking.draw(args, 0, step, 2, 16, block, first)
+        masking.denoising_loss(net, x0, draw, "elbo", 32).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert masking.bound(net, x0, 8)[1] < 0.5 * start
