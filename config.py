@@ -11,6 +11,7 @@ stops at the first mistake, suggests nothing, and cannot read `--x`, `--no_x` an
 No torch and no numpy here: --help has to be instant.
 """
 import dataclasses
+import errno
 import json
 import math
 import operator
@@ -44,6 +45,12 @@ def run(main, argv=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}: make room, then go on (train: "
+              "--resume); finished files are intact", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -62,7 +62,7 @@ def inflect(word, roman, cls, finite):
     """The form of a masculine singular word (अच्छा, गया, करेगा, है) that agrees with a class -> (word, roman)."""
     gender, number = cls
     plural = number in "2po"                    # तुम takes plural forms; an oblique masculine looks like its plural
-    if word in lexicon.INVARIABLE:
+    if word in lexicon.INVARIABLE.split():
         return word, roman
     if word in AUXILIARIES:
         return AUXILIARIES[word].get(cls) or AUXILIARIES[word][gender + "p"]

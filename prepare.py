@@ -17,10 +17,14 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import config
+
+if __name__ == "__main__":
+    config.answer_help(config.PrepareArgs, "prepare")      # before the heavy imports: --help has to be instant
+
 import numpy as np
 from tqdm import tqdm
 
-import config
 import corpus
 import tokens
 from config import UserError

@@ -116,6 +116,10 @@ def start(args, origins):
         return 0
     new = not run_dir.exists()
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {run_dir} ({error.strerror}): name another --output_dir") from None
+    try:
         with checkpoint.run_lock(run_dir):
             return train(args, origins, run_dir, source, resuming)
     finally:

@@ -12,7 +12,7 @@ import pytest
 
 import corpus
 
-GOLDEN = {1: "?"}       # VERSION -> sha256 of the first 1,000 documents; change the text, bump VERSION, add a line
+GOLDEN = {1: "1f2a3e2a993306ae34775b72f47b0967aa926977e619a476f240498a916c3b85"} # VERSION -> sha256 of the first 1,000 documents; change the text, bump VERSION, add a line
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,10 @@ def hinglish(docs):
 
 @pytest.fixture(scope="module")
 def clauses(hindi):
-    """Lists of words, cut at punctuation and at the words that open another clause."""
-    return [clause.split() for text in hindi for clause in
-            re.split(r"[।?!,:\"\n]| (?:और|लेकिन|क्योंकि|इसलिए|कि|जो|तो|तब|तभी|जिसका|जिसे|या)(?= )", text) if clause.strip()]
+    """Lists of words, cut at punctuation and before the words that open another clause (which stay as the first word)."""
+    opens = "और|लेकिन|क्योंकि|इसलिए|कि|जो|तो|तब|तभी|जिसका|जिसे|या"
+    cut = re.compile(rf'[।?!,:"\n]| (?=(?:{opens}) )')
+    return [clause.split() for text in hindi for clause in cut.split(text) if clause.strip()]
 
 
 # ---- stability
@@ -106,7 +107,8 @@ def test_runbook_prompts(docs, prompt, times, distinct):
 
 
 def test_a_typist_keeps_to_one_spelling(hinglish):
-    rivals = [("mai", "main"), ("nahi", "nahin"), ("bahut", "bohot"), ("accha", "acha"), ("phir", "fir"), ("hoon", "hu", "hun")]
+    rivals = [("mai", "main"), ("nahi", "nahin"), ("bahut", "bohot"), ("accha", "acha"), ("phir", "fir"),
+              ("hoon", "hu", "hun")]
     seen = set()
     for text in hinglish:
         words = set(re.findall("[a-z]+", text))
@@ -125,7 +127,7 @@ FEMININE = split("कहानी किताब चाय लड़की घ�
 MASCULINE = split("छाता खिलौना बैग कुर्ता स्वेटर दुपट्टा कुत्ता तोता चश्मा शहर बाज़ार दोस्त भाई लड़का आदमी मौसम पेड़")
 STEMS = split("अच्छ पुरान काल नील पील हर मीठ प्यार छोट बड़ मेर तुम्हार अपन उसक हमार सुहान")
 POSTPOSITIONS = split("में को से पर ने का के की तक")
-DIRECT = split("लड़का बच्चा कमरा चूहा घोड़ा कुत्ता तोता केला संतरा मेला पैसा दरवाज़ा बगीचा रास्ता थैला गड्ढा समोसा पराठा "
+DIRECT = split("लड़का बच्चा कमरा चूहा घोड़ा कुत्ता तोता केला संतरा मेला पैसा दरवाज़ा बगीचा रास्ता थैला गड्ढा समोसा पराठा छाता खिलौना "
                "मेरा तुम्हारा उसका अपना छोटा बड़ा मैं वह वे यह")
 WOMEN = split("प्रिया नेहा अंजलि पूजा मीना काव्या आयशा रिया सुनीता ममता लता शबाना")
 MEN = split("राहुल अमित मोहन रवि अर्जुन सोनू विकास करण समीर इमरान दीपक सुनील अनिल राजेश")
@@ -168,7 +170,7 @@ def test_transitive_perfective_agrees_with_the_object(hindi):
              "(समोसे|पराठे|लड्डू|पकौड़े) (खाया|खाई|खाईं)>", "(जलेबियाँ|कचौड़ियाँ|इडलियाँ) (खाया|खाए)>",
              "(दूध|शरबत|जूस) (पीं|पी)(?=[।,]| और| थी| है)", "(किताब|कहानी|कविता|डायरी) (पढ़ा|लिखा|पढ़े|लिखे)>",
              "(कबड्डी|हॉकी|शतरंज) खेला>", "(क्रिकेट|फ़ुटबॉल|बैडमिंटन) खेली>", "(बात|मदद) किया>",
-             "(काम|आराम|योग) की(?=[।,]| और| थी)")
+             "(काम|आराम|योग) की(?=[।,]| और| थी)", "चला गई>", "चली गया>")
     right = ("ने [^।?!\n]*(चाय|लस्सी|कॉफ़ी) पी>", "ने [^।?!\n]*(समोसे|पराठे|पकौड़े) खाए>", "ने [^।?!\n]*जलेबियाँ खाईं",
              "ने [^।?!\n]*(कहानी|कविता) (पढ़ी|लिखी)>", "ने [^।?!\n]*(दूध|शरबत) पिया>")
     for pattern in wrong:
@@ -187,18 +189,18 @@ def test_ne_goes_with_transitive_verbs_only(clauses):
         if ne is not None:
             assert words[-1] not in ends[ne], " ".join(words)
             seen[ne] += words[-1] in ends[1 - ne]
-    assert min(seen) > 100, seen
+    assert min(seen) > 50, seen
 
 
 def test_verbs_agree_with_their_subject(clauses):
     """A clause that opens with its subject and ends in participle + auxiliary: both must be of the subject's class."""
-    subjects = {"मैं": "I", "हम": "we", "वे": "they", "माँ": "lady", "दादी": "lady", "नानी": "lady",
-                "पिताजी": "sir", "दादाजी": "sir", "चाचाजी": "sir"} | dict.fromkeys(WOMEN, "she") | dict.fromkeys(MEN, "he")
+    subjects = {"मैं": "I", "हम": "we", "वे": "they", "माँ": "lady", "दादी": "lady", "नानी": "lady", "पिताजी": "sir",
+                "दादाजी": "sir", "चाचाजी": "sir"} | dict.fromkeys(WOMEN, "she") | dict.fromkeys(MEN, "he")
     good = {"I": r"(ा|ी) (हूँ|था|थी)", "we": r"े (हैं|थे)", "they": r"(े|ी) (हैं|थे|थीं)", "lady": r"ी (हैं|थीं)",
             "sir": r"े (हैं|थे)", "she": r"ी (है|थी)", "he": r"ा (है|था)"}
     checked = dict.fromkeys(good, 0)
     for words in clauses:
-        if len(words) < 4 or words[0] not in subjects or words[1] in POSTPOSITIONS | {"नाम"}:
+        if len(words) < 4 or words[0] not in subjects or words[1] in POSTPOSITIONS | {"नाम"} or words[-2] == "मेहनती":
             continue
         participle = re.search(r"(?:त|रह)([ाेी]) (हूँ|है|हैं|हो|था|थे|थी|थीं)$", " ".join(words))
         if participle:

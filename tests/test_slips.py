@@ -1,0 +1,131 @@
+"""Slips: each command ends with exit code 2 and a sentence that names the way out, and leaves every file as it was."""
+import contextlib
+import hashlib
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, aria
+
+import prepare
+
+RUN = "checkpoints/eco_hybrid_hi"
+TRAIN = "--d_model 16 --n_layers 1 --n_heads 2 --d_ff 32 --max_steps 20 --threads 1 --output_dir " + RUN
+
+
+def tree(folder):
+    """{file: its hash}, lock files aside."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.name.upper() not in ("LOCK", ".LOCK")}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Token files and a tokenizer that belong to another text."""
+    folder = tmp_path_factory.mktemp("other")
+    prepare.main(["--source", "builtin", "--max_chars", "7000", "--tokenizer_vocab", "400",
+                  "--data_dir", str(folder), "--tokenizer", str(folder / "other.model")])
+    return folder
+
+
+@pytest.fixture
+def user(trained, other, tmp_path):
+    """A user's folder that a slip could ruin: text, tokenizer, two runs."""
+    folder = tmp_path / "user"
+    shutil.copytree(trained, folder)
+    shutil.copytree(other, folder / "other")
+    return folder
+
+
+def put(name, content):
+    def change(folder):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return change
+
+
+def cut(name):
+    def change(folder):
+        os.truncate(folder / name, (folder / name).stat().st_size - 2)
+    return change
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+SLIPS = {  # what is wrong -> (what the user did to the folder, the command, what the message has to say)
+    "missing input file": (None, "prepare --source files --input nowhere.txt", ("nowhere.txt", "no such file")),
+    "empty corpus": (put("empty.txt", b"\n\n \n"), "prepare --source files --input empty.txt", ("empty.txt", "empty")),
+    "text not UTF-8": (put("bad.txt", b"fine\n\xff\xfe\n"), "prepare --source files --input bad.txt",
+                       ("bad.txt", "line 2", "iconv")),
+    "unknown kind of file": (put("a.pdf", b"%PDF"), "prepare --source files --input a.pdf", ("a.pdf", ".jsonl")),
+    "unknown flag": (None, f"train {TRAIN} --learning_rat 1", ("--learning_rat", "--learning_rate")),
+    "impossible width": (None, f"train {TRAIN} --d_model 33", ("--d_model 33", "--n_heads 2")),
+    "missing --config file": (None, f"train {TRAIN} --config gone.json", ("gone.json",)),
+    "no meta.json": (remove("data/processed/meta.json"), f"train {TRAIN} --data_dir data/processed",
+                     ("meta.json", "python -m prepare", "colab_train_eco")),
+    "meta.json and train.bin disagree": (cut("data/processed/train.bin"), f"train {TRAIN}", ("train.bin", "--force")),
+    "meta.json is no JSON": (put("data/processed/meta.json", b"{"), f"train {TRAIN}", ("meta.json",)),
+    "seq_len longer than the text": (None, f"train {TRAIN} --seq_len 999999", ("--seq_len",)),
+    "seq_len longer than the validation text": (None, f"train {TRAIN} --seq_len 3000", ("val", "--seq_len")),
+    "a GPU that is not there": (None, f"train {TRAIN} --device cuda:9", ("cuda:9", "--device cpu")),
+    "a file in place of the run folder": (put("taken", b"mine"), f"train {TRAIN} --output_dir taken/run",
+                                          ("taken", "--output_dir")),
+    "truncated checkpoint, resume": (cut(RUN + "/step_000010/model.safetensors"), f"train --resume {RUN}/step_000010",
+                                     ("step_000010", "model.safetensors")),
+    "truncated checkpoint, sample": (cut(RUN + "/step_000010/model.safetensors"), f"sample {RUN}/step_000010",
+                                     ("step_000010", "model.safetensors")),
+    "another width on resume": (None, f"train --resume {RUN} --d_model 64", ("--d_model 64", "32")),
+    "another text's tokenizer, first weights": (None, f"train {TRAIN} --ckpt {RUN} --data_dir other",
+                                                ("400", "800", "--tokenizer")),
+    "weights of another width": (None, f"train {TRAIN} --ckpt {RUN}", ("does not fit", "head.weight")),
+    "another text's tokenizer, sample": (None, f"sample {RUN} --tokenizer other/other.model", ("leave the flag out",)),
+    "missing tokenizer": (None, f"sample {RUN} --tokenizer gone.model", ("gone.model",)),
+    "missing prompts file": (None, f"sample {RUN} --prompts_file gone.txt", ("gone.txt", "No such file")),
+    "prompts not UTF-8": (put("p.txt", b"\xff"), f"sample {RUN} --prompts_file p.txt", ("p.txt", "UTF-8")),
+    "no such checkpoint": (None, f"sample {RUN}/step_000099.pt", ("step_000099", "step_000005", "step_000012")),
+    "a pickle": (put("old.pt", pickle.dumps({"a": 1})), "sample old.pt", ("old.pt", "foreign")),
+    "no checkpoint named": (None, "sample", ("--ckpt",)),
+    "a result where none can be": (put("taken", b"mine"), f"edge_benchmark {RUN} --max_new_tokens 2 --runs_per_prompt 1 "
+                                   "--out_json taken/b.json", ("taken/b.json", "--out_json")),
+    "no GPU for the one-shot": (None, "colab_train_eco", ("--allow_cpu",)),
+    "one-shot without text": (remove("data/processed/meta.json"), "colab_train_eco --allow_cpu --skip_setup",
+                              ("--skip_setup", "python -m prepare")),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_slip(user, slip):
+    change, command, words = SLIPS[slip]
+    if change:
+        change(user)
+    before = tree(user)
+    name, *arguments = command.split()
+    done = aria(name, *arguments, cwd=user, env={"CUDA_VISIBLE_DEVICES": ""})
+    message = done.stderr[done.stderr.rfind("error:"):]
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr and all(word in message for word in words), done.stderr[-3000:]
+    assert len(message) < 700, "that is no sentence"
+    assert tree(user) == before, "a slip changed files"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on file sizes")
+def test_full_disk(user):
+    """No file may grow beyond 64 KB: the save fails, training says so and ends with 1, and what was there stays whole."""
+    before = tree(user)
+    command = [sys.executable, "-m", "train", "--resume", RUN, "--max_steps", "14", "--eval_interval", "0", "--threads", "1"]
+    done = subprocess.run(command, cwd=user, capture_output=True, text=True, encoding="utf-8", timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)))
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "could not be saved" in done.stderr
+    after = tree(user)
+    steps = {name: value for name, value in before.items() if "/step_" in name or name.endswith(("latest", "best"))}
+    assert steps.items() <= after.items() and not [name for name in after if "step_000014" in name]
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(user)
