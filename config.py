@@ -55,6 +55,12 @@ def run(main, argv=None):
         sys.exit(130)
 
 
+def answer_help(cls, prog):
+    """For a command with slow imports, called before them: print the help and leave, if that is what was asked for."""
+    if {"-h", "--help", "--help_all", "--help-all"} & set(sys.argv[1:]):
+        run(lambda argv: parse(cls, argv, prog))
+
+
 # ---- presets and profiles: only what differs from the defaults ------------------------------------------------------
 # A preset's d_ff is the backup's; the primary's is matched to the same parameter count (see match_d_ff).
 

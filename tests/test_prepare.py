@@ -371,7 +371,7 @@ def test_a_full_disk_is_a_message(tmp_path, monkeypatch):
 # ---- size, and the starter corpus
 
 def test_memory_stays_bounded(tmp_path, monkeypatch):
-    """12 MB in, of many documents and one endless line; a few MB of Python memory, the same as for a third of it."""
+    """12 MB in, of many documents and one endless line; less Python memory than text, the same as for a third of it."""
     monkeypatch.setattr(prepare, "SAMPLE_BYTES", 200_000)
     monkeypatch.setattr(prepare, "BATCH_CHARS", 50_000)
     monkeypatch.setattr(documents, "LINE_BYTES", 100_000)
@@ -386,7 +386,7 @@ def test_memory_stays_bounded(tmp_path, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert TokenData(folder).meta["train_bytes"] > 10e6
-    assert peak < 8e6, f"{peak / 1e6:.1f} MB"
+    assert peak < 10e6, f"{peak / 1e6:.1f} MB"
 
 
 def test_starter_corpus(tmp_path, monkeypatch):
