@@ -25,7 +25,8 @@ def held_out(model, rows, blocks, seed=0, batch=8, draws=1):
     for block in blocks:
         parts = [bound(model, rows, block, None, seed + i, batch) for i in range(draws)]
         per_row = torch.stack([p[0] for p in parts]).mean(0)                       # (R,)
-        result[block] = {"nats": float(per_row.mean()), "se": float(per_row.std() / math.sqrt(len(per_row))) if len(per_row) > 1 else 0.0,
+        error = float(per_row.std() / math.sqrt(len(per_row))) if len(per_row) > 1 else 0.0
+        result[block] = {"nats": float(per_row.mean()), "se": error,
                          "masked_mean": sum(p[1] for p in parts) / draws}
     return result
 
@@ -65,8 +66,8 @@ def main(argv=None):
     model, tokenizer, saved = load_model(args.ckpt, device)
     data = TokenData(args.data_dir, "val")
     if data.meta["tokenizer_sha256"] != tokenizer.sha256:
-        raise config.UserError(f"{args.data_dir} was made with tokenizer {data.meta['tokenizer_sha256'][:12]}, the checkpoint's is "
-                               f"{tokenizer.sha256[:12]}: prepare the text with --tokenizer {saved.path / 'tokenizer.model'}")
+        raise config.UserError(f"{args.data_dir} was made with tokenizer {data.meta['tokenizer_sha256'][:12]}, the checkpoint's "
+                               f"is {tokenizer.sha256[:12]}: prepare the text with --tokenizer {saved.path / 'tokenizer.model'}")
     length = saved.config["args"]["seq_len"]
     batch = saved.config["args"]["batch_size"]
     rows = data.val_windows(args.batches * batch, length).to(device)

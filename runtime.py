@@ -148,7 +148,7 @@ def commit_hash():
 def environment(device):
     """What a reader needs to repeat a number."""
     return {"torch": torch.__version__, "python": platform.python_version(), "device": str(device),
-            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(), "commit": commit_hash()}
 
 
@@ -243,7 +243,8 @@ def summary(args, run_dir, params, data, best, progress, tokens_seen, step):
         f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
         f"- best held-out bound: {bound}",
         f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory {peak_memory_mb():.0f} MB",
-        f"- sample: python -m sample --ckpt {shlex.quote(str(run_dir))} --prompt \"mai kal bazaar gaya tha\" --blockwise --frozen_context",
+        f"- sample: python -m sample --ckpt {shlex.quote(str(run_dir))} --prompt \"mai kal bazaar gaya tha\" "
+        "--blockwise --frozen_context",
         f"- go on: python -m train --resume {shlex.quote(str(run_dir))} --max_steps {2 * args.max_steps}", ""))
 
 

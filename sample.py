@@ -100,7 +100,8 @@ def main(argv=None, pinned=None):
     model, tokenizer, saved = load_model(args.ckpt, device, args.model, args.tokenizer)
     s = settings(args, saved, tokenizer)
     longest = max(len(tokenizer.encode(p)) for p in prompts) + 1 + args.max_new_tokens
-    if longest > saved.config["args"]["seq_len"] and not (s.mode == "block_frozen" and saved.config["model"]["model"] == "primary"):
+    endless = s.mode == "block_frozen" and model.cfg.model == "primary"       # its cache has no window
+    if longest > saved.config["args"]["seq_len"] and not endless:
         say(f"warning: prompt and new tokens are {longest} positions, the model was trained on {saved.config['args']['seq_len']}")
 
     texts, records = [], []
@@ -127,8 +128,8 @@ def main(argv=None, pinned=None):
         if args.benchmark_runs > 1:
             tokens = sum(map(len, result.rows))
             mean = statistics.mean(times)
-            say(f"[bench] runs={args.benchmark_runs} warmup={args.warmup_runs} mean={mean:.3f}s p50={statistics.median(times):.3f}s "
-                f"tok/s={tokens / mean:.1f} tokens={tokens} forwards={result.forwards}")
+            say(f"[bench] runs={args.benchmark_runs} warmup={args.warmup_runs} mean={mean:.3f}s "
+                f"p50={statistics.median(times):.3f}s tok/s={tokens / mean:.1f} tokens={tokens} forwards={result.forwards}")
     if args.out_json:
         write_json(args.out_json, {"checkpoint": str(saved.path), "samples": records})
 

@@ -159,8 +159,8 @@ def train(args, origins, run_dir, source, resuming):
     windows = Windows(data, args.seq_len, args.seed)
     tokenizer = Tokenizer(data.tokenizer_path)
     if saved and saved.config["model"]["vocab_size"] != cfg.vocab_size:
-        raise UserError(f"{data_dir} has {cfg.vocab_size} pieces, the checkpoint {saved.config['model']['vocab_size']}: prepare the "
-                        f"text with --tokenizer {saved.path / 'tokenizer.model'}")
+        raise UserError(f"{data_dir} has {cfg.vocab_size} pieces, the checkpoint {saved.config['model']['vocab_size']}: "
+                        f"prepare the text with --tokenizer {saved.path / 'tokenizer.model'}")
     in_place = resuming and run_dir == saved.path.parent
     if in_place and saved.state["data_sha256"] != data.meta["train_sha256"]:
         raise UserError(f"{data_dir} has changed since this run began (sha256 {data.meta['train_sha256'][:12]}, the checkpoint "
@@ -225,7 +225,8 @@ def train(args, origins, run_dir, source, resuming):
 
     def save(step, is_best):
         state = {"tokens_seen": tokens_seen, "position": position, "skipped": skipped, "best": None if best == math.inf else best,
-                 "ema_updates": ema.updates if ema else 0, "model": args.model, "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
+                 "ema_updates": ema.updates if ema else 0, "model": args.model,
+                 "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
                  "environment": runtime.environment(device), "compiled": args.compile, "precision": str(dtype)}
         started = time.perf_counter()
         try:
@@ -305,14 +306,15 @@ def train(args, origins, run_dir, source, resuming):
             if step + 1 <= 20 or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
                 rate = float(draw.mask.float().mean())
                 log.write("train", step=step + 1, loss=runtime.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
-                          gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, seq_len=args.seq_len, block=block, first=first,
-                          global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds, data_ms=data_ms,
-                          mem_mb=runtime.peak_memory_mb(device), skipped=skipped)
+                          gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, seq_len=args.seq_len,
+                          block=block, first=first, global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds,
+                          data_ms=data_ms, mem_mb=runtime.peak_memory_mb(device), skipped=skipped)
                 if step == first_step or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
                     progress.line(f"step {step + 1}/{args.max_steps} | loss {loss:.4f} | mask {rate:.2f} | lr {lr:.1e} | "
                                   f"gnorm {gnorm:.2f} | tok/s {progress.tok_s:.0f} | ETA {progress.eta}")
             if bad_in_a_row == NON_FINITE_LIMIT:
-                say(f"error: {NON_FINITE_LIMIT} steps in a row were not finite, the last is step {step + 1}: try --lr {args.lr / 2:.1e}")
+                say(f"error: {NON_FINITE_LIMIT} steps in a row were not finite, the last is step {step + 1}: "
+                    f"try --lr {args.lr / 2:.1e}")
                 code = 1
                 break
 

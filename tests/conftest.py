@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")     # tiny models: on a busy machine two threads mostly wait for each other
 sys.path.insert(0, str(ROOT))
 
 

@@ -66,10 +66,12 @@ def test_guarantees_on_many_random_cases():
     rnd = random.Random(0)
     for case in range(1000):
         habit = rnd.choice(["plain", "mask_lover", "all_eos", "no_eos", "constant"])
-        s = Settings(max_new_tokens=rnd.randint(1, 130), steps=rnd.randint(1, 200), mode=rnd.choice(["full", "block", "block_frozen"]),
+        s = Settings(max_new_tokens=rnd.randint(1, 130), steps=rnd.randint(1, 200),
+                     mode=rnd.choice(["full", "block", "block_frozen"]),
                      block_size=rnd.randint(1, 64), sampler=rnd.choice(["confidence", "random"]),
                      reveal=rnd.choice(["linear", "cosine"]), temperature=rnd.choice([0, 1e-6, 0.7, 1.0, 10.0]),
-                     temperature_end=rnd.choice([None, 0.0, 0.5]), top_k=rnd.choice([0, 1, 5, 99]), top_p=rnd.choice([1.0, 0.9, 0.1]),
+                     temperature_end=rnd.choice([None, 0.0, 0.5]), top_k=rnd.choice([0, 1, 5, 99]),
+                     top_p=rnd.choice([1.0, 0.9, 0.1]),
                      eos_id=rnd.choice([EOS, None]))
         if case % 10:                                                              # mostly short ones: there is much to try
             s.max_new_tokens, s.steps = rnd.randint(1, 24), rnd.randint(1, 30)
@@ -218,6 +220,7 @@ def test_cached_text_equals_uncached_text(model):
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
 def test_longer_than_any_training_length(model):
-    net = build_model(config.ModelConfig(model=model, vocab_size=V, d_model=16, n_layers=1, n_heads=2, d_ff=16, memory_slots=2)).eval()
+    net = build_model(config.ModelConfig(model=model, vocab_size=V, d_model=16, n_layers=1, n_heads=2, d_ff=16,
+                                         memory_slots=2)).eval()
     out = generate(net, [2], Settings(200, 2, mode="block_frozen", block_size=16, eos_id=None), [0])
     assert len(out.rows[0]) == 200 and MASK not in out.rows[0]
