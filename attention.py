@@ -60,7 +60,8 @@ class MultiHead(nn.Module):
 
     def project(self, x, table):
         """x (N, T, D) -> q, k, v (N, H, T, E), q and k rotated."""
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1))                   # (N, T, 3, H, E)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                             # (N, H, T, E) each
         return rotate(q, table), rotate(k, table), v
 
     def join(self, y):
@@ -74,11 +75,16 @@ class MultiHead(nn.Module):
         keys, values = (torch.cat((c.to(k.dtype), own), dim=2) for c, own in zip(context, (k, v), strict=True))
         return self.join(attend(q, keys, values)), k, v                            # keys (B, H, C+S, E)
 
-    def all_blocks(self, x, table, masks):
-        """x (2B, T, D), noisy rows first: the clean stream block-causally, the noisy stream on clean context + own block."""
+    def all_blocks(self, x, table, masks, last=False):
+        """x (2B, T, D), noisy rows first: the clean stream block-causally, the noisy stream on clean context + own block.
+
+        Nobody reads the clean stream behind the last layer: there only its keys count, and (B, T, D) comes back.
+        """
         q, k, v = self.project(x, table)
         (q_noisy, q_clean), (k_noisy, k_clean), (v_noisy, v_clean) = (z.chunk(2) for z in (q, k, v))
         clean_mask, noisy_mask = masks
-        clean = attend(q_clean, k_clean, v_clean, clean_mask)                      # (B, H, T, E)
         noisy = attend(q_noisy, torch.cat((k_clean, k_noisy), dim=2), torch.cat((v_clean, v_noisy), dim=2), noisy_mask)
+        if last:
+            return self.join(noisy)                                                # (B, T, D)
+        clean = attend(q_clean, k_clean, v_clean, clean_mask)                      # (B, H, T, E)
         return self.join(torch.cat((noisy, clean)))                                # (2B, T, D)

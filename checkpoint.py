@@ -22,7 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from config import UserError
+import knobs
+from config import ModelConfig, TrainArgs
+from knobs import UserError
+from model import build_model
+from tokenizer import Tokenizer
 
 try:
     import fcntl
@@ -115,7 +119,7 @@ def run_lock(run_dir):
 # ---------------------------------------------------------------------------------------------------- save
 
 def save(run_dir, step, *, model_state, state, config, tokenizer_bytes, ema_state=None, optimizer_state=None,
-         best=False, keep_last=0, keep_full=2):
+         best=False, keep_last=TrainArgs.keep_last, keep_full=TrainArgs.keep_full):
     """Write checkpoint `step`, point `latest` (and `best`) at it, prune; returns its folder.
 
     FloatingPointError: a tensor is not finite, nothing was touched. OSError (disk full, ...): what was there is intact
@@ -216,19 +220,10 @@ def to_json(value):
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 def read_json(path):
-    """A JSON object, refusing what Python's json lets through: NaN, infinities, repeated keys, bottomless nesting."""
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key is repeated")
-        return dict(pairs)
     try:
-        value = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)
-        json.dumps(value, allow_nan=False)
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise Damage(f"{path} cannot be read as JSON: {error}") from None
-    return value
+        return knobs.read_json(path)
+    except UserError as error:
+        raise Damage(str(error)) from None
 
 def seal(manifest):
     """Adds the manifest's own hash, so that a flipped bit in the list of hashes shows as well."""
@@ -388,3 +383,19 @@ def resolve(path):
     """Any spelling -> the checkpoint's folder; where `latest` is meant, the first that verifies."""
     single = len(candidates(path)) == 1
     return first_good(path, lambda folder: folder if single else verify(folder) and folder)
+
+def load_model(path, device, model="auto", tokenizer_path=None):
+    """Any spelling of a checkpoint -> (model in eval mode, its averaged weights if it has them; tokenizer; checkpoint)."""
+    saved = load(path, parts=("model", "ema"))
+    cfg = ModelConfig.from_dict(saved.config["model"])
+    if model not in ("auto", cfg.model):
+        raise UserError(f"{saved.path} holds a {cfg.model} model, --model says {model}: use --model {cfg.model}")
+    tokenizer = Tokenizer(saved.tokenizer_bytes)
+    if tokenizer_path is not None:
+        given = Tokenizer(tokenizer_path)
+        if given.sha256 != tokenizer.sha256:
+            raise UserError(f"--tokenizer {tokenizer_path} ({given.sha256[:12]}) is not the one this checkpoint was trained with "
+                            f"({tokenizer.sha256[:12]}): leave the flag out, the checkpoint carries its own")
+    net = build_model(cfg)
+    load_into(net, saved.ema or saved.model)
+    return net.eval().to(device), tokenizer, saved

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 import config
-from config import UserError
+from knobs import UserError
 
-STARTER_CHARS = 3_000_000       # of the starter corpus when --max_chars was not given: enough for a first check
 
 
 def say(text):
@@ -48,11 +47,11 @@ def prepare_text(args, origins):
         prepare.build(args, say)
         return folder
     if origins["data_dir"] == "default":          # keep data/processed free for real text
-        folder = Path("data/builtin")
+        folder = Path(config.STARTER_DIR)
     say(f"stages 2-4, text: no prepared text in {args.data_dir}; starter corpus in {folder}")
     say("notice: downloading Hindi text is not available yet, so the built-in starter corpus is used: synthetic Hindi and\n"
         "        Hinglish, written by a program. It shows that everything works; it is no real text.")
-    size = args.max_chars if origins["max_chars"] == "flag" else STARTER_CHARS
+    size = args.max_chars if origins["max_chars"] == "flag" else config.STARTER_CHARS
     prepare.build(dataclasses.replace(args, data_dir=str(folder), max_chars=size), say)
     return folder
 

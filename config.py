@@ -6,59 +6,22 @@
 A knob is a dataclass field whose metadata holds help, choices, limits, old names and its resume rule:
   must    a resumed run has to agree with its checkpoint       may   it may change, and the change is logged
   ignore  it belongs to this one invocation: neither a checkpoint nor a --config file ever sets it
-Precedence: default < tier < preset or profile < --config FILE.json < flag. Reading argv is a loop of our own: argparse
-stops at the first mistake, suggests nothing, and cannot read `--x`, `--no_x` and `--x True` next to a positional.
+Precedence: default < tier < preset or profile < --config FILE.json < flag. How a flag is read is in knobs.py.
 No torch and no numpy here: --help has to be instant.
 """
 import dataclasses
-import errno
-import json
-import math
-import operator
 import re
 import sys
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+
+from knobs import UserError, again, checked, knob, read_flags, read_json, run, show, split_list
 
 ROOT = Path(__file__).resolve().parent
 PROMPTS = ("mai kal bazaar gaya tha aur", "भारत में आज मौसम", "yaar mujhe samajh nahi aa raha",
            "मुझे एक अच्छी कहानी सुनाओ")     # the runbook's
+STARTER_DIR, STARTER_CHARS, STARTER_VOCAB = "data/builtin", 12_000_000, 4000      # the starter corpus, when train makes it
 BENCH_PROMPTS = ("namaste", "mai kal bazaar gaya tha", "aaj mausam kaisa hai")
-
-
-class UserError(Exception):
-    """A slip the user can mend: printed as one sentence, exit code 2 (3: something external is missing)."""
-
-    def __init__(self, message, code=2):
-        super().__init__(message)
-        self.code = code
-
-
-def run(main, argv=None):
-    """Call an entry point; a UserError becomes one message on stderr and its exit code. Output is UTF-8 everywhere."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        sys.exit(main(argv) or 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}: make room, then go on (train: "
-              "--resume); finished files are intact", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def answer_help(cls, prog):
-    """For a command with slow imports, called before them: print the help and leave, if that is what was asked for."""
-    if {"-h", "--help", "--help_all", "--help-all"} & set(sys.argv[1:]):
-        run(lambda argv: parse(cls, argv, prog))
 
 
 # ---- presets and profiles: only what differs from the defaults ------------------------------------------------------
@@ -66,8 +29,9 @@ def answer_help(cls, prog):
 
 PRESETS = {
     "none": {},
-    "starter": dict(d_model=256, n_layers=6, n_heads=4, d_ff=768, memory_slots=8, seq_len=128, batch_size=32,
-                    grad_accum=1, lr=2e-3, max_steps=300, save_interval=100, eval_interval=100),
+    "starter": dict(d_model=192, n_layers=6, n_heads=4, d_ff=576, memory_slots=8, seq_len=128, batch_size=32, grad_accum=1,
+                    optimizer="muon", lr=2e-2, sample_steps=32, max_steps=500, save_interval=250,
+                    eval_interval=250, eval_batches=6),
     "nano": dict(d_model=64, n_layers=3, n_heads=4, d_ff=192, memory_slots=8, seq_len=64, batch_size=8, grad_accum=1,
                  lr=1e-3, warmup_steps=50, max_steps=500, save_interval=100),
     "tiny": dict(d_model=128, n_layers=3, n_heads=4, d_ff=512, memory_slots=8, seq_len=128, batch_size=8, grad_accum=1,
@@ -110,24 +74,6 @@ def gpu_tier(memory, typed=()):
 
 
 # ---- the knobs ------------------------------------------------------------------------------------------------------
-
-def knob(default, help, resume="may", **meta):
-    """A field with one knob's declaration. The type is the annotation's; a default of None also accepts "none".
-
-    choices; values: old value -> value; aliases: other flag names; shortcuts: flag -> the value it stands for;
-    at_least, above, at_most, below: limits; bare: value of the flag alone; many: "repeat" (one value each time) or
-    "several"; positional; rare: only under --help_all; elsewhere: wrong choice -> what it is.
-    """
-    if isinstance(default, bool):
-        meta["bare"] = "on"
-    return dataclasses.field(default=default, metadata=dict(help=help, resume=resume, **meta))
-
-
-def again(cls, name, *default):
-    """Another class's knob, with a default of its own if one is given."""
-    f = cls.__dataclass_fields__[name]
-    return dataclasses.field(default=default[0] if default else f.default, metadata=f.metadata)
-
 
 OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffusion="backup")
 
@@ -195,7 +141,7 @@ class OptimKnobs:
     warmup_steps: int = knob(-1, "linear warm-up; -1 = 5 % of the steps, at most 300", at_least=-1)
     min_lr_ratio: float = knob(0.1, "last rate / peak rate", at_least=0, at_most=1, rare=True)
     weight_decay: float = knob(0.05, "on matrices only", at_least=0)
-    optimizer: str = knob("adamw", "update rule", "must", choices=("adamw", "muon"))
+    optimizer: str = knob("adamw", "update rule", "must", choices=("adamw", "muon", "lion"))
     ema: float = knob(0.0, "decay of averaged weights; 0 = off", at_least=0, below=1)
     grad_clip: float = knob(1.0, "limit of the gradient norm; 0 = off", at_least=0, rare=True)
     amp: str = knob("auto", "mixed precision", choices=("auto", "on", "off"), bare="on",
@@ -394,10 +340,6 @@ def problems_of(args):
     return [p for c in type(args).__mro__ if "problems" in vars(c) for p in c.problems(args)]
 
 
-def split_list(text):
-    return [part.strip() for part in text.split(",")]
-
-
 def block_problems(name, text):
     for part in split_list(text):
         if part != "T" and not re.fullmatch("0*[1-9][0-9]{0,8}", part):
@@ -481,124 +423,12 @@ def match_d_ff(c, target):
     return max(8, 8 * round((target - rest) / (3 * c.d_model * c.n_layers) / 8))
 
 
-# ---- reading values and the command line ----------------------------------------------------------------------------
+# ---- from flags to arguments -----------------------------------------------------------------------------------------
 
-WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-LIMITS = dict(at_least=operator.ge, above=operator.gt, at_most=operator.le, below=operator.lt)
-
-
-def convert(f, value):
-    """A flag's text (or a JSON value of the right type) -> the knob's value. A ValueError says what is wrong."""
-    meta, is_text = f.metadata, isinstance(value, str)
-    if f.default is None and is_text and value.lower() == "none":
-        return None
-    if f.type is bool and is_text:
-        if value.lower() not in WORDS:
-            raise ValueError("must be True or False")
-        return WORDS[value.lower()]
-    try:
-        value = f.type(value)
-    except (ValueError, OverflowError):
-        raise ValueError("must be a whole number" if f.type is int else "must be a number") from None
-    if f.type is float and not math.isfinite(value):
-        raise ValueError("must be finite")
-    for limit, holds in LIMITS.items():
-        if limit in meta and not holds(value, meta[limit]):
-            raise ValueError(f"must be {limit.replace('_', ' ')} {meta[limit]}")
-    if f.type is str:
-        value = meta.get("values", {}).get(value, value)
-    for part in value if f.type is tuple else (value,):
-        if "choices" in meta and part not in meta["choices"]:
-            raise ValueError(meta.get("elsewhere", {}).get(part) or f"must be one of {', '.join(meta['choices'])}")
-    return value
-
-
-def flag_names(cls):
-    """Every name of every flag in snake case -> (its field, the text it stands for or None)."""
-    names = {}
-    for f in dataclasses.fields(cls):
-        names |= {name: (f, None) for name in (f.name, *f.metadata.get("aliases", ()))}
-        names |= {name: (f, text) for name, text in f.metadata.get("shortcuts", {}).items()}
-        if f.type is bool or "bare" in f.metadata and "choices" in f.metadata:
-            names["no_" + f.name] = (f, "off")
-    return names
-
-
-def suggestion(name, names, prog=""):
-    import difflib  # costs 10 ms, and only a mistake needs it
-    for other, cls in COMMANDS.items():
-        if other != prog and name in flag_names(cls):
-            return f" (it belongs to {other})"
-    near = difflib.get_close_matches(name, names, 1)
-    return f", did you mean --{near[0]}?" if near else ""
-
-
-def read_flags(cls, argv, prog):
-    """argv -> ({field: value}, [all that is wrong with it], {unreadable fields}). Only flag names are normalised."""
-    names, queue, typed, problems, bad = flag_names(cls), deque(argv), {}, [], set()
-    positional = next((f for f in dataclasses.fields(cls) if f.metadata.get("positional")), None)
-    place = None                                                   # the positional argument
-
-    def take(accept=None):
-        """The next argument, unless it is a flag or none of accept."""
-        if queue and not re.match("--[A-Za-z]|-h$", queue[0]) and (accept is None or queue[0].lower() in accept):
-            return queue.popleft()
-
-    while queue:
-        token = queue.popleft()
-        if token in ("-h", "--help", "--help_all", "--help-all"):
-            print(help_text(cls, prog, everything="all" in token))
-            raise SystemExit(0)
-        if token and not token.strip("\\ \r\n"):
-            problems.append("a lone \\ is no argument: use a single \\ at the line end, with nothing after it")
-            continue
-        if not token.startswith("-") and positional and place is None:
-            place = token
-            continue
-        name, equals, text = token[2:].partition("=")
-        name, text = name.replace("-", "_"), text if equals else None
-        if not token.startswith("--") or name not in names:
-            if token.startswith("--"):
-                problems.append(f"unknown flag --{name}{suggestion(name, names, prog)}")
-                take()                                             # most likely its value
-            else:
-                problems.append(f"unexpected argument {token!r}")
-            continue
-        f, stands_for = names[name]
-        try:
-            value = flag_value(f, stands_for, text, take)
-        except ValueError as error:
-            problems.append(f"--{name} {error}")
-            bad.add(f.name)
-            continue
-        typed[f.name] = typed.get(f.name, ()) + value if f.metadata.get("many") == "repeat" else value
-    if place is not None and typed.setdefault(positional.name, place) != place:
-        problems.append(f"{place} and --{positional.name} {typed[positional.name]} differ: give only one of them")
-    return typed, problems, bad
-
-
-def flag_value(f, stands_for, text, take):
-    """The value of one flag; text is what followed its "=", take() hands out the arguments after it."""
-    many, bare, choices = (f.metadata.get(key) for key in ("many", "bare", "choices"))
-    if stands_for:                                                 # --no_x, --cpu
-        if text is not None or take(WORDS):
-            raise ValueError("takes no value")
-        text = stands_for
-    elif text is None and bare:                                    # a switch takes only what can be its value
-        text = take({*WORDS, *(choices or ())} if choices or f.type is bool else None) or bare
-    elif text is None:
-        text = take()
-    if text is None:
-        raise ValueError("needs a value")
-    parts = [text]
-    while many == "several" and (more := take()) is not None:
-        parts.append(more)
-    if many and choices:
-        parts = [part for text in parts for part in split_list(text)]
-    try:
-        return convert(f, parts if many else text)
-    except ValueError as error:
-        raise ValueError(f"{' '.join(parts)}: {error}") from None
+def answer_help(cls, prog):
+    """For a command with slow imports, called before them: print the help and leave, if that is what was asked for."""
+    if {"-h", "--help", "--help_all", "--help-all"} & set(sys.argv[1:]):
+        run(lambda argv: parse(cls, argv, prog))
 
 
 def parse(cls, argv, prog, pinned=None, tier=None):
@@ -607,7 +437,7 @@ def parse(cls, argv, prog, pinned=None, tier=None):
     pinned: {field: value} that this command stands for; contradicting it is an error (the old command names).
     tier: settings just above the defaults, or a function from the typed flags to them, called only if they are sound.
     """
-    typed, problems, bad = read_flags(cls, sys.argv[1:] if argv is None else argv, prog)
+    typed, problems, bad = read_flags(cls, sys.argv[1:] if argv is None else argv, prog, COMMANDS)
     path, file = typed.get("config"), {}
     if path in PRESETS:
         if typed.setdefault("preset", path) != path:
@@ -643,54 +473,26 @@ def parse(cls, argv, prog, pinned=None, tier=None):
     return args, origins
 
 
-# ---- configurations in files ----------------------------------------------------------------------------------------
-
-def read_json(path):
-    """An object from strict JSON: UTF-8, no NaN, no key twice. Trouble is a UserError that names the file."""
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
-    def refuse(word):
-        raise ValueError(f"{word} is no JSON")
-
-    try:
-        value = json.loads(Path(path).read_bytes().decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
-
-
 def to_dict(args, cls=None):
     """The "args" section of a run's config.json: every knob of cls (none: of the arguments' own command)."""
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls or args)}
 
 
-def checked(cls, saved, where):
-    """Values for fields of cls from JSON, flat or as the "args" of a run. Unknown keys and wrong types die."""
-    if isinstance(saved.get("args"), dict):
-        saved = saved["args"]
-    fields, values, problems = cls.__dataclass_fields__, {}, []
-    for name, value in saved.items():
-        if name not in fields:
-            problems.append(f"unknown setting {name}{suggestion(name, fields).replace('--', '')}")
-            continue
-        f = fields[name]
-        kinds = {float: (float, int), tuple: (list, tuple)}.get(f.type, (f.type,))
-        try:
-            if type(value) not in kinds and not (value is None and f.default is None):
-                raise ValueError(f"must be of type {f.type.__name__}")
-            values[name] = value if value is None else convert(f, value)
-        except ValueError as error:
-            problems.append(f"{name} {value}: {error}")
-    if problems:
-        raise UserError(f"{where}:\n  " + "\n  ".join(problems))
-    return values
+def announce(args, origins, vocab_size=None):
+    """What is not a default, and why, on stderr. With --print_config everything on stdout, and the program ends."""
+    if not args.print_config:
+        pairs = [f"{name}={show(getattr(args, name))} ({why})" for name, why in origins.items() if why != "default"]
+        print("settings:", ", ".join(pairs) or "all defaults", file=sys.stderr)
+        return
+    for name, origin in origins.items():
+        print(f"{name:20} {show(getattr(args, name)):24} {origin}")
+    if isinstance(args, TrainArgs):
+        meta = Path(args.data_dir, "meta.json")
+        vocab_size = vocab_size or (read_json(meta).get("vocab_size") if meta.exists() else None)
+        c = model_config(args, vocab_size or 0)
+        more = f"with {vocab_size} pieces" if vocab_size else f"+ {c.d_model} per piece, as there is no {meta} yet"
+        print(f"{'parameters':20} {count_params(c):,} {more}")
+    raise SystemExit(0)
 
 
 ADDED = {}  # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
@@ -728,60 +530,3 @@ def resume_check(saved, args, origins):
     if problems := problems or problems_of(args):
         raise UserError("cannot resume:\n  " + "\n  ".join(problems))
     return args, changes
-
-
-# ---- showing it -----------------------------------------------------------------------------------------------------
-
-def show(value):
-    if isinstance(value, tuple):
-        return ", ".join(value) or "none"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "none" if value is None else str(value)
-
-
-def announce(args, origins, vocab_size=None):
-    """What is not a default, and why, on stderr. With --print_config everything on stdout, and the program ends."""
-    if not args.print_config:
-        pairs = [f"{name}={show(getattr(args, name))} ({why})" for name, why in origins.items() if why != "default"]
-        print("settings:", ", ".join(pairs) or "all defaults", file=sys.stderr)
-        return
-    for name, origin in origins.items():
-        print(f"{name:20} {show(getattr(args, name)):24} {origin}")
-    if isinstance(args, TrainArgs):
-        meta = Path(args.data_dir, "meta.json")
-        vocab_size = vocab_size or (read_json(meta).get("vocab_size") if meta.exists() else None)
-        c = model_config(args, vocab_size or 0)
-        more = f"with {vocab_size} pieces" if vocab_size else f"+ {c.d_model} per piece, as there is no {meta} yet"
-        print(f"{'parameters':20} {count_params(c):,} {more}")
-    raise SystemExit(0)
-
-
-def describe(cls):
-    """(group, flag names, kind, default, help, rare) of every knob: the one source of --help and of the tables."""
-    for f in dataclasses.fields(cls):
-        owner = next(c for c in reversed(cls.__mro__) if f.name in vars(c).get("__annotations__", ()))
-        names = [f"--{name}" for name in (f.name, *f.metadata.get("aliases", ()), *f.metadata.get("shortcuts", ()))]
-        kind = {str: "text", tuple: "texts", bool: ""}.get(f.type, f.type.__name__)
-        kind = "|".join(f.metadata.get("choices", ())) or kind
-        yield owner.__doc__, names, kind, show(f.default), f.metadata["help"], f.metadata.get("rare")
-
-
-def help_text(cls, prog, everything=True):
-    lines, last = [f"usage: python -m {prog} [--flag value] ..."], None
-    for group, names, kind, default, text, rare in describe(cls):
-        if rare and not everything:
-            continue
-        lines += ["", group] if group != last else []
-        last, head = group, f"  {', '.join(names)} {kind}"
-        lines.append(f"{head:37} {text} [{default}]" if len(head) < 38 else f"{head}\n{'':37} {text} [{default}]")
-    return "\n".join([*lines, "", "--a_b and --a-b are one flag; a switch --x is turned off by --no_x."]
-                     + [f"More flags: python -m {prog} --help_all"] * (not everything))
-
-
-def table(cls):
-    """The knobs of a command as a markdown table, for the README and the docs."""
-    lines = ["| Flag | Value | Default | Meaning |", "|---|---|---|---|"]
-    for _, names, kind, default, text, _ in describe(cls):
-        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {kind.replace('|', ', ')} | {default} | {text} |")
-    return "\n".join(lines)

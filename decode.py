@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from config import UserError
+from knobs import UserError
 
 MODES = ("full", "block", "block_frozen")
 

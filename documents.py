@@ -10,7 +10,7 @@ import os
 import zlib
 from pathlib import Path
 
-from config import UserError
+from knobs import UserError
 
 OPEN = {".txt": open, ".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 LINE_BYTES = 1 << 24                       # a longer document is cut, so that a file of one line fits into memory

@@ -91,6 +91,11 @@ class EcoLayer(nn.Module):
     def split(self, h):
         return self.in_proj(h).split([self.ff, self.ff, self.dm, self.dm, self.H * self.M], dim=-1)
 
+    def split_write(self, h):
+        """Only what a token writes: v and s."""
+        width = self.dm + self.H * self.M
+        return F.linear(h, self.in_proj.weight[-width:]).split([self.dm, self.H * self.M], dim=-1)
+
     def mix(self, x, gate, up, memory):
         return x + self.dropout(self.out_proj(torch.cat((F.silu(gate) * up, memory.to(up.dtype)), dim=-1)))
 
@@ -102,8 +107,11 @@ class EcoLayer(nn.Module):
         total = (own_n, own_d) if num is None else (own_n + num, own_d + den)
         return self.mix(x, gate, up, self.read(q, *total)), own_n, own_d, h
 
-    def all_blocks(self, x, valid):
-        """x (2, B, n, S, D): noisy and clean stream at once, each block seeing exactly what the block rule allows."""
+    def all_blocks(self, x, valid, last=False):
+        """x (2, B, n, S, D): noisy and clean stream at once, each block seeing exactly what the block rule allows.
+
+        Nobody reads the clean stream behind the last layer: there it only writes, and (1, B, n, S, D) comes back.
+        """
         _, B, n, S, D = x.shape
         r = self.conv.reach
         h = self.norm(x)
@@ -112,11 +120,15 @@ class EcoLayer(nn.Module):
         # the last r clean hidden states before each block; a block shorter than r reaches into the ones before it
         clean = F.pad(h[1].flatten(1, 2), (0, 0, r, 0))                            # (B, r + n*S, D)
         halo = clean.unfold(1, r, S)[:, :n].transpose(2, 3)                        # (B, n, r, D)
-        h = self.conv(h.flatten(0, 2), halo.expand(2, B, n, r, D).flatten(0, 2)).view(2, B, n, S, D)
+        h = self.conv(h.flatten(0, 2), halo.expand(2, B, n, r, D).flatten(0, 2))   # (2*B*n, S, D)
+        h = h.view(2, B, n, S, D)                                                  # (2, B, n, S, D)
+        if last:
+            x, h, clean_h = x[:1], h[:1], h[1]
+            clean_v, clean_s = self.split_write(clean_h)
         gate, up, q, v, s = self.split(h)
-        own_n, own_d = self.write(v, s, valid)                                     # (2, B, n, H, M, E), (2, B, n, H, M, 1)
-        own = torch.cat((own_n, own_d), dim=-1)
-        total = own + self.prefix(own[1], S)                                       # the context is the clean stream's, twice
+        own = torch.cat(self.write(v, s, valid), dim=-1)                           # (2, B, n, H, M, E + 1), numerators and D
+        context = torch.cat(self.write(clean_v, clean_s, valid), dim=-1) if last else own[1]
+        total = own + self.prefix(context, S)                                      # the context is the clean stream's, twice
         return self.mix(x, gate, up, self.read(q, total[..., :-1], total[..., -1:]))
 
 
@@ -150,8 +162,8 @@ class EcoHybrid(nn.Module):
             at = torch.arange(ids.shape[2], device=xt.device) - before
             valid = ((at >= 0) & (at < T)).float().view(1, -1, block, 1)           # (1, n, S, 1)
         x = self.head(ids.unflatten(2, (-1, block)))                               # (2, B, n, S, D)
-        for layer in self.layers:
-            x = layer.all_blocks(x, valid)
+        for i, layer in enumerate(self.layers, 1):
+            x = layer.all_blocks(x, valid, last=i == len(self.layers))
         return self.final_norm(x[0].flatten(1, 2)[:, before:before + T])           # (B, T, D)
 
     def logits(self, h):
@@ -168,7 +180,11 @@ class EcoHybrid(nn.Module):
         x = self.head(x0)
         for i, layer in enumerate(self.layers):
             state = (cache.num[i], cache.den[i], cache.halo[i]) if cache.length else ()
-            x, own_n, own_d, h = layer.one_block(x, *state)
+            if i + 1 < len(self.layers):
+                x, own_n, own_d, h = layer.one_block(x, *state)
+            else:                                                                  # nobody reads x behind the last layer
+                h = layer.norm(x)
+                own_n, own_d = layer.write(*layer.split_write(layer.conv(h, *state[2:])))
             keep = layer.keep(x0.shape[1])
             cache.num[i] = cache.num[i] * keep + own_n
             cache.den[i] = cache.den[i] * keep + own_d

@@ -135,13 +135,13 @@ def main(argv=None):
     config.announce(args, origins)
     import torch
 
+    import checkpoint
     import runtime
     import sample
-    from evaluate import write_json
     allocator = runtime.start(args.threads)
     device = runtime.pick_device(args.device)
     prompts = sample.read_prompts(args) if args.prompt or args.prompts_file else list(config.BENCH_PROMPTS)
-    model, tokenizer, saved = sample.load_model(args.ckpt, device, args.model, args.tokenizer)
+    model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
     why_not = sample.cannot_freeze(saved)
     usable = [mode for mode in dict.fromkeys(args.modes) if mode != "block_frozen" or not why_not]
     first = sample.decode_settings(args, saved, "full", tokenizer.eos_id)
@@ -155,7 +155,7 @@ def main(argv=None):
         "params": config.count_params(model.cfg), "args": config.to_dict(args), "results": results}
     for mode, r in results.items():
         print(card(mode, r))
-    write_json(args.out_json, document)
+    runtime.write_json(args.out_json, document)
     print(json.dumps(document, ensure_ascii=False, allow_nan=False))
 
 

@@ -6,17 +6,14 @@ The bound is the exact-count form of masking.bound: every count of hidden tokens
 masks fixed by the seed, so that two checkpoints are scored on the same questions. It is printed for each block rule; a
 uniform guess scores ln V. bits/byte divides by the UTF-8 bytes of the raw text; compare it only within one script.
 """
-import contextlib
-import json
 import math
-import os
 import sys
-from pathlib import Path
 
 import config
+import knobs
 
 
-def held_out(model, rows, blocks, seed=0, batch=8, draws=1):
+def held_out(model, rows, blocks, seed, batch, draws):
     """Held-out rows (R, T) -> {block: {"nats": bound per token, "se": standard error over rows, "masked_mean": plain CE}}."""
     import torch
 
@@ -38,32 +35,15 @@ def bits_per_byte(nats_per_token, meta):
     return nats_per_token * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
 
 
-def write_json(path, value):
-    """A result file for --out_json: written aside, synced, renamed, so a reader finds the old one or the new one."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "w", encoding="utf-8") as f:
-            json.dump(value, f, ensure_ascii=False, indent=1, allow_nan=False)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise config.UserError(f"cannot write {path} ({error.strerror}): name another --out_json") from None
-
-
 def main(argv=None):
     args, origins = config.parse(config.EvaluateArgs, argv, "evaluate")
     config.announce(args, origins)
+    import checkpoint
     import runtime
-    from sample import load_model
     from tokens import TokenData
     runtime.start(args.threads)
     device = runtime.pick_device(args.device)
-    model, tokenizer, saved = load_model(args.ckpt, device)
+    model, tokenizer, saved = checkpoint.load_model(args.ckpt, device)
     data = TokenData(args.data_dir, "val")
     if data.meta["tokenizer_sha256"] != tokenizer.sha256:
         raise config.UserError(f"{args.data_dir} was made with tokenizer {data.meta['tokenizer_sha256'][:12]}, the checkpoint's "
@@ -71,7 +51,7 @@ def main(argv=None):
     length = saved.config["args"]["seq_len"]
     batch = saved.config["args"]["batch_size"]
     rows = data.val_windows(args.batches * batch, length).to(device)
-    names = config.split_list(args.blocks or saved.config["args"]["train_block_sizes"])
+    names = knobs.split_list(args.blocks or saved.config["args"]["train_block_sizes"])
     blocks = sorted({length if b == "T" else min(int(b), length) for b in names}, reverse=True)
     result = held_out(model, rows, blocks, args.seed, batch, args.draws)
     print(f"{saved.path}  step {saved.step}  {len(rows)} rows of {length} tokens, {args.draws} draws each, "
@@ -83,7 +63,7 @@ def main(argv=None):
         print(f"block {name:>4}   bound {r['nats']:.4f} +- {r['se']:.4f} nats/token   {bpb} bits/byte   "
               f"masked CE {r['masked_mean']:.4f}")
     if args.out_json:
-        write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed, "bound": result})
+        runtime.write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed, "bound": result})
 
 
 if __name__ == "__main__":

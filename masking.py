@@ -83,9 +83,9 @@ def draw(args, seed, step, rows, length, block, first=None):
     first = min(first or block, block)
     n = 1 + math.ceil((length - first) / block)
     at = torch.arange(n * block) - (block - first)                                 # position of each slot; outside: padding
-    real = ((at >= 0) & (at < length)).view(n, block)
+    real = ((at >= 0) & (at < length)).view(n, block)                    # (n, S)
     size = real.sum(-1)                                                            # (n,) tokens of each block
-    u = strata(rows * n, args.timestep_sampling, g).view(rows, n)
+    u = strata(rows * n, args.timestep_sampling, g).view(rows, n)            # (R, n)
     bounds = args.mask_schedule, args.min_mask_rate, args.max_mask_rate
     if args.time_mode == "discrete":                    # levels 1..N; the slope is the step's own difference quotient
         level = torch.floor(u * args.timesteps)

@@ -64,17 +64,11 @@ class Transformer(nn.Module):
 
     def hidden(self, xt, cache=None):
         """(B, S) ids, one noisy block, against the frozen cache -> (B, S, D). Without a cache: the whole sequence, B = T."""
-        return self.run_block(xt, cache, keep=False)
-
-    def run_block(self, ids, cache, keep):
-        x = self.head(ids)                                                        # (B, S, D)
-        table = self.table(cache.length if cache is not None else 0, ids.shape[1])
+        x = self.head(xt)                                                         # (B, S, D)
+        table = self.table(cache.length if cache is not None else 0, xt.shape[1])
         for i, layer in enumerate(self.layers):
             context = cache.context(i) if cache is not None and cache.length else None
-            y, k, v = layer.attn.one_block(layer.attn_norm(x), table, context)
-            if keep:
-                cache.write(i, k, v)
-            x = layer.add_ff(x + layer.dropout(y))
+            x = layer.add_ff(x + layer.dropout(layer.attn.one_block(layer.attn_norm(x), table, context)[0]))
         return self.final_norm(x)
 
     def hidden_blocks(self, xt, x0, block, first=None):
@@ -84,9 +78,10 @@ class Transformer(nn.Module):
         masks = block_masks(xt.shape[1], block, first or block, xt.device)
         table = self.table(0, xt.shape[1])
         x = self.head(torch.cat((xt, x0)))                                        # (2B, T, D), noisy rows first
-        for layer in self.layers:
-            x = layer.add_ff(x + layer.dropout(layer.attn.all_blocks(layer.attn_norm(x), table, masks)))
-        return self.final_norm(x[:len(xt)])                                        # (B, T, D)
+        for i, layer in enumerate(self.layers, 1):
+            y = layer.attn.all_blocks(layer.attn_norm(x), table, masks, last=i == len(self.layers))
+            x = layer.add_ff(x[:len(y)] + layer.dropout(y))
+        return self.final_norm(x)                                                  # (B, T, D)
 
     def logits(self, h):
         return self.head.logits(h)
@@ -99,7 +94,16 @@ class Transformer(nn.Module):
 
     def commit(self, x0, cache):
         """Freeze one finished clean block (B, S): its keys and values join the context."""
-        self.run_block(x0, cache, keep=True)
+        x = self.head(x0)                                                         # (B, S, D)
+        table = self.table(cache.length, x0.shape[1])
+        for i, layer in enumerate(self.layers):
+            context = cache.context(i) if cache.length else None
+            if i + 1 == len(self.layers):                                          # nobody reads x behind the last layer
+                _, k, v = layer.attn.project(layer.attn_norm(x), table)
+            else:
+                y, k, v = layer.attn.one_block(layer.attn_norm(x), table, context)
+                x = layer.add_ff(x + layer.dropout(y))
+            cache.write(i, k, v)
         cache.length += x0.shape[1]
 
 

@@ -12,7 +12,7 @@ import re
 import torch
 from torch import nn
 
-from config import UserError
+from knobs import UserError
 
 BETAS = (0.9, 0.95)       # AdamW; the short second moment suits few, noisy steps
 LION_BETAS = (0.9, 0.99)  # of the update; of the momentum

@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import config
+import knobs
 
 if __name__ == "__main__":
     config.answer_help(config.PrepareArgs, "prepare")      # before the heavy imports: --help has to be instant
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import corpus
 import tokens
-from config import UserError
+from knobs import UserError
 from documents import find_files, kind_of, read_documents
 from tokenizer import NORMALISER, SAMPLE_BYTES, SCRIPTS, Tokenizer, normalise, script_of, train_tokenizer
 
@@ -158,7 +159,7 @@ def get_tokenizer(args, spool, log):
         return train_tokenizer(spool.sample(), path, asked, args.model_type, spool.bytes, log)
     tok = Tokenizer(path)
     with contextlib.suppress(UserError):                   # a text too small for it may have given fewer than asked for
-        if config.read_json(path.with_suffix(".json")).get("asked_vocab_size") == asked:
+        if knobs.read_json(path.with_suffix(".json")).get("asked_vocab_size") == asked:
             asked = tok.vocab_size
     if asked not in (0, tok.vocab_size):
         raise UserError(f"--tokenizer_vocab {asked}, but {path} has {tok.vocab_size} pieces: delete it or name another "
@@ -263,14 +264,14 @@ def build(args, log=print):
                 publish(args, folder, spool, get_tokenizer(args, spool, log), sources, digest, log)
     except OSError as error:
         raise UserError(f"cannot build {folder}: {error}", code=1) from None
-    return config.read_json(folder / "meta.json")
+    return knobs.read_json(folder / "meta.json")
 
 
-def ensure_builtin(data_dir="data/builtin", vocab=0, max_chars=3_000_000, seed=config.PrepareArgs.seed, log=print):
+def ensure_builtin(folder=config.STARTER_DIR, chars=config.STARTER_CHARS, log=print):
     """The prepared starter corpus, with its own tokenizer inside the folder; built if it is not there. For train."""
-    build(config.PrepareArgs(source="builtin", data_dir=str(data_dir), tokenizer=str(Path(data_dir, "tokenizer.model")),
-                             tokenizer_vocab=vocab, max_chars=max_chars, seed=seed), log)
-    return data_dir
+    build(config.PrepareArgs(source="builtin", data_dir=str(folder), tokenizer=str(Path(folder, "tokenizer.model")),
+                             tokenizer_vocab=config.STARTER_VOCAB, max_chars=chars), log)
+    return folder
 
 
 def main(argv=None):

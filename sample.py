@@ -12,27 +12,8 @@ import time
 from pathlib import Path
 
 import config
-from config import UserError
-
-
-def load_model(path, device, model="auto", tokenizer_path=None):
-    """Any spelling of a checkpoint -> (model in eval mode with its averaged weights if it has them, tokenizer, checkpoint)."""
-    import checkpoint
-    from model import build_model
-    from tokenizer import Tokenizer
-    saved = checkpoint.load(path, parts=("model", "ema"))
-    cfg = config.ModelConfig.from_dict(saved.config["model"])
-    if model not in ("auto", cfg.model):
-        raise UserError(f"{saved.path} holds a {cfg.model} model, --model says {model}: use --model {cfg.model}")
-    tokenizer = Tokenizer(saved.tokenizer_bytes)
-    if tokenizer_path is not None:
-        given = Tokenizer(tokenizer_path)
-        if given.sha256 != tokenizer.sha256:
-            raise UserError(f"--tokenizer {tokenizer_path} ({given.sha256[:12]}) is not the one this checkpoint was trained with "
-                            f"({tokenizer.sha256[:12]}): leave the flag out, the checkpoint carries its own")
-    net = build_model(cfg)
-    checkpoint.load_into(net, saved.ema or saved.model)
-    return net.eval().to(device), tokenizer, saved
+import knobs
+from knobs import UserError
 
 
 def settings(args, saved, tokenizer):
@@ -69,7 +50,7 @@ def cannot_freeze(saved):
 
 
 def block_choices(trained):
-    return [trained["seq_len"] if b == "T" else int(b) for b in config.split_list(trained["train_block_sizes"])]
+    return [trained["seq_len"] if b == "T" else int(b) for b in knobs.split_list(trained["train_block_sizes"])]
 
 
 def say(text):
@@ -91,13 +72,13 @@ def read_prompts(args):
 def main(argv=None, pinned=None):
     args, origins = config.parse(config.SampleArgs, argv, "sample", pinned=pinned)
     config.announce(args, origins)
+    import checkpoint
     import runtime
     from decode import generate
-    from evaluate import write_json
     runtime.start(args.threads)
     device = runtime.pick_device(args.device)
     prompts = read_prompts(args)
-    model, tokenizer, saved = load_model(args.ckpt, device, args.model, args.tokenizer)
+    model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
     s = settings(args, saved, tokenizer)
     longest = max(len(tokenizer.encode(p)) for p in prompts) + 1 + args.max_new_tokens
     endless = s.mode == "block_frozen" and model.cfg.model == "primary"       # its cache has no window
@@ -131,7 +112,7 @@ def main(argv=None, pinned=None):
             say(f"[bench] runs={args.benchmark_runs} warmup={args.warmup_runs} mean={mean:.3f}s "
                 f"p50={statistics.median(times):.3f}s tok/s={tokens / mean:.1f} tokens={tokens} forwards={result.forwards}")
     if args.out_json:
-        write_json(args.out_json, {"checkpoint": str(saved.path), "samples": records})
+        runtime.write_json(args.out_json, {"checkpoint": str(saved.path), "samples": records})
 
 
 if __name__ == "__main__":

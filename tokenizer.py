@@ -15,7 +15,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from config import UserError
+from config import PrepareArgs
+from knobs import UserError
 
 NORMALISER = "v1"          # any change of the rules below needs a new version
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
@@ -84,7 +85,7 @@ def sentences(text):
         yield text[start:end]
 
 
-def train_tokenizer(documents, path, vocab_size, model_type="bpe", corpus_bytes=0, log=print):
+def train_tokenizer(documents, path, vocab_size, model_type=PrepareArgs.model_type, corpus_bytes=0, log=print):
     """Train on the documents (SAMPLE_BYTES at most), write `path` and a report .json beside it; return the Tokenizer.
 
     vocab_size counts base pieces (no mask); 0 picks it by corpus_bytes. A text too small for it gives the largest

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 import config
-from config import UserError
+import knobs
+from knobs import UserError
 from tokenizer import NORMALISER
 
 VERSION = 1
@@ -54,7 +55,7 @@ class TokenData:
         if not (self.dir / "meta.json").exists():
             raise UserError(f"no prepared text in {data_dir} (no meta.json): run python -m prepare --source files "
                             f"--input YOUR_TEXT.txt --data_dir {data_dir}, or python -m colab_train_eco for everything")
-        self.meta = self.check_meta(config.read_json(self.dir / "meta.json"))
+        self.meta = self.check_meta(knobs.read_json(self.dir / "meta.json"))
         self.vocab_size = self.meta["vocab_size"]
         self.dtype = token_dtype(self.vocab_size)
         try:

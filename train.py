@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import config
-from config import UserError
+from knobs import UserError
 
 NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
 SAVE_LIMIT = 3           # saves in a row that failed, then the run stops
@@ -75,7 +75,7 @@ def find_data(args, origins):
     folder = Path(args.data_dir)
     if (folder / "meta.json").exists() or origins["data_dir"] not in ("default", "checkpoint"):
         return folder
-    if origins["data_dir"] == "checkpoint" and args.data_dir != "data/builtin":
+    if origins["data_dir"] == "checkpoint" and args.data_dir != config.STARTER_DIR:
         return folder
     from prepare import ensure_builtin
     say("notice: no prepared text in data/processed, so the built-in starter corpus is used (synthetic Hindi and Hinglish,\n"
@@ -211,7 +211,7 @@ def train(args, origins, run_dir, source, resuming):
     def evaluate(step):
         model.eval()
         with torch.no_grad(), runtime.autocast(device, dtype), averaged():
-            score = held_out(model, held, blocks, 0, args.batch_size)
+            score = held_out(model, held, blocks, 0, args.batch_size, 1)
         model.train()
         nats = sum(r["nats"] for r in score.values()) / len(score)
         error = max(r["se"] for r in score.values())
@@ -327,8 +327,8 @@ def train(args, origins, run_dir, source, resuming):
     say(summary)
     if args.show_samples and code == 0:
         model.eval()
-        settings = Settings(max_new_tokens=40, steps=20, mode="block_frozen" if blocks[-1] < args.seq_len else "full",
-                            block_size=min(args.block_size, *blocks), temperature=0.7, top_k=50, eos_id=tokenizer.eos_id)
+        settings = Settings(max_new_tokens=48, steps=48, mode="block_frozen" if blocks[-1] < args.seq_len else "full",
+                            block_size=min(args.block_size, *blocks), temperature=0.5, top_k=50, eos_id=tokenizer.eos_id)
         with averaged():
             for prompt in config.PROMPTS:
                 out = generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed])

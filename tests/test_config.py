@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
+import knobs
 from config import BenchArgs, ColabArgs, EvaluateArgs, ModelConfig, PrepareArgs, SampleArgs, TrainArgs, UserError
 
 FLAGS = Path(__file__).with_name("flags.txt")
@@ -62,7 +63,7 @@ def test_every_flag_in_four_spellings(prog):
         text, value = another(f)
         for name in (f.name, *f.metadata.get("aliases", ())):
             for argv in spellings(name, text):
-                typed, problems, _ = config.read_flags(cls, argv, prog)
+                typed, problems, _ = knobs.read_flags(cls, argv, prog)
                 assert (typed, problems) == ({f.name: value}, []), argv
 
 
@@ -73,10 +74,10 @@ def test_switches_have_three_forms(prog):
         if f.type is bool:
             x, no_x = f"--{f.name}", f"--no_{f.name}"
             for argv in ([x], [x, "True"], [x, "yes"], [x + "=True"], [x + "=1"]):
-                assert config.read_flags(cls, argv, prog) == ({f.name: True}, [], set()), argv
+                assert knobs.read_flags(cls, argv, prog) == ({f.name: True}, [], set()), argv
             for argv in ([no_x], [f"--no-{f.name}"], [x, "false"], [x, "no"], [x + "=False"]):
-                assert config.read_flags(cls, argv, prog) == ({f.name: False}, [], set()), argv
-            assert config.read_flags(cls, [f"--no_{f.name}", "True"], prog)[1]
+                assert knobs.read_flags(cls, argv, prog) == ({f.name: False}, [], set()), argv
+            assert knobs.read_flags(cls, [f"--no_{f.name}", "True"], prog)[1]
 
 
 def test_amp_takes_all_forms():
@@ -234,7 +235,7 @@ def test_every_one_letter_slip_gets_its_suggestion():
 
 
 ODD = ["--", "-", "\\", "=", "--=", "--lr=", "T", "1", "0.5", "micro", "none", "--no_"]
-WORD = st.one_of(st.sampled_from([f"--{n}" for n in config.flag_names(TrainArgs)] + ODD), st.text(max_size=6))
+WORD = st.one_of(st.sampled_from([f"--{n}" for n in knobs.flag_names(TrainArgs)] + ODD), st.text(max_size=6))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -256,7 +257,7 @@ KEYS = st.sampled_from([*TrainArgs.__dataclass_fields__, "args", "vocab_size", "
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(KEYS, JSON, max_size=4))
 def test_no_json_value_ends_in_a_traceback(saved):
-    for read in (lambda: config.checked(TrainArgs, saved, "it"), lambda: ModelConfig.from_dict(saved)):
+    for read in (lambda: knobs.checked(TrainArgs, saved, "it"), lambda: ModelConfig.from_dict(saved)):
         try:
             read()
         except UserError:
@@ -383,7 +384,7 @@ def test_a_tier_never_overrules_a_checkpoint():
         if "starter" in line:
             with pytest.raises(UserError) as caught:              # the shape of the other preset, not what a tier chose
                 config.resume_check(saved, args, origins)
-            assert "--d_model 256 (preset starter)" in str(caught.value) and "2048" not in str(caught.value)
+            assert "--d_model 192 (preset starter)" in str(caught.value) and "2048" not in str(caught.value)
         else:
             args, changes = config.resume_check(saved, args, origins)
             assert (args.seq_len, args.batch_size, args.n_layers, changes) == (32, 8, 3, [])
@@ -399,13 +400,13 @@ def test_resume_rejects_a_config_of_another_version():
 
 def test_every_knob_has_a_known_resume_rule_and_known_metadata():
     known = {"help", "resume", "choices", "values", "aliases", "shortcuts", "bare", "many", "positional", "rare",
-             "elsewhere", *config.LIMITS}
+             "elsewhere", *knobs.LIMITS}
     for cls in config.COMMANDS.values():
         for f in dataclasses.fields(cls):
             assert f.metadata["resume"] in ("must", "may", "ignore") and set(f.metadata) <= known and f.metadata["help"]
             if f.default not in (None, ()):                       # a default obeys its own limits
-                assert config.convert(f, f.default) == f.default
-        names = [name for _, names, *_ in config.describe(cls) for name in names]
+                assert knobs.convert(f, f.default) == f.default
+        names = [name for _, names, *_ in knobs.describe(cls) for name in names]
         assert len(names) == len(set(names))
 
 
@@ -495,7 +496,7 @@ def test_a_wrapper_cannot_be_contradicted():
 
 def frozen_flags():
     return "".join(f"{prog} {' '.join(names)} {kind or 'switch'} [{default}]\n" for prog, cls in config.COMMANDS.items()
-                   for _, names, kind, default, _, _ in config.describe(cls))
+                   for _, names, kind, default, _, _ in knobs.describe(cls))
 
 
 def test_flags_are_frozen():
@@ -504,11 +505,11 @@ def test_flags_are_frozen():
 
 def test_help_and_table_come_from_the_declarations():
     for prog, cls in config.COMMANDS.items():
-        whole, table = config.help_text(cls, prog), config.table(cls)
+        whole, table = knobs.help_text(cls, prog), knobs.table(cls)
         for f in dataclasses.fields(cls):
             assert f"--{f.name}" in whole and f"`--{f.name}`" in table and f.metadata["help"] in whole
         assert all(line.count("|") == 5 for line in table.split("\n"))
-    assert config.help_text(TrainArgs, "train", everything=False).count("\n  --") <= 40
+    assert knobs.help_text(TrainArgs, "train", everything=False).count("\n  --") <= 40
 
 
 def test_announce_shows_origins_and_print_config_ends(capsys, tmp_path):
@@ -552,7 +553,7 @@ def test_old_names_run_as_module_and_as_file(shim):
         pytest.skip(f"{target}.py does not exist yet")
     outputs = {subprocess.run([sys.executable, *how, "--help"], cwd=config.ROOT, capture_output=True, text=True).stdout
                for how in (["-m", f"diffusion.{shim}"], [f"diffusion/{shim}.py"])}
-    assert outputs == {config.help_text(config.COMMANDS[target], target, everything=False) + "\n"}
+    assert outputs == {knobs.help_text(config.COMMANDS[target], target, everything=False) + "\n"}
     if target != "colab_train_eco":
         wrong = "primary" if shim.endswith("_diffusion") else "backup"
         argv = [sys.executable, "-m", f"diffusion.{shim}", "--ckpt", "x", "--model", wrong]

@@ -391,7 +391,7 @@ def test_memory_stays_bounded(tmp_path, monkeypatch):
 
 def test_starter_corpus(tmp_path, monkeypatch):
     said = []
-    folder = ensure_builtin(tmp_path / "builtin", max_chars=60_000, log=said.append)
+    folder = ensure_builtin(tmp_path / "builtin", chars=60_000, log=said.append)
     meta = TokenData(folder).meta
     assert meta["source"] == "builtin" and "synthetic" in "".join(said) and meta["sources"][0]["documents"] > 50
     assert TokenData(folder).tokenizer_path == Path(folder) / "tokenizer.model"
@@ -400,10 +400,10 @@ def test_starter_corpus(tmp_path, monkeypatch):
     before = contents(Path(folder))
     monkeypatch.setattr(corpus, "starter_documents", None)          # nothing is generated a second time
     said.clear()
-    ensure_builtin(tmp_path / "builtin", max_chars=60_000, log=said.append)
+    ensure_builtin(tmp_path / "builtin", chars=60_000, log=said.append)
     assert "already there" in said[0] and contents(Path(folder)) == before
 
 
 def test_starter_corpus_is_the_same_in_two_folders(tmp_path):
-    metas = [TokenData(ensure_builtin(tmp_path / name, max_chars=40_000, log=[].append)).meta for name in "ab"]
+    metas = [TokenData(ensure_builtin(tmp_path / name, chars=40_000, log=[].append)).meta for name in "ab"]
     assert all(metas[0][key] == metas[1][key] for key in ("train_sha256", "settings_sha256", "tokenizer_sha256"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import aria
 
+import checkpoint
 import config
 import decode
 import edge_benchmark
@@ -157,7 +158,7 @@ def test_promises_of_a_sample(here, capsys, tmp_path, kind, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_ids_of_a_sample(here, kind, mode):
     """No mask, no pad, the promised number; greedy decoding does not depend on the seed."""
-    net, tokenizer, _ = sample.load_model(RUNS[kind], torch.device("cpu"))
+    net, tokenizer, _ = checkpoint.load_model(RUNS[kind], torch.device("cpu"))
     prompt = [tokenizer.bos_id, *tokenizer.encode("namaste")]
     for length, temperature in ((1, 0.0), (13, 1e-6), (13, 10.0)):
         s = decode.Settings(max_new_tokens=length, steps=4, mode=mode, block_size=8, temperature=temperature)
@@ -169,8 +170,8 @@ def test_ids_of_a_sample(here, kind, mode):
 
 
 def boosted(eos_logit):
-    """sample.load_model with a model that loves or hates EOS."""
-    real = sample.load_model
+    """checkpoint.load_model with a model that loves or hates EOS."""
+    real = checkpoint.load_model
 
     def load(*args):
         net, tokenizer, saved = real(*args)
@@ -188,15 +189,15 @@ def boosted(eos_logit):
 @pytest.mark.parametrize("mode", MODES)
 def test_eos_ends_the_text_and_the_count(here, capsys, monkeypatch, mode):
     arguments = ("--prompt", "namaste", "--max_new_tokens", 24, "--temperature", 0, *MODES[mode])
-    load = sample.load_model
-    monkeypatch.setattr(sample, "load_model", boosted(1000.0))
+    load = checkpoint.load_model
+    monkeypatch.setattr(checkpoint, "load_model", boosted(1000.0))
     text, [figures] = draw(capsys, "primary", *arguments)
     assert text == "namaste" and (figures["before_eos"], figures["new"]) == ("0", "1") and figures["tok/s"] == "0.0"
     assert int(figures["forwards"]) <= 12, "blocks after the end were decoded"
     text, [figures] = draw(capsys, "primary", *arguments, "--ignore_eos")
     assert figures["new"] == "24"
-    monkeypatch.setattr(sample, "load_model", load)
-    monkeypatch.setattr(sample, "load_model", boosted(-1000.0))
+    monkeypatch.setattr(checkpoint, "load_model", load)
+    monkeypatch.setattr(checkpoint, "load_model", boosted(-1000.0))
     text, [figures] = draw(capsys, "primary", *arguments)
     assert figures["before_eos"] == figures["new"] == "24"
 
@@ -266,7 +267,7 @@ def test_timed_runs_alternate(here, capsys, tmp_path, monkeypatch):
 
 
 def test_a_text_without_tokens_is_counted_as_such(here, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "load_model", boosted(1000.0))
+    monkeypatch.setattr(checkpoint, "load_model", boosted(1000.0))
     for r in compare(capsys, tmp_path, "primary", "--runs_per_prompt", 1)["results"].values():
         assert r["mean_generated_tokens"] == r["mean_tok_s"] == 0 and r["nll_per_token"] is r["distinct_2"] is None
         assert r["agree_with_full"] == 1
@@ -275,7 +276,7 @@ def test_a_text_without_tokens_is_counted_as_such(here, capsys, tmp_path, monkey
 @pytest.mark.parametrize("kind", RUNS)
 def test_nll_is_the_exact_chain_rule(here, kind):
     """Token by token over the cache = the training form with blocks of one; each token is a mask when it is scored."""
-    net, _, _ = sample.load_model(RUNS[kind], torch.device("cpu"))
+    net, _, _ = checkpoint.load_model(RUNS[kind], torch.device("cpu"))
     ids = torch.randint(4, net.cfg.vocab_size, (1, 17), generator=torch.Generator().manual_seed(0))
     seen, real = [], net.hidden
     with torch.no_grad():

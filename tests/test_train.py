@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, aria
 
 import config
+import knobs
 import masking
 import model as models
 import optim
@@ -76,7 +77,7 @@ def test_resume_equals_the_uninterrupted_run(text, tmp_path, kind, optimizer):
     a, b = tmp_path / "a", tmp_path / "b"
     assert fresh(text, a, *HARD, "--model", kind, "--optimizer", optimizer, "--max_steps", 52, "--save_interval", 19,
                  "--eval_interval", 7, "--log_interval", 3) == 0
-    windows = config.read_json(text / "meta.json")["train_tokens"] // 16
+    windows = knobs.read_json(text / "meta.json")["train_tokens"] // 16
     assert 19 * 8 < windows < 52 * 8 and windows % (19 * 8), "the resume has to be mid-epoch, and the end in the next one"
     shutil.copytree(a / "step_000019", b / "step_000019")
     assert call("--resume", b, "--eval_interval", 10, "--save_interval", 23, "--log_interval", 2, "--threads", 1,
@@ -89,7 +90,7 @@ def test_resume_equals_the_uninterrupted_run(text, tmp_path, kind, optimizer):
         assert one[step] == two[step]
         same += 1
     assert same >= 5 and min(two) > 19
-    ends = [config.read_json(run / "step_000052" / "state.json") for run in (a, b)]
+    ends = [knobs.read_json(run / "step_000052" / "state.json") for run in (a, b)]
     assert all(ends[0][key] == ends[1][key] for key in ("position", "tokens_seen", "skipped", "ema_updates"))
 
 
@@ -131,7 +132,7 @@ def test_sigterm_saves_and_the_resume_changes_nothing(text, tmp_path, capsys):
             process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 143, errors[-2000:]
-    stopped = config.read_json(b / (b / "latest").read_text().split()[0] / "state.json")["step"]
+    stopped = knobs.read_json(b / (b / "latest").read_text().split()[0] / "state.json")["step"]
     assert 5 <= stopped < 120
     assert call("--resume", b, "--threads", 1) == 0
     assert weights(a / "step_000120") == weights(b / "step_000120")

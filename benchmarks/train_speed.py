@@ -1,0 +1,173 @@
+"""How fast training is on this machine: tokens/s, where a step's time goes, and the share of the machine's matmul peak.
+
+    python benchmarks/train_speed.py                         # two shapes x two models x three block rules, about 6 minutes
+    python benchmarks/train_speed.py --allocator             # what keeping freed memory is worth, page faults included
+
+Every figure is a median over rounds; in a round each variant runs once, one after the other, so that a noisy neighbour hits
+all of them. FLOPs are counted by torch's flop counter while a real step runs, not taken from a formula. The models of one
+shape have equal parameters (config.match_d_ff). Prints a table; the last line is one JSON document.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch                                                     # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode             # noqa: E402
+
+import config                                                    # noqa: E402
+import masking                                                   # noqa: E402
+import optim                                                     # noqa: E402
+import runtime                                                   # noqa: E402
+from model import build_model                                    # noqa: E402
+
+VOCAB = 8000
+SHAPES = {  # name: (arguments, sequences per forward)
+    "d256": (dict(d_model=256, n_layers=6, n_heads=4, d_ff=768, memory_slots=8, seq_len=256), 8),
+    "d512": (dict(d_model=512, n_layers=10, n_heads=8, d_ff=1536, memory_slots=16, seq_len=512), 4),
+}
+
+
+def attention_flops(q, k, v, *_, **__):
+    b, h, t, e = q
+    return 4 * b * h * t * k[2] * e
+
+
+def attention_flops_backward(grad, q, k, v, *_, **__):
+    b, h, t, e = q
+    return 10 * b * h * t * k[2] * e            # five products of the forward's size: flash recomputes the scores
+
+
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+                 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_flops_backward}
+
+
+class Variant:
+    """One model at one shape with one block rule; step() runs a whole optimizer step and returns its parts in seconds."""
+
+    def __init__(self, model, shape, block, optimizer, dtype):
+        settings, batch = SHAPES[shape]
+        args = config.TrainArgs(model=model, batch_size=batch, grad_accum=1, optimizer=optimizer, **settings)
+        cfg = config.model_config(args, VOCAB)
+        if model == "primary":
+            backup = dataclasses.replace(cfg, model="backup")
+            cfg = dataclasses.replace(cfg, d_ff=config.match_d_ff(cfg, config.count_params(backup)))
+        torch.manual_seed(0)
+        self.args, self.cfg, self.dtype = args, cfg, dtype
+        self.block = args.seq_len if block == "T" else int(block)
+        self.model = build_model(cfg)
+        self.optimizer = optim.make_optimizer(self.model, args)
+        self.name = dict(shape=shape, model=model, block=block, optimizer=optimizer)
+        self.tokens, self.flops, self.count = batch * args.seq_len, 0, 0
+
+    def step(self):
+        marks = [time.perf_counter()]
+        x0 = torch.randint(4, VOCAB, (self.args.batch_size, self.args.seq_len))
+        draw = masking.draw(self.args, 1, self.count, len(x0), self.args.seq_len, self.block)
+        self.count += 1
+        marks.append(time.perf_counter())
+        with runtime.autocast(torch.device("cpu"), self.dtype):
+            out = masking.denoising_loss(self.model, x0, draw, "elbo", masking.normaliser("elbo", draw))
+        marks.append(time.perf_counter())
+        out.loss.backward()
+        marks.append(time.perf_counter())
+        optim.clip_grad_norm(self.model, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        marks.append(time.perf_counter())
+        return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+
+    def count_flops(self):
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            self.step()
+        self.flops = counter.get_total_flops()
+
+
+def measure(variants, rounds):
+    for v in variants:
+        v.step()
+        v.count_flops()
+        v.parts = []
+    for _ in range(rounds):
+        for v in variants:
+            v.parts.append(v.step())
+
+
+def report(variants, peak):
+    rows = []
+    for v in variants:
+        data, forward, backward, update = (1e3 * statistics.median(column) for column in zip(*v.parts, strict=True))
+        whole = sorted(sum(p) for p in v.parts)
+        seconds = statistics.median(whole)
+        rows.append({**v.name, "params": config.count_params(v.cfg), "tok_per_s": v.tokens / seconds, "step_ms": 1e3 * seconds,
+                     "step_ms_min": 1e3 * whole[0], "step_ms_max": 1e3 * whole[-1], "forward_ms": forward,
+                     "backward_ms": backward, "optimizer_ms": update, "data_ms": data, "gflop": v.flops / 1e9,
+                     "of_peak": v.flops / seconds / peak})
+        print("{shape} {model:8} {block:>3} {optimizer:5} {params:>11,} {tok_per_s:8.0f} tok/s  step {step_ms:6.0f} ms "
+              "({step_ms_min:.0f}-{step_ms_max:.0f}) = forward {forward_ms:.0f} + backward {backward_ms:.0f} + optimizer "
+              "{optimizer_ms:.0f} + data {data_ms:.1f}   {of_peak:.0%} of peak".format(**rows[-1]), flush=True)
+    return rows
+
+
+def allocator(rounds):
+    """One subprocess for each setting, taken in turn: seconds and page faults of d512 steps."""
+    results = {"kept": [], "default": []}
+    for _ in range(rounds):
+        for setting, taken in results.items():
+            done = subprocess.run([sys.executable, __file__, "--child"], capture_output=True, text=True, check=True,
+                                  env={**os.environ, "ARIA_ALLOCATOR": setting})
+            taken.append(json.loads(done.stdout.splitlines()[-1]))
+    out = {s: {k: statistics.median(r[k] for r in taken) for k in taken[0]} for s, taken in results.items()}
+    for setting, r in out.items():
+        print(f"freed memory {setting:8} step {r['step_ms']:.0f} ms, {r['faults']:,.0f} page faults per step, "
+              f"peak memory {r['peak_mb']:.0f} MB")
+    return out
+
+
+def child():
+    v = Variant("primary", "d512", "64", "adamw", torch.bfloat16)
+    v.step(), v.step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    times = [sum(v.step()) for _ in range(4)]
+    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / len(times)
+    print(json.dumps({"step_ms": 1e3 * statistics.median(times), "faults": faults, "peak_mb": runtime.peak_memory_mb()}))
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    p.add_argument("--blocks", nargs="+", default=["T", "64", "32"])
+    p.add_argument("--optimizers", nargs="+", default=["adamw"])
+    p.add_argument("--allocator", action="store_true")
+    p.add_argument("--child", action="store_true")
+    args = p.parse_args()
+    told = runtime.start(0)
+    if args.child:
+        return child()
+    if args.allocator:
+        print(json.dumps({"allocator": allocator(args.rounds), **runtime.environment(torch.device("cpu"))}))
+        return
+    speed = runtime.matmul_flops((torch.bfloat16, torch.float32), size=2048)
+    dtype, why = runtime.pick_precision("auto", "bf16", torch.device("cpu"))
+    peak = speed[dtype or torch.float32]
+    print(f"matmul peak: bf16 {speed[torch.bfloat16] / 1e9:.0f} GFLOP/s, float32 {speed[torch.float32] / 1e9:.0f}; "
+          f"training in {why}; memory: {told}")
+    rows = []
+    for shape in args.shapes:
+        variants = [Variant(m, shape, b, o, dtype) for b in args.blocks for o in args.optimizers for m in ("primary", "backup")]
+        measure(variants, args.rounds)
+        rows += report(variants, peak)
+    print(json.dumps({"rows": rows, "peak_gflops": {str(d): f / 1e9 for d, f in speed.items()}, "rounds": args.rounds,
+                      **runtime.environment(torch.device("cpu"))}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The documents are true: commands by line 25, flags that exist, a file table that is the folder, generated tables up to date.
+
+    python -m pytest tests/test_docs.py          # python tests/test_docs.py rewrites docs/flags.md after a deliberate change
+"""
+import re
+import shlex
+from pathlib import Path
+
+import conftest  # noqa: F401  (puts the repository on the path)
+import pytest
+
+import config
+import knobs
+
+ROOT = config.ROOT
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "data/README.md", ROOT / "checkpoints/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fences(text):
+    return [line.strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+            for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+
+
+def flags_page():
+    parts = [f"## {name}\n\n{knobs.table(cls)}\n" for name, cls in config.COMMANDS.items()]
+    return "# Every flag\n\nGenerated from config.py by `python tests/test_docs.py`.\n\n" + "\n".join(parts)
+
+
+def test_both_commands_come_first_and_say_how_long_they_take():
+    top = README.splitlines()[:25]
+    lines = [line for line in top if line.startswith("python3 -m venv")]
+    assert len(lines) == 2 and "-m train --preset starter" in lines[0] and lines[1].endswith("-m pytest")
+    for line in lines:
+        assert "-r requirements.txt" in line and "-c constraints.txt" in line
+    prose = " ".join(top)
+    assert len(re.findall(r"\d+ (?:minutes|seconds|s\b)", prose)) >= 2, "no times"
+
+
+COMMANDS = sorted({(page, line) for page in PAGES for line in fences(page.read_text(encoding="utf-8"))}, key=str)
+
+
+@pytest.mark.parametrize("page, line", COMMANDS, ids=lambda v: v.name if isinstance(v, Path) else v[:70])
+def test_every_documented_command_parses(page, line):
+    for part in line.split("&&"):
+        words = shlex.split(part, comments=True)
+        if "-m" not in words:
+            continue
+        module, argv = words[words.index("-m") + 1], words[words.index("-m") + 2:]
+        if module in config.COMMANDS:
+            config.parse(config.COMMANDS[module], argv, module)          # a slip raises
+        elif module.startswith("diffusion"):
+            assert (ROOT / Path(*module.split("."))).with_suffix(".py").exists()
+        else:
+            assert module in ("venv", "pytest", "pip", "ruff"), module
+
+
+def test_the_file_table_is_the_folder():
+    named = set(re.findall(r"^\| `([\w./]+)` \|", README, re.M))
+    there = {p.name for p in ROOT.glob("*.py")}
+    assert {n for n in named if n.endswith(".py")} == there
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_named_functions_exist():
+    """`module.name` in a document is a real name; a renamed function takes its sentence with it."""
+    for page in PAGES:
+        for module, name in re.findall(r"`(\w+)\.(\w+)(?:\(\))?`", page.read_text(encoding="utf-8")):
+            source = ROOT / f"{module}.py"
+            if source.exists() and name not in ("py", "md", "json"):
+                assert re.search(rf"\b{name}\b", source.read_text(encoding="utf-8")), f"{page.name}: {module}.{name}"
+
+
+def test_the_page_of_flags_is_generated():
+    assert (ROOT / "docs/flags.md").read_text(encoding="utf-8") == flags_page(), "run python tests/test_docs.py"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/flags.md").write_text(flags_page(), encoding="utf-8")
