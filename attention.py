@@ -23,30 +23,47 @@ def block_masks(length, block, first, device):
 
 
 class KVCache:
-    """The frozen context, preallocated: keys and values (L, B, H, length, E); grows by commit, never beyond its length."""
+    """The frozen context, preallocated: keys and values (L, B, H, room, E). A text that is longer than the room slides: the
+    oldest positions leave. `length` counts all that was ever committed, which is where rotary positions go on.
+    """
 
-    def __init__(self, cfg, batch, length, device, dtype):
-        shape = (cfg.n_layers, batch, cfg.n_heads, length, cfg.d_model // cfg.n_heads)
+    def __init__(self, cfg, batch, room, device, dtype):
+        shape = (cfg.n_layers, batch, cfg.n_heads, room, cfg.d_model // cfg.n_heads)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
+        self.reset()
 
     @property
     def nbytes(self):
         return sum(t.numel() * t.element_size() for t in (self.k, self.v))
 
     def reset(self):
-        self.length = 0
+        self.length = self.held = 0
+
+    def select(self, rows):
+        """Keep only these rows of the batch."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
 
     def context(self, layer):
-        return self.k[layer, :, :, :self.length], self.v[layer, :, :, :self.length]            # (B, H, C, E) each
+        return self.k[layer, :, :, :self.held], self.v[layer, :, :, :self.held]                # (B, H, C, E) each
+
+    def make_room(self, tokens):
+        """Before a commit of so many tokens: if they do not fit, the oldest leave."""
+        room = self.k.shape[3]
+        if tokens > room:
+            raise ValueError(f"the cache holds {room} positions, {tokens} come at once")
+        if (gone := self.held + tokens - room) > 0:
+            self.held -= gone
+            for t in (self.k, self.v):
+                t[:, :, :, :self.held] = t[:, :, :, gone:gone + self.held].clone()
 
     def write(self, layer, k, v):
-        end = self.length + k.shape[2]
-        if end > self.k.shape[3]:
-            raise ValueError(f"the cache holds {self.k.shape[3]} positions, {end} are needed")
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
+        end = self.held + k.shape[2]
+        self.k[layer, :, :, self.held:end] = k
+        self.v[layer, :, :, self.held:end] = v
+
+    def advance(self, tokens):
+        self.length, self.held = self.length + tokens, self.held + tokens
 
 
 class MultiHead(nn.Module):

@@ -282,13 +282,20 @@ class GenerateKnobs(CheckpointKnobs):
     max_new_tokens: int = knob(128, "length of the new text", at_least=1, aliases=("seq_len",))
     steps: int = knob(0, "forwards at most, per block if blockwise; 0 = the checkpoint's", at_least=0,
                       aliases=("num_steps",))
-    sampler: str = knob("confidence", "which positions come first", choices=("confidence", "random"),
-                        values={"first_hitting": "random"}, aliases=("scheduler",))
+    sampler: str = knob("confidence", "which positions come first", values={"first_hitting": "random"}, aliases=("scheduler",),
+                        choices=("confidence", "threshold", "factor", "entropy", "margin", "random", "ancestral"))
+    threshold: float = knob(0.9, "bound of threshold, factor and entropy", at_least=0, at_most=1)
+    alg_temp: float = knob(0.0, "noise on the choice of positions", at_least=0, rare=True)
+    remask: float = knob(0.0, "share of revealed tokens that may go back", at_least=0, below=1, rare=True)
+    remask_rule: str = knob("cap", "ReMDM's rule for them", choices=("cap", "rescale", "conf"), rare=True)
     reveal: str = knob("linear", "how many come at each forward", choices=("linear", "cosine"))
     temperature: float = knob(1.0, "0 = greedy", at_least=0)
     temperature_end: float = knob(None, "reached linearly from --temperature", at_least=0, rare=True)
     top_k: int = knob(50, "0 = off", at_least=0)
     top_p: float = knob(1.0, "1 = off", above=0, at_most=1)
+    repetition_penalty: float = knob(1.0, "1 = off", above=0, rare=True)
+    guidance_scale: float = knob(1.0, "1 = plain conditional; above: follow the context more", at_least=0, rare=True,
+                                 aliases=("cfg_scale",))
     block_size: int = knob(0, "block of the block modes; 0 = the checkpoint's", at_least=0)
     min_decode_layers: int = knob(0, "layers of a block's first forward; 0 = all", at_least=0, rare=True)
 
@@ -296,12 +303,16 @@ class GenerateKnobs(CheckpointKnobs):
 @dataclass
 class SampleArgs(GenerateKnobs, CommonKnobs):
     "Sampling"
+    text: str = knob(None, "infill: every ____ (two underscores a token) or [MASK] is filled, the rest stays")
     num_samples: int = knob(1, "continuations per prompt, with seeds seed, seed+1, ...", at_least=1)
     blockwise: bool = knob(False, "left to right in blocks")
     frozen_context: bool = knob(False, "exact cached context; needs --blockwise")
     edge_profile: str = knob("none", "fast settings", choices=tuple(SAMPLE_PROFILES),
                              elsewhere=dict.fromkeys(("tiny", "laptop"), "that is a profile of train"))
     ignore_eos: bool = knob(False, "always the full length")
+    stream: bool = knob(False, "print each block as soon as it is final")
+    show_steps: bool = knob(False, "watch the unmasking: every forward, coloured by confidence (stderr)")
+    json: bool = knob(False, "one JSON object per sample instead of text")
     benchmark_runs: int = knob(1, "timed runs; more than one prints [bench]", at_least=1, rare=True)
     warmup_runs: int = knob(0, "untimed runs before them", at_least=0, rare=True)
     out_json: str = knob(None, "write texts and statistics", rare=True)

@@ -1,23 +1,27 @@
 """Text out of a denoiser: one loop over blocks, one rule for which positions are revealed, an exact cached context.
 
-Used by sample.py, train.py and edge_benchmark.py. Sees a denoiser only through the protocol in model.py's docstring.
+Used by sample.py, train.py and edge_benchmark.py; the rules are in samplers.py. Sees a denoiser only through the protocol in
+model.py's docstring.
 
     full          the whole continuation is one block, the prompt is inside it         (block rule B = T)
     block         left to right in blocks; the whole prefix is recomputed with each     (block rule B = T, prefix fixed)
     block_frozen  left to right in blocks; what is finished is frozen into the cache    (block rule B = block, exact)
 
-Promises, tested with a fake denoiser: the prompt is untouched; no mask and no pad is ever an answer; every forward reveals
-at least one token of each unfinished row, so it ends within `steps` forwards per block; no forward runs when nothing is
-masked; NaN logits are an error, not an answer; the same seed gives the same text, whatever else is in the batch.
-Legend: B rows, P prompt, S block, V vocabulary rows.
+Promises, tested with a fake denoiser on ten thousand cases: the prompt is untouched; no mask and no pad is ever an answer; a
+block ends within `steps` forwards; no forward runs when nothing is masked; NaN logits are an error, not an answer; the same
+seed gives the same text, whatever else is in the batch. Rows whose prompts have different lengths are decoded in groups of
+equal length, so no row ever sees another's padding.
+Legend: B rows, P prompt, S block, T all positions, V vocabulary rows.
 """
-import math
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
+import samplers
 from knobs import UserError
+from samplers import LOOKING, Look
 
 MODES = ("full", "block", "block_frozen")
 
@@ -29,138 +33,270 @@ class Settings:
     steps: int                        # denoising forwards per block, an upper limit
     mode: str = "full"
     block_size: int = 64
-    sampler: str = "confidence"       # which positions first
+    sampler: str = "confidence"       # which positions first: a name in samplers.py
     reveal: str = "linear"            # how many at each forward
+    threshold: float = 0.9            # of the adaptive rules
+    alg_temp: float = 0.0             # noise on the choice of positions
+    remask: float = 0.0               # chance of a revealed token to go back (ReMDM), bounded by the schedule
+    remask_rule: str = "cap"          # cap, rescale, conf
     temperature: float = 1.0
     temperature_end: float = None
     top_k: int = 0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    guidance_scale: float = 1.0       # 1: plain conditional
     eos_id: int = None                # None: never stop early
+    window: int = None                # positions that a growing cache keeps; None: all
 
 
 @dataclass
 class Result:
     rows: list                        # per row: new token ids, cut before the first EOS
     full_rows: list                   # per row: every new position that was decided, EOS included
-    forwards: int = 0                 # denoising forwards
+    forwards: int = 0                 # denoising forwards, of all groups
     context_passes: int = 0           # clean passes that filled the cache
     seconds: float = 0.0              # wall time, prompt included
     cache_bytes: int = 0
-    steps: list = field(default_factory=list)
+    row_forwards: list = field(default_factory=list)     # per row: forwards while it was not finished
 
 
-def reveal_count(masked, step, steps, rule):
-    """How many of `masked` (those left now) to reveal at forward `step` of `steps`: never 0, and all at the last one.
+class Canvas:
+    """The rows of one group while they are written: ids (B, T), how sure each choice was, who is finished, whose randomness."""
 
-    linear: equal shares. cosine: few at first, when little is known (MaskGIT). A running remainder keeps either exact.
+    def __init__(self, ids, seeds, mask_id, keep_chance):
+        self.ids, self.mask_id, self.keep_chance = ids, mask_id, keep_chance
+        self.chance = torch.ones(ids.shape, device=ids.device)                     # (B, T) probability when it was chosen
+        self.done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        self.forwards = [0] * len(ids)
+        self.generators = [torch.Generator().manual_seed(seed % 2 ** 63) for seed in seeds]
+
+    def select(self, rows):
+        """Keep only these rows."""
+        self.ids, self.chance, self.done = self.ids[rows], self.chance[rows], self.done[rows]
+        self.forwards, self.generators = ([x[i] for i in rows.tolist()] for x in (self.forwards, self.generators))
+
+
+class Turn(NamedTuple):
+    """What one row does at one forward; positions are counted inside the block."""
+    row: int
+    look_at: torch.Tensor             # masked positions whose logits are asked for
+    count: int                        # how many of them the rule is asked to reveal; None: all
+    back: torch.Tensor                # decided positions that become masks again
+
+
+def plan(canvas, row, lo, hi, here, start, step, steps, s):
+    """The Turn of one row, or None: here (S,) its masked positions, start (S,) those that this block had to decide."""
+    masked, generator = here.nonzero()[:, 0], canvas.generators[row]
+    none = masked[:0]
+    if not len(masked):                         # this row's block is complete, whatever its neighbours still do
+        return None
+    if step + 1 == steps:
+        return Turn(row, masked, None, none)
+    before, after = (samplers.masked_share(i, steps, s.reveal) for i in (step, step + 1))
+    back, stay, count = none, after / before, None
+    if s.remask:
+        back, stay = going_back(canvas.chance[row, lo:hi], start & ~here, before, after, s, generator)
+    if s.sampler == "ancestral":
+        look_at = masked[samplers.ancestral(len(masked), stay, generator).to(masked.device)]
+    else:
+        if s.remask:                                                               # what goes back comes on top of the schedule
+            target = round(int(start.sum()) * after)
+            back = back[:target]
+            count = min(len(masked), max(0, len(masked) + len(back) - target))
+        else:
+            count = samplers.reveal_count(len(masked), step, steps, s.reveal)
+        look_at = masked if count else none
+        if s.sampler == "random":
+            look_at = masked[samplers.random(len(masked), count, generator).to(masked.device)]
+    if not len(look_at) and not len(back):
+        return None
+    return Turn(row, look_at, count if s.sampler in LOOKING else None, back)
+
+
+def going_back(chance, decided, before, after, s, generator):
+    """ReMDM: (positions that become masks again in random order, chance of a masked position to stay masked)."""
+    sigma_max = min(1.0, after / (1 - before)) if before < 1 else 0.0
+    sigma = min(s.remask, sigma_max) if s.remask_rule == "cap" else s.remask * sigma_max
+    stay = 1 - min(1.0, max(0.0, ((1 - after) - (1 - sigma) * (1 - before)) / before))
+    at = decided.nonzero()[:, 0]
+    each = torch.full((len(at),), sigma, dtype=torch.float64)
+    if s.remask_rule == "conf" and len(at):                                        # the unsure ones first, as many on average
+        each = ((-chance[at].double().cpu()).softmax(0) * sigma * len(at)).clamp(max=1.0)
+    gone = at[(torch.rand(len(at), generator=generator, dtype=torch.float64) < each).to(at.device)]
+    return gone[torch.randperm(len(gone), generator=generator).to(at.device)], stay
+
+
+def fill_block(model, canvas, lo, hi, forward, s, on_step=None):
+    """Reveal canvas.ids[:, lo:hi] in place; forward(ids) -> hidden states (B, S, D), twice as many rows if guided.
+
+    Returns the forwards used, at most s.steps: none runs when no row looks at a position.
     """
-    left = steps - step
-    if rule == "cosine":
-        stay = math.cos(math.pi / 2 * (step + 1) / steps) / math.cos(math.pi / 2 * step / steps)
-        return max(1, masked - math.floor(masked * stay + 1e-9))
-    return math.ceil(masked / left)
-
-
-def token_distribution(logits, temperature, top_k, top_p):
-    """logits (N, V) -> float64 probabilities after temperature, top-k, top-p. float64: rare tokens keep their chance."""
-    z = logits.double() / temperature
-    if top_k and top_k < z.shape[-1]:
-        z = z.masked_fill(z < z.topk(top_k, dim=-1).values[..., -1:], -math.inf)
-    p = z.softmax(-1)
-    if top_p < 1:
-        sorted_p, order = p.sort(-1, descending=True)
-        drop = sorted_p.cumsum(-1) - sorted_p >= top_p                             # keep until the mass before a token reaches p
-        p = p.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), 0.0)
-        p = p / p.sum(-1, keepdim=True)
-    return p
-
-
-def choose_positions(logits, masked, count, sampler, generator):
-    """Which of one row's masked positions are revealed: logits (N, V) of those positions, masked (N,) -> (count,) positions."""
-    if sampler == "random":
-        score = torch.rand(len(masked), generator=generator).to(logits.device)
-    else:  # probability of the best token, untempered; never the raw logit, which has no scale
-        score = logits.float().softmax(-1).amax(-1)
-    return score.topk(min(count, len(masked))).indices
-
-
-def fill_block(model, canvas, lo, hi, forward, s, generators, done, on_step=None):
-    """Reveal canvas[:, lo:hi] (B, T) in place; forward(canvas) -> hidden states (B, hi - lo, D). Returns forwards used."""
-    mask_id = model.cfg.mask_id
-    budget = min(s.steps, hi - lo)
-    for step in range(budget):
-        hidden_positions = (canvas[:, lo:hi] == mask_id) & ~done[:, None]          # (B, S)
-        if not hidden_positions.any():
-            return step
-        h = forward(canvas)
-        logits = model.logits(h[hidden_positions])                                 # (N, V): the head sees masked positions only
-        if torch.isnan(logits).any():
-            raise FloatingPointError(f"the denoiser returned NaN at forward {step + 1}; the checkpoint is damaged")
-        anneal = step / max(1, s.steps - 1)
-        heat = s.temperature if s.temperature_end is None else s.temperature + anneal * (s.temperature_end - s.temperature)
-        start = 0
-        for row, here in enumerate(hidden_positions):
-            masked = here.nonzero()[:, 0]
-            if not len(masked):
-                continue
-            z = logits[start:start + len(masked)]
-            start += len(masked)
-            count = reveal_count(len(masked), step, budget, s.reveal)
-            chosen = choose_positions(z, masked, count, s.sampler, generators[row])
-            if heat == 0:
-                tokens = z[chosen].argmax(-1)
-            else:
-                p = token_distribution(z[chosen], heat, s.top_k, s.top_p)
-                tokens = torch.multinomial(p.cpu(), 1, generator=generators[row])[:, 0].to(canvas.device)
-            canvas[row, lo + masked[chosen]] = tokens
+    block = canvas.ids[:, lo:hi]                                                   # (B, S), a view
+    start = block == canvas.mask_id
+    most = int((start & ~canvas.done[:, None]).sum(1).max())
+    steps = s.steps if s.remask else min(s.steps, most)
+    used = 0
+    for step in range(steps):
+        hidden = (block == canvas.mask_id) & ~canvas.done[:, None]                 # (B, S)
+        if not hidden.any():
+            break
+        turns = [plan(canvas, row, lo, hi, hidden[row], start[row], step, steps, s)
+                 for row in range(len(block)) if not canvas.done[row]]
+        turns = [t for t in turns if t]
+        if any(len(t.look_at) for t in turns):
+            logits = read(model, forward(canvas.ids), len(block), turns, s, step)
+            used += 1
+        heat, at = temperature(s, step, steps), 0
+        for t in turns:
+            if len(t.look_at):
+                reveal(canvas, t, logits[at:at + len(t.look_at)], lo, hi, heat, s)
+                at += len(t.look_at)
+            block[t.row, t.back] = canvas.mask_id
         if s.eos_id is not None:  # a row is finished when an EOS stands and nothing before it is masked
-            block = canvas[:, lo:hi]
-            done |= ((block == s.eos_id) & ((block == mask_id).cumsum(1) == 0)).any(1)
+            canvas.done |= ((block == s.eos_id) & ((block == canvas.mask_id).cumsum(1) == 0)).any(1)
         if on_step:
-            on_step(canvas, step)
-    return budget
+            on_step(canvas, lo, hi, step)
+    return used
+
+
+def read(model, h, rows, turns, s, step):
+    """Hidden states -> logits (N, V) of the positions that are looked at, all turns one after the other."""
+    z = model.logits(torch.cat([h[t.row, t.look_at] for t in turns]))
+    if torch.isnan(z).any():
+        raise FloatingPointError(f"the denoiser returned NaN at forward {step + 1}; the checkpoint is damaged")
+    if s.guidance_scale == 1:
+        return z
+    never = torch.isneginf(z)
+    bare = model.logits(torch.cat([h[rows + t.row, t.look_at] for t in turns])).log_softmax(-1)
+    z = z.log_softmax(-1)
+    return torch.where(never, z, bare + s.guidance_scale * (z - bare))             # -inf - -inf is not a number
+
+
+def temperature(s, step, steps):
+    if s.temperature_end is None:
+        return s.temperature
+    return s.temperature + step / max(1, steps - 1) * (s.temperature_end - s.temperature)
+
+
+def reveal(canvas, turn, logits, lo, hi, heat, s):
+    """Choose among the positions of one row, draw their tokens, write them."""
+    row, generator = turn.row, canvas.generators[turn.row]
+    canvas.forwards[row] += 1
+    if s.repetition_penalty != 1:
+        seen = canvas.ids[row, :hi].unique()
+        logits = samplers.discourage(logits, seen[seen != canvas.mask_id], s.repetition_penalty)
+    look = Look(logits)
+    chosen = slice(None) if turn.count is None else LOOKING[s.sampler](look, turn.count, s, generator)
+    tokens = samplers.draw(logits[chosen], heat, s, generator)
+    at = lo + turn.look_at[chosen]
+    canvas.ids[row, at] = tokens
+    if canvas.keep_chance:
+        canvas.chance[row, at] = look.logp[chosen].gather(1, tokens[:, None])[:, 0].exp()
 
 
 @torch.no_grad()
-def generate(model, prompt, s, seeds, on_step=None):
-    """Continue one prompt (list of ids, BOS included) once per seed, as a batch -> Result."""
+def generate(model, prompt, s, seeds, on_step=None, on_block=None):
+    """Continue prompts (BOS included), one row per seed, as a batch -> Result.
+
+    prompt: ids for all rows, or one list of ids per row. on_step(canvas, lo, hi, step) after each forward,
+    on_block(canvas, lo, hi) when a block is final.
+    """
     if s.mode not in MODES:
         raise UserError(f"decode mode {s.mode!r} is none of {', '.join(MODES)}")
+    prompts = prompt if prompt and isinstance(prompt[0], (list, tuple)) else [prompt] * len(seeds)
     started = time.perf_counter()
-    device = next(model.parameters()).device
-    B, P, T = len(seeds), len(prompt), len(prompt) + s.max_new_tokens
-    canvas = torch.full((B, T), model.cfg.mask_id, device=device)
-    canvas[:, :P] = torch.tensor(prompt, device=device)
-    generators = [torch.Generator().manual_seed(seed % 2 ** 63) for seed in seeds]
-    done = torch.zeros(B, dtype=torch.bool, device=device)
-    result = Result([], [])
+    B = len(prompts)
+    result = Result([None] * B, [None] * B, row_forwards=[0] * B)
+    for length in sorted({len(p) for p in prompts}):
+        group = [i for i, p in enumerate(prompts) if len(p) == length]
+        write_group(model, group, prompts, s, seeds, result, on_step, on_block)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def write_group(model, group, prompts, s, seeds, result, on_step, on_block):
+    """Rows whose prompts have one length, from prompt to result."""
+    device, mask_id = next(model.parameters()).device, model.cfg.mask_id
+    P = len(prompts[group[0]])
+    T = P + s.max_new_tokens
+    ids = torch.full((len(group), T), mask_id, device=device)
+    ids[:, :P] = torch.tensor([prompts[i] for i in group], device=device)
+    canvas = Canvas(ids, [seeds[i] for i in group], mask_id, bool(on_step) or s.remask_rule == "conf")
     size = s.max_new_tokens if s.mode == "full" else s.block_size
     cache = None
     if s.mode == "block_frozen":
-        cache = model.new_cache(B, T)
-        result.cache_bytes = cache.nbytes
+        cache = model.new_cache(len(group), min(T, s.window or T))
+        result.cache_bytes = max(result.cache_bytes, cache.nbytes)
         first = P % size or size                # a context that is no multiple of the block starts with the shorter one
         for lo in [0, *range(first, P, size)]:
-            model.commit(canvas[:, lo:min(P, first if lo == 0 else lo + size)], cache)
+            model.commit(ids[:, lo:min(P, first if lo == 0 else lo + size)], cache)
         result.context_passes += 1              # one pass over the prompt, whatever its number of blocks
+    alive = list(range(len(group)))             # rows of the group that the canvas still holds
+    rows = [None] * len(group)
     lo = P
-    while lo < T and not bool(done.all()):
+    while lo < T and alive:
         hi = min(T, lo + size)
-        if cache is not None:
-            if lo > P:
-                model.commit(canvas[:, lo - size:lo], cache)
-                result.context_passes += 1
-            forward = lambda c, lo=lo, hi=hi: model.hidden(c[:, lo:hi], cache)              # noqa: E731
-        else:
-            forward = lambda c, lo=lo, hi=hi: model.hidden(c[:, :hi])[:, lo:hi]             # noqa: E731
-        result.forwards += fill_block(model, canvas, lo, hi, forward, s, generators, done, on_step)
+        if cache is not None and lo > P:
+            model.commit(canvas.ids[:, lo - size:lo], cache)
+            result.context_passes += 1
+        result.forwards += fill_block(model, canvas, lo, hi, forward_of(model, cache, P, lo, hi, s), s, on_step)
+        if on_block:
+            on_block(canvas, lo, hi)
         lo = hi
+        going = (~canvas.done).nonzero()[:, 0] if lo < T else canvas.done.nonzero()[:0, 0]
+        if len(going) < len(alive):             # finished rows leave the batch
+            for at, row in enumerate(alive):
+                if at not in going.tolist():
+                    rows[row] = canvas.ids[at, :lo].tolist()
+                    result.row_forwards[group[row]] = canvas.forwards[at]
+            alive = [alive[at] for at in going.tolist()]
+            canvas.select(going)
+            if cache is not None:
+                cache.select(going)
+    for row, i in zip(rows, group, strict=True):
+        assert row[:P] == list(prompts[i]), "the prompt was changed"
+        new = row[P:]
+        if s.eos_id is not None and s.eos_id in new:
+            new = new[:new.index(s.eos_id) + 1]
+        assert mask_id not in new and model.cfg.pad_id not in new, "an answer holds a mask or a pad"
+        result.full_rows[i] = new
+        result.rows[i] = new[:-1] if s.eos_id is not None and new[-1:] == [s.eos_id] else new
+
+
+def forward_of(model, cache, P, lo, hi, s):
+    """The function ids (B, T) -> hidden states of [lo, hi); if guided, the same rows without their context follow."""
+    mask_id = model.cfg.mask_id
+    if cache is not None:
+        if s.guidance_scale == 1:
+            return lambda ids: model.hidden(ids[:, lo:hi], cache)
+        if hasattr(cache, "beside_empty"):      # both sides in one batch
+            both = cache.beside_empty()
+            return lambda ids: model.hidden(ids[:, lo:hi].repeat(2, 1), both)
+        return lambda ids: torch.cat((model.hidden(ids[:, lo:hi], cache), model.hidden(ids[:, lo:hi])))
+    if s.guidance_scale == 1:
+        return lambda ids: model.hidden(ids[:, :hi])[:, lo:hi]
+
+    def both_sides(ids):
+        bare = ids[:, :hi].clone()
+        bare[:, 1:P] = mask_id                  # BOS stays: a text begins there, whatever it says
+        return model.hidden(torch.cat((ids[:, :hi], bare)))[:, lo:hi]
+    return both_sides
+
+
+@torch.no_grad()
+def infill(model, ids, s, seeds, on_step=None):
+    """Fill every mask of one text (ids, BOS included), once per seed; everything else stays -> Result with whole rows."""
+    started = time.perf_counter()
+    mask_id, device = model.cfg.mask_id, next(model.parameters()).device
+    canvas = Canvas(torch.tensor([ids] * len(seeds), device=device), seeds, mask_id, bool(on_step) or s.remask_rule == "conf")
+    given = canvas.ids != mask_id
+    before = canvas.ids.clone()
+    forward = forward_of(model, None, 1, 0, len(ids), s)
+    result = Result([], [])
+    result.forwards = fill_block(model, canvas, 0, len(ids), forward, s, on_step) if (~given).any() else 0
+    assert torch.equal(canvas.ids[given], before[given]), "fixed text was changed"
+    result.rows = result.full_rows = canvas.ids.tolist()
+    assert all(mask_id not in row for row in result.rows), "a gap is left"
+    result.row_forwards = canvas.forwards
     result.seconds = time.perf_counter() - started
-    for row in canvas[:, P:lo].tolist():
-        if s.eos_id is not None and s.eos_id in row:
-            row = row[:row.index(s.eos_id) + 1]
-        assert model.cfg.mask_id not in row and model.cfg.pad_id not in row, "an answer holds a mask or a pad"
-        result.full_rows.append(row)
-        result.rows.append(row[:-1] if s.eos_id is not None and row[-1:] == [s.eos_id] else row)
-    assert canvas[:, :P].tolist() == [list(prompt)] * B, "the prompt was changed"
     return result

@@ -13,6 +13,8 @@ prefix(<=b). The convolution's left neighbours come from the previous clean bloc
 So a frozen context is exactly (N, D, halo) per layer: a theorem, tested to 1e-5, and its size never grows.
 Legend: B batch, T positions, S block, n blocks, D width, H heads, E memory head size, M slots, F feed-forward width.
 """
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,6 +37,16 @@ class EcoCache:
     @property
     def nbytes(self):
         return sum(t.numel() * t.element_size() for t in (self.num, self.den, self.halo))
+
+    def select(self, rows):
+        """Keep only these rows of the batch."""
+        self.num, self.den, self.halo = (t[:, rows] for t in (self.num, self.den, self.halo))
+
+    def beside_empty(self):
+        """A cache of 2B rows, the second half of which has no context: both sides of guidance in one batch."""
+        both = copy.copy(self)
+        both.num, both.den, both.halo = (torch.cat((t, torch.zeros_like(t)), dim=1) for t in (self.num, self.den, self.halo))
+        return both
 
     def reset(self):
         self.length = 0

@@ -11,7 +11,7 @@ The denoiser protocol, which decode.py, masking.py and the tests' fake rely on:
     model.head.weight, .never            the (V, D) head matrix, and the rows that are never an answer
     model.logits(h)                      (..., D) -> (..., V) float32; the mask's and the pad's logit is -inf
     model(xt, cache=None)                logits(hidden(xt, cache))
-    model.new_cache(batch, length)       frozen context; .length .nbytes .reset()
+    model.new_cache(batch, length)       frozen context; .length .nbytes .reset() .select(rows), maybe .beside_empty()
     model.commit(x0, cache)              freeze one finished clean block of any length
 No loss, no shift, no knowledge of masking, no time input. Logits with the cache equal logits recomputed from clean text.
 Legend: B batch, T positions, S block, D width, V vocabulary rows.
@@ -95,16 +95,17 @@ class Transformer(nn.Module):
     def commit(self, x0, cache):
         """Freeze one finished clean block (B, S): its keys and values join the context."""
         x = self.head(x0)                                                         # (B, S, D)
+        cache.make_room(x0.shape[1])
         table = self.table(cache.length, x0.shape[1])
         for i, layer in enumerate(self.layers):
-            context = cache.context(i) if cache.length else None
+            context = cache.context(i) if cache.held else None
             if i + 1 == len(self.layers):                                          # nobody reads x behind the last layer
                 _, k, v = layer.attn.project(layer.attn_norm(x), table)
             else:
                 y, k, v = layer.attn.one_block(layer.attn_norm(x), table, context)
                 x = layer.add_ff(x + layer.dropout(y))
             cache.write(i, k, v)
-        cache.length += x0.shape[1]
+        cache.advance(x0.shape[1])
 
 
 def build_model(cfg):

@@ -6,6 +6,8 @@
 A checkpoint needs nothing but itself: shape, tokenizer and defaults come out of its folder. Text goes to stdout, statistics
 to stderr: new tokens before EOS, forwards, seconds with the prompt's encoding included.
 """
+import json
+import re
 import statistics
 import sys
 import time
@@ -32,12 +34,18 @@ def settings(args, saved, tokenizer):
 def decode_settings(args, saved, mode, eos_id):
     """Also for edge_benchmark, whose command line has modes instead of switches."""
     from decode import Settings
+    from samplers import ADAPTIVE
     if args.min_decode_layers:
         say("notice: --min_decode_layers needs exits that were trained; this checkpoint has none, all layers are used")
-    return Settings(max_new_tokens=args.max_new_tokens, steps=args.steps or saved.config["args"]["sample_steps"], mode=mode,
-                    block_size=args.block_size or saved.config["model"]["block_size"], sampler=args.sampler,
-                    reveal=args.reveal, temperature=args.temperature, temperature_end=args.temperature_end,
-                    top_k=args.top_k, top_p=args.top_p, eos_id=eos_id)
+    if args.remask and args.sampler in ADAPTIVE:
+        raise UserError(f"--remask {args.remask:g} needs a schedule, --sampler {args.sampler} has none: use confidence, margin, "
+                        "random or ancestral")
+    block = args.block_size or saved.config["model"]["block_size"]
+    longest = args.max_new_tokens if mode == "full" else block       # an adaptive rule stops by itself
+    steps = args.steps or (longest if args.sampler in ADAPTIVE else saved.config["args"]["sample_steps"])
+    names = ("max_new_tokens", "sampler", "reveal", "threshold", "alg_temp", "remask", "remask_rule", "temperature",
+             "temperature_end", "top_k", "top_p", "repetition_penalty", "guidance_scale")
+    return Settings(steps=steps, mode=mode, block_size=block, eos_id=eos_id, **{name: getattr(args, name) for name in names})
 
 
 def cannot_freeze(saved):
@@ -69,48 +77,116 @@ def read_prompts(args):
     return prompts or [""]
 
 
+GAP = re.compile(r"\[MASK\]|__+")
+
+
+def with_gaps(text, tokenizer):
+    """--text -> ids, BOS included: [MASK] is one masked token, a run of underscores one for every two."""
+    ids, at = [tokenizer.bos_id], 0
+    for gap in GAP.finditer(text):
+        ids += tokenizer.encode(text[at:gap.start()])
+        ids += [tokenizer.vocab_size] * (1 if gap[0] == "[MASK]" else len(gap[0]) // 2)
+        at = gap.end()
+    if not at:
+        raise UserError(f"--text {text}: there is no gap to fill; write ____ or [MASK] where text is missing")
+    return ids + tokenizer.encode(text[at:])
+
+
+def fill_text(args, model, tokenizer, s, watch):
+    """Infill --text once per seed -> records."""
+    import dataclasses
+
+    from decode import infill
+    ids = with_gaps(args.text, tokenizer)
+    s = dataclasses.replace(s, mode="full", eos_id=None, steps=args.steps or ids.count(tokenizer.vocab_size))
+    for seed in range(args.seed, args.seed + args.num_samples):
+        result = infill(model, ids, s, [seed], watch)
+        yield record(args, args.text, tokenizer.decode(result.rows[0]), seed, result, 0, ids.count(tokenizer.vocab_size), s)
+
+
+def record(args, prompt, text, seed, result, row, tokens, s):
+    """What --json and --out_json hold for one sample; seconds are the batch's, shared by its rows."""
+    seconds = result.seconds / len(result.rows)
+    return {"prompt": prompt, "seed": seed, "text": text, "new_tokens": len(result.full_rows[row]) if not args.text else tokens,
+            "tokens_before_eos": tokens, "forwards": result.row_forwards[row], "context_passes": result.context_passes,
+            "seconds": seconds, "tok_per_s": tokens / seconds, "tokens_per_forward": tokens / max(1, result.row_forwards[row]),
+            "mode": s.mode, "cache_bytes": result.cache_bytes}
+
+
+def continue_prompts(args, model, tokenizer, s, prompts, watch):
+    """Every prompt with all its seeds as a batch -> records; with --stream one by one, printed while they grow."""
+    import dataclasses
+
+    from decode import generate
+    from terminal import Stream
+    if model.cfg.model == "backup" and s.mode == "block_frozen":               # its cache grows, so it gets a window
+        s = dataclasses.replace(s, window=max(args.trained_length, s.block_size))
+    batches = [list(range(args.seed, args.seed + args.num_samples))]
+    if args.stream:
+        batches = [[seed] for seed in batches[0]]
+    number = 0
+    for prompt in prompts:
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        for seeds in batches:
+            times, rows = [], None
+            for timed in [False] * args.warmup_runs + [True] * args.benchmark_runs:
+                stream = Stream() if args.stream and timed and rows is None else None
+
+                def grow(canvas, lo, hi, stream=stream, prompt=prompt, ids=ids):
+                    new = canvas.ids[0, len(ids):hi].tolist()
+                    new = new[:new.index(s.eos_id)] if s.eos_id in new else new
+                    stream.grow(prompt + tokenizer.decode(new))
+                if stream and number:
+                    print("---")
+                started = time.perf_counter()
+                rows = result = generate(model, ids, s, seeds, watch, grow if stream else None)
+                if timed:
+                    times.append(time.perf_counter() - started)
+                if stream:
+                    stream.grow(prompt + tokenizer.decode(result.rows[0]), final=True)
+            for i, seed in enumerate(seeds):
+                number += 1
+                yield record(args, prompt, prompt + tokenizer.decode(result.rows[i]), seed, result, i, len(result.rows[i]), s)
+            if args.benchmark_runs > 1:
+                tokens, mean = sum(map(len, result.rows)), statistics.mean(times)
+                say(f"[bench] runs={args.benchmark_runs} warmup={args.warmup_runs} mean={mean:.3f}s "
+                    f"p50={statistics.median(times):.3f}s tok/s={tokens / mean:.1f} tokens={tokens} forwards={result.forwards}")
+
+
 def main(argv=None, pinned=None):
     args, origins = config.parse(config.SampleArgs, argv, "sample", pinned=pinned)
     config.announce(args, origins)
     import checkpoint
     import runtime
-    from decode import generate
+    from terminal import Watch, printable
     runtime.start(args.threads)
     device = runtime.pick_device(args.device)
     prompts = read_prompts(args)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
     s = settings(args, saved, tokenizer)
-    longest = max(len(tokenizer.encode(p)) for p in prompts) + 1 + args.max_new_tokens
-    endless = s.mode == "block_frozen" and model.cfg.model == "primary"       # its cache has no window
-    if longest > saved.config["args"]["seq_len"] and not endless:
-        say(f"warning: prompt and new tokens are {longest} positions, the model was trained on {saved.config['args']['seq_len']}")
-
-    texts, records = [], []
-    for prompt in prompts:
-        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        seeds = [args.seed + i for i in range(args.num_samples)]
-        times = []
-        for timed in [False] * args.warmup_runs + [True] * args.benchmark_runs:
-            started = time.perf_counter()
-            result = generate(model, ids, s, seeds)
-            if timed:
-                times.append(time.perf_counter() - started)
-        for seed, row, full in zip(seeds, result.rows, result.full_rows, strict=True):
-            text = prompt + tokenizer.decode(row)
-            print(("---\n" if texts else "") + text, flush=True)
-            texts.append(text)
-            seconds = result.seconds / len(seeds)
-            stats = {"prompt": prompt, "seed": seed, "text": text, "new_tokens": len(full), "tokens_before_eos": len(row),
-                     "forwards": result.forwards, "context_passes": result.context_passes, "seconds": seconds,
-                     "tok_per_s": len(row) / seconds, "mode": s.mode, "cache_bytes": result.cache_bytes}
-            records.append(stats)
-            say(f"[stats] new={len(full)} before_eos={len(row)} forwards={result.forwards} context={result.context_passes} "
-                f"seconds={seconds:.3f} tok/s={stats['tok_per_s']:.1f} seed={seed} mode={s.mode}")
-        if args.benchmark_runs > 1:
-            tokens = sum(map(len, result.rows))
-            mean = statistics.mean(times)
-            say(f"[bench] runs={args.benchmark_runs} warmup={args.warmup_runs} mean={mean:.3f}s "
-                f"p50={statistics.median(times):.3f}s tok/s={tokens / mean:.1f} tokens={tokens} forwards={result.forwards}")
+    args.trained_length = saved.config["args"]["seq_len"]
+    if not args.text:
+        longest = max(len(tokenizer.encode(p)) for p in prompts) + 1 + args.max_new_tokens
+        endless = s.mode == "block_frozen"
+        if endless and model.cfg.model == "backup" and longest > args.trained_length:
+            say(f"notice: {longest} positions, trained on {args.trained_length}: the cache slides, the oldest text leaves it")
+        elif longest > args.trained_length and not endless:
+            say(f"warning: prompt and new tokens are {longest} positions, the model was trained on {args.trained_length}: "
+                "--blockwise --frozen_context goes on without a limit")
+    watch = Watch(tokenizer) if args.show_steps else None
+    records = []
+    if args.text:
+        made = fill_text(args, model, tokenizer, s, watch)
+    else:
+        made = continue_prompts(args, model, tokenizer, s, prompts, watch)
+    for r in made:
+        if args.json:
+            print(json.dumps(r, ensure_ascii=False), flush=True)
+        elif not args.stream or args.text:
+            print(("---\n" if records else "") + printable(r["text"]), flush=True)
+        records.append(r)
+        say("[stats] new={new_tokens} before_eos={tokens_before_eos} forwards={forwards} context={context_passes} "
+            "seconds={seconds:.3f} tok/s={tok_per_s:.1f} seed={seed} mode={mode}".format(**r))
     if args.out_json:
         runtime.write_json(args.out_json, {"checkpoint": str(saved.path), "samples": records})
 

@@ -10,6 +10,7 @@ shape have equal parameters (config.match_d_ff). Prints a table; the last line i
 import argparse
 import dataclasses
 import json
+import math
 import os
 import resource
 import statistics
@@ -45,8 +46,13 @@ def attention_flops_backward(grad, q, k, v, *_, **__):
     return 10 * b * h * t * k[2] * e            # five products of the forward's size: flash recomputes the scores
 
 
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-                 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_flops_backward}
+def depthwise_backward(grad, x, w, *_, **__):
+    return 2 * 2 * math.prod(grad) * math.prod(w[1:])    # the registered formula counts every channel with every other
+
+
+COUNTED = {torch.ops.aten.convolution_backward: depthwise_backward,
+           torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+           torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_flops_backward}
 
 
 class Variant:
@@ -85,7 +91,7 @@ class Variant:
         return [b - a for a, b in zip(marks, marks[1:], strict=False)]
 
     def count_flops(self):
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             self.step()
         self.flops = counter.get_total_flops()
 

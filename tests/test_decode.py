@@ -1,4 +1,6 @@
 """The promises of the decode loop, on a fake denoiser with the worst habits, and cached against uncached text on real nets."""
+import dataclasses
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -7,8 +9,10 @@ import torch
 from torch import nn
 
 import config
-from decode import Settings, choose_positions, generate, reveal_count, token_distribution
+import samplers
+from decode import MODES, Settings, generate, infill
 from model import build_model
+from samplers import LOOKING, NAMES, Look, distribution, reveal_count
 
 V, EOS = 17, 3
 MASK = V
@@ -16,6 +20,9 @@ MASK = V
 
 class FakeCache:
     nbytes, length = 0, 0
+
+    def select(self, rows):
+        pass
 
 
 class Fake(nn.Module):
@@ -61,31 +68,46 @@ def blocks_of(s):
     return [min(size, s.max_new_tokens - a) for a in range(0, s.max_new_tokens, size)]
 
 
-def test_guarantees_on_many_random_cases():
-    """Ends within the stated forwards, no mask left, no pad, prompt untouched, for any length, block, steps, temperature."""
+def random_settings(rnd, longest, **more):
+    return Settings(max_new_tokens=rnd.randint(1, longest), steps=rnd.randint(1, longest + 20), mode=rnd.choice(MODES),
+                    block_size=rnd.randint(1, 64), sampler=rnd.choice(NAMES), reveal=rnd.choice(["linear", "cosine"]),
+                    threshold=rnd.choice([0.0, 0.3, 0.9, 1.0]), alg_temp=rnd.choice([0.0, 0.5]),
+                    temperature=rnd.choice([0, 1e-6, 0.7, 1.0, 10.0]), temperature_end=rnd.choice([None, 0.0, 0.5]),
+                    top_k=rnd.choice([0, 1, 5, 99]), top_p=rnd.choice([1.0, 0.9, 0.1]),
+                    repetition_penalty=rnd.choice([1.0, 1.5]), remask=rnd.choice([0.0, 0.0, 0.3]),
+                    remask_rule=rnd.choice(["cap", "rescale", "conf"]), eos_id=rnd.choice([EOS, None]), **more)
+
+
+def check_case(rnd, longest):
+    habit = rnd.choice(["plain", "mask_lover", "all_eos", "no_eos", "constant"])
+    vocab = rnd.choice([V, V, 5])                                                  # 5: pad, three specials and one real token
+    s = random_settings(rnd, longest, guidance_scale=rnd.choice([1.0, 1.0, 2.0]))
+    if s.sampler in samplers.ADAPTIVE:
+        s.remask = 0.0
+    B = rnd.randint(1, 3)
+    prompts = [[2, *(rnd.randint(4, vocab - 1) for _ in range(rnd.randint(0, 12)))] for _ in range(B)]
+    if rnd.random() < 0.5:
+        prompts = [prompts[0]] * B
+    net = Fake(habit, vocab)
+    out = generate(net, prompts, s, [rnd.randrange(10 ** 6) for _ in range(B)])
+    most = sum(s.steps if s.remask else min(s.steps, n) for n in blocks_of(s))
+    sides = 2 if s.guidance_scale != 1 and s.mode == "block_frozen" else 1
+    assert net.hidden_calls == out.forwards * sides and out.forwards <= most * len({len(p) for p in prompts})
+    assert max(out.row_forwards) <= most
+    for row, full in zip(out.rows, out.full_rows, strict=True):
+        assert all(0 < token < vocab for token in full) and row == full[:len(row)]
+        assert len(full) == s.max_new_tokens or s.eos_id is not None and EOS in full
+        assert EOS not in row or s.eos_id is None
+    if habit == "no_eos" and vocab > 5 or s.eos_id is None:
+        assert all(len(row) == s.max_new_tokens for row in out.rows)
+
+
+def test_guarantees_on_ten_thousand_random_cases():
+    """Ends within the stated forwards, no mask left, no pad, prompt untouched (generate asserts it), for any length, block,
+    steps, sampler, temperature, remasking, guidance, and batches of unequal prompts and progress."""
     rnd = random.Random(0)
-    for case in range(1000):
-        habit = rnd.choice(["plain", "mask_lover", "all_eos", "no_eos", "constant"])
-        s = Settings(max_new_tokens=rnd.randint(1, 130), steps=rnd.randint(1, 200),
-                     mode=rnd.choice(["full", "block", "block_frozen"]),
-                     block_size=rnd.randint(1, 64), sampler=rnd.choice(["confidence", "random"]),
-                     reveal=rnd.choice(["linear", "cosine"]), temperature=rnd.choice([0, 1e-6, 0.7, 1.0, 10.0]),
-                     temperature_end=rnd.choice([None, 0.0, 0.5]), top_k=rnd.choice([0, 1, 5, 99]),
-                     top_p=rnd.choice([1.0, 0.9, 0.1]),
-                     eos_id=rnd.choice([EOS, None]))
-        if case % 10:                                                              # mostly short ones: there is much to try
-            s.max_new_tokens, s.steps = rnd.randint(1, 24), rnd.randint(1, 30)
-        prompt = [2, *(rnd.randint(4, V - 1) for _ in range(rnd.randint(0, 40)))]
-        net, B = Fake(habit), rnd.randint(1, 3)
-        out = generate(net, prompt, s, [rnd.randrange(10 ** 6) for _ in range(B)])
-        assert net.hidden_calls == out.forwards <= sum(min(s.steps, n) for n in blocks_of(s))
-        for row, full in zip(out.rows, out.full_rows, strict=True):
-            assert all(0 < token < V for token in full) and row == [t for t in full[:len(row)]]
-            ended = s.eos_id is not None and EOS in full
-            assert len(full) == s.max_new_tokens or ended
-            assert EOS not in row or s.eos_id is None
-        if habit == "no_eos" or s.eos_id is None:
-            assert all(len(row) == s.max_new_tokens for row in out.rows)
+    for case in range(10_000):
+        check_case(rnd, 130 if case % 200 == 0 else 8)
 
 
 def test_twelve_steps_are_twelve_forwards_of_at_most_six():
@@ -119,16 +141,26 @@ def test_nan_is_an_error_and_not_an_answer():
         generate(Fake("nan"), [2], Settings(8, 4), [0])
 
 
-def test_same_seed_same_text_whatever_the_batch():
-    class RowWise(Fake):                                # logits depend on the row's own hidden state only
-        def logits(self, h):
-            z = torch.sin(h @ torch.arange(1, (V + 1) * (V + 1) + 1).view(V + 1, V + 1).float() * 0.37) * 2
-            z[..., [0, V]] = -float("inf")
-            return z
-    s = Settings(20, 5, mode="block", block_size=7, temperature=1.0, eos_id=None)
-    batch = generate(RowWise(), [2, 6, 8], s, [11, 12, 13]).rows
-    assert [generate(RowWise(), [2, 6, 8], s, [seed]).rows[0] for seed in (11, 12, 13)] == batch
-    assert len({tuple(row) for row in batch}) == 3
+class RowWise(Fake):
+    """Logits depend on the row's own text only."""
+
+    def logits(self, h):
+        z = torch.sin(h @ torch.arange(1, (V + 1) * (V + 1) + 1).view(V + 1, V + 1).float() * 0.37) * 2
+        z[..., [0, V]] = -float("inf")
+        return z
+
+
+@pytest.mark.parametrize("sampler", NAMES)
+def test_same_seed_same_text_whatever_the_batch(sampler):
+    """Neighbours of other lengths, other seeds and other progress change nothing."""
+    for remask in (0.0, 0.3) if sampler not in samplers.ADAPTIVE else (0.0,):
+        for eos in (None, EOS):
+            s = Settings(20, 12, mode="block", block_size=7, sampler=sampler, eos_id=eos, remask=remask, threshold=0.2,
+                         alg_temp=0.3)
+            prompts, seeds = [[2, 6, 8], [2, 6, 8], [2, 9], [2, 5, 5, 5, 7]], [11, 12, 13, 11]
+            batch = generate(RowWise(), prompts, s, seeds).rows
+            assert [generate(RowWise(), p, s, [seed]).rows[0] for p, seed in zip(prompts, seeds, strict=True)] == batch
+            assert len({tuple(row) for row in batch}) == 4
 
 
 def test_eos_stops_only_when_nothing_before_it_is_masked():
@@ -163,26 +195,225 @@ def test_frozen_mode_passes():
 
 
 def test_confidence_ignores_a_constant_added_to_a_position():
-    z = torch.randn(6, V + 1)
-    masked, g = torch.arange(6), torch.Generator()
+    z, g = torch.randn(6, V + 1), torch.Generator()
     shifted = z + torch.tensor([0.0, 100.0, -50.0, 3.0, 0.0, 9.0])[:, None]
-    assert torch.equal(choose_positions(z, masked, 4, "confidence", g), choose_positions(shifted, masked, 4, "confidence", g))
+    s = Settings(6, 6)
+    assert torch.equal(samplers.confidence(Look(z), 4, s, g), samplers.confidence(Look(shifted), 4, s, g))
+
+
+def looked(*sure):
+    """A Look whose best tokens have these probabilities, the rest split evenly over nine others."""
+    p = torch.tensor(sure)[:, None]
+    return Look(torch.cat((p, ((1 - p) / 9).expand(-1, 9)), dim=1).log())
+
+
+def test_adaptive_rules_by_hand():
+    look = looked(0.5, 0.95, 0.2, 0.92, 0.91)
+    s, g = Settings(5, 5, threshold=0.9), None
+    assert samplers.threshold(look, 1, s, g).tolist() == [1, 3, 4]
+    assert samplers.threshold(looked(0.1, 0.3), 1, s, g).tolist() == [1]                     # never nothing
+    # factor, 1 - 0.8 = 0.2: n = 1: 2 * 0.05 fits; n = 2: 3 * 0.08 = 0.24 does not, nor do more
+    assert samplers.factor(look, 1, Settings(5, 5, threshold=0.8), g).tolist() == [1]
+    assert samplers.factor(look, 1, Settings(5, 5, threshold=0.7), g).tolist() == [1, 3]
+    h = look.entropy.tolist()
+    budget = h[1] + h[3]                                                           # the two surest are free beside the third
+    assert samplers.entropy(look, 1, Settings(5, 5, threshold=1 - budget - 1e-4), g).tolist() == [1, 3, 4]
+    assert samplers.entropy(look, 1, Settings(5, 5, threshold=1.0), g).tolist() == [1]
+    assert samplers.margin(look, 2, s, g).tolist() == [1, 3]
+    certain = looked(1.0, 1.0, 1.0)
+    assert all(len(LOOKING[name](certain, 1, s, g)) == 3 for name in samplers.ADAPTIVE)      # 0 * -inf is not a number
+
+
+def test_alg_temp_moves_the_choice_from_the_surest_to_any():
+    look, g = looked(0.9, 0.5, 0.3, 0.2), torch.Generator().manual_seed(0)
+    firsts = [[int(samplers.confidence(look, 1, Settings(4, 4, alg_temp=t), g)) for _ in range(400)] for t in (0.0, 1.0, 1e6)]
+    assert set(firsts[0]) == {0}
+    assert firsts[1].count(0) / 400 == pytest.approx(0.9 / 1.9, abs=0.09)          # chances as the confidences
+    assert firsts[2].count(0) / 400 == pytest.approx(0.25, abs=0.09)
+
+
+def test_repetition_penalty_divides_and_multiplies():
+    z = torch.tensor([[2.0, -2.0, 1.0, -float("inf")]])
+    assert samplers.discourage(z.clone(), torch.tensor([0, 1, 3]), 2.0).tolist() == [[1.0, -4.0, 1.0, -float("inf")]]
+
+
+JOINT = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) ** 3
+JOINT /= JOINT.sum()                                                               # p(x1, x2, x3) over three real tokens
+
+
+def conditional(ids):
+    """Exact p(x_i | what is revealed) of the toy joint for one row of ids (0, 1, 2 or None) -> (3, 3)."""
+    p = JOINT.clone()
+    for axis, token in enumerate(ids):
+        if token is not None:
+            keep = torch.zeros(3, dtype=torch.float64)
+            keep[token] = 1
+            p *= keep.view([3 if a == axis else 1 for a in range(3)])
+    p /= p.sum()
+    return torch.stack([p.sum(tuple(a for a in range(3) if a != axis)) for axis in range(3)])
+
+
+class Oracle(Fake):
+    """A perfect denoiser of the toy joint; real tokens are 4, 5, 6."""
+
+    def hidden(self, xt, cache=None):
+        self.hidden_calls += 1
+        known = {}
+        out = []
+        for row in xt[:, -3:].tolist():
+            key = tuple(None if t == 7 else t - 4 for t in row)
+            if key not in known:
+                known[key] = conditional(key)
+            out.append(known[key])
+        h = torch.stack(out)
+        return torch.cat((torch.zeros(len(h), xt.shape[1] - 3, 3, dtype=h.dtype), h), dim=1)
+
+    def logits(self, h):
+        z = torch.full((len(h), 8), -float("inf"), dtype=torch.float64)
+        z[:, 4:7] = h.log()
+        return z
+
+
+def enumerated(steps, sets_at):
+    """Exact law of the text when at each step a set of positions is revealed: sets_at(masked, step) -> [(chance, set)]."""
+    law = torch.zeros(3, 3, 3, dtype=torch.float64)
+
+    def go(ids, step, chance):
+        masked = [i for i, t in enumerate(ids) if t is None]
+        if not masked:
+            law[tuple(ids)] += chance
+            return
+        p = conditional(ids)
+        for weight, chosen in sets_at(masked, step):
+            if not weight:
+                continue
+            for tokens in itertools.product(range(3), repeat=len(chosen)):
+                new, q = list(ids), chance * weight
+                for i, t in zip(chosen, tokens, strict=True):
+                    new[i], q = t, q * float(p[i, t])
+                go(new, step + 1, q)
+    go([None] * 3, 0, 1.0)
+    return law
+
+
+def subsets(masked, stay):
+    for n in range(len(masked) + 1):
+        for chosen in itertools.combinations(masked, n):
+            yield (1 - stay) ** n * stay ** (len(masked) - n), chosen
+
+
+@pytest.mark.parametrize("sampler, steps", [("random", 3), ("random", 2), ("ancestral", 2), ("ancestral", 3)])
+def test_exact_law_on_a_toy_joint(sampler, steps):
+    """Texts of a perfect denoiser follow the law that enumeration gives; one random position at a time: the joint itself."""
+    def sets_at(masked, step):
+        if sampler == "ancestral":
+            return subsets(masked, 1 - 1 / (steps - step))
+        chosen = list(itertools.combinations(masked, reveal_count(len(masked), step, steps, "linear")))
+        return [(1 / len(chosen), c) for c in chosen]
+    law = enumerated(steps, sets_at)
+    assert float(law.sum()) == pytest.approx(1)
+    if (sampler, steps) == ("random", 3):
+        torch.testing.assert_close(law, JOINT)
+    n = 6000
+    out = generate(Oracle(vocab=7), [2], Settings(3, steps, sampler=sampler, eos_id=None), list(range(n)))
+    seen = torch.zeros(3, 3, 3, dtype=torch.float64)
+    for row in out.rows:
+        seen[tuple(t - 4 for t in row)] += 1
+    chi2 = float(((seen - n * law) ** 2 / (n * law)).sum())
+    assert chi2 < 26 + 5 * 52 ** 0.5, chi2                                         # 26 degrees of freedom, five deviations
+    if (sampler, steps) == ("ancestral", 2):                                       # the test can tell: the joint is another law
+        assert float(((seen - n * JOINT) ** 2 / (n * JOINT)).sum()) > 150
+
+
+@pytest.mark.parametrize("rule", ["cap", "rescale", "conf"])
+@pytest.mark.parametrize("sampler", ["confidence", "random"])
+def test_remasking_keeps_the_schedule_and_really_happens(sampler, rule):
+    masked, went_back, before = [], 0, None
+
+    def look(canvas, lo, hi, step):
+        nonlocal before, went_back
+        now = canvas.ids[0, lo:hi] == MASK
+        masked.append(int(now.sum()))
+        went_back += 0 if before is None else int((now & ~before).sum())
+        before = now
+    generate(Fake("no_eos"), [2], Settings(32, 64, sampler=sampler, remask=0.2, remask_rule=rule, eos_id=None), [1], look)
+    assert masked == [round(32 * (1 - (i + 1) / 64)) for i in range(63)]           # the last half token rounds to none
+    assert went_back > 5
+
+
+def small(model, seed=3):
+    torch.manual_seed(seed)
+    net = build_model(config.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=2, n_heads=2, d_ff=48,
+                                         memory_slots=4)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return net
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+@pytest.mark.parametrize("mode", MODES)
+def test_guidance_is_the_formula(model, mode):
+    """u + s (c - u) on log-probabilities, both sides of the same network; the greedy first choice shows it."""
+    net, prompt = small(model), [2, 7, 9, 11, 5]
+    plain = Settings(8, 1, mode=mode, block_size=8, temperature=0, eos_id=None)
+    guided = dataclasses.replace(plain, guidance_scale=3.0)
+    block = torch.full((1, 8), 40)
+    with torch.no_grad():
+        if mode == "block_frozen":
+            cache = net.new_cache(1, 13)
+            net.commit(torch.tensor([prompt]), cache)
+            c, u = net(block, cache), net(block)
+        else:
+            c = net(torch.cat((torch.tensor([prompt]), block), dim=1))[:, 5:]
+            u = net(torch.cat((torch.tensor([[2, 40, 40, 40, 40]]), block), dim=1))[:, 5:]
+        c, u = c.log_softmax(-1), u.log_softmax(-1)
+    want = torch.where(torch.isneginf(c), c, u + 3 * (c - u)).argmax(-1).tolist()
+    assert generate(net, prompt, guided, [0]).rows == want
+    assert want != c.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+def test_infilling_fills_every_gap_and_nothing_else(model):
+    net, rnd = small(model), random.Random(1)
+    for sampler in NAMES:
+        ids = [2] + [rnd.choice([40, rnd.randint(4, 39)]) for _ in range(30)]
+        out = infill(net, ids, Settings(0, 5, sampler=sampler, eos_id=None), [3, 4])
+        for row in out.rows:
+            assert all(0 < new < 40 and (old == 40 or new == old) for old, new in zip(ids, row, strict=True))
+        assert out.forwards <= 5
+    assert infill(net, [2, 5, 6], Settings(0, 5), [0]).forwards == 0
+
+
+def test_ten_thousand_tokens_in_constant_memory():
+    net = small("primary")
+    short, long = (generate(net, [2], Settings(n, 1, mode="block_frozen", block_size=64, eos_id=None), [0]) for n in (64, 10_000))
+    assert len(long.rows[0]) == 10_000 and long.cache_bytes == short.cache_bytes
+    assert long.rows[0][:64] == short.rows[0]
+
+
+def test_the_transformers_cache_slides():
+    net = small("backup")
+    free, tight = (Settings(160, 2, mode="block_frozen", block_size=16, temperature=0, eos_id=None, window=w) for w in (None, 64))
+    a, b = generate(net, [2, 5, 6], free, [0]), generate(net, [2, 5, 6], tight, [0])
+    assert len(b.rows[0]) == 160 and b.cache_bytes == net.new_cache(1, 64).nbytes < a.cache_bytes
+    assert a.rows[0][:64] == b.rows[0][:64] and a.rows[0] != b.rows[0]             # the same until text has left the window
 
 
 def test_token_distribution():
     z = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    torch.testing.assert_close(token_distribution(z, 1.0, 0, 1.0).float(), z.exp())
-    assert (token_distribution(z, 1.0, 2, 1.0) > 0).sum() == 2
-    torch.testing.assert_close(token_distribution(z, 1.0, 0, 0.75)[0, :3].float(), torch.tensor([0.625, 0.375, 0.0]))
-    assert token_distribution(z, 0.1, 0, 1.0)[0, 0] > 0.99
-    assert token_distribution(z, 1.0, 0, 1.0).dtype == torch.float64
+    torch.testing.assert_close(distribution(z, 1.0, 0, 1.0).float(), z.exp())
+    assert (distribution(z, 1.0, 2, 1.0) > 0).sum() == 2
+    torch.testing.assert_close(distribution(z, 1.0, 0, 0.75)[0, :3].float(), torch.tensor([0.625, 0.375, 0.0]))
+    assert distribution(z, 0.1, 0, 1.0)[0, 0] > 0.99
+    assert distribution(z, 1.0, 0, 1.0).dtype == torch.float64
 
 
 def test_rare_tokens_keep_their_share():
     """1,000 tokens of 1e-5 each: their pooled share is 1 % within 5 % of it (D6)."""
     z = torch.full((1, 1001), 1e-5)
     z[0, 0] = 0.99
-    p = token_distribution(z.log(), 1.0, 0, 1.0)
+    p = distribution(z.log(), 1.0, 0, 1.0)
     draws = torch.multinomial(p.expand(1000, -1), 1000, replacement=True, generator=torch.Generator().manual_seed(0))
     assert float((draws > 0).double().mean()) == pytest.approx(0.01, rel=0.05)
 
@@ -190,12 +421,7 @@ def test_rare_tokens_keep_their_share():
 @pytest.mark.parametrize("model", ["primary", "backup"])
 def test_cached_text_equals_uncached_text(model):
     """Greedy text of block_frozen equals decoding the same rule without any cache, for many prompts (C6)."""
-    torch.manual_seed(3)
-    net = build_model(config.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=2, n_heads=2, d_ff=48,
-                                         memory_slots=4)).eval()
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.2 * torch.randn_like(p)
+    net = small(model)
     s = Settings(20, 4, mode="block_frozen", block_size=8, temperature=0, eos_id=None)
     for seed in range(10):
         g = torch.Generator().manual_seed(seed)
@@ -212,7 +438,7 @@ def test_cached_text_equals_uncached_text(model):
                 masked = torch.tensor([i for i, t in enumerate(block) if t == 40])
                 if len(masked):
                     count = reveal_count(len(masked), step, min(4, n), "linear")
-                    for i in masked[choose_positions(z[masked], masked, count, "confidence", g)].tolist():
+                    for i in masked[samplers.confidence(Look(z[masked]), count, s, g)].tolist():
                         block[i] = int(z[i].argmax())
             text += block
         assert got == text[len(prompt):], seed

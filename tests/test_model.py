@@ -134,8 +134,10 @@ def test_cache_sizes():
     small, large = backup.new_cache(1, 10), backup.new_cache(1, 100)
     assert large.nbytes == 10 * small.nbytes == 2 * 3 * 32 * 100 * 4
     backup.commit(texts(10, batch=1)[0], small)
+    backup.commit(texts(11, batch=1)[0][:, :1], small)  # a full cache slides: the oldest position leaves
+    assert (small.held, small.length) == (10, 11)
     with pytest.raises(ValueError, match="10 positions, 11"):
-        backup.commit(texts(11, batch=1)[0][:, :1], small)
+        backup.commit(texts(11, batch=1)[0], small)
     cache.reset()
     assert cache.length == 0 and not cache.num.any()
 
