@@ -81,15 +81,12 @@ GAP = re.compile(r"\[MASK\]|__+")
 
 
 def with_gaps(text, tokenizer):
-    """--text -> ids, BOS included: [MASK] is one masked token, a run of underscores one for every two."""
-    ids, at = [tokenizer.bos_id], 0
-    for gap in GAP.finditer(text):
-        ids += tokenizer.encode(text[at:gap.start()])
-        ids += [tokenizer.vocab_size] * (1 if gap[0] == "[MASK]" else len(gap[0]) // 2)
-        at = gap.end()
-    if not at:
+    """--text -> (fixed strings, number of tokens of the gap behind each but the last)."""
+    fixed = GAP.split(text)
+    sizes = [1 if gap[0] == "[MASK]" else len(gap[0]) // 2 for gap in GAP.finditer(text)]
+    if not sizes:
         raise UserError(f"--text {text}: there is no gap to fill; write ____ or [MASK] where text is missing")
-    return ids + tokenizer.encode(text[at:])
+    return fixed, sizes
 
 
 def fill_text(args, model, tokenizer, s, watch):
@@ -97,11 +94,19 @@ def fill_text(args, model, tokenizer, s, watch):
     import dataclasses
 
     from decode import infill
-    ids = with_gaps(args.text, tokenizer)
-    s = dataclasses.replace(s, mode="full", eos_id=None, steps=args.steps or ids.count(tokenizer.vocab_size))
+    fixed, sizes = with_gaps(args.text, tokenizer)
+    ids, gaps = [tokenizer.bos_id], []
+    for part, size in zip(fixed, [*sizes, 0], strict=True):
+        # a piece carries the space before it, so the space before a gap is the gap's first piece's, not a token of its own
+        ids += tokenizer.encode(part[:-1] if size and part.endswith(" ") else part)
+        gaps.append(slice(len(ids), len(ids) + size))
+        ids += [tokenizer.vocab_size] * size
+    s = dataclasses.replace(s, mode="full", eos_id=None, steps=args.steps or sum(sizes))
     for seed in range(args.seed, args.seed + args.num_samples):
         result = infill(model, ids, s, [seed], watch)
-        yield record(args, args.text, tokenizer.decode(result.rows[0]), seed, result, 0, ids.count(tokenizer.vocab_size), s)
+        answers = [tokenizer.decode(result.rows[0][gap]) for gap in gaps]
+        text = "".join(part + (a.removeprefix(" ") if part.endswith(" ") else a) for part, a in zip(fixed, answers, strict=True))
+        yield record(args, args.text, text, seed, result, 0, sum(sizes), s)
 
 
 def record(args, prompt, text, seed, result, row, tokens, s):

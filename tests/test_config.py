@@ -208,7 +208,7 @@ def test_gpu_tiers(memory, row):
     (SampleArgs, "", ["--ckpt is missing"]),
     (SampleArgs, "a --ckpt b", ["a and --ckpt b"]),
     (SampleArgs, "a b", ["unexpected argument 'b'"]),
-    (SampleArgs, "a --sampler best", ["confidence, random"]),
+    (SampleArgs, "a --sampler best", ["confidence, threshold"]),
     (BenchArgs, "--ckpt a --modes full blok", ["blok", "block_frozen"]),
     (EvaluateArgs, "a --blocks T,x", ["'x'"]),
     (PrepareArgs, "--input a.txt", ["--source files", "1 inputs"]),
