@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import rotate
+from layers import Linear, rotate
 
 
 def attend(q, k, v, mask=None):
@@ -72,8 +72,8 @@ class MultiHead(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.heads = cfg.n_heads
-        self.qkv_proj = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
-        self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+        self.qkv_proj = Linear(cfg.d_model, 3 * cfg.d_model)
+        self.out_proj = Linear(cfg.d_model, cfg.d_model)
 
     def project(self, x, table):
         """x (N, T, D) -> q, k, v (N, H, T, E), q and k rotated."""

@@ -297,6 +297,8 @@ class GenerateKnobs(CheckpointKnobs):
     guidance_scale: float = knob(1.0, "1 = plain conditional; above: follow the context more", at_least=0, rare=True,
                                  aliases=("cfg_scale",))
     block_size: int = knob(0, "block of the block modes; 0 = the checkpoint's", at_least=0)
+    precision: str = knob("auto", "of the products; auto = bf16 on a CPU that has it, else fp32, which is exact",
+                          choices=("auto", "fp32", "bf16", "int8"), shortcuts={"quantize_dynamic": "int8", "int8": "int8"})
     min_decode_layers: int = knob(0, "layers of a block's first forward; 0 = all", at_least=0, rare=True)
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import LocalConv, RMSNorm, TiedHead, initialise, unit_rms
+from layers import Linear, LocalConv, RMSNorm, TiedHead, initialise, unit_rms
 
 SCORE_CAP = 8.0  # |score| of a write: exp(8) = 3,000 to 1 is as selective as a write may be, and never overflows a sum
 
@@ -61,8 +61,9 @@ class EcoLayer(nn.Module):
         self.norm = RMSNorm(D)
         self.conv = LocalConv(D, cfg.conv_kernel)
         # one matrix in, one out: two big products keep a CPU (or a GPU) busier than seven small ones
-        self.in_proj = nn.Linear(D, 2 * self.ff + 2 * self.dm + self.H * self.M, bias=False)
-        self.out_proj = nn.Linear(self.ff + self.dm, D, bias=False)
+        writes = self.dm + self.H * self.M
+        self.in_proj = Linear(D, 2 * self.ff + self.dm + writes, tails=(writes,))
+        self.out_proj = Linear(self.ff + self.dm, D)
         self.slot_key = nn.Parameter(torch.randn(self.H, self.M, self.dm // self.H) * 0.5)       # a slot's own name
         # e-folding length of a slot in tokens, log-spaced: some slots remember the sentence, others the document
         self.decay = nn.Parameter(torch.linspace(2.5, 8.0, self.M).repeat(self.H, 1))            # (H, M), log tokens
@@ -105,8 +106,7 @@ class EcoLayer(nn.Module):
 
     def split_write(self, h):
         """Only what a token writes: v and s."""
-        width = self.dm + self.H * self.M
-        return F.linear(h, self.in_proj.weight[-width:]).split([self.dm, self.H * self.M], dim=-1)
+        return self.in_proj.tail(h, self.dm + self.H * self.M).split([self.dm, self.H * self.M], dim=-1)
 
     def mix(self, x, gate, up, memory):
         return x + self.dropout(self.out_proj(torch.cat((F.silu(gate) * up, memory.to(up.dtype)), dim=-1)))

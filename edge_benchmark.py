@@ -136,12 +136,15 @@ def main(argv=None):
     import torch
 
     import checkpoint
+    import fast
     import runtime
     import sample
     allocator = runtime.start(args.threads)
     device = runtime.pick_device(args.device)
     prompts = sample.read_prompts(args) if args.prompt or args.prompts_file else list(config.BENCH_PROMPTS)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
+    precision, why = fast.pick(args.precision, device)
+    weights = fast.prepare(model, precision)
     why_not = sample.cannot_freeze(saved)
     usable = [mode for mode in dict.fromkeys(args.modes) if mode != "block_frozen" or not why_not]
     first = sample.decode_settings(args, saved, "full", tokenizer.eos_id)
@@ -151,7 +154,8 @@ def main(argv=None):
     results = {mode: figures.get(mode, {"skipped": why_not}) for mode in dict.fromkeys(args.modes)}
     document = {
         "version": 1, "model": saved.config["model"]["model"], "ckpt": str(saved.path), "step": saved.step,
-        **runtime.environment(device), "allocator": allocator, "batch": 1, "seed": args.seed, "prompts": prompts,
+        **runtime.environment(device), "allocator": allocator, "precision": precision, "weights_bytes": weights,
+        "batch": 1, "seed": args.seed, "prompts": prompts,
         "params": config.count_params(model.cfg), "args": config.to_dict(args), "results": results}
     for mode, r in results.items():
         print(card(mode, r))

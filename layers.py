@@ -62,6 +62,17 @@ class LocalConv(nn.Module):
         return y.squeeze(2).transpose(1, 2)                                        # (N, S, D)
 
 
+class Linear(nn.Linear):
+    """A matrix without bias that may also be used by its last rows alone; fast.py puts other layouts in its place."""
+
+    def __init__(self, inputs, outputs, tails=()):
+        super().__init__(inputs, outputs, bias=False)
+        self.tails = tails
+
+    def tail(self, x, width):
+        return F.linear(x, self.weight[-width:])
+
+
 class TiedHead(nn.Module):
     """Embedding and head share one (V, D) matrix; V = pieces + 1, the last row is the mask.
 
@@ -72,12 +83,13 @@ class TiedHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, dim))
         self.never = tuple(never)
+        self.product = None                                                        # fast.py's, in decoding
 
     def forward(self, ids):
         return F.embedding(ids, self.weight)                                       # (..., D)
 
     def logits(self, h):
-        z = F.linear(h, self.weight).float()                                       # (..., V)
+        z = (self.product(h) if self.product else F.linear(h, self.weight)).float()            # (..., V)
         z[..., list(self.never)] = -math.inf
         return z
 

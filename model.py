@@ -22,7 +22,7 @@ from torch import nn
 
 from attention import KVCache, MultiHead, block_masks
 from eco_hybrid import EcoHybrid
-from layers import RMSNorm, TiedHead, initialise, rotary_table
+from layers import Linear, RMSNorm, TiedHead, initialise, rotary_table
 
 
 class FeedForward(nn.Module):
@@ -30,8 +30,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.in_proj = nn.Linear(cfg.d_model, 2 * cfg.d_ff, bias=False)
-        self.out_proj = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+        self.in_proj = Linear(cfg.d_model, 2 * cfg.d_ff)
+        self.out_proj = Linear(cfg.d_ff, cfg.d_model)
 
     def forward(self, x):
         gate, up = self.in_proj(x).chunk(2, dim=-1)

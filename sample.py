@@ -162,12 +162,16 @@ def main(argv=None, pinned=None):
     args, origins = config.parse(config.SampleArgs, argv, "sample", pinned=pinned)
     config.announce(args, origins)
     import checkpoint
+    import fast
     import runtime
     from terminal import Watch, printable
     runtime.start(args.threads)
     device = runtime.pick_device(args.device)
     prompts = read_prompts(args)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
+    precision, why = fast.pick(args.precision, device)
+    fast.prepare(model, precision)
+    say(f"model: {model.cfg.model}, {config.count_params(model.cfg):,} parameters; products in {precision} ({why})")
     s = settings(args, saved, tokenizer)
     args.trained_length = saved.config["args"]["seq_len"]
     if not args.text:

@@ -19,7 +19,7 @@ RANKS = {
     "knobs": 0, "lexicon": 0, "layers": 0, "masking": 0,
     "config": 1, "documents": 1, "terminal": 0, "samplers": 0, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1,
     "corpus": 2, "runtime": 2, "tokenizer": 2, "model": 2,
-    "tokens": 3, "checkpoint": 3,
+    "tokens": 3, "checkpoint": 3, "fast": 3,
     "evaluate": 4, "prepare": 4,
     "train": 5, "sample": 5,
     "edge_benchmark": 6, "colab_train_eco": 6,

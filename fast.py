@@ -1,0 +1,97 @@
+"""Weights laid out for decoding on a CPU: bf16 or int8, reordered once instead of at every product.
+
+Used by checkpoint.load_model's callers after loading; training never comes here.
+
+    fast.prepare(model, "bf16")        # in place; "fp32" leaves the model as it was trained
+
+A block of 32 tokens is a short product against a large matrix. In float32 it is slow (oneDNN reorders the weights each time);
+with bf16 weights in oneDNN's own layout it runs near the machine's peak. int8 quantises each output row of the weights once and
+each activation tensor on the fly. Where an operator is missing (another CPU, another PyTorch), plain bf16 or an error says so.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import runtime
+from knobs import UserError
+from layers import Linear
+
+ROWS = 32       # tokens that the packed layout is tuned for
+
+
+def pick(precision, device):
+    """'auto' -> what this machine is fast in, with the reason; int8 and bf16 elsewhere are refused, not ignored."""
+    if precision == "auto":
+        units = runtime.cpu_bf16_units() if device.type == "cpu" else []
+        return ("bf16", f"the CPU has {', '.join(units)}") if units else ("fp32", f"no bf16 units known of this {device.type}")
+    if precision == "int8" and device.type != "cpu":
+        raise UserError(f"--quantize_dynamic works on a CPU only, not on {device}: leave it out")
+    return precision, "asked for"
+
+
+class PackedBF16(nn.Module):
+    """y = x W^T with W in oneDNN's layout; returns bf16."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.nbytes = weight.numel() * 2
+        try:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16().contiguous(), ROWS)
+            self.plain = None
+        except (AttributeError, RuntimeError, NotImplementedError):      # a PyTorch or a CPU without oneDNN
+            self.packed, self.plain = None, weight.detach().bfloat16()
+
+    def forward(self, x):
+        if self.plain is not None:
+            return F.linear(x.bfloat16(), self.plain)
+        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, "none", [], "")
+
+
+class PackedInt8(nn.Module):
+    """Symmetric int8 weights with a scale for each row, activations quantised on the fly; returns float32."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.nbytes = weight.numel()
+        w = weight.detach().float()
+        scale = (w.abs().amax(1).double() / 127).clamp(min=1e-12)
+        q = torch.quantize_per_channel(w, scale, torch.zeros(len(w), dtype=torch.long), 0, torch.qint8)
+        try:
+            self.packed = torch.ops.quantized.linear_prepack(q, None)
+        except (AttributeError, RuntimeError) as error:
+            raise UserError(f"--quantize_dynamic: this PyTorch has no int8 product for this CPU ({error})") from None
+
+    def forward(self, x):
+        shape = x.shape
+        y = torch.ops.quantized.linear_dynamic(x.float().reshape(-1, shape[-1]).contiguous(), self.packed, False)
+        return y.view(*shape[:-1], -1)
+
+
+class Fast(nn.Module):
+    """In the place of a Linear: the whole product, and the product with its last rows alone (Linear.tail)."""
+
+    def __init__(self, kind, linear):
+        super().__init__()
+        self.whole = kind(linear.weight)
+        self.tails = nn.ModuleDict({str(n): kind(linear.weight[-n:]) for n in linear.tails})
+
+    def forward(self, x):
+        return self.whole(x)
+
+    def tail(self, x, width):
+        return self.tails[str(width)](x)
+
+
+def prepare(model, precision):
+    """Replace the products of a trained model in place -> bytes of its matrices."""
+    if precision == "fp32":
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    kind = {"bf16": PackedBF16, "int8": PackedInt8}[precision]
+    total = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear):
+                setattr(parent, name, Fast(kind, child))
+                total += getattr(parent, name).whole.nbytes
+    model.head.product = kind(model.head.weight)
+    return total + model.head.product.nbytes

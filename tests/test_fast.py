@@ -1,0 +1,73 @@
+"""Decoding in bf16 and int8: the same function within a stated error, smaller weights, and no silent fallback."""
+import pytest
+import torch
+
+import config
+import fast
+from decode import Settings, generate
+from knobs import UserError
+from model import build_model
+
+
+def net(kind):
+    torch.manual_seed(1)
+    model = build_model(config.ModelConfig(model=kind, vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=128,
+                                           memory_slots=4)).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(5)
+    return model
+
+
+def answers(model, ids):
+    """Log-probabilities with a committed context, so that every product runs: the block's, the commit's, the head's."""
+    with torch.no_grad():
+        cache = model.new_cache(2, 48)
+        model.commit(ids[:, :20], cache)
+        model.commit(ids[:, 20:32], cache)
+        return model(ids[:, 32:], cache)[..., 1:-1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("precision, limit", [("bf16", 2e-3), ("int8", 1e-2)])
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_products_in_few_bits_are_close(kind, precision, limit):
+    ids = torch.randint(4, 300, (2, 48), generator=torch.Generator().manual_seed(0))
+    exact, model = answers(net(kind), ids), net(kind)
+    whole = fast.prepare(net(kind), "fp32")
+    few = fast.prepare(model, precision)
+    got = answers(model, ids)
+    divergence = (exact.exp() * (exact - got)).sum(-1)
+    assert 0 < float(divergence.mean()) < limit                                    # 0 would mean that nothing was replaced
+    assert few < whole * {"bf16": 0.52, "int8": 0.27}[precision]
+    assert not any(type(m) is torch.nn.Linear or type(m).__name__ == "Linear" for m in model.modules())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_the_last_rows_alone_are_the_last_columns(precision):
+    model = net("primary")
+    fast.prepare(model, precision)
+    product = model.layers[0].in_proj
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    width = int(next(iter(product.tails)))
+    a, b = product(x)[:, -width:].float(), product.tail(x, width).float()
+    assert float((a - b).abs().max()) < 0.03 * float(a.abs().max())
+
+
+def test_fp32_changes_nothing_and_int8_says_where_it_works():
+    ids = torch.randint(4, 300, (2, 48))
+    model = net("primary")
+    before = answers(model, ids)
+    fast.prepare(model, "fp32")
+    assert torch.equal(before, answers(model, ids))
+    with pytest.raises(UserError, match="only on|CPU only"):
+        fast.pick("int8", torch.device("cuda"))
+    assert fast.pick("fp32", torch.device("cpu"))[0] == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_whole_texts(kind, precision):
+    model = net(kind)
+    fast.prepare(model, precision)
+    for mode in ("full", "block", "block_frozen"):
+        out = generate(model, [2, 5, 7], Settings(20, 4, mode=mode, block_size=8, eos_id=None), [0, 1])
+        assert [len(row) for row in out.rows] == [20, 20]
