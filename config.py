@@ -111,6 +111,8 @@ class ModelKnobs:
     d_mem: int = knob(0, "width of the memory, 0 = half of d_model; primary only", "must", at_least=0, rare=True)
     dropout: float = knob(0.0, "share of activations dropped", at_least=0, below=1, rare=True)
     block_size: int = knob(64, "decode block, stored for sample", at_least=1, rare=True)
+    exit_loss_weight: float = knob(0.0, "trains the exits of sample --min_decode_layers; 0 = no exits", at_least=0, rare=True,
+                                   aliases=("exit_loss",))
 
 
 @dataclass
@@ -375,6 +377,7 @@ class ModelConfig:
     conv_kernel: int = again(ModelKnobs, "conv_kernel")
     d_mem: int = again(ModelKnobs, "d_mem")
     block_size: int = again(ModelKnobs, "block_size")
+    exits: bool = knob(False, "a norm behind every layer, for leaving early")
 
     def __post_init__(self):
         object.__setattr__(self, "d_mem", self.d_mem or self.d_model // 2)
@@ -399,8 +402,8 @@ class ModelConfig:
 
 def model_config(args, vocab_size):
     """The ModelConfig that these training arguments and this many base pieces ask for."""
-    names = {f.name for f in dataclasses.fields(ModelConfig)} - {"vocab_size"}
-    return ModelConfig(vocab_size=vocab_size, **{name: getattr(args, name) for name in names})
+    names = {f.name for f in dataclasses.fields(ModelConfig)} - {"vocab_size", "exits"}
+    return ModelConfig(vocab_size=vocab_size, exits=args.exit_loss_weight > 0, **{name: getattr(args, name) for name in names})
 
 
 def shape_problems(c):
@@ -426,8 +429,8 @@ def block_params(c):
 
 
 def count_params(c):
-    """The true number of parameters: tied embedding with the mask's row, layers, final norm."""
-    return c.rows * c.d_model + block_params(c) + c.d_model
+    """The true number of parameters: tied embedding with the mask's row, layers, a norm for each exit."""
+    return c.rows * c.d_model + block_params(c) + c.d_model * (c.n_layers if c.exits else 1)
 
 
 def match_d_ff(c, target):

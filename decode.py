@@ -13,6 +13,7 @@ seed gives the same text, whatever else is in the batch. Rows whose prompts have
 equal length, so no row ever sees another's padding.
 Legend: B rows, P prompt, S block, T all positions, V vocabulary rows.
 """
+import math
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -47,6 +48,7 @@ class Settings:
     guidance_scale: float = 1.0       # 1: plain conditional
     eos_id: int = None                # None: never stop early
     window: int = None                # positions that a growing cache keeps; None: all
+    min_depth: int = 0                # layers of a block's first forward, growing to all at its last; 0: always all
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Result:
     rows: list                        # per row: new token ids, cut before the first EOS
     full_rows: list                   # per row: every new position that was decided, EOS included
     forwards: int = 0                 # denoising forwards, of all groups
+    layer_passes: int = 0             # layers of those forwards
     context_passes: int = 0           # clean passes that filled the cache
     seconds: float = 0.0              # wall time, prompt included
     cache_bytes: int = 0
@@ -127,15 +130,15 @@ def going_back(chance, decided, before, after, s, generator):
 
 
 def fill_block(model, canvas, lo, hi, forward, s, on_step=None):
-    """Reveal canvas.ids[:, lo:hi] in place; forward(ids) -> hidden states (B, S, D), twice as many rows if guided.
+    """Reveal canvas.ids[:, lo:hi] in place; forward(ids, depth) -> hidden states (B, S, D), twice as many rows if guided.
 
-    Returns the forwards used, at most s.steps: none runs when no row looks at a position.
+    Returns the forwards used, at most s.steps, and their layers: none runs when no row looks at a position.
     """
     block = canvas.ids[:, lo:hi]                                                   # (B, S), a view
     start = block == canvas.mask_id
     most = int((start & ~canvas.done[:, None]).sum(1).max())
     steps = s.steps if s.remask else min(s.steps, most)
-    used = 0
+    used = layers = 0
     for step in range(steps):
         hidden = (block == canvas.mask_id) & ~canvas.done[:, None]                 # (B, S)
         if not hidden.any():
@@ -144,8 +147,9 @@ def fill_block(model, canvas, lo, hi, forward, s, on_step=None):
                  for row in range(len(block)) if not canvas.done[row]]
         turns = [t for t in turns if t]
         if any(len(t.look_at) for t in turns):
-            logits = read(model, forward(canvas.ids), len(block), turns, s, step)
-            used += 1
+            depth = depth_at(step, steps, s.min_depth, model.cfg.n_layers) if s.min_depth else None
+            logits = read(model, forward(canvas.ids, depth), len(block), turns, s, step)
+            used, layers = used + 1, layers + (depth or model.cfg.n_layers)
         heat, at = temperature(s, step, steps), 0
         for t in turns:
             if len(t.look_at):
@@ -156,7 +160,12 @@ def fill_block(model, canvas, lo, hi, forward, s, on_step=None):
             canvas.done |= ((block == s.eos_id) & ((block == canvas.mask_id).cumsum(1) == 0)).any(1)
         if on_step:
             on_step(canvas, lo, hi, step)
-    return used
+    return used, layers
+
+
+def depth_at(step, steps, least, layers):
+    """Layers of forward `step` of `steps`: from `least` to all, and all at the last one."""
+    return layers if step + 1 >= steps else min(layers, least + math.ceil((layers - least) * step / (steps - 1)))
 
 
 def read(model, h, rows, turns, s, step):
@@ -239,7 +248,8 @@ def write_group(model, group, prompts, s, seeds, result, on_step, on_block):
         if cache is not None and lo > P:
             model.commit(canvas.ids[:, lo - size:lo], cache)
             result.context_passes += 1
-        result.forwards += fill_block(model, canvas, lo, hi, forward_of(model, cache, P, lo, hi, s), s, on_step)
+        forwards, layers = fill_block(model, canvas, lo, hi, forward_of(model, cache, P, lo, hi, s), s, on_step)
+        result.forwards, result.layer_passes = result.forwards + forwards, result.layer_passes + layers
         if on_block:
             on_block(canvas, lo, hi)
         lo = hi
@@ -264,22 +274,22 @@ def write_group(model, group, prompts, s, seeds, result, on_step, on_block):
 
 
 def forward_of(model, cache, P, lo, hi, s):
-    """The function ids (B, T) -> hidden states of [lo, hi); if guided, the same rows without their context follow."""
+    """The function (ids (B, T), depth) -> hidden states of [lo, hi); if guided, the same rows without their context follow."""
     mask_id = model.cfg.mask_id
     if cache is not None:
         if s.guidance_scale == 1:
-            return lambda ids: model.hidden(ids[:, lo:hi], cache)
+            return lambda ids, depth: model.hidden(ids[:, lo:hi], cache, depth)
         if hasattr(cache, "beside_empty"):      # both sides in one batch
             both = cache.beside_empty()
-            return lambda ids: model.hidden(ids[:, lo:hi].repeat(2, 1), both)
-        return lambda ids: torch.cat((model.hidden(ids[:, lo:hi], cache), model.hidden(ids[:, lo:hi])))
+            return lambda ids, depth: model.hidden(ids[:, lo:hi].repeat(2, 1), both, depth)
+        return lambda ids, depth: torch.cat([model.hidden(ids[:, lo:hi], c, depth) for c in (cache, None)])
     if s.guidance_scale == 1:
-        return lambda ids: model.hidden(ids[:, :hi])[:, lo:hi]
+        return lambda ids, depth: model.hidden(ids[:, :hi], None, depth)[:, lo:hi]
 
-    def both_sides(ids):
+    def both_sides(ids, depth):
         bare = ids[:, :hi].clone()
         bare[:, 1:P] = mask_id                  # BOS stays: a text begins there, whatever it says
-        return model.hidden(torch.cat((ids[:, :hi], bare)))[:, lo:hi]
+        return model.hidden(torch.cat((ids[:, :hi], bare)), None, depth)[:, lo:hi]
     return both_sides
 
 
@@ -293,7 +303,8 @@ def infill(model, ids, s, seeds, on_step=None):
     before = canvas.ids.clone()
     forward = forward_of(model, None, 1, 0, len(ids), s)
     result = Result([], [])
-    result.forwards = fill_block(model, canvas, 0, len(ids), forward, s, on_step) if (~given).any() else 0
+    if (~given).any():
+        result.forwards, result.layer_passes = fill_block(model, canvas, 0, len(ids), forward, s, on_step)
     assert torch.equal(canvas.ids[given], before[given]), "fixed text was changed"
     result.rows = result.full_rows = canvas.ids.tolist()
     assert all(mask_id not in row for row in result.rows), "a gap is left"

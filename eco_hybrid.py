@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import Linear, LocalConv, RMSNorm, TiedHead, initialise, unit_rms
+from layers import Exits, Linear, LocalConv, RMSNorm, TiedHead, initialise, unit_rms
 
 SCORE_CAP = 8.0  # |score| of a write: exp(8) = 3,000 to 1 is as selective as a write may be, and never overflows a sum
 
@@ -150,22 +150,30 @@ class EcoHybrid(nn.Module):
         self.cfg = cfg
         self.head = TiedHead(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
         self.layers = nn.ModuleList(EcoLayer(cfg) for _ in range(cfg.n_layers))
-        self.final_norm = RMSNorm(cfg.d_model)
+        self.exits = Exits(cfg)
         initialise(self, depth=cfg.n_layers)
 
-    def hidden(self, xt, cache=None):
+    def hidden(self, xt, cache=None, depth=None):
         """(B, S) ids, one noisy block, against the frozen cache -> (B, S, D). Without a cache: the whole sequence, B = T."""
         x = self.head(xt)                                                         # (B, S, D)
-        for i, layer in enumerate(self.layers):
+        for i, layer in zip(range(depth or len(self.layers)), self.layers, strict=False):
             state = () if cache is None or not cache.length else (cache.num[i], cache.den[i], cache.halo[i])
             x = layer.one_block(x, *state)[0]
-        return self.final_norm(x)
+        return self.exits(x, depth)
 
-    def hidden_blocks(self, xt, x0, block, first=None):
-        """Training form: xt, x0 (B, T) -> (B, T, D), noisy block b given clean blocks < b. Block 0 has `first` tokens."""
-        T = xt.shape[1]
+    def hidden_blocks(self, xt, x0, block, first=None, early=None):
+        """Training form: xt, x0 (B, T) -> (B, T, D), noisy block b given clean blocks < b. Block 0 has `first` tokens.
+
+        early: also leave behind that many layers; then the result is (1 + 1, B, T, D): last, early.
+        """
+        T, out = xt.shape[1], []
         if block >= T:
-            return self.hidden(xt)
+            x = self.head(xt)                                                     # (B, T, D)
+            for i, layer in enumerate(self.layers, 1):
+                x = layer.one_block(x)[0]
+                if i in (early, len(self.layers)):
+                    out.append(self.exits(x, i))
+            return out[0] if early is None else torch.stack(out[::-1])
         before = block - (first or block)                                          # padding that completes block 0 ...
         after = -(before + T) % block                                              # ... and the last block
         ids = F.pad(torch.stack((xt, x0)), (before, after), value=self.cfg.pad_id)              # (2, B, n*S)
@@ -176,7 +184,9 @@ class EcoHybrid(nn.Module):
         x = self.head(ids.unflatten(2, (-1, block)))                               # (2, B, n, S, D)
         for i, layer in enumerate(self.layers, 1):
             x = layer.all_blocks(x, valid, last=i == len(self.layers))
-        return self.final_norm(x[0].flatten(1, 2)[:, before:before + T])           # (B, T, D)
+            if i in (early, len(self.layers)):
+                out.append(self.exits(x[0].flatten(1, 2)[:, before:before + T], i))             # (B, T, D)
+        return out[0] if early is None else torch.stack(out[::-1])
 
     def logits(self, h):
         return self.head.logits(h)

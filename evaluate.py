@@ -8,6 +8,7 @@ uniform guess scores ln V. bits/byte divides by the UTF-8 bytes of the raw text;
 """
 import math
 import sys
+from types import SimpleNamespace
 
 import config
 import knobs
@@ -26,6 +27,12 @@ def held_out(model, rows, blocks, seed, batch, draws):
         result[block] = {"nats": float(per_row.mean()), "se": error,
                          "masked_mean": sum(p[1] for p in parts) / draws}
     return result
+
+
+def at_depth(model, depth):
+    """The same model, leaving behind that many layers, as far as masking.bound looks at it."""
+    return SimpleNamespace(cfg=model.cfg, head=model.head,
+                           hidden_blocks=lambda xt, x0, block, first: model.hidden_blocks(xt, x0, block, first, depth)[1])
 
 
 def bits_per_byte(nats_per_token, meta):
@@ -62,8 +69,15 @@ def main(argv=None):
         bpb = "-" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}"
         print(f"block {name:>4}   bound {r['nats']:.4f} +- {r['se']:.4f} nats/token   {bpb} bits/byte   "
               f"masked CE {r['masked_mean']:.4f}")
+    exits = {}
+    if model.cfg.exits:
+        for depth in range(1, model.cfg.n_layers):
+            exits[depth] = held_out(at_depth(model, depth), rows, blocks, args.seed, batch, args.draws)
+            text = "   ".join(f"{'T' if b >= length else b}: {r['nats']:.4f} +- {r['se']:.4f}" for b, r in exits[depth].items())
+            print(f"exit after layer {depth:2} of {model.cfg.n_layers}   {text} nats/token")
     if args.out_json:
-        runtime.write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed, "bound": result})
+        runtime.write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed, "bound": result,
+                                            "exits": exits})
 
 
 if __name__ == "__main__":

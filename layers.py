@@ -94,10 +94,25 @@ class TiedHead(nn.Module):
         return z
 
 
+class Exits(nn.Module):
+    """The way out of a network at any depth: the last norm, or for --min_decode_layers a trained norm for each earlier layer."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.final_norm = RMSNorm(cfg.d_model)
+        self.early_norm = nn.Parameter(torch.ones(cfg.n_layers - 1, cfg.d_model)) if cfg.exits else None
+        self.depth = cfg.n_layers
+
+    def forward(self, x, depth=None):
+        if depth is None or depth == self.depth:
+            return self.final_norm(x)
+        return F.rms_norm(x.float(), x.shape[-1:], self.early_norm[depth - 1], 1e-6)
+
+
 def initialise(model, std=0.02, depth=1):
     """Every parameter gets its value by a rule here; an unknown name is an error, so none is forgotten."""
     for name, p in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", "early_norm")):
             nn.init.ones_(p)
         elif "conv." in name:
             nn.init.normal_(p, std=p.shape[1] ** -0.5)

@@ -153,7 +153,12 @@ class Loss(NamedTuple):
     hidden: torch.Tensor    # (R', T) bool
 
 
-def denoising_loss(model, x0, draw, kind, normaliser, rows=slice(None), chunk=512):
+def pick_exit(layers, seed, step):
+    """The early exit that this step trains besides the last layer: 1 .. layers - 1."""
+    return int(torch.randint(1, layers, (), generator=step_generator(seed, step, "exit")))
+
+
+def denoising_loss(model, x0, draw, kind, normaliser, rows=slice(None), chunk=512, early=None, early_weight=0.0):
     """The loss of some rows of a step: x0 (R', T) are the rows `rows` of the draw.
 
     1. hide the masked tokens  2. run the denoiser  3. keep hidden positions only  4. head + CE in chunks
@@ -161,13 +166,17 @@ def denoising_loss(model, x0, draw, kind, normaliser, rows=slice(None), chunk=51
     """
     mask = draw.mask[rows].to(x0.device)
     xt = torch.where(mask, model.cfg.mask_id, x0)
-    h = model.hidden_blocks(xt, x0, draw.block, draw.first)                        # (R', T, D)
+    h = model.hidden_blocks(xt, x0, draw.block, draw.first, **({"early": early} if early else {}))
+    h, h_early = h if early else (h, None)                                         # (R', T, D)
     h, y = h[mask], x0[mask]                                                       # (N, D), (N,)
     w = draw.weight[rows].to(x0.device)[mask] if kind == "elbo" else torch.ones_like(y, dtype=torch.float32)
     device = h.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
     with torch.autocast(device, enabled=False):
         total, ce = LinearCrossEntropy.apply(h, model.head.weight, y, w, list(model.head.never), chunk, dtype)
+        if early:
+            extra, _ = LinearCrossEntropy.apply(h_early[mask], model.head.weight, y, w, list(model.head.never), chunk, dtype)
+            total = total + early_weight * extra
     return Loss(total / normaliser, ce.detach(), mask)
 
 

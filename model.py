@@ -4,10 +4,11 @@
 
 The denoiser protocol, which decode.py, masking.py and the tests' fake rely on:
     model.cfg                            ModelConfig
-    model.hidden(xt, cache=None)         (B, S) ids of ONE noisy block, given the frozen cache -> (B, S, D)
-    model.hidden_blocks(xt, x0, block, first=None)
+    model.hidden(xt, cache=None, depth=None)
+                                         (B, S) ids of ONE noisy block, given the frozen cache -> (B, S, D); depth: leave early
+    model.hidden_blocks(xt, x0, block, first=None, early=None)
                                          (B, T), (B, T) -> (B, T, D): training; noisy block b sees clean blocks < b and itself;
-                                         block 0 may be shorter (`first` tokens), and so may the last
+                                         block 0 may be shorter (`first` tokens), and so may the last; early: also leave there
     model.head.weight, .never            the (V, D) head matrix, and the rows that are never an answer
     model.logits(h)                      (..., D) -> (..., V) float32; the mask's and the pad's logit is -inf
     model(xt, cache=None)                logits(hidden(xt, cache))
@@ -22,7 +23,7 @@ from torch import nn
 
 from attention import KVCache, MultiHead, block_masks
 from eco_hybrid import EcoHybrid
-from layers import Linear, RMSNorm, TiedHead, initialise, rotary_table
+from layers import Exits, Linear, RMSNorm, TiedHead, initialise, rotary_table
 
 
 class FeedForward(nn.Module):
@@ -55,33 +56,38 @@ class Transformer(nn.Module):
         self.cfg = cfg
         self.head = TiedHead(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
         self.layers = nn.ModuleList(TransformerLayer(cfg) for _ in range(cfg.n_layers))
-        self.final_norm = RMSNorm(cfg.d_model)
+        self.exits = Exits(cfg)
         initialise(self, depth=cfg.n_layers)
 
     def table(self, start, length):
         positions = torch.arange(start, start + length, device=self.head.weight.device)
         return rotary_table(positions, self.cfg.d_model // self.cfg.n_heads)
 
-    def hidden(self, xt, cache=None):
+    def hidden(self, xt, cache=None, depth=None):
         """(B, S) ids, one noisy block, against the frozen cache -> (B, S, D). Without a cache: the whole sequence, B = T."""
         x = self.head(xt)                                                         # (B, S, D)
         table = self.table(cache.length if cache is not None else 0, xt.shape[1])
-        for i, layer in enumerate(self.layers):
+        for i, layer in zip(range(depth or len(self.layers)), self.layers, strict=False):
             context = cache.context(i) if cache is not None and cache.length else None
             x = layer.add_ff(x + layer.dropout(layer.attn.one_block(layer.attn_norm(x), table, context)[0]))
-        return self.final_norm(x)
+        return self.exits(x, depth)
 
-    def hidden_blocks(self, xt, x0, block, first=None):
-        """Training form: xt, x0 (B, T) -> (B, T, D), noisy block b given clean blocks < b. Block 0 has `first` tokens."""
-        if block >= xt.shape[1]:
-            return self.hidden(xt)
-        masks = block_masks(xt.shape[1], block, first or block, xt.device)
+    def hidden_blocks(self, xt, x0, block, first=None, early=None):
+        """Training form: xt, x0 (B, T) -> (B, T, D), noisy block b given clean blocks < b. Block 0 has `first` tokens.
+
+        early: also leave behind that many layers; then the result is (1 + 1, B, T, D): last, early.
+        """
+        whole, out = block >= xt.shape[1], []
+        masks = None if whole else block_masks(xt.shape[1], block, first or block, xt.device)
         table = self.table(0, xt.shape[1])
-        x = self.head(torch.cat((xt, x0)))                                        # (2B, T, D), noisy rows first
+        x = self.head(xt if whole else torch.cat((xt, x0)))                       # (B, T, D), or (2B, T, D), noisy rows first
         for i, layer in enumerate(self.layers, 1):
-            y = layer.attn.all_blocks(layer.attn_norm(x), table, masks, last=i == len(self.layers))
+            h = layer.attn_norm(x)
+            y = layer.attn.one_block(h, table)[0] if whole else layer.attn.all_blocks(h, table, masks, i == len(self.layers))
             x = layer.add_ff(x[:len(y)] + layer.dropout(y))
-        return self.final_norm(x)                                                  # (B, T, D)
+            if i in (early, len(self.layers)):
+                out.append(self.exits(x[:len(xt)], i))                             # (B, T, D)
+        return out[0] if early is None else torch.stack(out[::-1])
 
     def logits(self, h):
         return self.head.logits(h)

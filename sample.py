@@ -35,8 +35,16 @@ def decode_settings(args, saved, mode, eos_id):
     """Also for edge_benchmark, whose command line has modes instead of switches."""
     from decode import Settings
     from samplers import ADAPTIVE
-    if args.min_decode_layers:
-        say("notice: --min_decode_layers needs exits that were trained; this checkpoint has none, all layers are used")
+    depth, layers = args.min_decode_layers, saved.config["model"]["n_layers"]
+    if depth > layers:
+        say(f"notice: --min_decode_layers {depth}: this model has {layers}")
+    if depth and not saved.config["model"]["exits"]:
+        say("notice: --min_decode_layers needs exits that were trained (train --exit_loss_weight 0.1); this checkpoint has none, "
+            "all layers are used")
+        depth = 0
+    if depth and args.sampler in ADAPTIVE:
+        say(f"notice: --sampler {args.sampler} cannot know its last forward, which has to be a full one: all layers are used")
+        depth = 0
     if args.remask and args.sampler in ADAPTIVE:
         raise UserError(f"--remask {args.remask:g} needs a schedule, --sampler {args.sampler} has none: use confidence, margin, "
                         "random or ancestral")
@@ -45,7 +53,8 @@ def decode_settings(args, saved, mode, eos_id):
     steps = args.steps or (longest if args.sampler in ADAPTIVE else saved.config["args"]["sample_steps"])
     names = ("max_new_tokens", "sampler", "reveal", "threshold", "alg_temp", "remask", "remask_rule", "temperature",
              "temperature_end", "top_k", "top_p", "repetition_penalty", "guidance_scale")
-    return Settings(steps=steps, mode=mode, block_size=block, eos_id=eos_id, **{name: getattr(args, name) for name in names})
+    return Settings(steps=steps, min_depth=depth if depth < layers else 0, mode=mode, block_size=block, eos_id=eos_id,
+                    **{name: getattr(args, name) for name in names})
 
 
 def cannot_freeze(saved):

@@ -280,13 +280,15 @@ def train(args, origins, run_dir, source, resuming):
             block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step)
             draw = masking.draw(args, args.seed, step, rows, args.seq_len, block, first)
             total = masking.normaliser(args.loss, draw)
+            early = masking.pick_exit(args.n_layers, args.seed, step) if cfg.exits and args.n_layers > 1 else None
             x0 = windows.batch(position, rows).to(device)                          # (rows, T)
             data_ms = 1e3 * (time.perf_counter() - started)
             loss = 0.0
             for a in range(0, rows, args.batch_size):
                 part = slice(a, a + args.batch_size)
                 with runtime.autocast(device, dtype):
-                    out = masking.denoising_loss(model, x0[part], draw, args.loss, total, part)
+                    out = masking.denoising_loss(model, x0[part], draw, args.loss, total, part, early=early,
+                                                 early_weight=args.exit_loss_weight)
                 out.loss.backward()
                 loss += float(out.loss.detach())
             gnorm = float(optim.clip_grad_norm(model, args.grad_clip))

@@ -31,12 +31,13 @@ class Fake(nn.Module):
     def __init__(self, habit="plain", vocab=V):
         super().__init__()
         self.p = nn.Parameter(torch.zeros(1))
-        self.cfg = SimpleNamespace(mask_id=vocab, pad_id=0, vocab_size=vocab)
+        self.cfg = SimpleNamespace(mask_id=vocab, pad_id=0, vocab_size=vocab, n_layers=4)
         self.habit, self.vocab = habit, vocab
-        self.hidden_calls, self.head_rows, self.commits = 0, [], []
+        self.hidden_calls, self.head_rows, self.commits, self.depths = 0, [], [], []
 
-    def hidden(self, xt, cache=None):
+    def hidden(self, xt, cache=None, depth=None):
         self.hidden_calls += 1
+        self.depths.append(depth or self.cfg.n_layers)
         return nn.functional.one_hot(xt, self.vocab + 1).float().cumsum(1)         # something that depends on the text
 
     def logits(self, h):
@@ -166,7 +167,7 @@ def test_same_seed_same_text_whatever_the_batch(sampler):
 def test_eos_stops_only_when_nothing_before_it_is_masked():
     """A net that says EOS late first: the text before it must be completed; one that says EOS everywhere stops at once."""
     class LateEos(Fake):
-        def hidden(self, xt, cache=None):
+        def hidden(self, xt, cache=None, depth=None):
             self.hidden_calls += 1
             return torch.arange(xt.shape[1]).float().expand(len(xt), -1)[..., None]
 
@@ -256,7 +257,7 @@ def conditional(ids):
 class Oracle(Fake):
     """A perfect denoiser of the toy joint; real tokens are 4, 5, 6."""
 
-    def hidden(self, xt, cache=None):
+    def hidden(self, xt, cache=None, depth=None):
         self.hidden_calls += 1
         known = {}
         out = []
@@ -341,10 +342,27 @@ def test_remasking_keeps_the_schedule_and_really_happens(sampler, rule):
     assert went_back > 5
 
 
-def small(model, seed=3):
+def test_depth_grows_from_the_least_to_all_and_ends_with_all():
+    for least, want in ((1, [1, 2, 3, 4, 4] * 2), (3, [3, 4, 4, 4, 4] * 2), (0, [4] * 10), (4, [4] * 10)):
+        net = Fake("no_eos")
+        out = generate(net, [2], Settings(20, 5, mode="block", block_size=10, min_depth=least, eos_id=None), [0])
+        assert net.depths == want and out.layer_passes == sum(want)
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+def test_full_depth_is_bit_for_bit_no_early_exit(model):
+    net = small(model, exits=True)
+    off, all_layers, early = (generate(net, [2, 6], Settings(24, 4, mode="block_frozen", block_size=8, temperature=0, eos_id=None,
+                                                             min_depth=d), [0]) for d in (0, 2, 1))
+    assert off.rows == all_layers.rows and off.layer_passes == all_layers.layer_passes > early.layer_passes
+    xt = torch.tensor([[2, 40, 40, 7]])
+    assert torch.equal(net.hidden(xt), net.hidden(xt, depth=2)) and not torch.equal(net.hidden(xt), net.hidden(xt, depth=1))
+
+
+def small(model, seed=3, exits=False):
     torch.manual_seed(seed)
     net = build_model(config.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=2, n_heads=2, d_ff=48,
-                                         memory_slots=4)).eval()
+                                         memory_slots=4, exits=exits)).eval()
     with torch.no_grad():
         for p in net.parameters():
             p += 0.2 * torch.randn_like(p)

@@ -190,3 +190,27 @@ def test_rows_of_a_batch_do_not_mix(model):
     together = net.hidden_blocks(xt, x0, 8)
     for row in range(3):
         torch.testing.assert_close(net.hidden_blocks(xt[row:row + 1], x0[row:row + 1], 8)[0], together[row], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+@pytest.mark.parametrize("block", [8, 99])
+def test_early_exits_see_what_decoding_at_that_depth_sees(model, block):
+    """Training's early hidden states are the cached block's at that depth, and every exit's norm gets its gradient."""
+    torch.manual_seed(0)
+    cfg = config.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48, memory_slots=4, exits=True)
+    net = build_model(cfg)
+    assert sum(p.numel() for p in net.parameters()) == config.count_params(cfg)
+    with torch.no_grad():
+        net.exits.early_norm.add_(torch.randn_like(net.exits.early_norm))
+    xt, x0 = torch.randint(4, 41, (2, 24)), torch.randint(4, 40, (2, 24))
+    plain = net.hidden_blocks(xt, x0, block)
+    for depth in (1, 2):
+        last, early = net.hidden_blocks(xt, x0, block, None, depth)
+        torch.testing.assert_close(last, plain, atol=0, rtol=0)
+        cache = net.new_cache(2, 24)
+        lo, hi = (0, 24) if block > 24 else (8, 16)
+        if lo:
+            net.commit(x0[:, :lo], cache)
+        torch.testing.assert_close(net.hidden(xt[:, lo:hi], cache, depth), early[:, lo:hi], atol=1e-5, rtol=1e-5)
+        early.square().sum().backward()
+        assert net.exits.early_norm.grad[depth - 1].abs().sum() > 0
