@@ -331,6 +331,8 @@ class BenchArgs(GenerateKnobs, CommonKnobs):
                         many="several")
     runs_per_prompt: int = knob(3, "timed runs", at_least=1)
     warmup_runs: int = knob(1, "untimed runs, per mode and prompt", at_least=0)
+    grid: tuple = knob((), "NAME=VALUE,VALUE ...: every combination of these settings of sample, and a picture", many="several")
+    data_dir: str = knob(None, "prepared text for the judge and the held-out bound; none = the checkpoint's", rare=True)
     out_json: str = knob("benchmarks/edge_benchmark.json", "where the result goes")
 
 

@@ -1,18 +1,24 @@
 """How fast is each decode mode, and what does the speed cost: full, block and block_frozen on the same prompts.
 
     python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --modes full block block_frozen --runs_per_prompt 3
+    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --modes block_frozen --grid steps=4,8,16,32 precision=fp32,bf16,int8
 
-One line per mode for people; the last line on stdout, and benchmarks/edge_benchmark.json, hold everything. Notable:
+--grid takes every combination of the named settings of sample, in every mode, and draws quality against speed.
+One line per variant for people; the last line on stdout, and benchmarks/edge_benchmark.json, hold everything. Notable:
 * the timed runs of all modes alternate, so that a slow minute of the machine hits each of them alike;
 * a run is timed from the prompt's text to the new ids; only new tokens before EOS count;
 * quality stands beside speed: nll_per_token is the checkpoint's own -log p of what the mode wrote, each token scored while
   it is hidden, left to right over the frozen text before it (the block rule with blocks of one token: a chain rule, no
-  bound). A low value is no proof of good text, as repetition scores well too: read it together with distinct_2;
+  bound). judge is -log p under an n-gram model of the training text, which no network can flatter. A low value is no proof
+  of good text, as repetition scores well too: read both together with distinct_2 and repeat_rate;
+* held_out is the held-out bound of the same weights in the same precision under the mode's block rule, so what int8 costs
+  stands beside what it gives; cpu_s_per_token, processor seconds, stands in for energy;
 * peak_rss_mb is taken in an extra untimed run per mode, after memory that is only kept was given back.
 """
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -21,6 +27,10 @@ import time
 from pathlib import Path
 
 import config
+import knobs
+from knobs import UserError
+
+HELD_OUT_ROWS = 64
 
 
 def peak_rss(run, device):
@@ -69,70 +79,148 @@ def agreement(row, reference):
     return sum(a == b for a, b in zip(row, reference, strict=False)) / longest if longest else 1.0
 
 
-def distinct_2(rows):
-    """Distinct pairs of neighbouring tokens / all of them, over all continuations; None if there is no pair."""
-    pairs = [pair for row in rows for pair in zip(row, row[1:], strict=False)]
-    return len(set(pairs)) / len(pairs) if pairs else None
-
-
-def measure(model, tokenizer, prompts, modes, args, frozen, device):
-    """{mode: decode.Settings} -> {mode: the figures of COMMANDS 4.6}."""
+def measure(tokenizer, prompts, variants, reference, args, frozen, device):
+    """variants {name: (model, decode.Settings)} -> {name: the figures of COMMANDS 4.6 and more}; reference: a variant."""
     from decode import generate
 
-    def decode(mode, prompt):
-        started = time.perf_counter()
-        result = generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings[mode], [args.seed])
-        return result, time.perf_counter() - started               # generate ends with a copy to the CPU: nothing is pending
+    from judge import distinct, repeat_rate
 
-    settings = modes if "full" in modes else modes | {"full": dataclasses.replace(next(iter(modes.values())), mode="full")}
-    reference = [decode("full", prompt)[0].rows[0] for prompt in prompts]
+    def decode(variant, prompt):
+        model, settings = variant
+        started = time.perf_counter(), time.process_time()
+        result = generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed])
+        return result, time.perf_counter() - started[0], time.process_time() - started[1]     # it ends with a copy to the CPU
+
+    model_rows = [decode(reference, prompt)[0].rows[0] for prompt in prompts]
     longest = max(prompts, key=lambda prompt: len(tokenizer.encode(prompt)))
-    memory = {mode: peak_rss(lambda mode=mode: decode(mode, longest), device) for mode in modes}
-    kept, seconds, tokens = {}, {mode: [] for mode in modes}, dict.fromkeys(modes, 0)
+    memory = {name: peak_rss(lambda v=v: decode(v, longest), device) for name, v in variants.items()}
+    kept, seconds, cpu, tokens = {}, {n: [] for n in variants}, dict.fromkeys(variants, 0.0), dict.fromkeys(variants, 0)
     for index, prompt in enumerate(prompts):
         for number in range(-args.warmup_runs, args.runs_per_prompt):
-            for mode in modes:
-                result, took = decode(mode, prompt)
-                before = kept.setdefault((mode, index), result)
+            for name, variant in variants.items():
+                result, took, worked = decode(variant, prompt)
+                before = kept.setdefault((name, index), result)
                 if before.rows != result.rows or before.forwards != result.forwards:
-                    print(f"warning: {mode} gave another text with the same seed", file=sys.stderr)
+                    print(f"warning: {name} gave another text with the same seed", file=sys.stderr)
                 if number >= 0:
-                    seconds[mode].append(took)
-                    tokens[mode] += len(result.rows[0])
+                    seconds[name].append(took)
+                    cpu[name] += worked
+                    tokens[name] += len(result.rows[0])
+    contexts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
     figures = {}
-    for mode, times in seconds.items():
-        results = [kept[mode, index] for index in range(len(prompts))]
+    for name, times in seconds.items():
+        model, settings = variants[name]
+        results = [kept[name, index] for index in range(len(prompts))]
         rows, ordered = [r.rows[0] for r in results], sorted(times)
         count = sum(map(len, rows))
-        scores = [nll(model, [tokenizer.bos_id, *tokenizer.encode(p)], row, frozen)
-                  for p, row in zip(prompts, rows, strict=True)]
+        scores = [nll(reference[0], context, row, frozen) for context, row in zip(contexts, rows, strict=True)]
         forwards = statistics.mean(r.forwards for r in results)
-        figures[mode] = {
-            "runs": len(times), "warmup_runs": args.warmup_runs * len(prompts),
+        figures[name] = {
+            "mode": settings.mode, "runs": len(times), "warmup_runs": args.warmup_runs * len(prompts),
             "mean_latency_s": statistics.mean(times), "p50_latency_s": statistics.median(times),
             "p90_latency_s": ordered[math.ceil(0.9 * len(ordered)) - 1],
-            "mean_tok_s": tokens[mode] / sum(times), "mean_generated_tokens": count / len(rows),
-            "mean_forwards": forwards, "mean_layer_passes": forwards * model.cfg.n_layers,
+            "mean_tok_s": tokens[name] / sum(times), "mean_generated_tokens": count / len(rows),
+            "mean_forwards": forwards, "mean_layer_passes": statistics.mean(r.layer_passes for r in results),
+            "tokens_per_forward": count / len(rows) / forwards if forwards else 0.0,
             "mean_context_passes": statistics.mean(r.context_passes for r in results),
-            "cache_bytes": max(r.cache_bytes for r in results), "peak_rss_mb": memory[mode],
-            "nll_per_token": sum(scores) / count if count else None, "distinct_2": distinct_2(rows),
-            "agree_with_full": statistics.mean(map(agreement, rows, reference)),
+            "cpu_s_per_token": cpu[name] / tokens[name] if tokens[name] else None,
+            "cache_bytes": max(r.cache_bytes for r in results), "peak_rss_mb": memory[name],
+            "nll_per_token": sum(scores) / count if count else None, "distinct_2": distinct(rows, 2),
+            "repeat_rate": repeat_rate(rows), "agree_with_full": statistics.mean(map(agreement, rows, model_rows)),
             "texts": [tokenizer.decode(row) for row in rows]}
     return figures
 
 
-def card(mode, r):
+def show(value, form):
+    return "-" if value is None else format(value, form)
+
+
+def card(name, r, width):
     if "skipped" in r:
-        return f"{mode:12} skipped: {r['skipped']}"
-    nats, pairs = (f"{r[key]:.3f}" if r[key] is not None else "-" for key in ("nll_per_token", "distinct_2"))
-    return (f"{mode:12} {r['mean_tok_s']:8.1f} tok/s | p50 {r['p50_latency_s']:.3f} s | p90 {r['p90_latency_s']:.3f} s | "
-            f"{r['mean_generated_tokens']:.1f} tokens | {r['mean_forwards']:.1f} forwards | {r['peak_rss_mb']:.0f} MB | "
-            f"nll {nats} | distinct_2 {pairs} | as full {r['agree_with_full']:.0%}")
+        return f"{name:{width}} skipped: {r['skipped']}"
+    return (f"{name:{width}} {r['mean_tok_s']:8.1f} tok/s | p50 {r['p50_latency_s']:.3f} s | p90 {r['p90_latency_s']:.3f} s | "
+            f"{r['mean_generated_tokens']:.1f} tokens | {r['tokens_per_forward']:.2f} per forward | {r['peak_rss_mb']:.0f} MB | "
+            f"judge {show(r['judge_nats'], '.3f')} | nll {show(r['nll_per_token'], '.3f')} | held out "
+            f"{show(r['held_out_nats'], '.4f')} | distinct_2 {show(r['distinct_2'], '.3f')} | repeat {r['repeat_rate']:.1%} | "
+            f"as full {r['agree_with_full']:.0%}")
+
+
+class Judges:
+    """What stands beside speed and needs the prepared text: the n-gram judge and the held-out bound, each made once."""
+
+    def __init__(self, data_dir, tokenizer, saved, device):
+        from judge import NGram
+        from tokens import TokenData
+        self.args, self.device, self.ngram, self.known = saved.config["args"], device, None, {}
+        try:
+            train, self.val = TokenData(data_dir, "train"), TokenData(data_dir, "val")
+            if train.meta["tokenizer_sha256"] != tokenizer.sha256:
+                raise UserError(f"{data_dir} was made with another tokenizer than the checkpoint")
+        except UserError as error:
+            print(f"notice: no judge and no held-out bound: {str(error).partition(';')[0]}", file=sys.stderr)
+            return
+        self.ngram = NGram(train.tokens, train.vocab_size)
+        self.rows = self.val.val_windows(HELD_OUT_ROWS, self.args["seq_len"]).to(device)
+
+    def real(self):
+        """The judge's value of held-out text: what a perfect writer scores."""
+        return None if self.ngram is None else self.ngram.nats(self.rows.tolist())
+
+    def held_out(self, model, precision, block):
+        if self.ngram is None:
+            return None
+        from evaluate import held_out
+        key = precision, min(block, self.rows.shape[1])
+        if key not in self.known:
+            self.known[key] = held_out(model, self.rows, [key[1]], 0, 16, 1)[key[1]]["nats"]
+        return self.known[key]
+
+
+def combinations(grid):
+    """--grid steps=4,8 sampler=confidence,random -> [{"steps": 4, "sampler": "confidence"}, ...], read as flags are read."""
+    fields = {f.name: f for f in dataclasses.fields(config.GenerateKnobs)}
+    axes = []
+    for axis in grid:
+        name, _, values = axis.partition("=")
+        if name not in fields or not values:
+            raise UserError(f"--grid {axis}: write NAME=VALUE,VALUE with a setting of sample such as steps, sampler, threshold, "
+                            "block_size, precision, min_decode_layers")
+        try:
+            axes.append([(name, knobs.convert(fields[name], value)) for value in knobs.split_list(values)])
+        except ValueError as error:
+            raise UserError(f"--grid {axis}: {error}") from None
+    return [dict(pairs) for pairs in itertools.product(*axes)]
+
+
+def draw(path, results, real):
+    """Quality against speed as a picture; without matplotlib a notice instead."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("notice: no picture, as matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        return
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for name, r in results.items():
+        if r.get("judge_nats") is not None:
+            axes.scatter(r["mean_tok_s"], r["judge_nats"], s=40)
+            axes.annotate(name, (r["mean_tok_s"], r["judge_nats"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    if real is not None:
+        axes.axhline(real, linestyle="--", linewidth=1, color="gray")
+        axes.annotate("held-out text", (axes.get_xlim()[0], real), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axes.set(xlabel="tokens/s (new tokens before EOS, prompt included)", ylabel="nats/token under the n-gram judge (low alone is "
+             "no praise)", title="Quality against speed")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    print(f"picture: {path}", file=sys.stderr)
 
 
 def main(argv=None):
     args, origins = config.parse(config.BenchArgs, argv, "edge_benchmark")
     config.announce(args, origins)
+    settings_of = combinations(args.grid)
     import torch
 
     import checkpoint
@@ -142,24 +230,50 @@ def main(argv=None):
     allocator = runtime.start(args.threads)
     device = runtime.pick_device(args.device)
     prompts = sample.read_prompts(args) if args.prompt or args.prompts_file else list(config.BENCH_PROMPTS)
-    model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
-    precision, why = fast.pick(args.precision, device)
-    weights = fast.prepare(model, precision)
+    models, weights, precisions, saved = {}, {}, {}, None
+    for wanted in dict.fromkeys(s.get("precision", args.precision) for s in settings_of):
+        precisions[wanted], why = fast.pick(wanted, device)
+        if precisions[wanted] not in models:
+            model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
+            weights[precisions[wanted]] = fast.prepare(model, precisions[wanted])
+            models[precisions[wanted]] = model
+            print(f"precision: {precisions[wanted]} ({why}), {weights[precisions[wanted]] / 2 ** 20:.1f} MB of weights",
+                  file=sys.stderr)
     why_not = sample.cannot_freeze(saved)
-    usable = [mode for mode in dict.fromkeys(args.modes) if mode != "block_frozen" or not why_not]
-    first = sample.decode_settings(args, saved, "full", tokenizer.eos_id)
-    modes = {mode: dataclasses.replace(first, mode=mode) for mode in usable}
-    with torch.no_grad():
-        figures = measure(model, tokenizer, prompts, modes, args, not why_not, device) if modes else {}
-    results = {mode: figures.get(mode, {"skipped": why_not}) for mode in dict.fromkeys(args.modes)}
+    variants, skipped = {}, {}
+    for chosen in settings_of:
+        for mode in dict.fromkeys(args.modes):
+            name = " ".join([mode, *(f"{k}={v}" for k, v in chosen.items())])
+            if mode == "block_frozen" and why_not:
+                skipped[name] = {"skipped": why_not}
+                continue
+            mine = dataclasses.replace(args, **chosen)
+            variants[name] = (models[precisions[mine.precision]], sample.decode_settings(mine, saved, mode, tokenizer.eos_id))
+    judges = Judges(args.data_dir or saved.config["args"]["data_dir"], tokenizer, saved, device)
+    results = dict(skipped)
+    if variants:
+        model, s = next(iter(variants.values()))
+        reference = variants.get("full", (model, dataclasses.replace(s, mode="full")))
+        contexts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
+        with torch.no_grad():
+            results |= measure(tokenizer, prompts, variants, reference, args, not why_not, device)
+            for name, (model, s) in variants.items():
+                r = results[name]
+                block = s.block_size if s.mode == "block_frozen" else 10 ** 9
+                r["precision"] = next(p for p, m in models.items() if m is model)
+                r["held_out_nats"] = judges.held_out(model, r["precision"], block)
+                rows = [tokenizer.encode(text) for text in r["texts"]]
+                r["judge_nats"] = judges.ngram and judges.ngram.nats(rows, contexts)
     document = {
         "version": 1, "model": saved.config["model"]["model"], "ckpt": str(saved.path), "step": saved.step,
-        **runtime.environment(device), "allocator": allocator, "precision": precision, "weights_bytes": weights,
-        "batch": 1, "seed": args.seed, "prompts": prompts,
-        "params": config.count_params(model.cfg), "args": config.to_dict(args), "results": results}
-    for mode, r in results.items():
-        print(card(mode, r))
+        **runtime.environment(device), "allocator": allocator, "weights_bytes": weights, "batch": 1, "seed": args.seed,
+        "prompts": prompts, "params": config.count_params(model.cfg), "args": config.to_dict(args),
+        "judge_nats_of_held_out_text": judges.real(), "results": results}
+    for name, r in results.items():
+        print(card(name, r, max(map(len, results))))
     runtime.write_json(args.out_json, document)
+    if args.grid:
+        draw(Path(args.out_json).with_suffix(".png"), results, document["judge_nats_of_held_out_text"])
     print(json.dumps(document, ensure_ascii=False, allow_nan=False))
 
 

@@ -16,8 +16,8 @@ import config
 ROOT = config.ROOT
 # a module imports only modules of strictly lower rank, late imports inside functions included
 RANKS = {
-    "knobs": 0, "lexicon": 0, "layers": 0, "masking": 0,
-    "config": 1, "documents": 1, "terminal": 0, "samplers": 0, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1,
+    "knobs": 0, "lexicon": 0, "layers": 0, "masking": 0, "terminal": 0, "samplers": 0, "judge": 0,
+    "config": 1, "documents": 1, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1,
     "corpus": 2, "runtime": 2, "tokenizer": 2, "model": 2,
     "tokens": 3, "checkpoint": 3, "fast": 3,
     "evaluate": 4, "prepare": 4,

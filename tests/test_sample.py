@@ -13,6 +13,7 @@ import config
 import decode
 import edge_benchmark
 import evaluate
+import judge
 import sample
 import train
 
@@ -293,7 +294,8 @@ def test_nll_is_the_exact_chain_rule(here, kind):
 
 def test_figures_by_hand():
     assert edge_benchmark.agreement([1, 2, 3], [1, 5, 3, 4]) == 0.5 and edge_benchmark.agreement([], []) == 1
-    assert edge_benchmark.distinct_2([[1, 2, 1, 2], [2, 1]]) == 0.5 and edge_benchmark.distinct_2([[1], []]) is None
+    assert judge.distinct([[1, 2, 1, 2], [2, 1]], 2) == 0.5 and judge.distinct([[1], []], 2) is None
+    assert judge.repeat_rate([[1, 2, 3, 4] * 2, [1, 2, 3, 4]]) == 1 / 6 and judge.repeat_rate([[1]]) == 0
 
 
 def test_a_checkpoint_without_blocks(here, capsys, tmp_path):
@@ -321,3 +323,16 @@ def test_evaluate_gives_one_number_twice(here, capsys, tmp_path, kind):
         assert len(re.findall(r"nats/token .* bits/byte", capsys.readouterr().out)) == 2
     assert found[0] == found[1]
     assert all(0 < r["nats"] < 20 and r["bits_per_byte"] > 0 for r in found[0].values())
+
+
+def test_a_grid_of_settings(here, capsys, tmp_path):
+    """Every combination is a row; what is quantised says what it costs; a misspelt axis is a sentence."""
+    one = compare(capsys, tmp_path, "primary", "--modes", "block_frozen", "--runs_per_prompt", 1, "--prompt", "ek", "--grid",
+                  "steps=2,4", "precision=fp32,int8")
+    rows = one["results"]
+    assert list(rows) == [f"block_frozen steps={s} precision={p}" for s in (2, 4) for p in ("fp32", "int8")]
+    assert len({r["held_out_nats"] for r in rows.values()}) == 2 and all(r["judge_nats"] > 0 for r in rows.values())
+    assert one["weights_bytes"]["int8"] < 0.5 * one["weights_bytes"]["fp32"]
+    assert one["judge_nats_of_held_out_text"] > 0
+    for bad in ("steps", "speed=4", "steps=x", "precision=int4"):
+        assert call(edge_benchmark.main, RUNS["primary"], "--grid", bad) == 2
