@@ -6,7 +6,8 @@ Used by checkpoint.load_model's callers after loading; training never comes here
 
 A block of 32 tokens is a short product against a large matrix. In float32 it is slow (oneDNN reorders the weights each time);
 with bf16 weights in oneDNN's own layout it runs near the machine's peak. int8 quantises each output row of the weights once and
-each activation tensor on the fly. Where an operator is missing (another CPU, another PyTorch), plain bf16 or an error says so.
+each activation tensor on the fly, with the operators that torch.export's quantisation compiles to (torch's older quantised
+tensors are deprecated). Where an operator is missing (another CPU, another PyTorch), plain bf16 or an error says so.
 """
 import torch
 import torch.nn.functional as F
@@ -48,23 +49,27 @@ class PackedBF16(nn.Module):
 
 
 class PackedInt8(nn.Module):
-    """Symmetric int8 weights with a scale for each row, activations quantised on the fly; returns float32."""
+    """Symmetric int8 weights with a scale for each row; activations to 8 bits on the fly, one scale for all; float32 out."""
 
     def __init__(self, weight):
         super().__init__()
         self.nbytes = weight.numel()
         w = weight.detach().float()
-        scale = (w.abs().amax(1).double() / 127).clamp(min=1e-12)
-        q = torch.quantize_per_channel(w, scale, torch.zeros(len(w), dtype=torch.long), 0, torch.qint8)
+        self.scale = (w.abs().amax(1) / 127).clamp(min=1e-12)                      # (outputs,)
+        self.zero = torch.zeros(len(w), dtype=torch.int32)
         try:
-            self.packed = torch.ops.quantized.linear_prepack(q, None)
-        except (AttributeError, RuntimeError) as error:
+            self.packed = torch.ops.onednn.qlinear_prepack((w / self.scale[:, None]).round().to(torch.int8), None)
+        except (AttributeError, RuntimeError, NotImplementedError) as error:
             raise UserError(f"--quantize_dynamic: this PyTorch has no int8 product for this CPU ({error})") from None
 
     def forward(self, x):
-        shape = x.shape
-        y = torch.ops.quantized.linear_dynamic(x.float().reshape(-1, shape[-1]).contiguous(), self.packed, False)
-        return y.view(*shape[:-1], -1)
+        x = x.float().contiguous()
+        low, high = (float(v) for v in torch.aminmax(x))
+        step = max((max(high, 0.0) - min(low, 0.0)) / 255, 1e-12)
+        zero = round(-min(low, 0.0) / step)
+        q = (x * (1 / step) + zero).round_().clamp_(0, 255).to(torch.uint8)
+        return torch.ops.onednn.qlinear_pointwise(q, step, zero, self.packed, self.scale, self.zero, None, 1.0, 0,
+                                                  torch.float32, "none", [], "")
 
 
 class Fast(nn.Module):

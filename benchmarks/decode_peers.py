@@ -174,14 +174,16 @@ def main():
             runs |= llada(args.llada, prompt, args.new)
         if args.llama_cpp:
             runs |= llama_cpp(args.llama_cpp, folder, prompt, args.new)
-        speeds = {name: [] for name in runs}
+        speeds, first = {name: [] for name in runs}, {}
         for turn in range(-1, args.rounds):
             for name, run in runs.items():
-                if turn > 1 and statistics.median(speeds[name]) < 20:              # two runs of a crawl are enough
+                if turn >= 0 and first[name] < 40:                                 # one run of a crawl is enough
+                    speeds[name] = [first[name]]
                     continue
                 started = time.perf_counter()
                 made = run()
                 count, seconds = made if isinstance(made, tuple) else (made, time.perf_counter() - started)
+                first.setdefault(name, count / seconds)
                 if turn >= 0:
                     speeds[name].append(count / seconds)
         for name, s in speeds.items():
