@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import signal
 import statistics
@@ -132,6 +131,10 @@ def peak_memory_mb(device=None):
     """Peak resident memory of this process, or of the GPU."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:
+        import resource
+    except ImportError:                                  # Windows keeps no such record
+        return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 

@@ -1,6 +1,7 @@
 """How fast training is on this machine: tokens/s, where a step's time goes, and the share of the machine's matmul peak.
 
     python benchmarks/train_speed.py                         # two shapes x two models x three block rules, about 6 minutes
+    python benchmarks/train_speed.py --exits --shapes d256   # what the early-exit loss costs
     python benchmarks/train_speed.py --allocator             # what keeping freed memory is worth, page faults included
 
 Every figure is a median over rounds; in a round each variant runs once, one after the other, so that a noisy neighbour hits
@@ -58,9 +59,10 @@ COUNTED = {torch.ops.aten.convolution_backward: depthwise_backward,
 class Variant:
     """One model at one shape with one block rule; step() runs a whole optimizer step and returns its parts in seconds."""
 
-    def __init__(self, model, shape, block, optimizer, dtype):
+    def __init__(self, model, shape, block, optimizer, dtype, exit_weight=0.0):
         settings, batch = SHAPES[shape]
-        args = config.TrainArgs(model=model, batch_size=batch, grad_accum=1, optimizer=optimizer, **settings)
+        args = config.TrainArgs(model=model, batch_size=batch, grad_accum=1, optimizer=optimizer, exit_loss_weight=exit_weight,
+                                **settings)
         cfg = config.model_config(args, VOCAB)
         if model == "primary":
             backup = dataclasses.replace(cfg, model="backup")
@@ -70,7 +72,7 @@ class Variant:
         self.block = args.seq_len if block == "T" else int(block)
         self.model = build_model(cfg)
         self.optimizer = optim.make_optimizer(self.model, args)
-        self.name = dict(shape=shape, model=model, block=block, optimizer=optimizer)
+        self.name = dict(shape=shape, model=model, block=block, optimizer=optimizer + (" + exit" if exit_weight else ""))
         self.tokens, self.flops, self.count = batch * args.seq_len, 0, 0
 
     def step(self):
@@ -80,7 +82,9 @@ class Variant:
         self.count += 1
         marks.append(time.perf_counter())
         with runtime.autocast(torch.device("cpu"), self.dtype):
-            out = masking.denoising_loss(self.model, x0, draw, "elbo", masking.normaliser("elbo", draw))
+            early = masking.pick_exit(self.cfg.n_layers, 1, self.count) if self.cfg.exits else None
+            out = masking.denoising_loss(self.model, x0, draw, "elbo", masking.normaliser("elbo", draw), early=early,
+                                         early_weight=self.args.exit_loss_weight)
         marks.append(time.perf_counter())
         out.loss.backward()
         marks.append(time.perf_counter())
@@ -116,7 +120,7 @@ def report(variants, peak):
                      "step_ms_min": 1e3 * whole[0], "step_ms_max": 1e3 * whole[-1], "forward_ms": forward,
                      "backward_ms": backward, "optimizer_ms": update, "data_ms": data, "gflop": v.flops / 1e9,
                      "of_peak": v.flops / seconds / peak})
-        print("{shape} {model:8} {block:>3} {optimizer:5} {params:>11,} {tok_per_s:8.0f} tok/s  step {step_ms:6.0f} ms "
+        print("{shape} {model:8} {block:>3} {optimizer:12} {params:>11,} {tok_per_s:8.0f} tok/s  step {step_ms:6.0f} ms "
               "({step_ms_min:.0f}-{step_ms_max:.0f}) = forward {forward_ms:.0f} + backward {backward_ms:.0f} + optimizer "
               "{optimizer_ms:.0f} + data {data_ms:.1f}   {of_peak:.0%} of peak".format(**rows[-1]), flush=True)
     return rows
@@ -152,6 +156,7 @@ def main():
     p.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     p.add_argument("--blocks", nargs="+", default=["T", "64", "32"])
     p.add_argument("--optimizers", nargs="+", default=["adamw"])
+    p.add_argument("--exits", action="store_true", help="each variant also with the early-exit loss")
     p.add_argument("--allocator", action="store_true")
     p.add_argument("--child", action="store_true")
     args = p.parse_args()
@@ -168,7 +173,8 @@ def main():
           f"training in {why}; memory: {told}")
     rows = []
     for shape in args.shapes:
-        variants = [Variant(m, shape, b, o, dtype) for b in args.blocks for o in args.optimizers for m in ("primary", "backup")]
+        variants = [Variant(m, shape, b, o, dtype, weight) for b in args.blocks for o in args.optimizers
+                    for m in ("primary", "backup") for weight in ((0.0, 0.1) if args.exits else (0.0,))]
         measure(variants, args.rounds)
         rows += report(variants, peak)
     print(json.dumps({"rows": rows, "peak_gflops": {str(d): f / 1e9 for d, f in speed.items()}, "rounds": args.rounds,
