@@ -57,7 +57,7 @@ class Result:
     full_rows: list                   # per row: every new position that was decided, EOS included
     forwards: int = 0                 # denoising forwards, of all groups
     layer_passes: int = 0             # layers of those forwards
-    context_passes: int = 0           # clean passes that filled the cache
+    context_passes: int = 0           # clean passes of their own that filled the cache
     seconds: float = 0.0              # wall time, prompt included
     cache_bytes: int = 0
     row_forwards: list = field(default_factory=list)     # per row: forwards while it was not finished
@@ -245,10 +245,16 @@ def write_group(model, group, prompts, s, seeds, result, on_step, on_block):
     lo = P
     while lo < T and alive:
         hi = min(T, lo + size)
-        if cache is not None and lo > P:
-            model.commit(canvas.ids[:, lo - size:lo], cache)
+        due = canvas.ids[:, lo - size:lo] if cache is not None and lo > P else None      # the finished block to commit
+        forward = forward_of(model, cache, P, lo, hi, s)
+        shared = hasattr(model, "commit_and_hidden") and hi - lo == size and s.guidance_scale == 1 and not s.min_depth
+        if due is not None and shared:
+            forward = commits_first(model, cache, due, lo, hi, forward)
+        elif due is not None:
+            model.commit(due, cache)
+            forward = forward_of(model, cache, P, lo, hi, s)                           # guidance copies the cache
             result.context_passes += 1
-        forwards, layers = fill_block(model, canvas, lo, hi, forward_of(model, cache, P, lo, hi, s), s, on_step)
+        forwards, layers = fill_block(model, canvas, lo, hi, forward, s, on_step)
         result.forwards, result.layer_passes = result.forwards + forwards, result.layer_passes + layers
         if on_block:
             on_block(canvas, lo, hi)
@@ -291,6 +297,17 @@ def forward_of(model, cache, P, lo, hi, s):
         bare[:, 1:P] = mask_id                  # BOS stays: a text begins there, whatever it says
         return model.hidden(torch.cat((ids[:, :hi], bare)), None, depth)[:, lo:hi]
     return both_sides
+
+
+def commits_first(model, cache, due, lo, hi, forward):
+    """The same function whose first call also commits the block before: every block has a forward, as something is masked."""
+    waiting = [due]
+
+    def first_then(ids, depth):
+        if waiting:
+            return model.commit_and_hidden(waiting.pop(), ids[:, lo:hi], cache)
+        return forward(ids, depth)
+    return first_then
 
 
 @torch.no_grad()

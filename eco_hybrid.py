@@ -212,3 +212,20 @@ class EcoHybrid(nn.Module):
             cache.den[i] = cache.den[i] * keep + own_d
             cache.halo[i] = torch.cat((cache.halo[i], h.to(cache.halo.dtype)), dim=1)[:, -layer.conv.reach:]
         cache.length += x0.shape[1]
+
+    def commit_and_hidden(self, x0, xt, cache):
+        """commit(x0) and hidden(xt) of the block behind it in one pass: both (B, S) ids; the weights are read once."""
+        B, S = x0.shape
+        x = self.head(torch.cat((x0, xt)))                                        # (2B, S, D), clean rows first
+        for i, layer in enumerate(self.layers):
+            h = layer.norm(x)
+            halo = torch.cat((cache.halo[i], h[:B].to(cache.halo.dtype)), dim=1)[:, -layer.conv.reach:]
+            gate, up, q, v, s = layer.split(layer.conv(h, torch.cat((cache.halo[i], halo))))
+            own_n, own_d = layer.write(v, s)
+            keep = layer.keep(S)
+            num, den = cache.num[i] * keep + own_n[:B], cache.den[i] * keep + own_d[:B]
+            total = torch.cat((cache.num[i] + own_n[:B], num + own_n[B:])), torch.cat((cache.den[i] + own_d[:B], den + own_d[B:]))
+            x = layer.mix(x, gate, up, layer.read(q, *total))
+            cache.num[i], cache.den[i], cache.halo[i] = num, den, halo
+        cache.length += S
+        return self.exits(x[B:])

@@ -202,17 +202,18 @@ def draw(path, results, real):
         print("notice: no picture, as matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
         return
     figure, axes = pyplot.subplots(figsize=(9, 6))
-    for name, r in results.items():
-        if r.get("judge_nats") is not None:
-            axes.scatter(r["mean_tok_s"], r["judge_nats"], s=40)
-            axes.annotate(name, (r["mean_tok_s"], r["judge_nats"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    shown = [(name, r["mean_tok_s"], r["judge_nats"]) for name, r in results.items() if r.get("judge_nats") is not None]
+    for number, (name, speed, nats) in enumerate(shown, 1):          # numbers at the points, names beside: names would overlap
+        axes.scatter(speed, nats, s=40, label=f"{number}  {name}", color=pyplot.cm.viridis(number / (len(shown) + 1)))
+        axes.annotate(str(number), (speed, nats), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    if shown:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False, handletextpad=0.2)
     if real is not None:
         axes.axhline(real, linestyle="--", linewidth=1, color="gray")
         axes.annotate("held-out text", (axes.get_xlim()[0], real), fontsize=7, xytext=(4, 3), textcoords="offset points")
     axes.set(xlabel="tokens/s (new tokens before EOS, prompt included)", ylabel="nats/token under the n-gram judge (low alone is "
              "no praise)", title="Quality against speed")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
     print(f"picture: {path}", file=sys.stderr)
 

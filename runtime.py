@@ -133,8 +133,8 @@ def peak_memory_mb(device=None):
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     try:
         import resource
-    except ImportError:                                  # Windows keeps no such record
-        return float("nan")
+    except ImportError:
+        return 0.0                                       # Windows keeps no such record
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 

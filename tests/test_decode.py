@@ -468,3 +468,14 @@ def test_longer_than_any_training_length(model):
                                          memory_slots=2)).eval()
     out = generate(net, [2], Settings(200, 2, mode="block_frozen", block_size=16, eos_id=None), [0])
     assert len(out.rows[0]) == 200 and MASK not in out.rows[0]
+
+
+@pytest.mark.parametrize("sampler", NAMES)
+def test_sharing_a_forward_with_the_commit_changes_no_text(sampler, monkeypatch):
+    net = small("primary")
+    s = Settings(70, 4, mode="block_frozen", block_size=16, sampler=sampler, temperature=0.8, eos_id=7, threshold=0.5)
+    shared = generate(net, [[2, 5, 6], [2, 9]], s, [0, 1])
+    monkeypatch.delattr(type(net), "commit_and_hidden")
+    apart = generate(net, [[2, 5, 6], [2, 9]], s, [0, 1])
+    assert shared.rows == apart.rows and shared.forwards == apart.forwards
+    assert shared.context_passes <= apart.context_passes

@@ -214,3 +214,21 @@ def test_early_exits_see_what_decoding_at_that_depth_sees(model, block):
         torch.testing.assert_close(net.hidden(xt[:, lo:hi], cache, depth), early[:, lo:hi], atol=1e-5, rtol=1e-5)
         early.square().sum().backward()
         assert net.exits.early_norm.grad[depth - 1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 16])
+def test_commit_and_hidden_is_commit_then_hidden(block):
+    """One pass for a finished block and the first forward of the next: same hidden states, same cache, from an empty one too."""
+    torch.manual_seed(0)
+    net = build_model(config.ModelConfig(model="primary", vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48,
+                                         memory_slots=4)).eval()
+    one, two = net.new_cache(2), net.new_cache(2)
+    with torch.no_grad():
+        for _ in range(4):
+            x0, xt = torch.randint(4, 40, (2, block)), torch.randint(4, 41, (2, block))
+            net.commit(x0, one)
+            want, got = net.hidden(xt, one), net.commit_and_hidden(x0, xt, two)
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+            for name in ("num", "den", "halo"):
+                torch.testing.assert_close(getattr(two, name), getattr(one, name), atol=1e-5, rtol=1e-5)
+            assert one.length == two.length
