@@ -24,6 +24,19 @@ class UserError(Exception):
         self.code = code
 
 
+PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
+
+
+def check_packages():
+    """If something of requirements.txt is missing, say how to get it and leave with exit code 3."""
+    import importlib.util
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"error: this Python ({sys.executable}) lacks {', '.join(missing)}: switch to the environment of the README "
+              "(. .venv/bin/activate), or python -m pip install -r requirements.txt -c constraints.txt", file=sys.stderr)
+        sys.exit(3)
+
+
 def run(main, argv=None):
     """Call an entry point; a UserError becomes one message on stderr and its exit code. Output is UTF-8 everywhere."""
     for stream in (sys.stdout, sys.stderr):
@@ -40,6 +53,9 @@ def run(main, argv=None):
         print(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}: make room, then go on (train: "
               "--resume); finished files are intact", file=sys.stderr)
         sys.exit(1)
+    except ModuleNotFoundError:
+        check_packages()
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 

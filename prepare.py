@@ -22,6 +22,7 @@ import knobs
 
 if __name__ == "__main__":
     config.answer_help(config.PrepareArgs, "prepare")      # before the heavy imports: --help has to be instant
+    knobs.check_packages()
 
 import numpy as np
 from tqdm import tqdm

@@ -129,3 +129,13 @@ def test_full_disk(user):
     assert steps.items() <= after.items() and not [name for name in after if "step_000014" in name]
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(user)
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "sample --ckpt x", "evaluate --ckpt x", "edge_benchmark --ckpt x",
+                                     "colab_train_eco --allow_cpu"])
+def test_a_python_without_the_packages(tmp_path, command):
+    """The wrong Python, which is what a forgotten activate gives: one sentence that names the fix, no traceback."""
+    done = subprocess.run([sys.executable, "-S", "-m", *command.split()], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 3 and "lacks torch, numpy" in done.stderr and "activate" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("**/*.*"))
