@@ -207,8 +207,7 @@ class TrainArgs(CommonKnobs, ResumeKnobs, RunKnobs, OptimKnobs, MaskKnobs, Model
 
     @property
     def block_choices(self):
-        """train_block_sizes as numbers; T, and whatever is longer than a sequence, is the whole sequence."""
-        return [self.seq_len if b == "T" else min(int(b), self.seq_len) for b in split_list(self.train_block_sizes)]
+        return block_sizes(self.train_block_sizes, self.seq_len)
 
     def problems(self):
         yield from shape_problems(self)
@@ -321,6 +320,10 @@ class SampleArgs(GenerateKnobs, CommonKnobs):
     warmup_runs: int = knob(0, "untimed runs before them", at_least=0, rare=True)
     out_json: str = knob(None, "write texts and statistics", rare=True)
 
+    def problems(self):
+        if self.stream and self.json:
+            yield "--stream prints text while it grows, --json prints objects: give only one of them"
+
 
 @dataclass
 class BenchArgs(GenerateKnobs, CommonKnobs):
@@ -355,6 +358,11 @@ COMMANDS = dict(train=TrainArgs, sample=SampleArgs, prepare=PrepareArgs, evaluat
 def problems_of(args):
     """Everything wrong with the relations between knobs, in sentences that name the flags and the numbers."""
     return [p for c in type(args).__mro__ if "problems" in vars(c) for p in c.problems(args)]
+
+
+def block_sizes(text, length):
+    """--train_block_sizes and --blocks as numbers; T, and whatever is longer than a sequence, is the whole sequence."""
+    return [length if b == "T" else min(int(b), length) for b in split_list(text)]
 
 
 def block_problems(name, text):

@@ -246,14 +246,13 @@ def write_group(model, group, prompts, s, seeds, result, on_step, on_block):
     while lo < T and alive:
         hi = min(T, lo + size)
         due = canvas.ids[:, lo - size:lo] if cache is not None and lo > P else None      # the finished block to commit
-        forward = forward_of(model, cache, P, lo, hi, s)
         shared = hasattr(model, "commit_and_hidden") and hi - lo == size and s.guidance_scale == 1 and not s.min_depth
-        if due is not None and shared:
-            forward = commits_first(model, cache, due, lo, hi, forward)
-        elif due is not None:
+        if due is not None and not shared:
             model.commit(due, cache)
-            forward = forward_of(model, cache, P, lo, hi, s)                           # guidance copies the cache
-            result.context_passes += 1
+            due, result.context_passes = None, result.context_passes + 1
+        forward = forward_of(model, cache, P, lo, hi, s)
+        if due is not None:
+            forward = commits_first(model, cache, due, lo, hi, forward)
         forwards, layers = fill_block(model, canvas, lo, hi, forward, s, on_step)
         result.forwards, result.layer_passes = result.forwards + forwards, result.layer_passes + layers
         if on_block:

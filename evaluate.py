@@ -11,7 +11,6 @@ import sys
 from types import SimpleNamespace
 
 import config
-import knobs
 
 
 def held_out(model, rows, blocks, seed, batch, draws):
@@ -58,8 +57,7 @@ def main(argv=None):
     length = saved.config["args"]["seq_len"]
     batch = saved.config["args"]["batch_size"]
     rows = data.val_windows(args.batches * batch, length).to(device)
-    names = knobs.split_list(args.blocks or saved.config["args"]["train_block_sizes"])
-    blocks = sorted({length if b == "T" else min(int(b), length) for b in names}, reverse=True)
+    blocks = sorted(set(config.block_sizes(args.blocks or saved.config["args"]["train_block_sizes"], length)), reverse=True)
     result = held_out(model, rows, blocks, args.seed, batch, args.draws)
     print(f"{saved.path}  step {saved.step}  {len(rows)} rows of {length} tokens, {args.draws} draws each, "
           f"uniform guess {math.log(model.cfg.vocab_size - 1):.3f} nats", file=sys.stderr)

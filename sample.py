@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import config
-import knobs
 from knobs import UserError
 
 
@@ -37,7 +36,7 @@ def decode_settings(args, saved, mode, eos_id):
     from samplers import ADAPTIVE
     depth, layers = args.min_decode_layers, saved.config["model"]["n_layers"]
     if depth > layers:
-        say(f"notice: --min_decode_layers {depth}: this model has {layers}")
+        say(f"notice: --min_decode_layers {depth}: this model has {layers} layers, all are used")
     if depth and not saved.config["model"]["exits"]:
         say("notice: --min_decode_layers needs exits that were trained (train --exit_loss_weight 0.1); this checkpoint has none, "
             "all layers are used")
@@ -60,14 +59,10 @@ def decode_settings(args, saved, mode, eos_id):
 def cannot_freeze(saved):
     """Why this checkpoint's context cannot be frozen; empty if it can."""
     trained = saved.config["args"]
-    if any(b < trained["seq_len"] for b in block_choices(trained)):
+    if min(config.block_sizes(trained["train_block_sizes"], trained["seq_len"])) < trained["seq_len"]:
         return ""
     return (f"{saved.path} was not trained in blocks (--train_block_sizes {trained['train_block_sizes']}), "
             "so its context cannot be frozen")
-
-
-def block_choices(trained):
-    return [trained["seq_len"] if b == "T" else int(b) for b in knobs.split_list(trained["train_block_sizes"])]
 
 
 def say(text):
@@ -142,9 +137,9 @@ def continue_prompts(args, model, tokenizer, s, prompts, watch):
     for prompt in prompts:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
         for seeds in batches:
-            times, rows = [], None
+            times = []
             for timed in [False] * args.warmup_runs + [True] * args.benchmark_runs:
-                stream = Stream() if args.stream and timed and rows is None else None
+                stream = Stream() if args.stream and timed and not times else None
 
                 def grow(canvas, lo, hi, stream=stream, prompt=prompt, ids=ids):
                     new = canvas.ids[0, len(ids):hi].tolist()
@@ -153,7 +148,7 @@ def continue_prompts(args, model, tokenizer, s, prompts, watch):
                 if stream and number:
                     print("---")
                 started = time.perf_counter()
-                rows = result = generate(model, ids, s, seeds, watch, grow if stream else None)
+                result = generate(model, ids, s, seeds, watch, grow if stream else None)
                 if timed:
                     times.append(time.perf_counter() - started)
                 if stream:

@@ -208,6 +208,7 @@ def test_gpu_tiers(memory, row):
     (SampleArgs, "", ["--ckpt is missing"]),
     (SampleArgs, "a --ckpt b", ["a and --ckpt b"]),
     (SampleArgs, "a b", ["unexpected argument 'b'"]),
+    (SampleArgs, "a --stream --json", ["--stream", "--json", "only one"]),
     (SampleArgs, "a --sampler best", ["confidence, threshold"]),
     (BenchArgs, "--ckpt a --modes full blok", ["blok", "block_frozen"]),
     (EvaluateArgs, "a --blocks T,x", ["'x'"]),
