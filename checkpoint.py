@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import knobs
-from config import ModelConfig, TrainArgs
+from config import TrainArgs
+from shapes import ModelConfig
 from knobs import UserError
 from model import build_model
 from tokenizer import Tokenizer

@@ -6,7 +6,8 @@
 A knob is a dataclass field whose metadata holds help, choices, limits, old names and its resume rule:
   must    a resumed run has to agree with its checkpoint       may   it may change, and the change is logged
   ignore  it belongs to this one invocation: neither a checkpoint nor a --config file ever sets it
-Precedence: default < tier < preset or profile < --config FILE.json < flag. How a flag is read is in knobs.py.
+Precedence: default < tier < preset or profile < --config FILE.json < flag. How a flag is read is in knobs.py; the knobs of
+a model's shape are in shapes.py.
 No torch and no numpy here: --help has to be instant.
 """
 import dataclasses
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from knobs import UserError, again, checked, knob, read_flags, read_json, run, show, split_list
+from shapes import OLD_MODELS, ModelKnobs, count_params, match_d_ff, model_config, shape_problems
 
 ROOT = Path(__file__).resolve().parent
 PROMPTS = ("mai kal bazaar gaya tha aur", "भारत में आज मौसम", "yaar mujhe samajh nahi aa raha",
@@ -75,9 +77,6 @@ def gpu_tier(memory, typed=()):
 
 # ---- the knobs ------------------------------------------------------------------------------------------------------
 
-OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffusion="backup")
-
-
 @dataclass
 class CommonKnobs:
     "Everywhere"
@@ -95,24 +94,6 @@ class CommonKnobs:
 class DataKnobs:
     "Data"
     data_dir: str = knob("data/processed", "folder with train.bin, val.bin and meta.json")
-
-
-@dataclass
-class ModelKnobs:
-    "Model"
-    model: str = knob("primary", "which denoiser", "must", choices=("primary", "backup"), values=OLD_MODELS)
-    d_model: int = knob(512, "width, divisible by the heads", "must", at_least=2, aliases=("n_embd",))
-    n_layers: int = knob(8, "blocks", "must", at_least=1, aliases=("layers", "n_layer"))
-    n_heads: int = knob(8, "heads", "must", at_least=1, aliases=("n_head",))
-    d_ff: int = knob(1536, "feed-forward width", "must", at_least=1)
-    memory_slots: int = knob(16, "memory slots per head; primary only", "must", at_least=2)
-    conv_kernel: int = knob(7, "odd width of the convolution; primary only", "must", at_least=3, rare=True,
-                            aliases=("conv_kernel_size",))
-    d_mem: int = knob(0, "width of the memory, 0 = half of d_model; primary only", "must", at_least=0, rare=True)
-    dropout: float = knob(0.0, "share of activations dropped", at_least=0, below=1, rare=True)
-    block_size: int = knob(64, "decode block, stored for sample", at_least=1, rare=True)
-    exit_loss_weight: float = knob(0.0, "trains the exits of sample --min_decode_layers; 0 = no exits", at_least=0, rare=True,
-                                   aliases=("exit_loss",))
 
 
 @dataclass
@@ -369,84 +350,6 @@ def block_problems(name, text):
     for part in split_list(text):
         if part != "T" and not re.fullmatch("0*[1-9][0-9]{0,8}", part):
             yield f"--{name} {text}: {part!r} is neither T nor a number of at least 1"
-
-
-# ---- the shape of a model -------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What build_model needs. Derived numbers are properties; d_mem 0 becomes half the width."""
-    model: str = again(ModelKnobs, "model", dataclasses.MISSING)
-    vocab_size: int = knob(dataclasses.MISSING, "base pieces; the mask is one more row", at_least=1)
-    d_model: int = again(ModelKnobs, "d_model")
-    n_layers: int = again(ModelKnobs, "n_layers")
-    n_heads: int = again(ModelKnobs, "n_heads")
-    d_ff: int = again(ModelKnobs, "d_ff")
-    dropout: float = again(ModelKnobs, "dropout")
-    memory_slots: int = again(ModelKnobs, "memory_slots")
-    conv_kernel: int = again(ModelKnobs, "conv_kernel")
-    d_mem: int = again(ModelKnobs, "d_mem")
-    block_size: int = again(ModelKnobs, "block_size")
-    exits: bool = knob(False, "a norm behind every layer, for leaving early")
-
-    def __post_init__(self):
-        object.__setattr__(self, "d_mem", self.d_mem or self.d_model // 2)
-        if problems := list(shape_problems(self)):
-            raise UserError("\n  ".join(problems))
-
-    rows = property(lambda self: self.vocab_size + 1)
-    mask_id = property(lambda self: self.vocab_size)
-    pad_id = property(lambda self: 0)
-
-    def to_dict(self):
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, saved):
-        """Strict: every key, no other key, each of its own type."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        if missing := names - set(saved):
-            raise UserError(f"model configuration without {', '.join(sorted(missing))}")
-        return cls(**checked(cls, saved, "model configuration"))
-
-
-def model_config(args, vocab_size):
-    """The ModelConfig that these training arguments and this many base pieces ask for."""
-    names = {f.name for f in dataclasses.fields(ModelConfig)} - {"vocab_size", "exits"}
-    return ModelConfig(vocab_size=vocab_size, exits=args.exit_loss_weight > 0, **{name: getattr(args, name) for name in names})
-
-
-def shape_problems(c):
-    """Relations between the widths, of training arguments and of a ModelConfig alike."""
-    d_mem = c.d_mem or c.d_model // 2
-    if c.d_model % c.n_heads:
-        yield f"--d_model {c.d_model} is not divisible by --n_heads {c.n_heads}"
-    elif c.model == "backup" and c.d_model // c.n_heads % 2:
-        yield f"--d_model {c.d_model} / --n_heads {c.n_heads}: the head size {c.d_model // c.n_heads} must be even"
-    elif c.model == "primary" and d_mem % c.n_heads:
-        yield f"--d_mem {d_mem} is not divisible by --n_heads {c.n_heads}"
-    if c.conv_kernel % 2 == 0:
-        yield f"--conv_kernel {c.conv_kernel}: must be odd"
-
-
-def block_params(c):
-    """Parameters of all layers in closed form (a test compares it with the real models)."""
-    d, ff, dm, slots = c.d_model, c.d_ff, c.d_mem or c.d_model // 2, c.n_heads * c.memory_slots
-    if c.model == "backup":               # attention, gated feed-forward, two norms
-        return c.n_layers * (4 * d * d + 3 * d * ff + 2 * d)
-    # gated feed-forward; memory query, value and output; slot scores, names and decays; convolution and norm
-    return c.n_layers * (3 * d * ff + 3 * d * dm + d * slots + c.memory_slots * dm + slots + d * c.conv_kernel + d)
-
-
-def count_params(c):
-    """The true number of parameters: tied embedding with the mask's row, layers, a norm for each exit."""
-    return c.rows * c.d_model + block_params(c) + c.d_model * (c.n_layers if c.exits else 1)
-
-
-def match_d_ff(c, target):
-    """The d_ff, a multiple of 8, that brings this shape closest to a target count (usually the other model's)."""
-    rest = count_params(dataclasses.replace(c, d_ff=0))
-    return max(8, 8 * round((target - rest) / (3 * c.d_model * c.n_layers) / 8))
 
 
 # ---- from flags to arguments -----------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 import config
+import shapes
 import knobs
 from knobs import UserError
 
@@ -268,7 +269,7 @@ def main(argv=None):
     document = {
         "version": 1, "model": saved.config["model"]["model"], "ckpt": str(saved.path), "step": saved.step,
         **runtime.environment(device), "allocator": allocator, "weights_bytes": weights, "batch": 1, "seed": args.seed,
-        "prompts": prompts, "params": config.count_params(model.cfg), "args": config.to_dict(args),
+        "prompts": prompts, "params": shapes.count_params(model.cfg), "args": config.to_dict(args),
         "judge_nats_of_held_out_text": judges.real(), "results": results}
     for name, r in results.items():
         print(card(name, r, max(map(len, results))))

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import config
+import shapes
 from knobs import UserError
 
 
@@ -175,7 +176,7 @@ def main(argv=None, pinned=None):
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
     precision, why = fast.pick(args.precision, device)
     fast.prepare(model, precision)
-    say(f"model: {model.cfg.model}, {config.count_params(model.cfg):,} parameters; products in {precision} ({why})")
+    say(f"model: {model.cfg.model}, {shapes.count_params(model.cfg):,} parameters; products in {precision} ({why})")
     s = settings(args, saved, tokenizer)
     args.trained_length = saved.config["args"]["seq_len"]
     if not args.text:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import config
+import shapes
 from knobs import UserError
 
 NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
@@ -155,7 +156,7 @@ def train(args, origins, run_dir, source, resuming):
     data_dir = find_data(args, origins)
     args.data_dir = str(data_dir)
     data, val = TokenData(data_dir, "train"), TokenData(data_dir, "val")
-    cfg = config.model_config(args, data.vocab_size)
+    cfg = shapes.model_config(args, data.vocab_size)
     windows = Windows(data, args.seq_len, args.seed)
     tokenizer = Tokenizer(data.tokenizer_path)
     if saved and saved.config["model"]["vocab_size"] != cfg.vocab_size:
@@ -190,7 +191,7 @@ def train(args, origins, run_dir, source, resuming):
     rows = args.batch_size * args.grad_accum                # sequences of one optimizer step
     step_tokens = rows * args.seq_len
     dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, saved.state["precision"] if resuming else None)
-    params = config.count_params(cfg)
+    params = shapes.count_params(cfg)
     say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads; "
         f"precision {why}; memory: {allocator}")
     say(f"data: {data_dir} ({data.meta['source']}), {data.meta['train_tokens']:,} tokens, {cfg.vocab_size} pieces; "
@@ -246,7 +247,7 @@ def train(args, origins, run_dir, source, resuming):
     with runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress:
         log = runtime.JsonLines(run_dir / "train.jsonl")
         log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
-                  config=saved_args, params_total=params, params_blocks=config.block_params(cfg),
+                  config=saved_args, params_total=params, params_blocks=shapes.block_params(cfg),
                   data={"source": data.meta["source"], "tokens": data.meta["train_tokens"], "sha256": data.meta["train_sha256"]},
                   planned_tokens=args.max_steps * step_tokens, precision=why, allocator=allocator, **runtime.environment(device))
         if resuming:

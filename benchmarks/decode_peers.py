@@ -24,7 +24,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch                                                     # noqa: E402
 
-import config                                                    # noqa: E402
+import shapes
 import fast                                                      # noqa: E402
 import runtime                                                   # noqa: E402
 from decode import Settings, generate                            # noqa: E402
@@ -34,11 +34,11 @@ VOCAB, WIDTH, LAYERS, HEADS, FF, BLOCK = 8000, 512, 10, 8, 1536, 32
 
 
 def shape(kind):
-    cfg = config.ModelConfig(model=kind, vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=FF)
+    cfg = shapes.ModelConfig(model=kind, vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=FF)
     if kind == "backup":
         return cfg
-    target = config.count_params(shape("backup"))
-    return config.ModelConfig.from_dict({**cfg.to_dict(), "d_ff": config.match_d_ff(cfg, target)})
+    target = shapes.count_params(shape("backup"))
+    return shapes.ModelConfig.from_dict({**cfg.to_dict(), "d_ff": shapes.match_d_ff(cfg, target)})
 
 
 def ours(prompt, new):
@@ -164,7 +164,7 @@ def main():
     runtime.start(0)
     torch.set_grad_enabled(False)
     rows, folder = [], tempfile.mkdtemp()
-    print("parameters: " + ", ".join(f"{k} {config.count_params(shape(k)):,}" for k in ("primary", "backup")), flush=True)
+    print("parameters: " + ", ".join(f"{k} {shapes.count_params(shape(k)):,}" for k in ("primary", "backup")), flush=True)
     for length in args.prompts:
         prompt = [2] + torch.randint(4, VOCAB, (length - 1,), generator=torch.Generator().manual_seed(0)).tolist()
         runs = ours(prompt, args.new)

@@ -6,7 +6,7 @@
 
 Every figure is a median over rounds; in a round each variant runs once, one after the other, so that a noisy neighbour hits
 all of them. FLOPs are counted by torch's flop counter while a real step runs, not taken from a formula. The models of one
-shape have equal parameters (config.match_d_ff). Prints a table; the last line is one JSON document.
+shape have equal parameters (shapes.match_d_ff). Prints a table; the last line is one JSON document.
 """
 import argparse
 import dataclasses
@@ -25,6 +25,7 @@ import torch                                                     # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode             # noqa: E402
 
 import config                                                    # noqa: E402
+import shapes
 import masking                                                   # noqa: E402
 import optim                                                     # noqa: E402
 import runtime                                                   # noqa: E402
@@ -63,10 +64,10 @@ class Variant:
         settings, batch = SHAPES[shape]
         args = config.TrainArgs(model=model, batch_size=batch, grad_accum=1, optimizer=optimizer, exit_loss_weight=exit_weight,
                                 **settings)
-        cfg = config.model_config(args, VOCAB)
+        cfg = shapes.model_config(args, VOCAB)
         if model == "primary":
             backup = dataclasses.replace(cfg, model="backup")
-            cfg = dataclasses.replace(cfg, d_ff=config.match_d_ff(cfg, config.count_params(backup)))
+            cfg = dataclasses.replace(cfg, d_ff=shapes.match_d_ff(cfg, shapes.count_params(backup)))
         torch.manual_seed(0)
         self.args, self.cfg, self.dtype = args, cfg, dtype
         self.block = args.seq_len if block == "T" else int(block)
@@ -116,7 +117,7 @@ def report(variants, peak):
         data, forward, backward, update = (1e3 * statistics.median(column) for column in zip(*v.parts, strict=True))
         whole = sorted(sum(p) for p in v.parts)
         seconds = statistics.median(whole)
-        rows.append({**v.name, "params": config.count_params(v.cfg), "tok_per_s": v.tokens / seconds, "step_ms": 1e3 * seconds,
+        rows.append({**v.name, "params": shapes.count_params(v.cfg), "tok_per_s": v.tokens / seconds, "step_ms": 1e3 * seconds,
                      "step_ms_min": 1e3 * whole[0], "step_ms_max": 1e3 * whole[-1], "forward_ms": forward,
                      "backward_ms": backward, "optimizer_ms": update, "data_ms": data, "gflop": v.flops / 1e9,
                      "of_peak": v.flops / seconds / peak})

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
+import shapes
 import knobs
-from config import BenchArgs, ColabArgs, EvaluateArgs, ModelConfig, PrepareArgs, SampleArgs, TrainArgs, UserError
+from config import BenchArgs, ColabArgs, EvaluateArgs, PrepareArgs, SampleArgs, TrainArgs, UserError
+from shapes import ModelConfig
 
 FLAGS = Path(__file__).with_name("flags.txt")
 
@@ -297,10 +299,10 @@ TABLE = [("preset", "nano", 2048, 0.29), ("preset", "tiny", 2048, 1.05), ("prese
 @pytest.mark.parametrize("flag, name, vocab, millions", TABLE)
 def test_presets_have_the_documented_size(flag, name, vocab, millions):
     args, _ = parse(TrainArgs, f"--model backup --{flag} {name}")
-    backup = config.count_params(config.model_config(args, vocab)) / 1e6
+    backup = shapes.count_params(shapes.model_config(args, vocab)) / 1e6
     assert round(backup, 2 if millions < 2 else 1) == millions
     args, _ = parse(TrainArgs, f"--{flag} {name}")
-    primary = config.count_params(config.model_config(args, vocab)) / 1e6
+    primary = shapes.count_params(shapes.model_config(args, vocab)) / 1e6
     if flag == "preset" and name != "none":
         assert abs(primary / backup - 1) < 0.02
     else:
@@ -310,7 +312,7 @@ def test_presets_have_the_documented_size(flag, name, vocab, millions):
 @pytest.mark.parametrize("name", [n for n in config.PRESETS if n != "none"])
 def test_primary_is_matched_unless_its_width_is_typed(name):
     shape = "--n_layers 5 --memory_slots 4 --d_model 384 --n_heads 6"
-    counts = [config.block_params(config.model_config(parse(TrainArgs, f"--preset {name} --model {m} {shape}")[0], 1))
+    counts = [shapes.block_params(shapes.model_config(parse(TrainArgs, f"--preset {name} --model {m} {shape}")[0], 1))
               for m in ("primary", "backup")]
     assert abs(counts[0] / counts[1] - 1) < 0.02
     assert parse(TrainArgs, f"--preset {name} --d_ff 640")[0].d_ff == 640
@@ -318,7 +320,7 @@ def test_primary_is_matched_unless_its_width_is_typed(name):
 
 def test_the_guides_slow_machine_shape():
     args, _ = parse(TrainArgs, "--preset micro --model backup --n_layers 6 --n_heads 6 --d_model 384 --d_ff 1536")
-    assert round(config.count_params(config.model_config(args, 8192)) / 1e6, 1) == 17.3
+    assert round(shapes.count_params(shapes.model_config(args, 8192)) / 1e6, 1) == 17.3
 
 
 def test_model_config_round_trip_is_strict():
@@ -345,7 +347,7 @@ def test_closed_form_counts_equal_the_real_models(kind, shape):
     c = ModelConfig(model=kind, vocab_size=100, **shape)
     with torch.device("meta"):
         real = build(c)
-    assert sum(p.numel() for p in real.parameters()) == config.count_params(c)
+    assert sum(p.numel() for p in real.parameters()) == shapes.count_params(c)
 
 
 # ---- resume (S4) ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import config
+import shapes
 import samplers
 from decode import MODES, Settings, generate, infill
 from model import build_model
@@ -361,7 +361,7 @@ def test_full_depth_is_bit_for_bit_no_early_exit(model):
 
 def small(model, seed=3, exits=False):
     torch.manual_seed(seed)
-    net = build_model(config.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=2, n_heads=2, d_ff=48,
+    net = build_model(shapes.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=2, n_heads=2, d_ff=48,
                                          memory_slots=4, exits=exits)).eval()
     with torch.no_grad():
         for p in net.parameters():
@@ -464,7 +464,7 @@ def test_cached_text_equals_uncached_text(model):
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
 def test_longer_than_any_training_length(model):
-    net = build_model(config.ModelConfig(model=model, vocab_size=V, d_model=16, n_layers=1, n_heads=2, d_ff=16,
+    net = build_model(shapes.ModelConfig(model=model, vocab_size=V, d_model=16, n_layers=1, n_heads=2, d_ff=16,
                                          memory_slots=2)).eval()
     out = generate(net, [2], Settings(200, 2, mode="block_frozen", block_size=16, eos_id=None), [0])
     assert len(out.rows[0]) == 200 and MASK not in out.rows[0]

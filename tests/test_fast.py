@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-import config
+import shapes
 import fast
 from decode import Settings, generate
 from knobs import UserError
@@ -11,7 +11,7 @@ from model import build_model
 
 def net(kind):
     torch.manual_seed(1)
-    model = build_model(config.ModelConfig(model=kind, vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=128,
+    model = build_model(shapes.ModelConfig(model=kind, vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=128,
                                            memory_slots=4)).eval()
     with torch.no_grad():
         model.head.weight.mul_(5)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import masking
-from config import ModelConfig
+from shapes import ModelConfig
 from model import build_model
 
 BASE = dict(mask_schedule="linear", min_mask_rate=0.0, max_mask_rate=1.0, time_mode="continuous",

@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 
-import config
+import shapes
 from layers import rotary_table
 from model import build_model
 
@@ -14,7 +14,7 @@ MODELS = ("primary", "backup")
 def tiny(model, vocab=40, **changes):
     torch.manual_seed(1)
     shape = dict(d_model=32, n_layers=3, n_heads=4, d_ff=48, memory_slots=4, conv_kernel=5)
-    net = build_model(config.ModelConfig(model=model, vocab_size=vocab, **{**shape, **changes}))
+    net = build_model(shapes.ModelConfig(model=model, vocab_size=vocab, **{**shape, **changes}))
     with torch.no_grad():
         for p in net.parameters():                     # away from the symmetric start, so that every path matters
             p += 0.1 * torch.randn_like(p)
@@ -159,7 +159,7 @@ def test_cache_after_reset_is_a_new_one(model):
 def test_parameter_count_is_the_formula(model):
     for changes in ({}, dict(d_model=48, n_heads=6, d_ff=100, n_layers=2, memory_slots=7, conv_kernel=3, d_mem=12)):
         net = tiny(model, **changes)
-        assert sum(p.numel() for p in net.parameters()) == config.count_params(net.cfg)
+        assert sum(p.numel() for p in net.parameters()) == shapes.count_params(net.cfg)
 
 
 @torch.no_grad()
@@ -197,9 +197,9 @@ def test_rows_of_a_batch_do_not_mix(model):
 def test_early_exits_see_what_decoding_at_that_depth_sees(model, block):
     """Training's early hidden states are the cached block's at that depth, and every exit's norm gets its gradient."""
     torch.manual_seed(0)
-    cfg = config.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48, memory_slots=4, exits=True)
+    cfg = shapes.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48, memory_slots=4, exits=True)
     net = build_model(cfg)
-    assert sum(p.numel() for p in net.parameters()) == config.count_params(cfg)
+    assert sum(p.numel() for p in net.parameters()) == shapes.count_params(cfg)
     with torch.no_grad():
         net.exits.early_norm.add_(torch.randn_like(net.exits.early_norm))
     xt, x0 = torch.randint(4, 41, (2, 24)), torch.randint(4, 40, (2, 24))
@@ -220,7 +220,7 @@ def test_early_exits_see_what_decoding_at_that_depth_sees(model, block):
 def test_commit_and_hidden_is_commit_then_hidden(block):
     """One pass for a finished block and the first forward of the next: same hidden states, same cache, from an empty one too."""
     torch.manual_seed(0)
-    net = build_model(config.ModelConfig(model="primary", vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48,
+    net = build_model(shapes.ModelConfig(model="primary", vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48,
                                          memory_slots=4)).eval()
     one, two = net.new_cache(2), net.new_cache(2)
     with torch.no_grad():

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, aria
 
 import config
+import shapes
 import knobs
 import masking
 import model as models
@@ -323,7 +324,7 @@ def test_the_loss_falls(text, tmp_path, kind):
 def test_one_batch_is_learned_by_heart(kind):
     args = config.TrainArgs(model=kind, d_model=32, n_layers=2, n_heads=2, d_ff=64, memory_slots=4, weight_decay=0.0)
     torch.manual_seed(0)
-    net = models.build_model(config.model_config(args, vocab_size=60))
+    net = models.build_model(shapes.model_config(args, vocab_size=60))
     optimizer = optim.make_optimizer(net, args)
     optimizer.set_lr(1e-2)
     x0 = torch.randint(4, 60, (2, 16))
