@@ -209,8 +209,10 @@ class TrainArgs(CommonKnobs, ResumeKnobs, RunKnobs, OptimKnobs, MaskKnobs, Model
 @dataclass
 class PrepareKnobs(DataKnobs):
     "Preparation"
-    source: str = knob("builtin", "the starter corpus (offline), or --input", "ignore", choices=("builtin", "files"))
-    input: tuple = knob((), "text files or folders for --source files", "ignore", many="several")
+    source: str = knob("hindi", "the hub (hindi, fineweb), --input, or the offline starter corpus", "ignore",
+                       choices=("hindi", "builtin", "files", "fineweb"))
+    input: tuple = knob((), "text files or folders for --source files; - is standard input", "ignore", many="several")
+    raw_dir: str = knob("data/raw", "what was downloaded", "ignore", rare=True)
     tokenizer: str = knob("data/tokenizer/aria_hindi.model", "trained when missing", "ignore")
     tokenizer_vocab: int = knob(0, "base pieces, mask not included; 0 = by corpus size", "ignore", at_least=0)
     model_type: str = knob("bpe", "kind of SentencePiece model", "ignore", choices=("bpe", "unigram"))
@@ -218,13 +220,25 @@ class PrepareKnobs(DataKnobs):
     val_doc_frac: float = knob(0.02, "share of documents kept for validation", "ignore", above=0, below=1)
     max_docs: int = knob(120_000, "documents at most", "ignore", at_least=2)
     max_chars: int = knob(60_000_000, "characters at most", "ignore", at_least=1)
+    clean: str = knob("auto", "repair and filter documents; auto = those of the hub", "ignore", choices=("auto", "on", "off"),
+                      bare="on", values={"True": "on", "False": "off"})
+    romanise: str = knob("auto", "type Hindi in Latin letters up to --hinglish_ratio; auto = that of the hub", "ignore",
+                         choices=("auto", "on", "off"), bare="on", values={"True": "on", "False": "off"})
+    report: str = knob(None, "write what cleaning removed to this .html", "ignore")
+    offline: bool = knob(False, "never download; the starter corpus instead", "ignore")
     force: bool = knob(False, "rebuild what is there", "ignore")
+
+    def wants(self, what):
+        """Is --clean or --romanise on for this source?"""
+        return getattr(self, what) == "on" or getattr(self, what) == "auto" and self.source in ("hindi", "fineweb")
 
     def problems(self):
         if 0 < self.tokenizer_vocab < 300:
             yield f"--tokenizer_vocab {self.tokenizer_vocab}: must be 0 or at least 300 (256 bytes, special pieces)"
         if (self.source == "files") != bool(self.input):
             yield f"--source files and --input go together (now: source {self.source}, {len(self.input)} inputs)"
+        if self.report and not self.wants("clean"):
+            yield f"--report {self.report} tells what cleaning removed: add --clean"
 
 
 @dataclass

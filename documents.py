@@ -1,4 +1,5 @@
-"""Documents out of text files: .txt (a blank line ends a document) and .jsonl ({"text": ...}), also as .gz and .xz.
+"""Documents out of text files: .txt (a blank line ends a document), .jsonl ({"text": ...}), both also as .gz and .xz, and
+.parquet (a column "text"; needs pyarrow, which comes with datasets).
 
 Used by prepare. An optional "prompt" in a .jsonl line becomes the line before the text. Memory stays bounded, whatever
 the files look like; what cannot be read is a UserError with file, line and the way out, never a guess.
@@ -10,16 +11,17 @@ import os
 import zlib
 from pathlib import Path
 
+import knobs
 from knobs import UserError
 
-OPEN = {".txt": open, ".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+OPEN = {".gz": gzip.open, ".xz": lzma.open}
 LINE_BYTES = 1 << 24                       # a longer document is cut, so that a file of one line fits into memory
 
 
 def kind_of(path):
-    """'.txt' or '.jsonl' for a file that we can read, else None."""
-    kind = Path(path.name.lower().removesuffix(".gz").removesuffix(".xz")).suffix
-    return kind if kind in (".txt", ".jsonl") else None
+    """'.txt', '.jsonl' or '.parquet' for a file that we can read, else None. Our own copy of standard input ends in .tmp."""
+    kind = Path(path.name.lower().removesuffix(".gz").removesuffix(".xz").removesuffix(".tmp")).suffix
+    return kind if kind in (".txt", ".jsonl") or path.name.lower().endswith(".parquet") else None
 
 
 def find_files(inputs):
@@ -34,10 +36,10 @@ def find_files(inputs):
             inside = sorted(Path(top, name) for top, _, names in os.walk(given) for name in names)
             inside = [path for path in inside if kind_of(path) and not path.name.startswith(".")]
             if not inside:
-                raise UserError(f"--input {given}: no .txt or .jsonl file in this folder")
+                raise UserError(f"--input {given}: no .txt, .jsonl or .parquet file in this folder")
         elif not kind_of(given):
-            raise UserError(f"--input {given}: unknown kind of file, not .txt or .jsonl (also .gz, .xz); rename or "
-                            "convert it")
+            raise UserError(f"--input {given}: unknown kind of file, not .txt or .jsonl (also .gz, .xz) or "
+                            ".parquet; rename or convert it")
         for path in inside:
             files.setdefault(path.resolve(), path)
     return list(files.values())
@@ -47,7 +49,7 @@ def read_lines(path):
     """(line number, text); a line of more than LINE_BYTES comes in parts."""
     number, begins, rest = 0, True, b""
     try:
-        with OPEN[path.suffix.lower()](path, "rb") as f:
+        with OPEN.get(path.suffix.lower(), open)(path, "rb") as f:
             while raw := rest + f.readline(LINE_BYTES):
                 number, begins, rest = number + begins, raw.endswith(b"\n"), b""
                 if len(raw) >= LINE_BYTES and raw[-1] >= 0x80:           # perhaps inside a character: keep that back
@@ -64,6 +66,9 @@ def read_lines(path):
 
 def read_documents(path, log=print):
     """The documents of one file as they stand there, not normalised, perhaps empty."""
+    if kind_of(path) == ".parquet":
+        yield from read_parquet(path)
+        return
     lines, size = [], 0
     for number, line in read_lines(path):
         if kind_of(path) == ".jsonl":
@@ -78,6 +83,25 @@ def read_documents(path, log=print):
             yield "".join(lines)
             lines, size = [line], len(line.encode())
     yield "".join(lines)
+
+
+def read_parquet(path):
+    """The column "text" of a parquet file, a batch of rows at a time."""
+    knobs.need("pyarrow", f"to read {path}")
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if "text" not in names:
+                raise UserError(f'{path} has no column "text", but {", ".join(names)[:200]}')
+            for batch in table.iter_batches(batch_size=256, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str | None):
+                        raise UserError(f'{path}: the column "text" holds no text')
+                    yield text or ""
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
 
 
 def parse_record(line, where):

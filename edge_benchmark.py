@@ -273,7 +273,7 @@ def main(argv=None):
         "judge_nats_of_held_out_text": judges.real(), "results": results}
     for name, r in results.items():
         print(card(name, r, max(map(len, results))))
-    runtime.write_json(args.out_json, document)
+    knobs.write_json(args.out_json, document, fix=": name another --out_json")
     if args.grid:
         draw(Path(args.out_json).with_suffix(".png"), results, document["judge_nats_of_held_out_text"])
     print(json.dumps(document, ensure_ascii=False, allow_nan=False))

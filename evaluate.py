@@ -11,6 +11,7 @@ import sys
 from types import SimpleNamespace
 
 import config
+import knobs
 
 
 def held_out(model, rows, blocks, seed, batch, draws):
@@ -74,8 +75,8 @@ def main(argv=None):
             text = "   ".join(f"{'T' if b >= length else b}: {r['nats']:.4f} +- {r['se']:.4f}" for b, r in exits[depth].items())
             print(f"exit after layer {depth:2} of {model.cfg.n_layers}   {text} nats/token")
     if args.out_json:
-        runtime.write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed, "bound": result,
-                                            "exits": exits})
+        knobs.write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed, "bound": result,
+                                            "exits": exits}, fix=": name another --out_json")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ limits, old names and its resume rule; --help, the tables of the docs and the re
 Reading argv is a loop of our own: argparse stops at the first mistake, suggests nothing, and cannot read `--x`, `--no_x`
 and `--x True` next to a positional. No torch and no numpy here: --help has to be instant.
 """
+import contextlib
 import dataclasses
 import errno
 import json
 import math
 import operator
+import os
 import re
 import sys
 from collections import deque
@@ -35,6 +37,13 @@ def check_packages():
         print(f"error: this Python ({sys.executable}) lacks {', '.join(missing)}: switch to the environment of the README "
               "(. .venv/bin/activate), or python -m pip install -r requirements.txt -c constraints.txt", file=sys.stderr)
         sys.exit(3)
+
+
+def need(package, why):
+    """An optional package that a flag asks for; exit code 3 when it is not there."""
+    import importlib.util
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"the package {package} is needed {why}: python -m pip install {package}", code=3)
 
 
 def run(main, argv=None):
@@ -205,7 +214,7 @@ def split_list(text):
     return [part.strip() for part in text.split(",")]
 
 
-# ---- reading JSON files ----------------------------------------------------------------------------------------------
+# ---- JSON files ------------------------------------------------------------------------------------------------------
 
 def read_json(path):
     """An object from strict JSON: UTF-8, no NaN, no key twice. Trouble is a UserError that names the file."""
@@ -226,6 +235,23 @@ def read_json(path):
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
+
+
+def write_json(path, value, fix=""):
+    """A JSON file written aside, synced, renamed, so a reader finds the old one or the new one. `fix` ends the message."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "w", encoding="utf-8") as f:
+            json.dump(value, f, ensure_ascii=False, indent=1, allow_nan=False)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror}){fix}") from None
 
 
 def checked(cls, saved, where):

@@ -1,19 +1,21 @@
 """Text to token files: train.bin, val.bin and meta.json, and a tokenizer when there is none yet.
 
     python -m prepare --source files --input my_texts/ more.jsonl.gz --data_dir data/processed
+    python -m prepare --source hindi --report report.html  # Hindi and Hinglish from the hub, cleaned (hub.py, clean.py)
     python -m prepare --source builtin                     # the synthetic starter corpus, offline
 
-documents.py says what is read. An existing --tokenizer is reused and never overwritten: to train one on the new text,
-delete it or name another path. Notable: three passes in bounded memory (read, train the tokenizer, encode). Documents
-are split by a hash of their text, so a copy of a training document is never in validation. Everything is written aside
-and renamed at the end: a run that dies leaves the old data whole.
+documents.py says which files are read; "-" is standard input. An existing --tokenizer is reused and never overwritten: to
+train one on the new text, delete it or name another path. Notable: three passes in bounded memory (read and clean, train the
+tokenizer, encode). Everything is written aside and renamed at the end: a run that dies leaves the old data whole, and the
+next one goes on where it stopped.
 """
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
-import struct
-import tempfile
+import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -28,10 +30,13 @@ import numpy as np
 from tqdm import tqdm
 
 import corpus
+import hub
 import tokens
-from knobs import UserError
+from clean import RULES, Cleaner
 from documents import find_files, kind_of, read_documents
-from tokenizer import NORMALISER, SAMPLE_BYTES, SCRIPTS, Tokenizer, normalise, script_of, train_tokenizer
+from knobs import UserError
+from spool import Spool
+from tokenizer import NORMALISER, SAMPLE_BYTES, SCRIPTS, Tokenizer, normalise, train_tokenizer
 
 try:
     import fcntl
@@ -39,117 +44,50 @@ except ImportError:                        # Windows: two runs in one folder at 
     fcntl = None
 
 SPLITS = ("train", "val")
-ENOUGH = 20                                # a script with so many documents is in validation for certain
-BATCH_CHARS = 500_000                      # text that is encoded at a time
-PIECE_CHARS = 50_000                       # the tokenizer's sample takes pieces of long documents
-RECORD = struct.Struct("<QBQ")             # spool: hash of the document, script, bytes of the text that follows
+SYNC_BYTES = 64_000_000                    # text between two states on the disk while encoding
 
 
-class Spool:
-    """Pass 1: normalised documents in an unnamed temporary file, and what the split needs to know of all of them."""
-
-    def __init__(self, folder, args):
-        self.file, self.args = tempfile.TemporaryFile(dir=folder), args
-        self.docs, self.bytes, self.chars, self.full = Counter(), 0, 0, False
-        self.low, self.high, self.sizes = {}, {}, {}       # smallest and largest hash of a script; hash -> bytes
-
-    def add(self, text):
-        """False once a limit is reached; the first document comes in whatever its length."""
-        text = normalise(text).strip()
-        if not text:
-            return True
-        self.full |= self.docs.total() >= self.args.max_docs
-        self.full |= 0 < self.chars > self.args.max_chars - len(text)
-        if self.full:
-            return False
-        raw, script = text.encode(), SCRIPTS.index(script_of(text))
-        h = int.from_bytes(hashlib.sha256(f"{self.args.seed}:".encode() + raw).digest()[:8], "little")
-        self.file.write(RECORD.pack(h, script, len(raw)) + raw)
-        self.docs[script] += 1
-        self.bytes, self.chars = self.bytes + len(raw), self.chars + len(text)
-        self.low[script], self.high[script] = min(h, self.low.get(script, h)), max(h, self.high.get(script, h))
-        if len(self.sizes) < 1000:
-            self.sizes[h] = len(raw)
-        return True
-
-    def plan(self, log):
-        """Fix the split: by hash within each script; no script with ENOUGH documents and no split stays empty."""
-        self.limit = int(self.args.val_doc_frac * 2**64)
-        several = [s for s in self.docs if self.low[s] < self.high[s]]
-        self.forced = {self.low[s] for s in several if self.docs[s] >= ENOUGH}
-        self.cut = len(self.sizes) == 1
-        if self.cut:
-            log("notice: there is only one document, so its end becomes the validation text; put blank lines between "
-                "documents (.txt) or give more of them")
-        elif not self.forced and all(self.low[s] >= self.limit for s in several):
-            wanted = self.args.val_doc_frac * self.bytes   # a handful of documents: the one whose size fits best
-            self.forced = {min(self.sizes, key=lambda h: (abs(self.sizes[h] - wanted), h))}
-
-    def __iter__(self):
-        """(is it validation, script, hash, text), in the order of the sources."""
-        self.file.seek(0)
-        while head := self.file.read(RECORD.size):
-            h, script, size = RECORD.unpack(head)
-            text = self.file.read(size).decode()
-            if self.cut:
-                yield from ((val, SCRIPTS[script], h, part) for val, part in enumerate(self.halves(text)))
-            else:                                          # the largest hash of a script always trains
-                val = h in self.forced or h < self.limit and h != self.high[script]
-                yield int(val), SCRIPTS[script], h, text
-
-    def halves(self, text):
-        """A single document as (training part, validation part), cut at a line break or space."""
-        end = len(text) - max(int(len(text) * self.args.val_doc_frac), min(1000, len(text) // 5))
-        at = max(text.rfind("\n", len(text) // 2, end), text.rfind(" ", len(text) // 2, end))
-        if len(text) < 200 or at < 0:
-            raise UserError(f"the text is one document of {len(text)} characters, too short to keep a part for "
-                            "validation: give more text, with blank lines between documents")
-        return text[:at].strip(), text[at:].strip()
-
-    def sample(self):
-        """Training text for the tokenizer: all of it, or pieces from everywhere, chosen by hash."""
-        share = SAMPLE_BYTES / self.bytes
-        for val, _, h, text in self:
-            pieces = [text] if share >= 1 else [text[i:i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)]
-            yield from (piece for i, piece in enumerate(pieces)
-                        if not val and (h + i * 0x9E3779B97F4A7C15) % 2**32 < share * 2**32)
-
-    def batches(self):
-        batch, size = [], 0
-        for item in self:
-            batch.append(item)
-            size += len(item[-1])
-            if size >= BATCH_CHARS:
-                yield batch
-                batch, size = [], 0
-        yield batch
+def documents_of(args, source, path, log):
+    """(text as it stands there, kind of text it should be) of one source."""
+    if args.source == "builtin":
+        log("notice: the starter corpus is synthetic, made by a small grammar: for trying things out, no more")
+        return ((text, "any") for _, text in corpus.starter_documents(args.seed, args.hinglish_ratio))
+    return ((text, source.get("kind", "any")) for text in read_documents(path, log))
 
 
-def read(args, folder, sources, log):
-    """All sources into the spool, up to the limits."""
-    spool = Spool(folder, args)
-    with tqdm(unit=" docs", desc="read", disable=None) as bar:
-        for source in sources:
-            if args.source == "builtin":
-                log("notice: the starter corpus is synthetic, made by a small grammar: for trying things out, no more")
-                stream = (text for _, text in corpus.starter_documents(args.seed, args.hinglish_ratio))
-            else:
-                stream = read_documents(Path(source["name"]), log)
-            docs, size = spool.docs.total(), spool.bytes
-            for text in stream:
-                if not spool.add(text):
-                    break
-                bar.update()
-            source |= dict(documents=spool.docs.total() - docs, bytes=spool.bytes - size)
-    if not spool.bytes:
-        raise UserError(f"no text in {', '.join(map(str, args.input))}: every document is empty")
-    if spool.full and args.source == "files":
-        log(f"notice: stopped at the limit, {spool.docs.total():,} documents and {spool.chars:,} characters; raise "
-            "--max_docs or --max_chars to read everything")
-    if spool.docs.total() < 1000:
-        log(f"WARNING: only {spool.docs.total()} documents; a model learns so few by heart")
-    spool.plan(log)
-    return spool
+def read(args, spool, sources, paths, log):
+    """Pass 1: all sources into the spool, normalised and cleaned, up to the limits."""
+    cleaner = Cleaner() if args.wants("clean") else None
+    spool.begin()
+    try:
+        with tqdm(unit=" docs", desc="read", disable=None) as bar:
+            for source, path in zip(sources, paths, strict=True):
+                docs, size = spool.docs.total(), spool.bytes
+                for text, kind in documents_of(args, source, path, log):
+                    text = normalise(text).strip()
+                    if not spool.add(cleaner(text, kind) if cleaner and text else text):
+                        break
+                    bar.update()
+                source |= dict(documents=spool.docs.total() - docs, bytes=spool.bytes - size)
+        if not spool.bytes:
+            why = "the cleaning rules dropped every document; --no_clean keeps them" if cleaner else "every document is empty"
+            raise UserError(f"no text in {', '.join(map(str, args.input)) or args.source}: {why}")
+        if spool.full and args.source != "builtin":
+            log(f"notice: stopped at the limit, {spool.docs.total():,} documents and {spool.chars:,} characters; raise "
+                "--max_docs or --max_chars to read everything")
+        if spool.docs.total() < 1000:
+            log(f"WARNING: only {spool.docs.total()} documents; a model learns so few by heart")
+        if cleaner:
+            for line in cleaner.table():
+                log(line)
+        spool.extra = dict(sources=sources, cleaning=cleaner.counts() if cleaner else None)
+        spool.close(args.wants("romanise"), log)
+        if args.report and cleaner:
+            scripts = {script: spool.docs[i] for i, script in enumerate(SCRIPTS) if spool.docs[i]}
+            cleaner.write_html(args.report, f"What cleaning did to {args.source}", scripts)
+            log(f"report: {args.report}")
+    finally:
+        spool.file.close()
 
 
 def get_tokenizer(args, spool, log):
@@ -169,35 +107,66 @@ def get_tokenizer(args, spool, log):
     return tok
 
 
-def publish(args, folder, spool, tok, sources, digest, log):
-    """Pass 3: encode aside, then rename. meta.json goes first and comes last: without it nothing here is trusted."""
-    dtype, count = tokens.token_dtype(tok.vocab_size), Counter()
-    with (open(folder / "train.bin.tmp", "wb") as train, open(folder / "val.bin.tmp", "wb") as val_file,
-          tqdm(total=spool.bytes, unit="B", unit_scale=True, desc="encode", disable=None) as bar):
-        for batch in spool.batches():
+def encode(folder, spool, tok, log):
+    """Pass 3: ids aside, in train.bin.tmp and val.bin.tmp; -> Counter of (split, script, what).
+
+    encode.json.tmp says how far both files are good and where the spool goes on: a run that was killed continues there.
+    """
+    dtype, count, start, sizes = tokens.token_dtype(tok.vocab_size), Counter(), 0, [0, 0]
+    progress, marks = folder / "encode.json.tmp", {"spool": spool.digest, "tokenizer": tok.sha256}
+    paths = [folder / f"{split}.bin.tmp" for split in SPLITS]
+    with contextlib.suppress(UserError, OSError):
+        saved = knobs.read_json(progress)
+        if all(saved[key] == marks[key] for key in marks) and all(
+                path.stat().st_size >= size for path, size in zip(paths, saved["sizes"], strict=True)):
+            start, sizes = saved["start"], saved["sizes"]
+            count = Counter({(int(val), script, what): n for val, script, what, n in saved["count"]})
+            log(f"continuing the run that was broken off, at {100 * start / spool.path.stat().st_size:.0f} % of the text")
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(path, "r+b" if start else "wb")) for path in paths]
+        for f, size in zip(files, sizes, strict=True):
+            f.truncate(size)
+            f.seek(size)
+        bar = stack.enter_context(tqdm(total=spool.path.stat().st_size, initial=start, unit="B", unit_scale=True,
+                                       desc="encode", disable=None))
+        safe = start
+        for batch in spool.batches(start):
             ids = tok.encode_many([text for *_, text in batch], normalised=True)
-            for (val, script, _, text), doc in zip(batch, ids, strict=True):
-                (train, val_file)[val].write(np.concatenate([[tok.bos_id], doc, [tok.eos_id]]).astype(dtype).tobytes())
-                size = len(text.encode())                  # of normalised text, which is what decoding gives
-                count.update({(val, script, "docs"): 1, (val, script, "tokens"): len(doc) + 2,
-                              (val, script, "bytes"): size})
-                bar.update(size)
-        for f in (train, val_file):
+            for (_, val, script, _, text), doc in zip(batch, ids, strict=True):
+                row = np.empty(len(doc) + 2, dtype)
+                row[0], row[1:-1], row[-1] = tok.bos_id, doc, tok.eos_id
+                files[val].write(row)
+                for what, n in (("docs", 1), ("tokens", len(row)), ("bytes", len(text.encode()))):
+                    count[val, script, what] += n          # of normalised text, which is what decoding gives
+            place = batch[-1][0]
+            bar.update(place - bar.n)
+            if place - safe >= SYNC_BYTES:
+                safe = place
+                for f in files:
+                    f.flush()
+                    os.fsync(f.fileno())
+                knobs.write_json(progress, marks | dict(start=place, sizes=[f.tell() for f in files],
+                                                        count=[[*key, n] for key, n in count.items()]))
+        for f in files:
             f.flush()
             os.fsync(f.fileno())
+    return count
+
+
+def publish(args, folder, spool, tok, digest, count, log):
+    """Rename what is ready. meta.json goes first and comes last: without it nothing here is trusted."""
+    dtype = tokens.token_dtype(tok.vocab_size)
     meta = dict(version=tokens.VERSION, vocab_size=tok.vocab_size, mask_token_id=tok.vocab_size, pad_id=tok.pad_id,
                 unk_id=tok.unk_id, bos_id=tok.bos_id, eos_id=tok.eos_id, dtype=dtype.name,
                 tokenizer=str(args.tokenizer), tokenizer_sha256=tok.sha256, normaliser=NORMALISER, source=args.source,
-                sources=sources, scripts={}, settings_sha256=digest, seed=args.seed)
+                sources=spool.extra["sources"], scripts={}, settings_sha256=digest, seed=args.seed,
+                cleaning=spool.extra["cleaning"], romanised_share=round(spool.romanised, 4))
     for val, split in enumerate(SPLITS):
         for what in ("tokens", "docs", "bytes"):
             meta[f"{split}_{what}"] = sum(count[val, script, what] for script in SCRIPTS)
         meta[f"{split}_sha256"] = tokens.file_sha256(folder / f"{split}.bin.tmp")
         meta["scripts"][split] = {script: count[val, script, "docs"] for script in SCRIPTS}
-    with open(folder / "meta.json.tmp", "w", encoding="utf-8") as f:
-        json.dump(meta, f, ensure_ascii=False, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
+    knobs.write_json(folder / "meta.json.tmp", meta)
     (folder / "meta.json").unlink(missing_ok=True)
     for name in ("train.bin", "val.bin", "meta.json"):
         os.replace(folder / f"{name}.tmp", folder / name)
@@ -210,18 +179,35 @@ def publish(args, folder, spool, tok, sources, digest, log):
         f"{tok.vocab_size:,} pieces from {args.tokenizer}")
 
 
-def find_sources(args):
-    """(what meta.json says of each source, the sha256 of everything that decides what comes out)."""
+def find_sources(args, folder, log):
+    """(what meta.json says of each source, their files, the sha256 of everything that decides what comes out)."""
     flags = "source tokenizer_vocab model_type val_doc_frac max_docs max_chars seed".split()
     settings = {flag: getattr(args, flag) for flag in flags} | {"version": tokens.VERSION, "normaliser": NORMALISER}
+    settings |= {"clean": args.wants("clean") and RULES, "romanise": args.wants("romanise")}
+    if args.source == "builtin" or settings["romanise"]:
+        settings["hinglish_ratio"] = args.hinglish_ratio
     if args.source == "builtin":
-        sources = [corpus.describe()]
-        settings |= {"hinglish_ratio": args.hinglish_ratio, "corpus": sources[0]["version"]}
+        sources, paths = [corpus.describe()], [None]
+        settings["corpus"] = sources[0]["version"]
     else:
-        paths = find_files(args.input)
-        sources = [dict(name=str(path), licence=None, sha256=tokens.file_sha256(path)) for path in paths]
+        if args.source == "files":
+            found = [(path, dict(name=str(path), licence=None)) for path in find_files(stdin_to_file(args.input, folder))]
+        else:                                              # more than the budget, because cleaning takes some of it
+            found = hub.download(args.source, Path(args.raw_dir), args.hinglish_ratio, int(1.2 * args.max_chars), log)
+        paths = [path for path, _ in found]
+        sources = [record | {"sha256": tokens.file_sha256(path)} for path, record in found]
         settings["files"] = [[kind_of(path), s["sha256"]] for path, s in zip(paths, sources, strict=True)]
-    return sources, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return sources, paths, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def stdin_to_file(inputs, folder):
+    """The inputs with "-" replaced by a copy of standard input: it is needed whole, for its hash, before it is read."""
+    if "-" not in map(str, inputs):
+        return inputs
+    path = folder / "stdin.txt.tmp"
+    with open(path, "wb") as f:
+        shutil.copyfileobj(sys.stdin.buffer, f)
+    return [path if str(name) == "-" else name for name in inputs]
 
 
 def is_current(args, digest, log):
@@ -254,15 +240,19 @@ def alone(folder):
 
 def build(args, log=print):
     """Make args.data_dir what the settings say; returns its meta."""
-    if args.source == "files" and not args.input:
-        raise UserError("--source files needs --input FILES_OR_FOLDERS")
     folder = Path(args.data_dir)
-    sources, digest = find_sources(args)
+    if args.offline and args.source in hub.SOURCES:
+        log(f"notice: --offline: the built-in starter corpus instead of {args.source}")
+        args = dataclasses.replace(args, source="builtin")
     try:
         with alone(folder):
+            sources, paths, digest = find_sources(args, folder, log)
             if not is_current(args, digest, log):
-                spool = read(args, folder, sources, log)
-                publish(args, folder, spool, get_tokenizer(args, spool, log), sources, digest, log)
+                spool = Spool(folder, args, digest)
+                if not spool.restore():
+                    read(args, spool, sources, paths, log)
+                tok = get_tokenizer(args, spool, log)
+                publish(args, folder, spool, tok, digest, encode(folder, spool, tok, log), log)
     except OSError as error:
         raise UserError(f"cannot build {folder}: {error}", code=1) from None
     return knobs.read_json(folder / "meta.json")

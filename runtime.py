@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -250,23 +249,6 @@ def summary(args, run_dir, params, data, best, progress, tokens_seen, step):
         f"- sample: python -m sample --ckpt {shlex.quote(str(run_dir))} --prompt \"mai kal bazaar gaya tha\" "
         "--blockwise --frozen_context",
         f"- go on: python -m train --resume {shlex.quote(str(run_dir))} --max_steps {2 * args.max_steps}", ""))
-
-
-def write_json(path, value):
-    """A result file for --out_json: written aside, synced, renamed, so a reader finds the old one or the new one."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "w", encoding="utf-8") as f:
-            json.dump(value, f, ensure_ascii=False, indent=1, allow_nan=False)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}): name another --out_json") from None
 
 
 class JsonLines:

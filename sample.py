@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import config
+import knobs
 import shapes
 from knobs import UserError
 
@@ -202,7 +203,7 @@ def main(argv=None, pinned=None):
         say("[stats] new={new_tokens} before_eos={tokens_before_eos} forwards={forwards} context={context_passes} "
             "seconds={seconds:.3f} tok/s={tok_per_s:.1f} seed={seed} mode={mode}".format(**r))
     if args.out_json:
-        runtime.write_json(args.out_json, {"checkpoint": str(saved.path), "samples": records})
+        knobs.write_json(args.out_json, {"checkpoint": str(saved.path), "samples": records}, fix=": name another --out_json")
 
 
 if __name__ == "__main__":

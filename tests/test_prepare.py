@@ -19,6 +19,7 @@ import config
 import corpus
 import documents
 import prepare
+import spool
 import tokenizer
 from config import UserError
 from documents import find_files, read_documents
@@ -87,7 +88,8 @@ def test_meta_tells_the_truth(tmp_path):
     docs = texts(300)
     folder, said = prepared(tmp_path, docs)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    assert set(KEYS) == set(meta) and meta["version"] == 1 and meta["dtype"] == "uint16" and meta["source"] == "files"
+    assert set(KEYS) | {"cleaning", "romanised_share"} == set(meta)
+    assert meta["version"] == 1 and meta["dtype"] == "uint16" and meta["source"] == "files"
     assert meta["mask_token_id"] == meta["vocab_size"] == 400
     assert meta["tokenizer_sha256"] == Tokenizer(tmp_path / "t.model").sha256
     assert meta["sources"] == [dict(name=str(tmp_path / "in.txt"), licence=None, documents=300,
@@ -248,7 +250,7 @@ def test_the_tokenizer_sees_no_validation_text(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "train_tokenizer", spy)
     folder, _ = prepared(tmp_path, texts(200), val_doc_frac=0.2)
     assert sorted(seen) == sorted(decoded(folder, "train"))
-    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 3000)              # a part, and from everywhere
+    monkeypatch.setattr(spool, "SAMPLE_BYTES", 3000)              # a part, and from everywhere
     seen.clear()
     prepared(tmp_path, texts(200), "b", val_doc_frac=0.2, tokenizer=str(tmp_path / "u.model"))
     places = [texts(200).index(doc) for doc in seen]
@@ -275,7 +277,7 @@ def test_bad_text_changes_nothing(tmp_path, data, why):
     ("x.jsonl", b'{"text": "a", "prompt": []}\n{"text": "a", "prompt": 1}', "line 2: .*must be strings"),
     ("x.jsonl", b"[" * 100_000, "not valid JSON"), ("x.txt.gz", b"not gzip at all", "cannot read"),
     ("x.txt.gz", gzip.compress(os.urandom(5000).hex().encode())[:-2000], "cannot read"),
-    ("x.txt.xz", b"not xz", "cannot read"), ("x.pdf", b"", "unknown kind"), ("folder/x.pdf", b"", "no .txt or .jsonl")])
+    ("x.txt.xz", b"not xz", "cannot read"), ("x.pdf", b"", "unknown kind"), ("folder/x.pdf", b"", "no .txt, .jsonl or")])
 def test_bad_files_are_named(tmp_path, name, data, why):
     (tmp_path / "folder").mkdir()
     (tmp_path / name).write_bytes(data)
@@ -338,7 +340,7 @@ def test_killed_at_each_file_operation(tmp_path):
         prepare.main(sys.argv[2:])"""
     write_txt(tmp_path / "in.txt", texts(80))
     outcomes = []
-    for n in range(20):
+    for n in range(40):
         done = child("-c", code, n, "--source", "files", "--input", tmp_path / "in.txt", "--data_dir", old,
                      "--tokenizer", tmp_path / "t.model", "--tokenizer_vocab", 400)
         left = {name: raw for name, raw in contents(old).items() if not name.endswith((".tmp", ".lock"))}
@@ -354,6 +356,82 @@ def test_killed_at_each_file_operation(tmp_path):
             (old / name).write_bytes(raw)
     assert outcomes[0] == "old" and outcomes.count("none") <= 4 and len(outcomes) >= 7, outcomes
     assert contents(old) == wanted and done.returncode == 0                     # no temporary file is left either
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
+    """Killed while encoding: the next run reads no source and encodes the rest, and the files are those of one run."""
+    folder, _ = prepared(tmp_path, texts(400), "whole")
+    wanted = contents(folder)
+    code = """if True:
+        import os, signal, sys
+        import knobs, prepare, spool
+        spool.BATCH_CHARS, prepare.SYNC_BYTES = 2000, 4000
+        write, left = knobs.write_json, 4
+        def counted(path, value, fix=""):
+            global left
+            write(path, value, fix)
+            left -= "encode" in str(path)
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+        knobs.write_json = counted
+        prepare.main(sys.argv[1:])"""
+    argv = ("--source", "files", "--input", tmp_path / "in.txt", "--data_dir", tmp_path / "data", "--tokenizer",
+            tmp_path / "t.model", "--tokenizer_vocab", 400)
+    assert child("-c", code, *argv).returncode == -signal.SIGKILL
+    assert not (tmp_path / "data" / "meta.json").exists()
+    done = child("-c", "if True:\n import sys, prepare\n prepare.read = None\n prepare.main(sys.argv[1:])", *argv)
+    assert done.returncode == 0 and "broken off" in done.stdout, done.stderr[-500:]
+    assert contents(tmp_path / "data") == wanted
+
+
+def test_standard_input(tmp_path):
+    docs = texts(60)
+    done = subprocess.run([sys.executable, "-m", "prepare", "--source", "files", "--input", "-", "--data_dir", tmp_path / "d",
+                           "--tokenizer", tmp_path / "t.model", "--tokenizer_vocab", "400"], cwd=config.ROOT, text=True,
+                          input="\n\n".join(docs), capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert sorted(decoded(tmp_path / "d", "train") + decoded(tmp_path / "d", "val")) == sorted(map(normalise, docs))
+
+
+def test_parquet(tmp_path):
+    pyarrow, table = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    docs = texts(60)
+    table.write_table(pyarrow.table({"text": docs, "id": list(range(60))}), tmp_path / "a.parquet", row_group_size=7)
+    folder, _ = prepared(tmp_path, tmp_path / "a.parquet")
+    assert sorted(decoded(folder, "train") + decoded(folder, "val")) == sorted(map(normalise, docs))
+    table.write_table(pyarrow.table({"body": docs}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match='no column "text", but body'):
+        prepared(tmp_path, tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot read"):
+        prepared(tmp_path, tmp_path / "c.parquet")
+
+
+def test_cleaning_and_its_report(tmp_path):
+    """--clean drops the copies and the junk, says so, and writes the page; without it every document stays."""
+    docs = [corpus.starter_document(3, n, 0.0)[1] for n in range(80)]
+    dirty = [*docs, docs[3], "?? 12 34 --", "नहीं " * 40]
+    folder, said = prepared(tmp_path, dirty, clean="on", report=str(tmp_path / "r.html"))
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    assert meta["cleaning"]["dropped_docs"] == {"exact duplicate": 1, "too short": 1, "repeats itself": 1}
+    assert meta["train_docs"] + meta["val_docs"] == 80 and "80 of 83 documents kept" in said
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "exact duplicate" in page and "<script" not in page and "नहीं नहीं" in page
+    folder, _ = prepared(tmp_path, dirty, "all")
+    assert len(decoded(folder, "train") + decoded(folder, "val")) == 83
+
+
+def test_romanise_makes_up_the_wanted_share(tmp_path):
+    """--romanise types so many of the Hindi documents in Latin letters; none is there in both forms, each split has both."""
+    docs = [hindi(n) + f"\nवह गाँव नंबर {n} में रहता था और रोज़ बाज़ार जाता था" for n in range(600)]
+    folder, _ = prepared(tmp_path, docs, romanise="on", hinglish_ratio=0.4)
+    scripts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["scripts"]
+    latin, deva = (scripts["train"][s] + scripts["val"][s] for s in ("latin", "devanagari"))
+    assert latin + deva == 600 and 200 < latin < 280
+    both = decoded(folder, "train") + decoded(folder, "val")
+    numbers = [doc.split("\n")[-1].split()[3] for doc in both]
+    assert len(set(numbers)) == 600                                             # each document once, in one script
 
 
 def test_a_full_disk_is_a_message(tmp_path, monkeypatch):
@@ -372,8 +450,8 @@ def test_a_full_disk_is_a_message(tmp_path, monkeypatch):
 
 def test_memory_stays_bounded(tmp_path, monkeypatch):
     """12 MB in, of many documents and one endless line; less Python memory than text, the same as for a third of it."""
-    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 200_000)
-    monkeypatch.setattr(prepare, "BATCH_CHARS", 50_000)
+    monkeypatch.setattr(spool, "SAMPLE_BYTES", 200_000)
+    monkeypatch.setattr(spool, "BATCH_CHARS", 50_000)
     monkeypatch.setattr(documents, "LINE_BYTES", 100_000)
     block = "\n\n".join(texts(400)) + "\n\n"
     with gzip.open(tmp_path / "big.txt.gz", "wt", encoding="utf-8", compresslevel=1) as f:
