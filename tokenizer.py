@@ -10,6 +10,7 @@ import json
 import os
 import re
 import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from pathlib import Path
 
@@ -71,15 +72,19 @@ SAMPLE_BYTES = 32_000_000  # text that the trainer sees at most; the caller spre
 _SENTENCE = re.compile("[^।॥?!.\n]+[।॥?!.\n]*|[।॥?!.\n]+")
 
 
+def opens_cluster(text, i):
+    """Whether a letter as people see it (a syllable, an emoji) begins at i: no mark, no joiner, not after a virama."""
+    return not (unicodedata.category(text[i])[0] == "M" or text[i] in "\u200c\u200d" or text[i - 1:i] == "\u200d"
+                or i and unicodedata.combining(text[i - 1]) == 9 or "\U0001f3fb" <= text[i] <= "\U0001f3ff")
+
+
 def sentences(text):
     """Cut at danda ? ! . and newline, keeping every character; what is still too long is cut between clusters."""
-    def free(i):                                                         # no mark, no joiner, not after a virama
-        return not (unicodedata.category(text[i])[0] == "M" or text[i] in "\u200c\u200d" or text[i - 1] == "\u200d"
-                    or unicodedata.combining(text[i - 1]) == 9 or "\U0001f3fb" <= text[i] <= "\U0001f3ff")
     for start, end in (match.span() for match in _SENTENCE.finditer(text)):
         while end - start > LINE_BYTES // 4:
             steps = range(start + LINE_BYTES // 4, start + LINE_BYTES // 8, -1)
-            cut = next((i for i in steps if text[i] == " "), None) or next((i for i in steps if free(i)), steps[0])
+            cut = (next((i for i in steps if text[i] == " "), None)
+                   or next((i for i in steps if opens_cluster(text, i)), steps[0]))
             yield text[start:cut]
             start = cut
         yield text[start:end]
@@ -88,6 +93,7 @@ def sentences(text):
 def train_tokenizer(documents, path, vocab_size, model_type=PrepareArgs.model_type, corpus_bytes=0, log=print):
     """Train on the documents (SAMPLE_BYTES at most), write `path` and a report .json beside it; return the Tokenizer.
 
+    The report says what the pieces cost in each script; its lines are logged.
     vocab_size counts base pieces (no mask); 0 picks it by corpus_bytes. A text too small for it gives the largest
     vocabulary possible, with a notice. Same documents, same bytes.
     """
@@ -127,6 +133,10 @@ def train_tokenizer(documents, path, vocab_size, model_type=PrepareArgs.model_ty
     report = dict(version=1, sha256=tok.sha256, vocab_size=tok.vocab_size, asked_vocab_size=vocab_size,
                   normaliser=NORMALISER, settings=settings, lines=len(lines), measured_on="training text",
                   scripts={script: tok.measure(texts) for script, texts in evidence.items() if texts})
+    for script, cost in report["scripts"].items():
+        log(f"  {script}: {cost['tokens_per_word']:.2f} tokens a word, {cost['bytes_per_token']:.2f} bytes a token, "
+            f"{100 * cost['byte_fallback_share']:.2f} % byte tokens, {100 * cost['clusters_cut']:.1f} % of letters cut "
+            f"({cost['documents']} documents)")
     (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
     for name, data in ((path.with_suffix(".json"), json.dumps(report, ensure_ascii=False, indent=1).encode()),
                        (path, tok.model_bytes)):                         # the model last: where it is, its report is
@@ -189,13 +199,29 @@ class Tokenizer:
         """Text of ids (list, array, tensor); specials, the mask and ids out of range are left out."""
         return self.sp.decode([i for i in map(int, ids) if EOS < i < self.vocab_size])
 
+    def clusters(self, text):
+        """How many letters as people see them (opens_cluster) a text has, and how many of them a token boundary cuts."""
+        size, openings, place, cut = 0, [], 0, set()
+        for i, c in enumerate(text):
+            if opens_cluster(text, i):
+                openings.append(size)                                    # bytes, since a token can be one byte of a letter
+            size += len(c.encode())
+        for i in self.encode(text):
+            if (before := bisect_right(openings, place)) and openings[before - 1] != place:
+                cut.add(before)
+            place += 1 if self.sp.is_byte(i) else len(self.sp.id_to_piece(i).replace("\u2581", " ").encode())
+        return len(openings), len(cut)
+
     def measure(self, texts):
-        """What the tokenizer costs on these texts."""
+        """What the tokenizer costs on these texts; the cut letters are counted where each text begins."""
         n = Counter()
         for text in map(normalise, texts):
             ids = self.encode(text)
             n.update(tokens=len(ids), words=len(text.split()), bytes=len(text.encode()),
                      fallback=sum(map(self.sp.is_byte, ids)), lost=self.decode(ids) != text)
+            letters, cut = self.clusters(text[:500])
+            n.update(letters=letters, cut=cut)
         return dict(documents=len(texts), tokens_per_word=round(n["tokens"] / max(n["words"], 1), 3),
                     bytes_per_token=round(n["bytes"] / max(n["tokens"], 1), 3),
-                    byte_fallback_share=round(n["fallback"] / max(n["tokens"], 1), 5), round_trip=not n["lost"])
+                    byte_fallback_share=round(n["fallback"] / max(n["tokens"], 1), 5),
+                    clusters_cut=round(n["cut"] / max(n["letters"], 1), 5), round_trip=not n["lost"])

@@ -28,6 +28,12 @@ def tok(tmp_path_factory):
     return train_tokenizer(DOCS, tmp_path_factory.mktemp("tok") / "aria_hindi.model", 700)
 
 
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def each(request, tok, tmp_path_factory):
+    """A tokenizer of each type."""
+    return tok if request.param == "bpe" else train_tokenizer(DOCS, tmp_path_factory.mktemp("uni") / "t.model", 420, "unigram")
+
+
 def child(code, path):
     return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, encoding="utf-8",
                           timeout=60, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
@@ -43,8 +49,8 @@ def random_text(rnd):
     return "".join(rnd.choice(chosen)() for _ in range(rnd.randint(0, 25)))
 
 
-def test_random_unicode_survives(tok):
-    rnd = random.Random(1)
+def test_random_unicode_survives(each):
+    tok, rnd = each, random.Random(1)
     for _ in range(5000):
         text = random_text(rnd)
         once = normalise(text)
@@ -55,9 +61,9 @@ def test_random_unicode_survives(tok):
 
 
 @pytest.mark.parametrize("text", KEPT)
-def test_kept_exactly(tok, text):
+def test_kept_exactly(each, text):
     assert normalise(text) == unicodedata.normalize("NFC", text)
-    assert tok.decode(tok.encode(text)) == unicodedata.normalize("NFC", text)
+    assert each.decode(each.encode(text)) == unicodedata.normalize("NFC", text)
 
 
 @pytest.mark.parametrize("before, after", [
@@ -74,8 +80,8 @@ def test_normaliser_rules(before, after):
 
 @pytest.mark.parametrize("text", ["<s>", "</s>", "<mask>", "[MASK]", "<pad>", "<unk>", "<0x41>", "\n<s>\n",
                                   "<s></s>" * 50])
-def test_no_special_id_from_text(tok, text):
-    ids = tok.encode(text)
+def test_no_special_id_from_text(each, text):
+    tok, ids = each, each.encode(text)
     assert tok.decode(ids) == text and min(ids) > EOS and max(ids) < tok.vocab_size
     assert not any(tok.sp.is_control(i) or tok.sp.is_unknown(i) for i in ids)
 
@@ -88,6 +94,14 @@ def test_decode_leaves_out_specials_mask_and_nonsense(tok):
 def test_hard_strings_do_not_crash(tok):
     for text in ("क" + "\u0301\u0327" * 2500, "\ud800" * 1000, "\x00" * 1000, "नमस्ते " * 100_000, "क" * 300_000):
         assert tok.decode(tok.encode(text)) == normalise(text)
+
+
+@pytest.mark.parametrize("unit", ["नमस्ते दुनिया ", "क़्षत्रिय", "👨\u200d👩\u200d👧"])
+def test_a_line_of_a_megabyte(each, unit):
+    """No line break anywhere: cut for the trainer and for the encoder, and nothing lost."""
+    text = normalise(unit * (1_000_000 // len(unit.encode())))
+    assert each.decode(each.encode_many([text])[0]) == text
+    assert max(len(part.encode()) for part in sentences(text)) <= LINE_BYTES and "".join(sentences(text)) == text
 
 
 def test_long_text_has_the_ids_of_one_piece(tok, monkeypatch):
@@ -143,6 +157,33 @@ def test_training_is_deterministic_and_reported(tok, tmp_path):
     assert report["sha256"] == tok.sha256 and report["normaliser"] == "v1" and report["vocab_size"] == tok.vocab_size
     assert all(entry["round_trip"] for entry in report["scripts"].values())
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["t.json", "t.model"]
+
+
+def test_costs_per_script_are_counted_stored_and_said(tmp_path):
+    """Against a count by hand: bytes of letters cut into pieces, words, tokens."""
+    said = []
+    docs = [HINDI * 3] * 20 + [HINGLISH * 3] * 20
+    tok = train_tokenizer(docs, tmp_path / "t.model", 600, log=said.append)
+    scripts = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["scripts"]
+    assert set(scripts) == {"devanagari", "latin"} and [line.split(":")[0].strip() for line in said[-2:]] == list(scripts)
+    for script, text in (("devanagari", HINDI * 3), ("latin", HINGLISH * 3)):
+        cost, tokens = scripts[script], len(tok.encode(text))
+        assert cost["tokens_per_word"] == round(tokens / len(text.split()), 3) and cost["documents"] == 20
+        assert cost["bytes_per_token"] == round(len(text.encode()) / tokens, 3) and cost["byte_fallback_share"] == 0
+        assert any(f"{cost['tokens_per_word']:.2f} tokens a word" in line for line in said)
+    assert scripts["latin"]["clusters_cut"] == 0                     # a Latin letter is one byte
+
+
+@pytest.mark.parametrize("text, letters, cut", [
+    ("", 0, 0), ("ab", 2, 0), ("日本", 2, 2), ("a日", 2, 1), ("👩\u200d🚀", 1, 1), ("e\u0323", 1, 1)])
+def test_cut_letters(tmp_path, text, letters, cut):
+    """A model that knows only the letters a to e: every other one is spelled in bytes, and so is cut."""
+    assert train_tokenizer(["abcde ab cd"] * 3, tmp_path / "t.model", 270).clusters(text) == (letters, cut)
+
+
+def test_a_syllable_is_one_letter(tok):
+    assert [i for i in range(len("क्षि कि")) if tokenizer.opens_cluster("क्षि कि", i)] == [0, 4, 5]
+    assert tok.clusters("क्षि")[0] == 1 and tok.clusters("नमस्ते")[0] == 3
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
