@@ -1,11 +1,13 @@
-"""Data, tokenizer and training of the primary model in one command, sized for the GPU that is there.
+"""Data, tokenizer and training of the primary model in one command, sized for the GPU that is there; then it judges itself.
 
     python -m colab_train_eco --max_steps 500 --save_interval 100 --log_interval 10 --compile
+    python -m colab_train_eco --drive /content/drive/MyDrive/Aria             # survives the machine: run it again, it goes on
     python -m colab_train_eco --allow_cpu --preset tiny --max_steps 50        # no GPU: a small try
 
 Takes every flag of train and of prepare. Stages, one line each, skipped when their result is there: 1 GPU and tier, 2 text,
-3 tokenizer, 4 token files, 5 training. Downloading real Hindi text is not built yet, so without your own text the synthetic
-starter corpus is used, and that is said every time.
+3 tokenizer, 4 token files, 5 training, 6 the runbook's verdict (exit 1 when a hard criterion fails). The same command again
+continues the run (--no_resume_latest or --if_exists archive: a fresh one). When the hub cannot be reached, the synthetic
+starter corpus is used instead, and that is said every time.
 """
 import dataclasses
 import sys
@@ -15,21 +17,22 @@ import config
 from knobs import UserError
 
 
-
 def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
 def gpu(device):
-    """(name, bytes of memory) of the CUDA device that would be used, or (None, None)."""
+    """(name, bytes of memory) of the GPU that would be used, CUDA's or Apple's, or (None, None)."""
     import torch
+    if device in ("auto", "mps") and not torch.cuda.is_available() and torch.backends.mps.is_available():
+        return "Apple GPU, float32", torch.mps.recommended_max_memory()
     if not device.startswith(("auto", "cuda")) or not torch.cuda.is_available():
         return None, None
     number = int(device.partition(":")[2] or 0)
     if number >= torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine shows {torch.cuda.device_count()} CUDA devices")
     properties = torch.cuda.get_device_properties(number)
-    return properties.name, properties.total_memory
+    return f"{properties.name}, {'bf16' if properties.major >= 8 else 'no bf16 units'}", properties.total_memory
 
 
 def prepare_text(args, origins):
@@ -42,17 +45,21 @@ def prepare_text(args, origins):
     if args.skip_setup:
         raise UserError(f"--skip_setup, but there is no prepared text in {folder} (no meta.json): leave --skip_setup out, or "
                         f"run python -m prepare --source files --input YOUR_TEXT.txt --data_dir {folder}")
-    if args.source == "files":
-        say(f"stages 2-4, text: preparing {', '.join(args.input)} in {folder}")
-        prepare.build(args, say)
-        return folder
+    if args.source != "builtin" and not args.offline:
+        say(f"stages 2-4, text: preparing {', '.join(map(str, args.input)) or 'Hindi and Hinglish from the hub'} in {folder}")
+        try:
+            prepare.build(args, say)
+            return folder
+        except UserError as error:
+            if error.code != 3:                   # only what is outside of us, like the network, has a way round
+                raise
+            say(f"notice: {error}")
     if origins["data_dir"] == "default":          # keep data/processed free for real text
         folder = Path(config.STARTER_DIR)
-    say(f"stages 2-4, text: no prepared text in {args.data_dir}; starter corpus in {folder}")
-    say("notice: downloading Hindi text is not available yet, so the built-in starter corpus is used: synthetic Hindi and\n"
-        "        Hinglish, written by a program. It shows that everything works; it is no real text.")
+    say(f"stages 2-4, text: the built-in starter corpus in {folder}: synthetic Hindi and Hinglish, written by a program.\n"
+        "        It shows that everything works; it is no real text.")
     size = args.max_chars if origins["max_chars"] == "flag" else config.STARTER_CHARS
-    prepare.build(dataclasses.replace(args, data_dir=str(folder), max_chars=size), say)
+    prepare.build(dataclasses.replace(args, source="builtin", input=(), data_dir=str(folder), max_chars=size), say)
     return folder
 
 
@@ -72,20 +79,40 @@ def main(argv=None):
     name = f"{found['name']}, {found['memory'] / 1e9:.0f} GB" if found["memory"] else "CPU"
     say(f"stage 1, device: {name}; " + ", ".join(f"{n} {getattr(args, n)} ({origins[n]})"
                                                  for n in ("batch_size", "grad_accum", "seq_len")))
+    if all(origins[name] == "default" for name in ("resume", "resume_latest", "ckpt", "if_exists")):
+        args.resume_latest, origins["resume_latest"] = True, "one-shot"
+    if args.drive:
+        import drive
+        drive.open_folder(args.drive)
+        for folder in dict.fromkeys((args.data_dir, config.STARTER_DIR if origins["data_dir"] == "default" else args.data_dir)):
+            drive.restore_text(folder, args.drive, say)
     folder = prepare_text(args, origins)
+    if args.drive:
+        drive.store_text(folder, args.drive, say)
     if str(folder) != args.data_dir:
         args, origins = dataclasses.replace(args, data_dir=str(folder)), origins | {"data_dir": "one-shot"}
     say(f"stage 5, training: {args.model}, {args.n_layers} layers of width {args.d_model}, {args.max_steps} steps on {folder}")
     import train
-    code = train.start(args, origins)
-    if code == 0:
-        kind = "eco_hybrid" if args.model == "primary" else "diffusion"
-        print(f'next: python -m sample --ckpt {args.run_dir} --model {args.model} --prompt "mai kal bazaar gaya tha" '
-              f"--blockwise --frozen_context\n"
-              f"      python -m evaluate --ckpt {args.run_dir} --data_dir {folder}\n"
-              f"      python -m train --resume {args.run_dir} --max_steps {2 * args.max_steps}"
-              f"      (the older name of sample: python -m diffusion.sample_{kind})")
-    return code
+    run, show = args.run_dir, args.show_samples
+    code = train.start(dataclasses.replace(args, show_samples=False), origins)
+    if code > 1:
+        say("stopped after saving: the same command again continues the run")
+        return code
+    return judge(run, folder, args, show) or code
+
+
+def judge(run, folder, args, show):
+    """Stage 6: samples and verdict of the run -> exit code, and what to type next."""
+    import verdict
+    say(f"stage 6, verdict: samples and the runbook's criteria for {run}")
+    ok = verdict.passed(verdict.check(run, dataclasses.replace(config.EvaluateArgs(), device=args.device), show))
+    kind = "eco_hybrid" if args.model == "primary" else "diffusion"
+    print(f'next: python -m sample --ckpt {run} --model {args.model} --prompt "mai kal bazaar gaya tha" '
+          f"--blockwise --frozen_context\n"
+          f"      python -m evaluate --ckpt {run} --data_dir {folder}\n"
+          f"      python -m train --resume {run} --max_steps {2 * args.max_steps}"
+          f"      (the older name of sample: python -m diffusion.sample_{kind})")
+    return 1 if ok is False else 0
 
 
 if __name__ == "__main__":

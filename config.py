@@ -119,6 +119,7 @@ class OptimKnobs:
     seq_len: int = knob(512, "training length", "must", at_least=16, aliases=("train_seq_len",))
     batch_size: int = knob(4, "sequences per forward", at_least=1)
     grad_accum: int = knob(8, "forwards per step", at_least=1, aliases=("accumulate_grad_batches",))
+    auto_batch: bool = knob(False, "out of memory: half the batch, twice the forwards; probed first", "ignore")
     lr: float = knob(3e-4, "peak rate", above=0, aliases=("learning_rate",))
     lr_schedule: str = knob("cosine", "after the warm-up", choices=("cosine", "constant", "wsd"))
     warmup_steps: int = knob(-1, "linear warm-up; -1 = 5 % of the steps, at most 300", at_least=-1)
@@ -142,6 +143,8 @@ class RunKnobs:
                            "ignore", aliases=("out_dir",))
     run_name: str = knob(None, "run folder checkpoints/NAME", "ignore", aliases=("name",))
     save_interval: int = knob(500, "steps between checkpoints; 0 = latest only", at_least=0, aliases=("save_every",))
+    save_minutes: float = knob(0.0, "also save after so many minutes; 0 = off", at_least=0)
+    drive: str = knob(None, "folder for a verified copy of each checkpoint; --resume_latest finds it", "ignore", rare=True)
     log_interval: int = knob(10, "steps between log lines", at_least=1, aliases=("log_every",))
     eval_interval: int = knob(500, "steps between validations; 0 = off", at_least=0, aliases=("eval_every",))
     eval_batches: int = knob(20, "batches per validation", at_least=1, aliases=("eval_iters",), rare=True)
@@ -256,6 +259,8 @@ class ColabKnobs:
 @dataclass
 class ColabArgs(TrainArgs, PrepareKnobs, ColabKnobs):
     n_layers: int = again(ModelKnobs, "n_layers", 10)
+    auto_batch: bool = again(OptimKnobs, "auto_batch", True)
+    save_minutes: float = again(RunKnobs, "save_minutes", 10.0)
 
 
 @dataclass
@@ -264,7 +269,7 @@ class CheckpointKnobs:
     ckpt: str = knob(None, "checkpoint or run folder; the flag's name may be left out", positional=True)
 
     def problems(self):
-        if not self.ckpt:
+        if not self.ckpt and not getattr(self, "check_run", None):
             yield "--ckpt is missing: name a checkpoint or a run folder (python -m train makes one)"
 
 
@@ -340,10 +345,13 @@ class EvaluateArgs(CheckpointKnobs, DataKnobs, CommonKnobs):
     blocks: str = knob(None, "block rules to score, such as T,64; none = those it was trained with")
     batches: int = knob(20, "validation batches", at_least=1)
     draws: int = knob(4, "mask draws per sequence", at_least=1)
+    check_run: str = knob(None, "instead: judge this run folder by the runbook's criteria")
     out_json: str = knob(None, "write the numbers")
 
     def problems(self):
         yield from block_problems("blocks", self.blocks or "T")
+        if self.ckpt and self.check_run:
+            yield "--ckpt asks for the bound, --check_run for the verdict: give only one of them"
 
 
 COMMANDS = dict(train=TrainArgs, sample=SampleArgs, prepare=PrepareArgs, evaluate=EvaluateArgs,
@@ -438,7 +446,8 @@ def announce(args, origins, vocab_size=None):
     raise SystemExit(0)
 
 
-ADDED = {}  # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
+# a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
+ADDED = {"auto_batch": False, "save_minutes": 0.0, "drive": None}
 
 
 def resume_check(saved, args, origins):

@@ -1,6 +1,7 @@
 """How good is a checkpoint: the bound on -log p of held-out text, in nats per token and bits per byte.
 
     python -m evaluate --ckpt checkpoints/eco_hybrid_hi --data_dir data/builtin
+    python -m evaluate --check_run checkpoints/eco_hybrid_hi          # instead: does the run work? (verdict.py)
 
 The bound is the exact-count form of masking.bound: every count of hidden tokens weighs the same, strata over rows and blocks,
 masks fixed by the seed, so that two checkpoints are scored on the same questions. It is printed for each block rule; a
@@ -49,6 +50,9 @@ def main(argv=None):
     import runtime
     from tokens import TokenData
     runtime.start(args.threads)
+    if args.check_run:
+        import verdict
+        return 0 if verdict.passed(verdict.check(args.check_run, args)) else 1
     device = runtime.pick_device(args.device)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device)
     data = TokenData(args.data_dir, "val")

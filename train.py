@@ -8,6 +8,7 @@ Reads from top to bottom: data, model, optimizer, resume, then the loop. Randomn
 history, so a resumed run equals the uninterrupted one bit for bit on a CPU, and evaluating more often changes nothing.
 """
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -29,6 +30,11 @@ def say(text):
 def choose_folder(args, origins):
     """-> (run folder or None to skip, checkpoint to start from or None, whether it is a resume). Reads no weights."""
     import checkpoint
+    if args.drive:
+        import drive
+        drive.open_folder(args.drive)
+        if args.resume_latest:
+            drive.restore(args.run_dir, args.drive, say)
     if args.resume_latest and not checkpoint.is_run(args.run_dir):
         args.resume_latest = False               # nothing there yet: a fresh start
     resuming = bool(args.resume or args.resume_latest)
@@ -133,6 +139,8 @@ def train(args, origins, run_dir, source, resuming):
     import torch
 
     import checkpoint
+    import drive
+    import fit
     import masking
     import optim
     import runtime
@@ -198,21 +206,42 @@ def train(args, origins, run_dir, source, resuming):
         f"{args.max_steps} steps of {rows} x {args.seq_len} = {args.max_steps * step_tokens / 1e6:.1f}M tokens, "
         f"{args.max_steps * step_tokens / data.meta['train_tokens']:.2f} epochs; run folder {run_dir}")
     held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len).to(device)
-    if not in_place and is_used(run_dir):                   # last: whatever can be wrong with the arguments is behind us
-        archive(run_dir)
-    if args.compile:
-        with runtime.autocast(device, dtype):
-            compile_step(model, args, (args.batch_size, args.seq_len), device)
     blocks = sorted(set(args.block_choices), reverse=True)
     saved_args = {"args": config.to_dict(args, config.TrainArgs), "model": cfg.to_dict()}
 
     def averaged():
         return ema.swap() if ema else contextlib.nullcontext()
 
+    def gradients(x0, draw, step, micro):                   # of these rows, micro of them per forward -> their loss
+        total, loss = masking.normaliser(args.loss, draw), 0.0
+        early = masking.pick_exit(args.n_layers, args.seed, step) if cfg.exits and args.n_layers > 1 else None
+        for a in range(0, len(x0), micro):
+            part = slice(a, a + micro)
+            with runtime.autocast(device, dtype):
+                out = masking.denoising_loss(model, x0[part], draw, args.loss, total, part, early=early,
+                                             early_weight=args.exit_loss_weight)
+            out.loss.backward()
+            loss += float(out.loss.detach())
+        return loss
+
+    def probe(micro):                                       # one real forward and backward for each block rule
+        for block in blocks:
+            draw = masking.draw(args, args.seed, 0, rows, args.seq_len, block)
+            gradients(windows.batch(position, micro).to(device), draw, 0, micro)
+
+    micro = args.batch_size                                 # rows per forward that fit into memory
+    if args.auto_batch:
+        micro = fit.measured(probe, rows, args, device, 0 if first_step else 8 * params, optimizer.zero_grad, say)
+    if not in_place and is_used(run_dir):                   # last: whatever can be wrong with the arguments is behind us
+        archive(run_dir)
+    if args.compile:
+        with runtime.autocast(device, dtype):
+            compile_step(model, args, (micro, args.seq_len), device)
+
     def evaluate(step):
         model.eval()
         with torch.no_grad(), runtime.autocast(device, dtype), averaged():
-            score = held_out(model, held, blocks, 0, args.batch_size, 1)
+            score = held_out(model, held, blocks, 0, micro, 1)
         model.train()
         nats = sum(r["nats"] for r in score.values()) / len(score)
         error = max(r["se"] for r in score.values())
@@ -241,6 +270,8 @@ def train(args, origins, run_dir, source, resuming):
             say(f"warning: step {step} could not be saved: {error}; the checkpoints before it are intact")
             return False
         log.write("save", step=step, folder=folder.name, seconds=round(time.perf_counter() - started, 3), best=is_best)
+        if args.drive:
+            drive.store(folder, args.drive, say)
         return True
 
     # ---- the loop: evaluate, save, stop, step, log; one turn more than steps --------------------------------------------
@@ -255,7 +286,7 @@ def train(args, origins, run_dir, source, resuming):
         for note in notes:
             say(f"notice: {note}")
         (run_dir / "config.json").write_text(checkpoint.to_json(saved_args).decode(), encoding="utf-8")
-        bad_in_a_row, unsaved, is_best, code = 0, 0, False, 0
+        bad_in_a_row, unsaved, is_best, code, saved_at = 0, 0, False, 0, time.monotonic()
         for step in range(first_step, args.max_steps + 1):
             last = step == args.max_steps
             turn = step > first_step or not resuming              # a resume does not repeat what its checkpoint already holds
@@ -264,7 +295,9 @@ def train(args, origins, run_dir, source, resuming):
                 is_best = is_best or nats < best
                 best = min(best, nats)
             every = args.save_interval or 500
-            if turn and step and (last or stop.signal is not None or step % every == 0):
+            late = args.save_minutes and time.monotonic() - saved_at >= 60 * args.save_minutes
+            if turn and step and (last or stop.signal is not None or step % every == 0 or late):
+                saved_at = time.monotonic()
                 unsaved = 0 if save(step, is_best) else unsaved + 1
                 is_best = is_best and unsaved > 0
             if unsaved == SAVE_LIMIT or unsaved and (last or stop.signal is not None):
@@ -280,18 +313,10 @@ def train(args, origins, run_dir, source, resuming):
             torch.manual_seed(masking.step_generator(args.seed, step, "drop").initial_seed())    # dropout
             block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step)
             draw = masking.draw(args, args.seed, step, rows, args.seq_len, block, first)
-            total = masking.normaliser(args.loss, draw)
-            early = masking.pick_exit(args.n_layers, args.seed, step) if cfg.exits and args.n_layers > 1 else None
             x0 = windows.batch(position, rows).to(device)                          # (rows, T)
             data_ms = 1e3 * (time.perf_counter() - started)
-            loss = 0.0
-            for a in range(0, rows, args.batch_size):
-                part = slice(a, a + args.batch_size)
-                with runtime.autocast(device, dtype):
-                    out = masking.denoising_loss(model, x0[part], draw, args.loss, total, part, early=early,
-                                                 early_weight=args.exit_loss_weight)
-                out.loss.backward()
-                loss += float(out.loss.detach())
+            work = functools.partial(gradients, x0, draw, step)
+            loss, micro = fit.backing_off(work, micro, rows, args, optimizer.zero_grad, say)
             gnorm = float(optim.clip_grad_norm(model, args.grad_clip))
             if math.isfinite(loss) and math.isfinite(gnorm):
                 optimizer.step()
@@ -327,6 +352,8 @@ def train(args, origins, run_dir, source, resuming):
         summary = runtime.summary(args, run_dir, params, data, best, progress, tokens_seen, step)
         (run_dir / "summary.md").write_text(summary, encoding="utf-8")
         log.close()
+    if args.drive and checkpoint.is_run(run_dir):
+        drive.store(checkpoint.candidates(run_dir)[0], args.drive, say)            # once more, with the end of the log
     say(summary)
     if args.show_samples and code == 0:
         model.eval()

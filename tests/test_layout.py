@@ -20,10 +20,11 @@ RANKS = {
     "shapes": 1, "documents": 1, "romanise": 1, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1, "hub": 1,
     "config": 2, "model": 2,
     "corpus": 3, "runtime": 3, "tokenizer": 3,
-    "tokens": 4, "clean": 4, "spool": 4, "checkpoint": 4, "fast": 4,
-    "evaluate": 5, "prepare": 5,
-    "train": 6, "sample": 6,
-    "edge_benchmark": 7, "colab_train_eco": 7,
+    "tokens": 4, "clean": 4, "spool": 4, "checkpoint": 4, "fast": 4, "fit": 4,
+    "prepare": 5, "drive": 5, "verdict": 5,
+    "evaluate": 6,
+    "train": 7, "sample": 7,
+    "edge_benchmark": 8, "colab_train_eco": 8,
 }
 NEEDS_NO_TORCH = ("knobs", "shapes", "lexicon", "config", "documents", "hub", "clean", "spool", "tokenizer", "corpus",
                   "tokens", "prepare", "train", "sample", "evaluate", "edge_benchmark", "colab_train_eco", "romanise")

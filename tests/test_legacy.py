@@ -91,16 +91,17 @@ def test_the_other_model_is_refused(folder):
 
 
 def test_one_shot_with_text(folder):
-    """Text that is there is used, an earlier run in the folder is kept."""
+    """Text that is there is used, an earlier run in the folder is kept when a fresh one was asked for."""
     env = {"TORCHDYNAMO_DISABLE": "1"}        # the compiler itself is tested in test_train, and costs half a minute
     had = (folder / "checkpoints/eco_hybrid_hi/step_000002").exists()
-    done = paste(ONE_SHOT, "--allow_cpu", *SMALL, *SHORT, "--max_steps", 3, "--save_interval", 1, cwd=folder, env=env)
+    done = paste(ONE_SHOT, "--allow_cpu", *SMALL, *SHORT, "--max_steps", 3, "--save_interval", 1, "--if_exists", "archive",
+                 cwd=folder, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     run = folder / "checkpoints/eco_hybrid_hi"
     assert [path.name for path in sorted(run.glob("step_*"))] == ["step_000001", "step_000002", "step_000003"]
     assert (run / "previous_1/step_000002").exists() == had
     assert [line.split(",")[0] for line in done.stderr.split("\n") if line.startswith("stage")] == [
-        "stage 1", "stages 2-4", "stage 5"]
+        "stage 1", "stages 2-4", "stage 5", "stage 6"]
     assert "python -m sample" in done.stdout and "data/processed is there" in done.stderr
 
 
