@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import config
 import judge as ngrams
+import knobs
 from knobs import UserError
 
 SETTINGS = dict(max_new_tokens=80, steps=12, temperature=1.0, top_k=50)      # of the four fixed prompts, seed 1337
@@ -181,7 +182,7 @@ def check(path, args, show_texts=True):
     lines = judge(read_log(run / "train.jsonl"), folders, latest, samples)
     print("\n".join(table(lines)), flush=True)
     rows = [s["ids"] for s in samples or []]
-    runtime.write_json(args.out_json or run / "verdict.json", {
+    knobs.write_json(args.out_json or run / "verdict.json", {
         "version": 1, "run": str(run), "step": step, "passed": passed(lines), "criteria": [line._asdict() for line in lines],
         "settings": {**SETTINGS, "seed": SEED}, "distinct_2": ngrams.distinct(rows, 2), "repeat_rate": ngrams.repeat_rate(rows),
         "samples": [{key: sample[key] for key in ("prompt", "text")} for sample in samples or []]})
