@@ -133,6 +133,7 @@ def train(args, origins, run_dir, source, resuming):
     import torch
 
     import checkpoint
+    import guard
     import masking
     import optim
     import runtime
@@ -178,19 +179,30 @@ def train(args, origins, run_dir, source, resuming):
         checkpoint.load_into(model, saved.ema if saved.ema and not resuming else saved.model)
     optimizer = optim.make_optimizer(model, args)
     ema = optim.EMA(model, args.ema) if args.ema else None
-    best, skipped, position, tokens_seen = math.inf, 0, 0, 0
-    if resuming:
-        best = saved.state["best"] if in_place and saved.state["best"] is not None else math.inf
-        skipped, position, tokens_seen = (saved.state[k] for k in ("skipped", "position", "tokens_seen"))
-        if saved.optimizer and not args.reset_optimizer:
+    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, saved.state["precision"] if resuming else None)
+    scaler = optim.LossScaler(optimizer, device, on=dtype is torch.float16)
+    spikes = guard.SpikeWatch(args.spike_factor)
+
+    def restore(saved, with_optimizer=True):
+        """Everything but the weights -> best, skipped, position, tokens_seen, rollbacks."""
+        if with_optimizer:
             optimizer.load_state_tensors(saved.optimizer)
-        else:
-            notes.append("the optimizer starts fresh")
         if ema and saved.ema:
             ema.load(saved.ema, saved.state["ema_updates"])
+        scaler.load(saved.state.get("scaler"))
+        spikes.losses.clear()
+        spikes.losses.extend(saved.state.get("losses", ()))
+        best = math.inf if saved.state["best"] is None else saved.state["best"]
+        return best, *(saved.state[k] for k in ("skipped", "position", "tokens_seen")), saved.state.get("rollbacks", 0)
+
+    best, skipped, position, tokens_seen, rollbacks = math.inf, 0, 0, 0, 0
+    if resuming:
+        kept = bool(saved.optimizer) and not args.reset_optimizer
+        best, skipped, position, tokens_seen, rollbacks = restore(saved, kept)
+        best = best if in_place else math.inf
+        notes += [] if kept else ["the optimizer starts fresh"]
     rows = args.batch_size * args.grad_accum                # sequences of one optimizer step
     step_tokens = rows * args.seq_len
-    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, saved.state["precision"] if resuming else None)
     params = shapes.count_params(cfg)
     say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads; "
         f"precision {why}; memory: {allocator}")
@@ -208,6 +220,12 @@ def train(args, origins, run_dir, source, resuming):
 
     def averaged():
         return ema.swap() if ema else contextlib.nullcontext()
+
+    def publish(name, text):
+        try:
+            checkpoint.replace_file(run_dir / name, text.encode(), run_dir)
+        except OSError as error:
+            say(f"warning: {run_dir / name} could not be written: {error.strerror}")
 
     def evaluate(step):
         model.eval()
@@ -228,7 +246,8 @@ def train(args, origins, run_dir, source, resuming):
         state = {"tokens_seen": tokens_seen, "position": position, "skipped": skipped, "best": None if best == math.inf else best,
                  "ema_updates": ema.updates if ema else 0, "model": args.model,
                  "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
-                 "environment": runtime.environment(device), "compiled": args.compile, "precision": str(dtype)}
+                 "environment": environment, "compiled": args.compile, "precision": str(dtype),
+                 "scaler": scaler.state(), "losses": list(spikes.losses), "rollbacks": rollbacks}
         started = time.perf_counter()
         try:
             folder = checkpoint.save(
@@ -236,7 +255,7 @@ def train(args, origins, run_dir, source, resuming):
                 optimizer_state=optimizer.state_tensors(), state=state, config=saved_args,
                 tokenizer_bytes=tokenizer.model_bytes, best=is_best,
                 keep_last=args.keep_last if args.save_interval else 1, keep_full=args.keep_full)
-        except OSError as error:                         # disk full: what was saved before is intact, so training goes on
+        except (OSError, FloatingPointError) as error:   # disk full, NaN: what was saved before is intact, training goes on
             log.write("warn", step=step, message=f"save failed: {error}")
             say(f"warning: step {step} could not be saved: {error}; the checkpoints before it are intact")
             return False
@@ -244,21 +263,24 @@ def train(args, origins, run_dir, source, resuming):
         return True
 
     # ---- the loop: evaluate, save, stop, step, log; one turn more than steps --------------------------------------------
-    with runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress:
+    environment = runtime.environment(device)
+    with (runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress,
+          torch.autograd.set_detect_anomaly(args.detect_anomaly)):
         log = runtime.JsonLines(run_dir / "train.jsonl")
         log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
                   config=saved_args, params_total=params, params_blocks=shapes.block_params(cfg),
                   data={"source": data.meta["source"], "tokens": data.meta["train_tokens"], "sha256": data.meta["train_sha256"]},
-                  planned_tokens=args.max_steps * step_tokens, precision=why, allocator=allocator, **runtime.environment(device))
+                  planned_tokens=args.max_steps * step_tokens, precision=why, allocator=allocator, **environment)
         if resuming:
             log.write("resume", step=first_step, checkpoint=str(saved.path), notes=notes)
         for note in notes:
             say(f"notice: {note}")
-        (run_dir / "config.json").write_text(checkpoint.to_json(saved_args).decode(), encoding="utf-8")
+        publish("config.json", checkpoint.to_json(saved_args).decode())
         bad_in_a_row, unsaved, is_best, code = 0, 0, False, 0
-        for step in range(first_step, args.max_steps + 1):
+        step, held_step = first_step, first_step if resuming else -1
+        while True:
             last = step == args.max_steps
-            turn = step > first_step or not resuming              # a resume does not repeat what its checkpoint already holds
+            turn = step > held_step                               # a resume does not repeat what its checkpoint already holds
             if turn and args.eval_interval and (last or step % args.eval_interval == 0):
                 nats = evaluate(step)
                 is_best = is_best or nats < best
@@ -290,20 +312,43 @@ def train(args, origins, run_dir, source, resuming):
                 with runtime.autocast(device, dtype):
                     out = masking.denoising_loss(model, x0[part], draw, args.loss, total, part, early=early,
                                                  early_weight=args.exit_loss_weight)
-                out.loss.backward()
+                try:
+                    scaler.scale(out.loss).backward()
+                except RuntimeError as error:
+                    if not args.detect_anomaly or "returned nan" not in str(error):
+                        raise
+                    raise UserError(f"step {step + 1}: {error} (--detect_anomaly; the forward call is shown above)", 1) from None
                 loss += float(out.loss.detach())
+            scaler.unscale()
             gnorm = float(optim.clip_grad_norm(model, args.grad_clip))
+            overflow, usual = scaler.update(loss, gnorm), spikes.spike(loss) if math.isfinite(loss) else None
+            position, tokens_seen = position + rows, tokens_seen + step_tokens
+            if usual:
+                message = f"loss {loss:.4f} is {loss / usual:.1f} times the median of the last steps, {usual:.4f}"
+                log.write("warn", step=step + 1, message=message)
+                say(f"warning: step {step + 1}: {message}")
+                if args.spike_rollback and rollbacks < guard.ROLLBACKS and checkpoint.is_run(run_dir):
+                    saved = checkpoint.load(run_dir, parts=("model", "ema", "optimizer"), quarantine=True)
+                    checkpoint.load_into(model, saved.model)
+                    best, skipped, _, tokens_seen, _ = restore(saved, bool(saved.optimizer))   # on: other text
+                    log.write("rollback", step=step + 1, to=saved.step, position=position)
+                    say(f"notice: back to step {saved.step}, and on with the text after window {position}")
+                    rollbacks, bad_in_a_row, is_best = rollbacks + 1, 0, False
+                    step = held_step = saved.step
+                    optimizer.zero_grad()
+                    continue
             if math.isfinite(loss) and math.isfinite(gnorm):
                 optimizer.step()
                 if ema:
                     ema.update()
                 bad_in_a_row = 0
+            elif overflow:
+                log.write("warn", step=step + 1, message="float16 overflow: step skipped, the loss scale is halved")
             else:
                 skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
                 log.write("warn", step=step + 1, message="loss or gradient is not finite: step skipped")
                 say(f"warning: step {step + 1}: loss {loss}, gradient norm {gnorm}: not finite, step skipped")
             optimizer.zero_grad()
-            position, tokens_seen = position + rows, tokens_seen + step_tokens
             seconds = time.perf_counter() - started
             progress.step(step + 1, step_tokens, seconds, loss)
             if step + 1 <= 20 or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
@@ -311,21 +356,25 @@ def train(args, origins, run_dir, source, resuming):
                 log.write("train", step=step + 1, loss=runtime.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
                           gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, seq_len=args.seq_len,
                           block=block, first=first, global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds,
-                          data_ms=data_ms, mem_mb=runtime.peak_memory_mb(device), skipped=skipped)
+                          data_ms=data_ms, mem_mb=runtime.peak_memory_mb(device), skipped=skipped, overflows=scaler.overflows)
                 if step == first_step or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
                     progress.line(f"step {step + 1}/{args.max_steps} | loss {loss:.4f} | mask {rate:.2f} | lr {lr:.1e} | "
                                   f"gnorm {gnorm:.2f} | tok/s {progress.tok_s:.0f} | ETA {progress.eta}")
             if bad_in_a_row == NON_FINITE_LIMIT:
-                say(f"error: {NON_FINITE_LIMIT} steps in a row were not finite, the last is step {step + 1}: "
-                    f"try --lr {args.lr / 2:.1e}")
+                cause = guard.likely_cause(model, held[:8], blocks[-1], lambda: runtime.autocast(device, dtype), loss, gnorm,
+                                           range(position - NON_FINITE_LIMIT * rows, position), args.lr)
+                message = f"{NON_FINITE_LIMIT} steps in a row were not finite, the last is step {step + 1}; likely cause: {cause}"
+                log.write("warn", step=step + 1, message=message)
+                say(f"error: {message}")
                 code = 1
                 break
+            step += 1
 
         # ---- the end ----------------------------------------------------------------------------------------------------
         code = code or stop.exit_code
         log.write("end", step=step, code=code, best=None if best == math.inf else best, seconds=progress.elapsed)
         summary = runtime.summary(args, run_dir, params, data, best, progress, tokens_seen, step)
-        (run_dir / "summary.md").write_text(summary, encoding="utf-8")
+        publish("summary.md", summary)
         log.close()
     say(summary)
     if args.show_samples and code == 0:
