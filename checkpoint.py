@@ -121,7 +121,7 @@ def run_lock(run_dir):
 
 def save(run_dir, step, *, model_state, state, config, tokenizer_bytes, ema_state=None, optimizer_state=None,
          best=False, keep_last=TrainArgs.keep_last, keep_full=TrainArgs.keep_full):
-    """Write checkpoint `step`, point `latest` (and `best`) at it, prune; returns its folder.
+    """Write checkpoint `step`, point (`best` and) `latest` at it, prune; returns its folder.
 
     FloatingPointError: a tensor is not finite, nothing was touched. OSError (disk full, ...): what was there is intact
     and nothing half-written bears a checkpoint's name. Saving a step that exists replaces it.
@@ -158,7 +158,7 @@ def save(run_dir, step, *, model_state, state, config, tokenizer_bytes, ema_stat
         with contextlib.suppress(OSError):
             sweep(run)
         raise
-    for pointer in ("latest", "best") if best else ("latest",):
+    for pointer in ("best", "latest") if best else ("latest",):  # latest last: a kill in between repeats this save, best included
         replace_file(run / pointer, f"{name}\n{datetime.now(timezone.utc).isoformat()}\n".encode(), run)
     try:
         prune(run, step, keep_last, keep_full)
