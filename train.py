@@ -151,7 +151,7 @@ def train(args, origins, run_dir, source, resuming):
         saved = checkpoint.load(source, parts=("model", "ema", "optimizer"),
                                 quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir)
     if resuming:
-        args, changes = config.resume_check(saved.config, args, origins)
+        args, changes = config.resume_check(checkpoint.section(saved, "args"), args, origins)
         notes = [f"changed on resume: {c}" for c in changes]
     config.announce(args, origins)
     data_dir = find_data(args, origins)
@@ -160,13 +160,15 @@ def train(args, origins, run_dir, source, resuming):
     cfg = shapes.model_config(args, data.vocab_size)
     windows = Windows(data, args.seq_len, args.seed)
     tokenizer = Tokenizer(data.tokenizer_path)
-    if saved and saved.config["model"]["vocab_size"] != cfg.vocab_size:
-        raise UserError(f"{data_dir} has {cfg.vocab_size} pieces, the checkpoint {saved.config['model']['vocab_size']}: "
-                        f"prepare the text with --tokenizer {saved.path / 'tokenizer.model'}")
+    if saved and saved.tokenizer_bytes != tokenizer.model_bytes:
+        old = Tokenizer(saved.tokenizer_bytes)
+        raise UserError(f"{data_dir} has a tokenizer of {cfg.vocab_size} pieces ({tokenizer.sha256[:12]}), the checkpoint's has "
+                        f"{old.vocab_size} ({old.sha256[:12]}): prepare it with --tokenizer {saved.path / 'tokenizer.model'}")
     in_place = resuming and run_dir == saved.path.parent
-    if in_place and saved.state["data_sha256"] != data.meta["train_sha256"]:
+    state = checkpoint.counters(saved) if resuming else None
+    if in_place and state["data_sha256"] != data.meta["train_sha256"]:
         raise UserError(f"{data_dir} has changed since this run began (sha256 {data.meta['train_sha256'][:12]}, the checkpoint "
-                        f"{saved.state['data_sha256'][:12]}): give the old text, or fork with --run_name NEW")
+                        f"{state['data_sha256'][:12]}): give the old text, or fork with --run_name NEW")
     first_step = saved.step if resuming else 0
     if first_step >= args.max_steps:
         say(f"nothing to do: step {first_step} of {args.max_steps}")
@@ -174,26 +176,29 @@ def train(args, origins, run_dir, source, resuming):
 
     # ---- model, optimizer, resume ---------------------------------------------------------------------------------------
     runtime.seed_everything(args.seed)
+    if saved:
+        checkpoint.may_fit(cfg, saved.model)
     model = build_model(cfg).to(device)
     if saved:
         checkpoint.load_into(model, saved.ema if saved.ema and not resuming else saved.model)
     optimizer = optim.make_optimizer(model, args)
     ema = optim.EMA(model, args.ema) if args.ema else None
-    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, saved.state["precision"] if resuming else None)
+    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, state["precision"] if resuming else None)
     scaler = optim.LossScaler(optimizer, device, on=dtype is torch.float16)
     spikes = guard.SpikeWatch(args.spike_factor)
 
     def restore(saved, with_optimizer=True):
         """Everything but the weights -> best, skipped, position, tokens_seen, rollbacks."""
+        state = checkpoint.counters(saved)
         if with_optimizer:
             optimizer.load_state_tensors(saved.optimizer)
         if ema and saved.ema:
-            ema.load(saved.ema, saved.state["ema_updates"])
-        scaler.load(saved.state.get("scaler"))
+            ema.load(saved.ema, state["ema_updates"])
+        scaler.load(state["scaler"])
         spikes.losses.clear()
-        spikes.losses.extend(saved.state.get("losses", ()))
-        best = math.inf if saved.state["best"] is None else saved.state["best"]
-        return best, *(saved.state[k] for k in ("skipped", "position", "tokens_seen")), saved.state.get("rollbacks", 0)
+        spikes.losses.extend(state["losses"])
+        best = math.inf if state["best"] is None else state["best"]
+        return best, *(state[key] for key in ("skipped", "position", "tokens_seen", "rollbacks"))
 
     best, skipped, position, tokens_seen, rollbacks = math.inf, 0, 0, 0, 0
     if resuming:
