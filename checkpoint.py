@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import knobs
 from config import TrainArgs
-from shapes import ModelConfig
+from shapes import ModelConfig, count_params
 from knobs import UserError
 from model import build_model
 from tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def run_lock(run_dir):
 
 def save(run_dir, step, *, model_state, state, config, tokenizer_bytes, ema_state=None, optimizer_state=None,
          best=False, keep_last=TrainArgs.keep_last, keep_full=TrainArgs.keep_full):
-    """Write checkpoint `step`, point `latest` (and `best`) at it, prune; returns its folder.
+    """Write checkpoint `step`, point (`best` and) `latest` at it, prune; returns its folder.
 
     FloatingPointError: a tensor is not finite, nothing was touched. OSError (disk full, ...): what was there is intact
     and nothing half-written bears a checkpoint's name. Saving a step that exists replaces it.
@@ -158,7 +158,7 @@ def save(run_dir, step, *, model_state, state, config, tokenizer_bytes, ema_stat
         with contextlib.suppress(OSError):
             sweep(run)
         raise
-    for pointer in ("latest", "best") if best else ("latest",):
+    for pointer in ("best", "latest") if best else ("latest",):  # latest last: a kill in between repeats this save, best included
         replace_file(run / pointer, f"{name}\n{datetime.now(timezone.utc).isoformat()}\n".encode(), run)
     try:
         prune(run, step, keep_last, keep_full)
@@ -296,6 +296,37 @@ def load(path, *, parts=("model",), quarantine=False):
                                tokenizer_bytes=(folder / "tokenizer.model").read_bytes(), **found)
     return first_good(path, read, quarantine)
 
+COUNTERS = {  # what a run resumes from in state.json -> the smallest value of a number, or a type
+    "position": 0, "tokens_seen": 0, "skipped": 0, "ema_updates": 0, "rollbacks": 0, "data_sha256": str, "precision": str,
+    "losses": list, "best": (float, int, type(None)), "scaler": (dict, type(None))}
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker", "overflows"}
+
+def counters(saved):
+    """state.json as train needs it; the keys that older runs lack get what those runs meant."""
+    state = {"rollbacks": 0, "losses": [], "scaler": None} | saved.state
+    for key, rule in COUNTERS.items():
+        value = state.get(key, ...)
+        fits = type(value) is int and rule <= value < 2 ** 63 if isinstance(rule, int) else isinstance(value, rule)
+        if not fits or isinstance(value, bool):
+            raise Damage(f"{saved.path / 'state.json'}: {key} is {str(value)[:60]!r}, from which nothing can go on")
+    scaler = state["scaler"] or dict.fromkeys(SCALER, 1)
+    numbers = *state["losses"], *scaler.values()
+    if set(scaler) != SCALER or not all(type(number) in (int, float) and 0 <= number < 2 ** 128 for number in numbers):
+        raise Damage(f"{saved.path / 'state.json'}: losses or scaler are no numbers, from which nothing can go on")
+    return state
+
+def section(saved, name):
+    """config.json's "model" or "args"."""
+    if not isinstance(saved.config.get(name), dict):
+        raise Damage(f"{saved.path / 'config.json'} has no {name!r}")
+    return saved.config[name]
+
+def may_fit(cfg, tensors):
+    """Before a model is built: a shape beyond all that the file holds is refused, and takes no memory."""
+    asked, found = count_params(cfg), sum(t.numel() for t in tensors.values())
+    if asked > 2 * found:
+        raise UserError(f"the checkpoint does not fit the model: {asked:,} parameters by the shape, {found:,} in the file")
+
 def load_into(model, tensors):
     """Copy tensors into the model; every name and every shape must match."""
     own = model.state_dict()
@@ -388,7 +419,8 @@ def resolve(path):
 def load_model(path, device, model="auto", tokenizer_path=None):
     """Any spelling of a checkpoint -> (model in eval mode, its averaged weights if it has them; tokenizer; checkpoint)."""
     saved = load(path, parts=("model", "ema"))
-    cfg = ModelConfig.from_dict(saved.config["model"])
+    cfg = ModelConfig.from_dict(section(saved, "model"))
+    may_fit(cfg, saved.model)
     if model not in ("auto", cfg.model):
         raise UserError(f"{saved.path} holds a {cfg.model} model, --model says {model}: use --model {cfg.model}")
     tokenizer = Tokenizer(saved.tokenizer_bytes)

@@ -130,7 +130,12 @@ class OptimKnobs:
     grad_clip: float = knob(1.0, "limit of the gradient norm; 0 = off", at_least=0, rare=True)
     amp: str = knob("auto", "mixed precision", choices=("auto", "on", "off"), bare="on",
                     values={"True": "on", "true": "on", "False": "off", "false": "off"})
-    amp_dtype: str = knob("bf16", "its number type; fp16 only on CUDA", choices=("bf16", "fp16"), rare=True)
+    amp_dtype: str = knob("auto", "its number type; fp16, scaled, only on CUDA; auto = bf16 where the GPU has it, else fp16",
+                          choices=("auto", "bf16", "fp16"), rare=True)
+    spike_factor: float = knob(0.0, "warn of a loss above this x the median of the last 50; 0 = off", at_least=0, rare=True)
+    spike_rollback: bool = knob(False, "at such a loss go back to the last checkpoint and on with other windows, 3 times at most",
+                                rare=True)
+    detect_anomaly: bool = knob(False, "name the operation whose gradient is NaN, and stop there; slow", "ignore", rare=True)
     compile: bool = knob(False, "torch.compile the training step")
     compile_mode: str = knob("default", "for torch.compile", choices=("default", "reduce-overhead", "max-autotune"),
                              rare=True)
@@ -200,6 +205,10 @@ class TrainArgs(CommonKnobs, ResumeKnobs, RunKnobs, OptimKnobs, MaskKnobs, Model
             yield f"--min_mask_rate {self.min_mask_rate:g} must be below --max_mask_rate {self.max_mask_rate:g}"
         if self.amp_dtype == "fp16" and self.device in ("cpu", "mps"):
             yield f"--amp_dtype fp16 works only on CUDA, not with --device {self.device}"
+        if 0 < self.spike_factor <= 1:
+            yield f"--spike_factor {self.spike_factor:g}: must be 0 (off) or above 1"
+        if self.spike_rollback and not self.spike_factor:
+            yield "--spike_rollback needs a --spike_factor, such as 3"
         if self.run_name and not re.fullmatch(r"\w[^/\\\0]*", self.run_name):
             yield f"--run_name {self.run_name}: must be a plain folder name (a path goes to --output_dir)"
         for pair in (("preset", "edge_profile"), ("output_dir", "run_name"), ("resume", "resume_latest")):
@@ -447,7 +456,7 @@ def announce(args, origins, vocab_size=None):
 
 
 # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
-ADDED = {"auto_batch": False, "save_minutes": 0.0, "drive": None}
+ADDED = dict(auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False)
 
 
 def resume_check(saved, args, origins):

@@ -1,4 +1,4 @@
-"""What moves the weights: parameter groups, AdamW, Muon or Lion, learning-rate schedules, averaged weights, clipping.
+"""What moves the weights: parameter groups, AdamW, Muon or Lion, learning rates, averaged weights, clipping, loss scaling.
 
 Used by train.py; nothing here runs by itself. Notable:
 * every trainable parameter is in exactly one group, by a rule on its name; only matrices decay;
@@ -8,6 +8,7 @@ Used by train.py; nothing here runs by itself. Notable:
 import contextlib
 import math
 import re
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -140,6 +141,40 @@ class Optimizers:
 
 
 make_optimizer = Optimizers  # (model, args); of args it reads optimizer, lr, weight_decay
+
+
+class LossScaler:
+    """float16 has no room for small gradients: the loss is scaled up before backward, the gradients down again after it.
+
+    torch.amp.GradScaler over Optimizers: the scale halves at an overflow and doubles after 2,000 steps without one. Works on
+    CPU tensors too. Off, every method does nothing.
+    """
+    def __init__(self, optimizer, device, on):
+        self.on, self.overflows = on, 0                               # overflows: steps that only their scale has spoiled
+        self.scaler = torch.amp.GradScaler(device.type, enabled=on)
+        self.work = SimpleNamespace(param_groups=[{"params": list(optimizer.named.values())}])
+
+    def scale(self, loss):
+        return self.scaler.scale(loss)
+
+    def unscale(self):
+        self.scaler.unscale_(self.work)
+
+    def update(self, loss, gnorm):
+        """After unscale(): the next scale. -> was this an overflow, which the lower scale mends, and not a bad number?"""
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        overflow = self.on and before > 1 and math.isfinite(loss) and not math.isfinite(gnorm)
+        self.overflows += overflow
+        return overflow
+
+    def state(self):
+        return {**self.scaler.state_dict(), "overflows": self.overflows} if self.on else None
+
+    def load(self, state):
+        if self.on and state:                                         # None: the run had no scaling until now
+            self.overflows = state["overflows"]
+            self.scaler.load_state_dict({key: value for key, value in state.items() if key != "overflows"})
 
 
 def clip_grad_norm(model, max_norm):

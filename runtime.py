@@ -4,6 +4,7 @@ Used by the entry points. Nothing here knows a model.
 """
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
@@ -88,14 +89,14 @@ def pick_precision(amp, amp_dtype, device, before=None):
 
     `before` is what a resumed run used: the same again, or it would not continue exactly.
     """
-    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
     if amp == "off":
         return None, "float32 (--no_amp)"
     if device.type == "cuda":
-        if wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported():
-            return None, "float32 (this GPU has no bf16)"
-        return wanted, f"{amp_dtype} ({torch.cuda.get_device_name(device)})"
-    if wanted is torch.float16:
+        name = torch.cuda.get_device_name(device)
+        if amp_dtype != "fp16" and torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, f"bf16 ({name})"
+        return torch.float16, f"fp16 with loss scaling ({name}{'' if amp_dtype == 'fp16' else ' has no bf16'})"
+    if amp_dtype == "fp16":
         raise UserError("--amp_dtype fp16 needs a CUDA GPU; use bf16 here")
     if device.type == "mps":
         return None, "float32 (MPS)"
@@ -182,8 +183,12 @@ class StopFlag:
 
 
 def finite(x):
-    """JSON has no NaN: a number that is not finite is logged as null."""
-    return x if math.isfinite(x) else None
+    """JSON has no NaN: a number that is not finite is logged as null, inside lists and objects too."""
+    if isinstance(x, dict):
+        return {key: finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 class Progress:
@@ -219,7 +224,7 @@ class Progress:
         self.tok_s = tokens / statistics.median(self.seconds)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {self.tok_s:,.0f} tok/s, ETA {self.eta}", refresh=False)
-            self.bar.update(1)
+            self.bar.update(done - self.bar.n)   # less than 0 after a rollback
 
     @property
     def eta(self):
@@ -252,14 +257,26 @@ def summary(args, run_dir, params, data, best, progress, tokens_seen, step):
 
 
 class JsonLines:
-    """train.jsonl: one object per line, appended and flushed, the source of every plot."""
+    """train.jsonl: one object per line, whole or not there, the source of every plot. A full disk costs lines, not the run."""
 
     def __init__(self, path):
-        self.file = open(path, "a", encoding="utf-8")
+        self.file, self.told = open(path, "ab+", buffering=0), False
+        size = os.fstat(self.file.fileno()).st_size
+        self.file.seek(max(0, size - 2 ** 20))
+        tail = self.file.read()
+        self.file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)       # a line that a power cut tore
 
     def write(self, event, **values):
-        self.file.write(json.dumps({"event": event, **values}, ensure_ascii=False, allow_nan=False) + "\n")
-        self.file.flush()
+        line = (json.dumps(finite({"event": event, **values}), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.file.truncate(size)
+            if not self.told:
+                tqdm.write(f"warning: {self.file.name}: lines are lost: {error.strerror}", file=sys.stderr)
+            self.told = True
 
     def close(self):
         self.file.close()

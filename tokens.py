@@ -8,6 +8,7 @@ Notable: nothing is guessed and nothing clipped, a file that does not fit its me
 The order is a seeded permutation computed on the fly: no list of indices, the state is one integer.
 """
 import hashlib
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -26,7 +27,7 @@ KEYS = {
     "train_sha256": str, "val_sha256": str, "tokenizer": str, "tokenizer_sha256": str, "normaliser": str,
     "source": str, "scripts": dict, "sources": list, "settings_sha256": str, "seed": 0,
 }
-SCAN_BYTES = 10**9          # up to this size every id is checked at opening, above it as the windows are read
+SCAN_BYTES = 10**9          # up to this size every id and the hash are checked at opening, above it ids as the windows are read
 
 
 def token_dtype(vocab_size):
@@ -45,10 +46,10 @@ def file_sha256(path):
 class TokenData:
     """One split of a prepared folder: `.tokens` (read-only memory map), `.meta`, `.vocab_size`, `len(data)`.
 
-    verify=True also compares the file with its sha256, which reads all of it.
+    verify: compare the file with its sha256, which reads all of it; None does so up to SCAN_BYTES.
     """
 
-    def __init__(self, data_dir, split="train", verify=False):
+    def __init__(self, data_dir, split="train", verify=None):
         self.dir, self.split = Path(data_dir), split
         self.path = self.dir / f"{split}.bin"
         self.fix = f"python -m prepare --data_dir {data_dir} --force builds it again"
@@ -72,7 +73,7 @@ class TokenData:
         if size <= SCAN_BYTES:
             for start in range(0, count, 2**22):
                 self.check_ids(self.tokens[start:start + 2**22])
-        if verify:
+        if size <= SCAN_BYTES if verify is None else verify:
             found, said = file_sha256(self.path), self.meta[f"{split}_sha256"]
             if found != said:
                 self.refuse(f"{self.path} has sha256 {found[:12]}, but meta.json says {said[:12]}")
@@ -111,7 +112,7 @@ class TokenData:
     def tokenizer_path(self):
         """The tokenizer that made these ids: where meta.json says, or in the data folder; its hash must fit."""
         said = Path(self.meta["tokenizer"])
-        found = [p for p in (said, config.ROOT / said, self.dir / said.name) if p.is_file()]
+        found = [p for p in (said, config.ROOT / said, self.dir / said.name) if os.path.isfile(p)]       # no error for any name
         hashes = [file_sha256(p) for p in found]
         if self.meta["tokenizer_sha256"] in hashes:
             return found[hashes.index(self.meta["tokenizer_sha256"])]

@@ -141,6 +141,7 @@ def train(args, origins, run_dir, source, resuming):
     import checkpoint
     import drive
     import fit
+    import guard
     import masking
     import optim
     import runtime
@@ -158,7 +159,7 @@ def train(args, origins, run_dir, source, resuming):
         saved = checkpoint.load(source, parts=("model", "ema", "optimizer"),
                                 quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir)
     if resuming:
-        args, changes = config.resume_check(saved.config, args, origins)
+        args, changes = config.resume_check(checkpoint.section(saved, "args"), args, origins)
         notes = [f"changed on resume: {c}" for c in changes]
     config.announce(args, origins)
     data_dir = find_data(args, origins)
@@ -167,13 +168,15 @@ def train(args, origins, run_dir, source, resuming):
     cfg = shapes.model_config(args, data.vocab_size)
     windows = Windows(data, args.seq_len, args.seed)
     tokenizer = Tokenizer(data.tokenizer_path)
-    if saved and saved.config["model"]["vocab_size"] != cfg.vocab_size:
-        raise UserError(f"{data_dir} has {cfg.vocab_size} pieces, the checkpoint {saved.config['model']['vocab_size']}: "
-                        f"prepare the text with --tokenizer {saved.path / 'tokenizer.model'}")
+    if saved and saved.tokenizer_bytes != tokenizer.model_bytes:
+        old = Tokenizer(saved.tokenizer_bytes)
+        raise UserError(f"{data_dir} has a tokenizer of {cfg.vocab_size} pieces ({tokenizer.sha256[:12]}), the checkpoint's has "
+                        f"{old.vocab_size} ({old.sha256[:12]}): prepare it with --tokenizer {saved.path / 'tokenizer.model'}")
     in_place = resuming and run_dir == saved.path.parent
-    if in_place and saved.state["data_sha256"] != data.meta["train_sha256"]:
+    state = checkpoint.counters(saved) if resuming else None
+    if in_place and state["data_sha256"] != data.meta["train_sha256"]:
         raise UserError(f"{data_dir} has changed since this run began (sha256 {data.meta['train_sha256'][:12]}, the checkpoint "
-                        f"{saved.state['data_sha256'][:12]}): give the old text, or fork with --run_name NEW")
+                        f"{state['data_sha256'][:12]}): give the old text, or fork with --run_name NEW")
     first_step = saved.step if resuming else 0
     if first_step >= args.max_steps:
         say(f"nothing to do: step {first_step} of {args.max_steps}")
@@ -181,24 +184,38 @@ def train(args, origins, run_dir, source, resuming):
 
     # ---- model, optimizer, resume ---------------------------------------------------------------------------------------
     runtime.seed_everything(args.seed)
+    if saved:
+        checkpoint.may_fit(cfg, saved.model)
     model = build_model(cfg).to(device)
     if saved:
         checkpoint.load_into(model, saved.ema if saved.ema and not resuming else saved.model)
     optimizer = optim.make_optimizer(model, args)
     ema = optim.EMA(model, args.ema) if args.ema else None
-    best, skipped, position, tokens_seen = math.inf, 0, 0, 0
-    if resuming:
-        best = saved.state["best"] if in_place and saved.state["best"] is not None else math.inf
-        skipped, position, tokens_seen = (saved.state[k] for k in ("skipped", "position", "tokens_seen"))
-        if saved.optimizer and not args.reset_optimizer:
+    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, state["precision"] if resuming else None)
+    scaler = optim.LossScaler(optimizer, device, on=dtype is torch.float16)
+    spikes = guard.SpikeWatch(args.spike_factor)
+
+    def restore(saved, with_optimizer=True):
+        """Everything but the weights -> best, skipped, position, tokens_seen, rollbacks."""
+        state = checkpoint.counters(saved)
+        if with_optimizer:
             optimizer.load_state_tensors(saved.optimizer)
-        else:
-            notes.append("the optimizer starts fresh")
         if ema and saved.ema:
-            ema.load(saved.ema, saved.state["ema_updates"])
+            ema.load(saved.ema, state["ema_updates"])
+        scaler.load(state["scaler"])
+        spikes.losses.clear()
+        spikes.losses.extend(state["losses"])
+        best = math.inf if state["best"] is None else state["best"]
+        return best, *(state[key] for key in ("skipped", "position", "tokens_seen", "rollbacks"))
+
+    best, skipped, position, tokens_seen, rollbacks = math.inf, 0, 0, 0, 0
+    if resuming:
+        kept = bool(saved.optimizer) and not args.reset_optimizer
+        best, skipped, position, tokens_seen, rollbacks = restore(saved, kept)
+        best = best if in_place else math.inf
+        notes += [] if kept else ["the optimizer starts fresh"]
     rows = args.batch_size * args.grad_accum                # sequences of one optimizer step
     step_tokens = rows * args.seq_len
-    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, saved.state["precision"] if resuming else None)
     params = shapes.count_params(cfg)
     say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads; "
         f"precision {why}; memory: {allocator}")
@@ -220,7 +237,12 @@ def train(args, origins, run_dir, source, resuming):
             with runtime.autocast(device, dtype):
                 out = masking.denoising_loss(model, x0[part], draw, args.loss, total, part, early=early,
                                              early_weight=args.exit_loss_weight)
-            out.loss.backward()
+            try:
+                scaler.scale(out.loss).backward()
+            except RuntimeError as error:
+                if not args.detect_anomaly or "returned nan" not in str(error):
+                    raise
+                raise UserError(f"step {step + 1}: {error} (--detect_anomaly; the forward call is shown above)", 1) from None
             loss += float(out.loss.detach())
         return loss
 
@@ -237,6 +259,12 @@ def train(args, origins, run_dir, source, resuming):
     if args.compile:
         with runtime.autocast(device, dtype):
             compile_step(model, args, (micro, args.seq_len), device)
+
+    def publish(name, text):
+        try:
+            checkpoint.replace_file(run_dir / name, text.encode(), run_dir)
+        except OSError as error:
+            say(f"warning: {run_dir / name} could not be written: {error.strerror}")
 
     def evaluate(step):
         model.eval()
@@ -257,7 +285,8 @@ def train(args, origins, run_dir, source, resuming):
         state = {"tokens_seen": tokens_seen, "position": position, "skipped": skipped, "best": None if best == math.inf else best,
                  "ema_updates": ema.updates if ema else 0, "model": args.model,
                  "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
-                 "environment": runtime.environment(device), "compiled": args.compile, "precision": str(dtype)}
+                 "environment": environment, "compiled": args.compile, "precision": str(dtype),
+                 "scaler": scaler.state(), "losses": list(spikes.losses), "rollbacks": rollbacks}
         started = time.perf_counter()
         try:
             folder = checkpoint.save(
@@ -265,7 +294,7 @@ def train(args, origins, run_dir, source, resuming):
                 optimizer_state=optimizer.state_tensors(), state=state, config=saved_args,
                 tokenizer_bytes=tokenizer.model_bytes, best=is_best,
                 keep_last=args.keep_last if args.save_interval else 1, keep_full=args.keep_full)
-        except OSError as error:                         # disk full: what was saved before is intact, so training goes on
+        except (OSError, FloatingPointError) as error:   # disk full, NaN: what was saved before is intact, training goes on
             log.write("warn", step=step, message=f"save failed: {error}")
             say(f"warning: step {step} could not be saved: {error}; the checkpoints before it are intact")
             return False
@@ -275,21 +304,24 @@ def train(args, origins, run_dir, source, resuming):
         return True
 
     # ---- the loop: evaluate, save, stop, step, log; one turn more than steps --------------------------------------------
-    with runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress:
+    environment = runtime.environment(device)
+    with (runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress,
+          torch.autograd.set_detect_anomaly(args.detect_anomaly)):
         log = runtime.JsonLines(run_dir / "train.jsonl")
         log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
                   config=saved_args, params_total=params, params_blocks=shapes.block_params(cfg),
                   data={"source": data.meta["source"], "tokens": data.meta["train_tokens"], "sha256": data.meta["train_sha256"]},
-                  planned_tokens=args.max_steps * step_tokens, precision=why, allocator=allocator, **runtime.environment(device))
+                  planned_tokens=args.max_steps * step_tokens, precision=why, allocator=allocator, **environment)
         if resuming:
             log.write("resume", step=first_step, checkpoint=str(saved.path), notes=notes)
         for note in notes:
             say(f"notice: {note}")
-        (run_dir / "config.json").write_text(checkpoint.to_json(saved_args).decode(), encoding="utf-8")
+        publish("config.json", checkpoint.to_json(saved_args).decode())
         bad_in_a_row, unsaved, is_best, code, saved_at = 0, 0, False, 0, time.monotonic()
-        for step in range(first_step, args.max_steps + 1):
+        step, held_step = first_step, first_step if resuming else -1
+        while True:
             last = step == args.max_steps
-            turn = step > first_step or not resuming              # a resume does not repeat what its checkpoint already holds
+            turn = step > held_step                               # a resume does not repeat what its checkpoint already holds
             if turn and args.eval_interval and (last or step % args.eval_interval == 0):
                 nats = evaluate(step)
                 is_best = is_best or nats < best
@@ -317,18 +349,36 @@ def train(args, origins, run_dir, source, resuming):
             data_ms = 1e3 * (time.perf_counter() - started)
             work = functools.partial(gradients, x0, draw, step)
             loss, micro = fit.backing_off(work, micro, rows, args, optimizer.zero_grad, say)
+            scaler.unscale()
             gnorm = float(optim.clip_grad_norm(model, args.grad_clip))
+            overflow, usual = scaler.update(loss, gnorm), spikes.spike(loss) if math.isfinite(loss) else None
+            position, tokens_seen = position + rows, tokens_seen + step_tokens
+            if usual:
+                message = f"loss {loss:.4f} is {loss / usual:.1f} times the median of the last steps, {usual:.4f}"
+                log.write("warn", step=step + 1, message=message)
+                say(f"warning: step {step + 1}: {message}")
+                if args.spike_rollback and rollbacks < guard.ROLLBACKS and checkpoint.is_run(run_dir):
+                    saved = checkpoint.load(run_dir, parts=("model", "ema", "optimizer"), quarantine=True)
+                    checkpoint.load_into(model, saved.model)
+                    best, skipped, _, tokens_seen, _ = restore(saved, bool(saved.optimizer))   # on: other text
+                    log.write("rollback", step=step + 1, to=saved.step, position=position)
+                    say(f"notice: back to step {saved.step}, and on with the text after window {position}")
+                    rollbacks, bad_in_a_row, is_best = rollbacks + 1, 0, False
+                    step = held_step = saved.step
+                    optimizer.zero_grad()
+                    continue
             if math.isfinite(loss) and math.isfinite(gnorm):
                 optimizer.step()
                 if ema:
                     ema.update()
                 bad_in_a_row = 0
+            elif overflow:
+                log.write("warn", step=step + 1, message="float16 overflow: step skipped, the loss scale is halved")
             else:
                 skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
                 log.write("warn", step=step + 1, message="loss or gradient is not finite: step skipped")
                 say(f"warning: step {step + 1}: loss {loss}, gradient norm {gnorm}: not finite, step skipped")
             optimizer.zero_grad()
-            position, tokens_seen = position + rows, tokens_seen + step_tokens
             seconds = time.perf_counter() - started
             progress.step(step + 1, step_tokens, seconds, loss)
             if step + 1 <= 20 or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
@@ -336,21 +386,25 @@ def train(args, origins, run_dir, source, resuming):
                 log.write("train", step=step + 1, loss=runtime.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
                           gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, seq_len=args.seq_len,
                           block=block, first=first, global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds,
-                          data_ms=data_ms, mem_mb=runtime.peak_memory_mb(device), skipped=skipped)
+                          data_ms=data_ms, mem_mb=runtime.peak_memory_mb(device), skipped=skipped, overflows=scaler.overflows)
                 if step == first_step or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
                     progress.line(f"step {step + 1}/{args.max_steps} | loss {loss:.4f} | mask {rate:.2f} | lr {lr:.1e} | "
                                   f"gnorm {gnorm:.2f} | tok/s {progress.tok_s:.0f} | ETA {progress.eta}")
             if bad_in_a_row == NON_FINITE_LIMIT:
-                say(f"error: {NON_FINITE_LIMIT} steps in a row were not finite, the last is step {step + 1}: "
-                    f"try --lr {args.lr / 2:.1e}")
+                cause = guard.likely_cause(model, held[:8], blocks[-1], lambda: runtime.autocast(device, dtype), loss, gnorm,
+                                           range(position - NON_FINITE_LIMIT * rows, position), args.lr)
+                message = f"{NON_FINITE_LIMIT} steps in a row were not finite, the last is step {step + 1}; likely cause: {cause}"
+                log.write("warn", step=step + 1, message=message)
+                say(f"error: {message}")
                 code = 1
                 break
+            step += 1
 
         # ---- the end ----------------------------------------------------------------------------------------------------
         code = code or stop.exit_code
         log.write("end", step=step, code=code, best=None if best == math.inf else best, seconds=progress.elapsed)
         summary = runtime.summary(args, run_dir, params, data, best, progress, tokens_seen, step)
-        (run_dir / "summary.md").write_text(summary, encoding="utf-8")
+        publish("summary.md", summary)
         log.close()
     if args.drive and checkpoint.is_run(run_dir):
         drive.store(checkpoint.candidates(run_dir)[0], args.drive, say)            # once more, with the end of the log
