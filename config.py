@@ -99,6 +99,8 @@ class DataKnobs:
 @dataclass
 class MaskKnobs:
     "Objective"
+    objective: str = knob("masked", "masked diffusion, or its control: ar, autoregressive, left to right; backup only", "must",
+                          choices=("masked", "ar"))
     loss: str = knob("elbo", "the bound, or the mean over masked tokens", choices=("elbo", "masked_mean"))
     mask_schedule: str = knob("linear", "mask rate as a function of time", choices=("cosine", "linear"))
     min_mask_rate: float = knob(0.0, "lowest mask rate", at_least=0, at_most=1, rare=True)
@@ -138,7 +140,7 @@ class OptimKnobs:
 @dataclass
 class RunKnobs:
     "Run folder and log"
-    output_dir: str = knob(None, "run folder; none = checkpoints/ eco_hybrid_hi (primary) or diffusion_hi (backup)",
+    output_dir: str = knob(None, "run folder; none = checkpoints/ eco_hybrid_hi (primary), diffusion_hi (backup) or ar_hi",
                            "ignore", aliases=("out_dir",))
     run_name: str = knob(None, "run folder checkpoints/NAME", "ignore", aliases=("name",))
     save_interval: int = knob(500, "steps between checkpoints; 0 = latest only", at_least=0, aliases=("save_every",))
@@ -179,7 +181,7 @@ class PresetKnobs:
 class TrainArgs(CommonKnobs, ResumeKnobs, RunKnobs, OptimKnobs, MaskKnobs, ModelKnobs, DataKnobs, PresetKnobs):
     @property
     def run_dir(self):
-        folder = "eco_hybrid_hi" if self.model == "primary" else "diffusion_hi"
+        folder = "eco_hybrid_hi" if self.model == "primary" else "ar_hi" if self.causal else "diffusion_hi"
         return Path(self.output_dir or Path("checkpoints", self.run_name or folder))
 
     @property
@@ -188,7 +190,11 @@ class TrainArgs(CommonKnobs, ResumeKnobs, RunKnobs, OptimKnobs, MaskKnobs, Model
 
     @property
     def block_choices(self):
-        return block_sizes(self.train_block_sizes, self.seq_len)
+        return [self.seq_len] if self.causal else block_sizes(self.train_block_sizes, self.seq_len)
+
+    @property
+    def causal(self):
+        return self.objective == "ar"
 
     def problems(self):
         yield from shape_problems(self)
@@ -424,7 +430,8 @@ def announce(args, origins, vocab_size=None):
     raise SystemExit(0)
 
 
-ADDED = {}  # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
+# a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
+ADDED = {"objective": "masked"}
 
 
 def resume_check(saved, args, origins):

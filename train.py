@@ -220,7 +220,8 @@ def train(args, origins, run_dir, source, resuming):
         log.write("eval", step=step, val_nelbo=nats, val_ci=1.96 * error, val_bpb=bpb, best=nats < best,
                   val_masked_mean=sum(r["masked_mean"] for r in score.values()) / len(score),
                   by_block={"T" if b >= args.seq_len else str(b): r["nats"] for b, r in score.items()})
-        say(f"eval {step}/{args.max_steps} | bound {nats:.4f} +- {1.96 * error:.4f} nats/token | {bpb:.4f} bits/byte | "
+        what = "NLL" if args.causal else "bound"
+        say(f"eval {step}/{args.max_steps} | {what} {nats:.4f} +- {1.96 * error:.4f} nats/token | {bpb:.4f} bits/byte | "
             + " ".join(f"{'T' if b >= args.seq_len else b}: {r['nats']:.4f}" for b, r in score.items()))
         return nats
 
@@ -279,7 +280,8 @@ def train(args, origins, run_dir, source, resuming):
             optimizer.set_lr(lr)
             torch.manual_seed(masking.step_generator(args.seed, step, "drop").initial_seed())    # dropout
             block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step)
-            draw = masking.draw(args, args.seed, step, rows, args.seq_len, block, first)
+            draw = masking.whole_rows(rows, args.seq_len) if args.causal else masking.draw(
+                args, args.seed, step, rows, args.seq_len, block, first)
             total = masking.normaliser(args.loss, draw)
             early = masking.pick_exit(args.n_layers, args.seed, step) if cfg.exits and args.n_layers > 1 else None
             x0 = windows.batch(position, rows).to(device)                          # (rows, T)
