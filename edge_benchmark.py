@@ -175,7 +175,7 @@ class Judges:
     def held_out(self, model, precision, block):
         if self.ngram is None:
             return None
-        from evaluate import held_out
+        from estimators import held_out
         key = precision, min(block, self.rows.shape[1])
         if key not in self.known:
             self.known[key] = held_out(model, self.rows, [key[1]], 0, 16, 1)[key[1]]["nats"]

@@ -137,7 +137,7 @@ def train(args, origins, run_dir, source, resuming):
     import optim
     import runtime
     from decode import Settings, generate
-    from evaluate import bits_per_byte, held_out
+    from estimators import bits_per_byte, held_out
     from model import build_model
     from tokenizer import Tokenizer
     from tokens import TokenData, Windows

@@ -17,13 +17,13 @@ ROOT = config.ROOT
 # a module imports only modules of strictly lower rank, late imports inside functions included
 RANKS = {
     "knobs": 0, "lexicon": 0, "layers": 0, "masking": 0, "terminal": 0, "samplers": 0, "judge": 0,
-    "shapes": 1, "documents": 1, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1,
+    "shapes": 1, "documents": 1, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1, "estimators": 1,
     "config": 2, "model": 2,
     "corpus": 3, "runtime": 3, "tokenizer": 3,
     "tokens": 4, "checkpoint": 4, "fast": 4,
-    "evaluate": 5, "prepare": 5,
+    "prepare": 5,
     "train": 6, "sample": 6,
-    "edge_benchmark": 7, "colab_train_eco": 7,
+    "edge_benchmark": 7, "colab_train_eco": 7, "evaluate": 7,
 }
 NEEDS_NO_TORCH = ("knobs", "shapes", "lexicon", "config", "documents", "tokenizer", "corpus", "tokens", "prepare", "train",
                   "sample", "evaluate", "edge_benchmark", "colab_train_eco")        # at import: --help is instant
