@@ -1,7 +1,7 @@
 """What held-out text costs a model, in nats: the estimators behind evaluate.py, and what train.py measures while it runs.
 
     pieces = cut(documents, 512)                       # documents: lists of ids, each begins with BOS
-    bound(model, pieces, 64)                           # -> nats of each document, and the mean CE by mask rate
+    bound(model, pieces, 64, draws=4)                  # -> nats of each document, and the mean CE by mask rate
 
 Every document is scored by itself. BOS is given, as it is whenever text is sampled; EOS counts. A document longer than the
 training length is cut into windows: each but the last starts where the one before ended, without context; the last one ends
@@ -147,7 +147,7 @@ def independent(pieces, layouts, generator, schedule):
         yield mask[:, layout.inside], masking.weight(t, schedule), None
 
 
-def bound(model, pieces, block, seed=0, draws=4, batch=8):
+def bound(model, pieces, block, draws, seed=0, batch=8):
     """The exact-count bound -> (nats of each document (D,), curve: [(mask rate up to, mean CE of hidden tokens)], plain mean CE).
 
     Every token of a block weighs size / count, so the mean of the curve over the rates is the bound again. Of a causal model:
@@ -185,7 +185,7 @@ def chain_rule(model, pieces, block, batch=8):
     A real probability: the model that writes one token at a time in this order. Of a causal model it is the bound.
     """
     if model.cfg.causal:
-        return bound(model, pieces, block, batch=batch)[0]
+        return bound(model, pieces, block, 1, batch=batch)[0]
     values = []
     for piece in pieces:
         layout, L = lay_out(piece, block), piece.x0.shape[1]

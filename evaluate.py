@@ -114,21 +114,21 @@ def score(model, documents, tokenizer, blocks, args, length, batch):
     result = {"bound": {}, "chain_rule": {}, "curve": {}, "exits": {}, "infilling": {}, "compared": {}}
     print(ROW.format("block", "estimate", "script", "docs", "nats/token", "bits/byte", "bits/char"))
     for block in blocks:
-        nats, curve, plain = estimators.bound(model, pieces, block, args.seed, args.draws, batch)
+        nats, curve, plain = estimators.bound(model, pieces, block, args.draws, args.seed, batch)
         found, rule = by_script(nats, texts), "T" if block >= length else str(block)
         result["bound"][str(block)] = {**found["all"], "masked_mean": plain, "scripts": found}
         result["curve"][str(block)] = curve
         show(rule, "NLL" if model.cfg.causal else "bound", found)
         if not model.cfg.causal:
             found = by_script(estimators.chain_rule(model, few_pieces, block, batch), few_texts)
-            same = by_script(estimators.bound(model, few_pieces, block, args.seed, args.draws, batch)[0], few_texts)
+            same = by_script(estimators.bound(model, few_pieces, block, args.draws, args.seed, batch)[0], few_texts)
             result["chain_rule"][str(block)] = {**found["all"], "scripts": found, "bound_of_the_same": same["all"]}
             show(rule, "chain rule", found)
             show(rule, "its bound", {"all": same["all"]})
     for depth in range(1, model.cfg.n_layers) if model.cfg.exits else ():
         early, result["exits"][depth] = estimators.at_depth(model, depth), {}
         for block in blocks:
-            nats = estimators.bound(early, pieces, block, args.seed, args.draws, batch)[0]
+            nats = estimators.bound(early, pieces, block, args.draws, args.seed, batch)[0]
             result["exits"][depth][str(block)] = found = by_script(nats, texts)["all"]
             show("T" if block >= length else str(block), f"exit {depth}", {"all": found})
     if not model.cfg.causal:

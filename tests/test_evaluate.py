@@ -102,7 +102,7 @@ def test_chain_rule_by_hand(kind, block):
     found = estimators.chain_rule(net, cut([TEXT.tolist()], T), block)
     assert float(found[0]) == pytest.approx(total, rel=1e-5)
     if block == 1:                                                                 # one token: nothing is left to average over
-        assert float(estimators.bound(net, cut([TEXT.tolist()], T), 1)[0][0]) == pytest.approx(total, rel=1e-5)
+        assert float(estimators.bound(net, cut([TEXT.tolist()], T), 1, 1)[0][0]) == pytest.approx(total, rel=1e-5)
 
 
 @given(st.integers(2, 70), st.integers(2, 20))
@@ -120,8 +120,7 @@ def test_a_long_document_is_scored_whole_and_given_tokens_are_never_hidden(block
     """A uniform guess costs ln V at each scored token, whatever the cut; so masks, weights and windows are right together."""
     net = SimpleNamespace(cfg=SimpleNamespace(mask_id=V, pad_id=0, causal=False),
                           head=SimpleNamespace(weight=torch.zeros(V + 1, 4), never=(0, V)))
-    seen = []
-    net.hidden_blocks = lambda xt, x0, block, first: seen.append((xt, first)) or torch.zeros(*xt.shape, 4)
+    net.hidden_blocks = lambda xt, *_: torch.zeros(*xt.shape, 4)
     documents = [[2] + [5] * (n - 1) for n in (3, 8, 20, 17, 24)]
     pieces = cut(documents, 8)
     expected = torch.tensor([math.log(V - 1) * (len(d) - 1) for d in documents], dtype=torch.float64)
@@ -129,9 +128,11 @@ def test_a_long_document_is_scored_whole_and_given_tokens_are_never_hidden(block
     torch.testing.assert_close(nats, expected, rtol=1e-5, atol=0)
     assert all(ce == pytest.approx(math.log(V - 1), rel=1e-5) for _, ce in curve) and plain == pytest.approx(math.log(V - 1))
     torch.testing.assert_close(estimators.chain_rule(net, pieces, block), expected, rtol=1e-5, atol=0)
-    for piece in pieces:
-        assert all((xt[:, :piece.given] != V).all() for xt, _ in seen if xt.shape == piece.x0.shape and len(pieces) == 1)
-    assert estimators.scored_tokens(pieces) == sum(map(len, documents)) - len(documents)
+    layouts = [estimators.lay_out(p, block) for p in pieces]
+    for masks in (estimators.exact_counts(pieces, layouts, torch.Generator()),
+                  estimators.independent(pieces, layouts, torch.Generator(), "linear")):
+        assert all(mask.shape == p.x0.shape and not mask[:, :p.given].any() for p, (mask, *_) in zip(pieces, masks, strict=True))
+    assert {p.given for p in pieces} == {0, 1, 4, 7} and estimators.scored_tokens(pieces) == sum(map(len, documents)) - len(documents)
 
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
@@ -155,7 +156,7 @@ def test_strata_pay_where_the_cost_depends_on_the_count():
     pieces = cut([[2] + [5, 7, 6, 4] * 4] * 64, 17)
     found = estimators.compare(net, pieces, 17, 40, batch=64)
     assert found["exact count, count iid"]["variance"] > 100 * found["exact count"]["variance"]
-    nats = torch.stack([estimators.bound(net, pieces[:1], 17, seed, draws)[0][:8] for draws in (1, 8) for seed in range(30)])
+    nats = torch.stack([estimators.bound(net, pieces[:1], 17, draws, seed)[0][:8] for draws in (1, 8) for seed in range(30)])
     assert nats[:30].std(0).mean() > 6 * nats[30:].std(0).mean(), "the draws of one window are strata too"
 
 
