@@ -11,6 +11,7 @@ Both in nats/token, bits/byte (UTF-8 bytes of the normalised text) and bits/char
 script. estimators.py says how documents are cut. Masks are fixed by the seed and documents by the text, so two checkpoints
 answer the same questions. A uniform guess scores ln V. Compare bits/byte only within one script.
 """
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -111,13 +112,14 @@ def score(model, documents, tokenizer, blocks, args, length, batch):
     if args.chain_docs:                            # the costly figures: fewer documents, of each the first window
         few = [ids[:length] for ids in documents[::max(1, len(documents) // args.chain_docs)][:args.chain_docs]]
     few_pieces, few_texts = estimators.cut(few, length, model.head.weight.device), measured(few, tokenizer)
-    result = {"bound": {}, "chain_rule": {}, "curve": {}, "exits": {}, "infilling": {}, "compared": {}}
+    result = {"bound": {}, "chain_rule": {}, "curve": {}, "exits": {}, "infilling": {}, "compared": {},
+              "documents": {**texts, "nats": {}}}  # so that two checkpoints can be compared document by document
     print(ROW.format("block", "estimate", "script", "docs", "nats/token", "bits/byte", "bits/char"))
     for block in blocks:
         nats, curve, plain = estimators.bound(model, pieces, block, args.draws, args.seed, batch)
         found, rule = by_script(nats, texts), "T" if block >= length else str(block)
         result["bound"][str(block)] = {**found["all"], "masked_mean": plain, "scripts": found}
-        result["curve"][str(block)] = curve
+        result["curve"][str(block)], result["documents"]["nats"][str(block)] = curve, nats.tolist()
         show(rule, "NLL" if model.cfg.causal else "bound", found)
         if not model.cfg.causal:
             found = by_script(estimators.chain_rule(model, few_pieces, block, batch), few_texts)
@@ -194,7 +196,7 @@ def draw_curves(path, curves, length, name):
 
 # ---- samples ----------------------------------------------------------------------------------------------------------
 
-def ar_judge(path, device, tokenizer):
+def ar_judge(path, device, tokenizer, longest):
     """A checkpoint of --objective ar as a judge: f(rows, contexts) -> nats per token of the rows."""
     import torch
 
@@ -205,6 +207,8 @@ def ar_judge(path, device, tokenizer):
         raise UserError(f"--judge {path} is no autoregressive checkpoint: train one with --model backup --objective ar")
     if own.sha256 != tokenizer.sha256:
         raise UserError(f"--judge {path} has another tokenizer than the checkpoint: train it on the same prepared text")
+    if (trained := saved.config["args"]["seq_len"]) < longest:
+        say(f"notice: the judge {path} was trained on {trained} positions and reads up to {longest}: its figures mean less there")
 
     @torch.no_grad()
     def nats(rows, contexts):
@@ -231,12 +235,17 @@ def sample_quality(model, documents, tokenizer, saved, args, data_dir, device):
     same_tokenizer(train, tokenizer, saved)
     judges = {"ngram": NGram(train.tokens, train.vocab_size).nats}
     if args.judge:
-        judges["ar"] = ar_judge(args.judge, device, tokenizer)
+        judges["ar"] = ar_judge(args.judge, device, tokenizer, PROMPT + args.max_new_tokens)
     known, ids = set(), np.asarray(train.tokens)
     for part in np.split(ids, np.flatnonzero(ids == train.meta["bos_id"])[1:]):
         known.update(words(tokenizer.decode(part.tolist())))
-    frozen = not sample.cannot_freeze(saved)
+    frozen, length = not sample.cannot_freeze(saved), saved.config["args"]["seq_len"]
     s = sample.decode_settings(args, saved, "block_frozen" if frozen else "full", tokenizer.eos_id)
+    if not frozen and s.max_new_tokens > length - PROMPT:
+        say(f"notice: trained on {length} positions and without blocks, so a continuation has {length - PROMPT} tokens at most")
+        s = dataclasses.replace(s, max_new_tokens=max(1, length - PROMPT))
+    elif frozen and model.cfg.model == "backup":                                   # as sample does: its cache slides
+        s = dataclasses.replace(s, window=max(length, s.block_size))
     usable = [documents[i] for i in np.random.default_rng(1).permutation(len(documents)) if len(documents[i]) >= 8]
     if not usable:
         raise UserError("--samples: no held-out document has 8 tokens; give longer text")
@@ -246,7 +255,7 @@ def sample_quality(model, documents, tokenizer, saved, args, data_dir, device):
     for a in range(0, len(prompts), 16):
         part = prompts[a:a + 16]
         made += generate(model, part, s, [args.seed + a + i for i in range(len(part))]).full_rows
-    real = [d[len(p):len(p) + args.max_new_tokens] for d, p in zip(usable, prompts, strict=True)]
+    real = [d[len(p):len(p) + s.max_new_tokens] for d, p in zip(usable, prompts, strict=True)]
     found = {}
     for name, rows in (("samples", made), ("held_out", real)):
         texts = [Text(tokenizer.decode(p), tokenizer.decode(row), p, row, row[-1:] == [tokenizer.eos_id])

@@ -239,6 +239,8 @@ def test_the_whole_report(here, control, capsys, tmp_path):  # noqa: F811
     assert set(found["bound"]) == set(found["chain_rule"]) == set(found["compared"]) == {"32", "8"}
     for block, r in found["bound"].items():
         scripts = r["scripts"]
+        each = found["documents"]
+        assert sum(each["nats"][block]) == pytest.approx(r["nats"] * sum(each["tokens"])) and len(each["script"]) == 12
         assert r["documents"] == 12 and r["nats"] == scripts["all"]["nats"] and len(scripts) > 2
         assert sum(s["documents"] for s in scripts.values()) == 24 and r["bits_per_byte_se"] > 0
         assert r["nats"] * r["tokens"] == pytest.approx(sum(s["nats"] * s["tokens"] for n, s in scripts.items() if n != "all"))
