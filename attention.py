@@ -10,9 +10,15 @@ from torch import nn
 from layers import Linear, rotate
 
 
-def attend(q, k, v, mask=None):
-    """The one call of the attention kernel: q (B,H,Tq,E), k, v (B,H,Tk,E), mask (Tq,Tk) bool or None -> (B,H,Tq,E)."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=q.shape[-1] ** -0.5)
+def attend(q, k, v, mask=None, causal=False):
+    """The one call of the attention kernel: q (B,H,Tq,E), k, v (B,H,Tk,E), mask (Tq,Tk) bool or None -> (B,H,Tq,E).
+
+    causal: a query sees the keys up to its own, which are the last Tq ones.
+    """
+    new, old = q.shape[2], k.shape[2] - q.shape[2]
+    if causal and old and new > 1:
+        mask = torch.ones(new, old + new, dtype=torch.bool, device=q.device).tril(old)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and not old, scale=q.shape[-1] ** -0.5)
 
 
 def block_masks(length, block, first, device):
@@ -71,7 +77,7 @@ class MultiHead(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.heads = cfg.n_heads
+        self.heads, self.causal = cfg.n_heads, cfg.causal
         self.qkv_proj = Linear(cfg.d_model, 3 * cfg.d_model)
         self.out_proj = Linear(cfg.d_model, cfg.d_model)
 
@@ -85,12 +91,12 @@ class MultiHead(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2))                         # (N, H, T, E) -> (N, T, D)
 
     def one_block(self, x, table, context=None):
-        """One block x (B, S, D), bidirectional inside, after a frozen context; returns (output, its k, its v)."""
+        """One block x (B, S, D), bidirectional inside unless causal, after a frozen context; returns (output, its k, its v)."""
         q, k, v = self.project(x, table)
         if context is None:
-            return self.join(attend(q, k, v)), k, v
+            return self.join(attend(q, k, v, causal=self.causal)), k, v
         keys, values = (torch.cat((c.to(k.dtype), own), dim=2) for c, own in zip(context, (k, v), strict=True))
-        return self.join(attend(q, keys, values)), k, v                            # keys (B, H, C+S, E)
+        return self.join(attend(q, keys, values, causal=self.causal)), k, v                            # keys (B, H, C+S, E)
 
     def all_blocks(self, x, table, masks, last=False):
         """x (2B, T, D), noisy rows first: the clean stream block-causally, the noisy stream on clean context + own block.

@@ -99,6 +99,8 @@ class DataKnobs:
 @dataclass
 class MaskKnobs:
     "Objective"
+    objective: str = knob("masked", "masked diffusion, or its control: ar, autoregressive, left to right; backup only", "must",
+                          choices=("masked", "ar"))
     loss: str = knob("elbo", "the bound, or the mean over masked tokens", choices=("elbo", "masked_mean"))
     mask_schedule: str = knob("linear", "mask rate as a function of time", choices=("cosine", "linear"))
     min_mask_rate: float = knob(0.0, "lowest mask rate", at_least=0, at_most=1, rare=True)
@@ -144,7 +146,7 @@ class OptimKnobs:
 @dataclass
 class RunKnobs:
     "Run folder and log"
-    output_dir: str = knob(None, "run folder; none = checkpoints/ eco_hybrid_hi (primary) or diffusion_hi (backup)",
+    output_dir: str = knob(None, "run folder; none = checkpoints/ eco_hybrid_hi (primary), diffusion_hi (backup) or ar_hi",
                            "ignore", aliases=("out_dir",))
     run_name: str = knob(None, "run folder checkpoints/NAME", "ignore", aliases=("name",))
     save_interval: int = knob(500, "steps between checkpoints; 0 = latest only", at_least=0, aliases=("save_every",))
@@ -187,7 +189,7 @@ class PresetKnobs:
 class TrainArgs(CommonKnobs, ResumeKnobs, RunKnobs, OptimKnobs, MaskKnobs, ModelKnobs, DataKnobs, PresetKnobs):
     @property
     def run_dir(self):
-        folder = "eco_hybrid_hi" if self.model == "primary" else "diffusion_hi"
+        folder = "eco_hybrid_hi" if self.model == "primary" else "ar_hi" if self.causal else "diffusion_hi"
         return Path(self.output_dir or Path("checkpoints", self.run_name or folder))
 
     @property
@@ -196,7 +198,11 @@ class TrainArgs(CommonKnobs, ResumeKnobs, RunKnobs, OptimKnobs, MaskKnobs, Model
 
     @property
     def block_choices(self):
-        return block_sizes(self.train_block_sizes, self.seq_len)
+        return [self.seq_len] if self.causal else block_sizes(self.train_block_sizes, self.seq_len)
+
+    @property
+    def causal(self):
+        return self.objective == "ar"
 
     def problems(self):
         yield from shape_problems(self)
@@ -283,12 +289,8 @@ class CheckpointKnobs:
 
 
 @dataclass
-class GenerateKnobs(CheckpointKnobs):
-    "Generation"
-    tokenizer: str = knob(None, "a tokenizer that has to be the checkpoint's own", rare=True)
-    model: str = knob("auto", "a check, not a cast", choices=("auto", "primary", "backup"), values=OLD_MODELS)
-    prompt: tuple = knob((), "text to continue; may be repeated", many="repeat")
-    prompts_file: str = knob(None, "a file with one prompt per line")
+class DecodeKnobs:
+    "Decoding"
     max_new_tokens: int = knob(128, "length of the new text", at_least=1, aliases=("seq_len",))
     steps: int = knob(0, "forwards at most, per block if blockwise; 0 = the checkpoint's", at_least=0,
                       aliases=("num_steps",))
@@ -307,9 +309,18 @@ class GenerateKnobs(CheckpointKnobs):
     guidance_scale: float = knob(1.0, "1 = plain conditional; above: follow the context more", at_least=0, rare=True,
                                  aliases=("cfg_scale",))
     block_size: int = knob(0, "block of the block modes; 0 = the checkpoint's", at_least=0)
+    min_decode_layers: int = knob(0, "layers of a block's first forward; 0 = all", at_least=0, rare=True)
+
+
+@dataclass
+class GenerateKnobs(DecodeKnobs, CheckpointKnobs):
+    "Generation"
+    tokenizer: str = knob(None, "a tokenizer that has to be the checkpoint's own", rare=True)
+    model: str = knob("auto", "a check, not a cast", choices=("auto", "primary", "backup"), values=OLD_MODELS)
+    prompt: tuple = knob((), "text to continue; may be repeated", many="repeat")
+    prompts_file: str = knob(None, "a file with one prompt per line")
     precision: str = knob("auto", "of the products; auto = bf16 on a CPU that has it, else fp32, which is exact",
                           choices=("auto", "fp32", "bf16", "int8"), shortcuts={"quantize_dynamic": "int8", "int8": "int8"})
-    min_decode_layers: int = knob(0, "layers of a block's first forward; 0 = all", at_least=0, rare=True)
 
 
 @dataclass
@@ -349,18 +360,28 @@ class BenchArgs(GenerateKnobs, CommonKnobs):
 
 
 @dataclass
-class EvaluateArgs(CheckpointKnobs, DataKnobs, CommonKnobs):
+class EvaluateArgs(DecodeKnobs, CheckpointKnobs, CommonKnobs):
     "Evaluation"
+    data_dir: str = knob(None, "prepared text, whose validation part is scored; none = the checkpoint's")
+    text: str = knob(None, "score this file instead: .txt (a blank line ends a document) or .jsonl, as prepare reads it")
+    max_docs: int = knob(0, "documents at most; 0 = as many as --batches allows", at_least=0)
     blocks: str = knob(None, "block rules to score, such as T,64; none = those it was trained with")
-    batches: int = knob(20, "validation batches", at_least=1)
+    batches: int = knob(20, "batches of windows at most, of the size used in training", at_least=1)
     draws: int = knob(4, "mask draws per sequence", at_least=1)
     check_run: str = knob(None, "instead: judge this run folder by the runbook's criteria")
+    chain_docs: int = knob(32, "documents for the chain rule, a forward per token of a block; 0 = all", at_least=0)
+    repeats: int = knob(8, "passes of each estimator when they are compared; below 2 = not compared", at_least=0, rare=True)
+    samples: int = knob(0, "continue so many held-out beginnings and judge the text", at_least=0)
+    judge: str = knob(None, "an autoregressive checkpoint that judges them beside the n-gram model")
     out_json: str = knob(None, "write the numbers")
+    out_png: str = knob(None, "draw the cross-entropy by mask rate")
 
     def problems(self):
         yield from block_problems("blocks", self.blocks or "T")
         if self.ckpt and self.check_run:
             yield "--ckpt asks for the bound, --check_run for the verdict: give only one of them"
+        if self.judge and not self.samples:
+            yield f"--judge {self.judge} judges samples: add --samples 64"
 
 
 COMMANDS = dict(train=TrainArgs, sample=SampleArgs, prepare=PrepareArgs, evaluate=EvaluateArgs,
@@ -456,7 +477,8 @@ def announce(args, origins, vocab_size=None):
 
 
 # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
-ADDED = dict(auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False)
+ADDED = dict(auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False,
+             objective="masked")
 
 
 def resume_check(saved, args, origins):

@@ -7,12 +7,16 @@ model.py's docstring.
     block         left to right in blocks; the whole prefix is recomputed with each     (block rule B = T, prefix fixed)
     block_frozen  left to right in blocks; what is finished is frozen into the cache    (block rule B = block, exact)
 
+    ar            --objective ar has this one mode, whatever was asked for: block_frozen with blocks of one token, whose only
+                  forward reads the token before it                                     (exact)
+
 Promises, tested with a fake denoiser on ten thousand cases: the prompt is untouched; no mask and no pad is ever an answer; a
 block ends within `steps` forwards; no forward runs when nothing is masked; NaN logits are an error, not an answer; the same
 seed gives the same text, whatever else is in the batch. Rows whose prompts have different lengths are decoded in groups of
 equal length, so no row ever sees another's padding.
 Legend: B rows, P prompt, S block, T all positions, V vocabulary rows.
 """
+import dataclasses
 import math
 import time
 from dataclasses import dataclass, field
@@ -22,6 +26,7 @@ import torch
 
 import samplers
 from knobs import UserError
+from masking import shifted
 from samplers import LOOKING, Look
 
 MODES = ("full", "block", "block_frozen")
@@ -212,6 +217,9 @@ def generate(model, prompt, s, seeds, on_step=None, on_block=None):
     """
     if s.mode not in MODES:
         raise UserError(f"decode mode {s.mode!r} is none of {', '.join(MODES)}")
+    if model.cfg.causal:
+        s = dataclasses.replace(s, mode="block_frozen", block_size=1, steps=1, sampler="confidence", remask=0.0, min_depth=0,
+                                guidance_scale=1.0)
     prompts = prompt if prompt and isinstance(prompt[0], (list, tuple)) else [prompt] * len(seeds)
     started = time.perf_counter()
     B = len(prompts)
@@ -236,16 +244,21 @@ def write_group(model, group, prompts, s, seeds, result, on_step, on_block):
     if s.mode == "block_frozen":
         cache = model.new_cache(len(group), min(T, s.window or T))
         result.cache_bytes = max(result.cache_bytes, cache.nbytes)
-        first = P % size or size                # a context that is no multiple of the block starts with the shorter one
-        for lo in [0, *range(first, P, size)]:
-            model.commit(ids[:, lo:min(P, first if lo == 0 else lo + size)], cache)
+        if model.cfg.causal:                    # all but the prompt's last token, which the first forward reads
+            read, most = shifted(ids[:, :P], mask_id), max(1, min(T, s.window or T) // 2)
+            for lo in range(0, P, most):
+                model.step(read[:, lo:lo + most], cache)
+        else:
+            first = P % size or size            # a context that is no multiple of the block starts with the shorter one
+            for lo in [0, *range(first, P, size)]:
+                model.commit(ids[:, lo:min(P, first if lo == 0 else lo + size)], cache)
         result.context_passes += 1              # one pass over the prompt, whatever its number of blocks
     alive = list(range(len(group)))             # rows of the group that the canvas still holds
     rows = [None] * len(group)
     lo = P
     while lo < T and alive:
         hi = min(T, lo + size)
-        due = canvas.ids[:, lo - size:lo] if cache is not None and lo > P else None      # the finished block to commit
+        due = canvas.ids[:, lo - size:lo] if cache is not None and lo > P and not model.cfg.causal else None  # to be committed
         shared = hasattr(model, "commit_and_hidden") and hi - lo == size and s.guidance_scale == 1 and not s.min_depth
         if due is not None and not shared:
             model.commit(due, cache)
@@ -281,6 +294,8 @@ def write_group(model, group, prompts, s, seeds, result, on_step, on_block):
 def forward_of(model, cache, P, lo, hi, s):
     """The function (ids (B, T), depth) -> hidden states of [lo, hi); if guided, the same rows without their context follow."""
     mask_id = model.cfg.mask_id
+    if model.cfg.causal:
+        return lambda ids, depth: model.step(ids[:, lo - 1:lo], cache)
     if cache is not None:
         if s.guidance_scale == 1:
             return lambda ids, depth: model.hidden(ids[:, lo:hi], cache, depth)
@@ -312,6 +327,9 @@ def commits_first(model, cache, due, lo, hi, forward):
 @torch.no_grad()
 def infill(model, ids, s, seeds, on_step=None):
     """Fill every mask of one text (ids, BOS included), once per seed; everything else stays -> Result with whole rows."""
+    if model.cfg.causal:
+        raise UserError("this checkpoint was trained with --objective ar and sees only what stands before a gap: fill gaps with "
+                        "a checkpoint of --objective masked, or continue a --prompt")
     started = time.perf_counter()
     mask_id, device = model.cfg.mask_id, next(model.parameters()).device
     canvas = Canvas(torch.tensor([ids] * len(seeds), device=device), seeds, mask_id, bool(on_step) or s.remask_rule == "conf")

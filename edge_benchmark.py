@@ -55,12 +55,17 @@ def peak_rss(run, device):
 def nll(model, prompt, new, frozen):
     """-log p of the new tokens, summed: token i is a mask when it is scored, and everything before it is known.
 
-    frozen: against the cache, in blocks of one token. Else (trained without blocks) the whole text is one block, and
-    what comes after token i is hidden too.
+    A causal model reads all in one pass. frozen: against the cache, in blocks of one token. Else (trained without blocks) the
+    whole text is one block, and what comes after token i is hidden too.
     """
     import torch
+
+    from masking import shifted
     device, mask_id = model.head.weight.device, model.cfg.mask_id
     ids = torch.tensor([[*prompt, *new]], device=device)           # (1, P + N)
+    if model.cfg.causal:
+        h = model.step(shifted(ids, mask_id), model.new_cache(1, ids.shape[1]))[0, len(prompt):]                # (N, D)
+        return -float(model.logits(h).double().log_softmax(-1).gather(1, ids[0, len(prompt):, None]).sum())
     canvas = ids.clone()
     canvas[:, len(prompt):] = mask_id
     cache, total = model.new_cache(1, ids.shape[1]) if frozen else None, 0.0
@@ -170,7 +175,7 @@ class Judges:
     def held_out(self, model, precision, block):
         if self.ngram is None:
             return None
-        from evaluate import held_out
+        from estimators import held_out
         key = precision, min(block, self.rows.shape[1])
         if key not in self.known:
             self.known[key] = held_out(model, self.rows, [key[1]], 0, 16, 1)[key[1]]["nats"]
@@ -242,6 +247,9 @@ def main(argv=None):
             print(f"precision: {precisions[wanted]} ({why}), {weights[precisions[wanted]] / 2 ** 20:.1f} MB of weights",
                   file=sys.stderr)
     why_not = sample.cannot_freeze(saved)
+    if model.cfg.causal:
+        print("notice: an autoregressive checkpoint has one mode, left to right over its cache: block_frozen", file=sys.stderr)
+        args.modes = ("block_frozen",)
     variants, skipped = {}, {}
     for chosen in settings_of:
         for mode in dict.fromkeys(args.modes):

@@ -1,46 +1,283 @@
-"""How good is a checkpoint: the bound on -log p of held-out text, in nats per token and bits per byte.
+"""How good is a checkpoint: what held-out text costs it, and what its own text is like.
 
-    python -m evaluate --ckpt checkpoints/eco_hybrid_hi --data_dir data/builtin
-    python -m evaluate --check_run checkpoints/eco_hybrid_hi          # instead: does the run work? (verdict.py)
+    python -m evaluate --ckpt checkpoints/eco_hybrid_hi                                # the run's own validation text
+    python -m evaluate --ckpt checkpoints/eco_hybrid_hi --text my.txt --chain_docs 0 --out_json e.json --out_png e.png
+    python -m evaluate --ckpt checkpoints/eco_hybrid_hi --samples 64 --judge checkpoints/ar_hi
+    python -m evaluate --check_run checkpoints/eco_hybrid_hi                           # instead: does the run work? (verdict.py)
 
-The bound is the exact-count form of masking.bound: every count of hidden tokens weighs the same, strata over rows and blocks,
-masks fixed by the seed, so that two checkpoints are scored on the same questions. It is printed for each block rule; a
-uniform guess scores ln V. bits/byte divides by the UTF-8 bytes of the raw text; compare it only within one script.
+bound       the exact-count bound on -log p in each block rule (for an autoregressive checkpoint: NLL, the exact -log p)
+chain rule  -log p of writing left to right, one token at a time; of fewer documents (--chain_docs), as it costs a forward per
+            token of a block; "its bound" is the bound of the same fewer documents
+Both in nats/token, bits/byte (UTF-8 bytes of the normalised text) and bits/char, with standard errors over documents, per
+script. estimators.py says how documents are cut. Masks are fixed by the seed and documents by the text, so two checkpoints
+answer the same questions. A uniform guess scores ln V. Compare bits/byte only within one script.
 """
+import dataclasses
 import math
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import config
 import knobs
+from knobs import UserError
+
+PROMPT = 16           # tokens of a held-out beginning, or half of a shorter document
+LEAST_WINDOWS = 8     # of a long document, before --batches spreads over others
+ROW = "{:<6} {:<11} {:<11} {:>5} {:>20} {:>20} {:>20}"
 
 
-def held_out(model, rows, blocks, seed, batch, draws):
-    """Held-out rows (R, T) -> {block: {"nats": bound per token, "se": standard error over rows, "masked_mean": plain CE}}."""
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_documents(args, data_dir, tokenizer, saved):
+    """Held-out documents as lists of ids, BOS first."""
+    import numpy as np
+
+    import documents
+    from tokenizer import normalise
+    from tokens import TokenData
+    if args.text:
+        path = Path(args.text)
+        if not path.is_file() or not documents.kind_of(path):
+            raise UserError(f"--text {path}: name a .txt or .jsonl file (also .gz, .xz)")
+        texts = [normalise(text).strip() for text in documents.read_documents(path, say)]
+        return [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts if text]
+    data = TokenData(data_dir, "val")
+    same_tokenizer(data, tokenizer, saved)
+    starts = np.flatnonzero(data.tokens == data.meta["bos_id"])
+    return [part.tolist() for part in np.split(np.asarray(data.tokens), starts)[1:]]
+
+
+def same_tokenizer(data, tokenizer, saved):
+    if data.meta["tokenizer_sha256"] != tokenizer.sha256:
+        raise UserError(f"{data.dir} was made with tokenizer {data.meta['tokenizer_sha256'][:12]}, the checkpoint's is "
+                        f"{tokenizer.sha256[:12]}: prepare the text with --tokenizer {saved.path / 'tokenizer.model'}, or give "
+                        "it as --text FILE")
+
+
+def choose(documents, length, budget, most):
+    """Documents at random (the same each time), long ones shortened to so many windows that the budget serves several."""
+    import numpy as np
+
+    from estimators import windows
+    order = np.random.default_rng(0).permutation(len(documents))[:most or None]
+    cap, chosen, used = max(LEAST_WINDOWS, budget // len(order)), {}, 0
+    for number in order.tolist():
+        cuts = windows(len(documents[number]), length)[:min(cap, budget - used)]
+        if not cuts:
+            break
+        used += len(cuts)
+        chosen[number] = documents[number][:cuts[-1][0] + cuts[-1][1]]
+    return [chosen[number] for number in sorted(chosen)]
+
+
+def measured(documents, tokenizer):
+    """What the figures are divided by: scored tokens, bytes and letters of each document, and its script."""
+    from tokenizer import script_of
+    texts = [tokenizer.decode(ids) for ids in documents]
+    return {"tokens": [len(ids) - 1 for ids in documents], "bytes": [len(t.encode()) for t in texts],
+            "chars": [len(t) for t in texts], "script": [script_of(t) for t in texts]}
+
+
+def by_script(nats, texts):
+    """{"all": figures, then each script that occurs}."""
     import torch
 
-    from masking import bound
-    result = {}
+    from estimators import figures
+    found = {}
+    for script in ("all", *dict.fromkeys(texts["script"])):
+        at = torch.tensor([script in ("all", s) for s in texts["script"]])
+        units = {unit: torch.tensor(texts[unit])[at] for unit in ("tokens", "bytes", "chars")}
+        if units["bytes"].sum():
+            found[script] = figures(nats[at], units)
+    return {"all": found.pop("all"), **dict(sorted(found.items()))}
+
+
+def with_error(value, error):
+    return f"{value:.4f} +- " + ("-" if error is None else f"{error:.4f}")
+
+
+def show(rule, estimate, found):
+    scripts = found if len(found) > 2 else {"all": found["all"]}
+    for script, r in scripts.items():
+        print(ROW.format(rule, estimate, script, r["documents"], with_error(r["nats"], r["se"]),
+                         with_error(r["bits_per_byte"], r["bits_per_byte_se"]),
+                         with_error(r["bits_per_char"], r["bits_per_char_se"])))
+
+
+def score(model, documents, tokenizer, blocks, args, length, batch):
+    """The held-out figures, printed as they come -> what --out_json holds."""
+    import estimators
+    pieces, texts = estimators.cut(documents, length, model.head.weight.device), measured(documents, tokenizer)
+    few = documents
+    if args.chain_docs:                            # the costly figures: fewer documents, of each the first window
+        few = [ids[:length] for ids in documents[::max(1, len(documents) // args.chain_docs)][:args.chain_docs]]
+    few_pieces, few_texts = estimators.cut(few, length, model.head.weight.device), measured(few, tokenizer)
+    result = {"bound": {}, "chain_rule": {}, "curve": {}, "exits": {}, "infilling": {}, "compared": {},
+              "documents": {**texts, "nats": {}}}  # so that two checkpoints can be compared document by document
+    print(ROW.format("block", "estimate", "script", "docs", "nats/token", "bits/byte", "bits/char"))
     for block in blocks:
-        parts = [bound(model, rows, block, None, seed + i, batch) for i in range(draws)]
-        per_row = torch.stack([p[0] for p in parts]).mean(0)                       # (R,)
-        error = float(per_row.std() / math.sqrt(len(per_row))) if len(per_row) > 1 else 0.0
-        result[block] = {"nats": float(per_row.mean()), "se": error,
-                         "masked_mean": sum(p[1] for p in parts) / draws}
+        nats, curve, plain = estimators.bound(model, pieces, block, args.draws, args.seed, batch)
+        found, rule = by_script(nats, texts), "T" if block >= length else str(block)
+        result["bound"][str(block)] = {**found["all"], "masked_mean": plain, "scripts": found}
+        result["curve"][str(block)], result["documents"]["nats"][str(block)] = curve, nats.tolist()
+        show(rule, "NLL" if model.cfg.causal else "bound", found)
+        if not model.cfg.causal:
+            found = by_script(estimators.chain_rule(model, few_pieces, block, batch), few_texts)
+            same = by_script(estimators.bound(model, few_pieces, block, args.draws, args.seed, batch)[0], few_texts)
+            result["chain_rule"][str(block)] = {**found["all"], "scripts": found, "bound_of_the_same": same["all"]}
+            show(rule, "chain rule", found)
+            show(rule, "its bound", {"all": same["all"]})
+    for depth in range(1, model.cfg.n_layers) if model.cfg.exits else ():
+        early, result["exits"][depth] = estimators.at_depth(model, depth), {}
+        for block in blocks:
+            nats = estimators.bound(early, pieces, block, args.draws, args.seed, batch)[0]
+            result["exits"][depth][str(block)] = found = by_script(nats, texts)["all"]
+            show("T" if block >= length else str(block), f"exit {depth}", {"all": found})
+    if not model.cfg.causal:
+        result["infilling"] = infilling(model, few_pieces, few_texts, args, batch)
+        if args.repeats > 1:
+            result["compared"] = compared(model, few_pieces, blocks, args, length, batch)
     return result
 
 
-def at_depth(model, depth):
-    """The same model, leaving behind that many layers, as far as masking.bound looks at it."""
-    return SimpleNamespace(cfg=model.cfg, head=model.head,
-                           hidden_blocks=lambda xt, x0, block, first: model.hidden_blocks(xt, x0, block, first, depth)[1])
+def infilling(model, pieces, texts, args, batch):
+    import torch
+
+    import estimators
+    result = {}
+    for rate, (right, asked) in estimators.infilling(model, pieces, args.seed, batch).items():
+        line = []
+        for script in ("all", *sorted(set(texts["script"]))):
+            at = torch.tensor([script in ("all", s) for s in texts["script"]])
+            value, error = estimators.ratio(right[at], asked[at])
+            result.setdefault(f"{rate:.2f}", {})[script] = {"right": value, "se": error, "documents": int(at.sum())}
+            line.append(f"{script} {value:.1%}" + ("" if error is None else f" +- {error:.1%}"))
+        print(f"infilling, {rate:.0%} hidden: best guess right   " + "   ".join(line))
+    return result
 
 
-def bits_per_byte(nats_per_token, meta):
-    """nats/token -> bits per byte of the raw validation text; None when the bytes were not recorded."""
-    if not meta.get("val_bytes"):
-        return None
-    return nats_per_token * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
+def compared(model, pieces, blocks, args, length, batch):
+    """The estimators side by side, on the largest and the smallest block rule."""
+    import estimators
+    result = {}
+    for block in sorted({blocks[0], blocks[-1]}, reverse=True):
+        found = result[str(block)] = estimators.compare(model, pieces, block, args.repeats, args.seed, batch)
+        exact = found.pop("exact count")
+        print(f"block {'T' if block >= length else block}, {args.repeats} passes of each estimator over "
+              f"{sum(len(p.x0) for p in pieces)} windows: exact count {with_error(exact['nats'], exact['se'])}; at equal cost")
+        for name, r in found.items():
+            print(f"    {name:<24} {with_error(r['nats'], r['se'])}   variance {r['variance'] / exact['variance']:.1f}x")
+        result[str(block)] = {"exact count": exact, **found}
+    return result
+
+
+def draw_curves(path, curves, length, name):
+    """CE by mask rate as a picture; without matplotlib a notice instead."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return say("notice: no picture, as matplotlib is not installed (pip install matplotlib)")
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for block, curve in curves.items():
+        if curve:
+            axes.plot([at for at, _ in curve], [ce for _, ce in curve], marker="o", markersize=3,
+                      label=f"block {'T' if int(block) >= length else block}")
+    axes.set(xlabel="share of the block that is hidden (up to)", ylabel="cross-entropy of hidden tokens, nats", xlim=(0, 1.02),
+             title=f"What a hidden token costs: {name}")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+    say(f"picture: {path}")
+
+
+# ---- samples ----------------------------------------------------------------------------------------------------------
+
+def ar_judge(path, device, tokenizer, longest):
+    """A checkpoint of --objective ar as a judge: f(rows, contexts) -> nats per token of the rows."""
+    import torch
+
+    import checkpoint
+    from masking import shifted
+    net, own, saved = checkpoint.load_model(path, device)
+    if not net.cfg.causal:
+        raise UserError(f"--judge {path} is no autoregressive checkpoint: train one with --model backup --objective ar")
+    if own.sha256 != tokenizer.sha256:
+        raise UserError(f"--judge {path} has another tokenizer than the checkpoint: train it on the same prepared text")
+    if (trained := saved.config["args"]["seq_len"]) < longest:
+        say(f"notice: the judge {path} was trained on {trained} positions and reads up to {longest}: its figures mean less there")
+
+    @torch.no_grad()
+    def nats(rows, contexts):
+        total = 0.0
+        for row, context in zip(rows, contexts, strict=True):
+            ids = torch.tensor([[*context, *row]], device=device)
+            h = net.hidden_blocks(shifted(ids, net.cfg.mask_id), ids, ids.shape[1])[0, len(context):]
+            z = net.logits(h).double().log_softmax(-1)
+            total -= float(z.gather(1, ids[0, len(context):, None]).sum())
+        return total / max(1, sum(map(len, rows)))
+    return nats
+
+
+def sample_quality(model, documents, tokenizer, saved, args, data_dir, device):
+    """Continue held-out beginnings; every figure of the samples beside that of the text that really followed."""
+    import numpy as np
+
+    import sample
+    from decode import generate
+    from judge import NGram, Text, quality, words
+    from tokenizer import script_of
+    from tokens import TokenData
+    train = TokenData(data_dir, "train")
+    same_tokenizer(train, tokenizer, saved)
+    judges = {"ngram": NGram(train.tokens, train.vocab_size).nats}
+    if args.judge:
+        judges["ar"] = ar_judge(args.judge, device, tokenizer, PROMPT + args.max_new_tokens)
+    known, ids = set(), np.asarray(train.tokens)
+    for part in np.split(ids, np.flatnonzero(ids == train.meta["bos_id"])[1:]):
+        known.update(words(tokenizer.decode(part.tolist())))
+    frozen, length = not sample.cannot_freeze(saved), saved.config["args"]["seq_len"]
+    s = sample.decode_settings(args, saved, "block_frozen" if frozen else "full", tokenizer.eos_id)
+    if not frozen and s.max_new_tokens > length - PROMPT:
+        say(f"notice: trained on {length} positions and without blocks, so a continuation has {length - PROMPT} tokens at most")
+        s = dataclasses.replace(s, max_new_tokens=max(1, length - PROMPT))
+    elif frozen and model.cfg.model == "backup":                                   # as sample does: its cache slides
+        s = dataclasses.replace(s, window=max(length, s.block_size))
+    usable = [documents[i] for i in np.random.default_rng(1).permutation(len(documents)) if len(documents[i]) >= 8]
+    if not usable:
+        raise UserError("--samples: no held-out document has 8 tokens; give longer text")
+    usable = [usable[i % len(usable)] for i in range(args.samples)]
+    prompts = [d[:min(PROMPT, len(d) // 2)] for d in usable]
+    made = []
+    for a in range(0, len(prompts), 16):
+        part = prompts[a:a + 16]
+        made += generate(model, part, s, [args.seed + a + i for i in range(len(part))]).full_rows
+    real = [d[len(p):len(p) + s.max_new_tokens] for d, p in zip(usable, prompts, strict=True)]
+    found = {}
+    for name, rows in (("samples", made), ("held_out", real)):
+        texts = [Text(tokenizer.decode(p), tokenizer.decode(row), p, row, row[-1:] == [tokenizer.eos_id])
+                 for p, row in zip(prompts, rows, strict=True)]
+        found[name] = quality(texts, script_of, known, judges)
+        found[f"{name}_texts"] = [[t.prompt, t.new] for t in texts]
+    how = "one token at a time" if model.cfg.causal else f"{s.mode}, {s.steps} forwards a block"
+    print(f"{len(made)} continuations of held-out beginnings ({PROMPT} tokens at most), up to {s.max_new_tokens} tokens, {how}, "
+          f"temperature {s.temperature:g}, top_k {s.top_k}, top_p {s.top_p:g}; a low NLL alone is no praise")
+    print(f"{'':26} {'samples':>9} {'real text':>10}")
+    for key, value in found["samples"].items():
+        both = ("-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in (value, found["held_out"][key]))
+        print("{:26} {:>9} {:>10}".format(NAMES.get(key, key), *both))
+    return found
+
+
+NAMES = {"ngram_nats": "NLL, n-gram judge", "ar_nats": "NLL, autoregressive judge", "unigram_entropy": "unigram entropy, nats",
+         "repeat_rate": "repeated 4-grams", "real_words": "words of the training text",
+         "script_kept": "script of the prompt kept", "ended": "ended by EOS", "mean_tokens": "tokens per text, mean",
+         "median_tokens": "tokens per text, median"}
 
 
 def main(argv=None):
@@ -48,39 +285,32 @@ def main(argv=None):
     config.announce(args, origins)
     import checkpoint
     import runtime
-    from tokens import TokenData
     runtime.start(args.threads)
     if args.check_run:
         import verdict
         return 0 if verdict.passed(verdict.check(args.check_run, args)) else 1
     device = runtime.pick_device(args.device)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device)
-    data = TokenData(args.data_dir, "val")
-    if data.meta["tokenizer_sha256"] != tokenizer.sha256:
-        raise config.UserError(f"{args.data_dir} was made with tokenizer {data.meta['tokenizer_sha256'][:12]}, the checkpoint's "
-                               f"is {tokenizer.sha256[:12]}: prepare the text with --tokenizer {saved.path / 'tokenizer.model'}")
-    length = saved.config["args"]["seq_len"]
-    batch = saved.config["args"]["batch_size"]
-    rows = data.val_windows(args.batches * batch, length).to(device)
-    blocks = sorted(set(config.block_sizes(args.blocks or saved.config["args"]["train_block_sizes"], length)), reverse=True)
-    result = held_out(model, rows, blocks, args.seed, batch, args.draws)
-    print(f"{saved.path}  step {saved.step}  {len(rows)} rows of {length} tokens, {args.draws} draws each, "
-          f"uniform guess {math.log(model.cfg.vocab_size - 1):.3f} nats", file=sys.stderr)
-    for block, r in result.items():
-        r["bits_per_byte"] = bits_per_byte(r["nats"], data.meta)
-        name = "T" if block >= length else str(block)
-        bpb = "-" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}"
-        print(f"block {name:>4}   bound {r['nats']:.4f} +- {r['se']:.4f} nats/token   {bpb} bits/byte   "
-              f"masked CE {r['masked_mean']:.4f}")
-    exits = {}
-    if model.cfg.exits:
-        for depth in range(1, model.cfg.n_layers):
-            exits[depth] = held_out(at_depth(model, depth), rows, blocks, args.seed, batch, args.draws)
-            text = "   ".join(f"{'T' if b >= length else b}: {r['nats']:.4f} +- {r['se']:.4f}" for b, r in exits[depth].items())
-            print(f"exit after layer {depth:2} of {model.cfg.n_layers}   {text} nats/token")
+    trained = saved.config["args"]
+    length, batch = trained["seq_len"], trained["batch_size"]
+    data_dir = args.data_dir or trained["data_dir"]
+    documents = [d for d in read_documents(args, data_dir, tokenizer, saved) if len(d) > 1]
+    if not documents:
+        raise UserError(f"{args.text or data_dir} holds no held-out text")
+    chosen = choose(documents, length, args.batches * batch, args.max_docs)
+    blocks = [length] if model.cfg.causal else sorted(
+        set(config.block_sizes(args.blocks or trained["train_block_sizes"], length)), reverse=True)
+    say(f"{saved.path}  step {saved.step}  {len(chosen)} of {len(documents)} documents, {sum(map(len, chosen)):,} tokens in "
+        f"windows of {length}, {args.draws} draws each, uniform guess {math.log(model.cfg.vocab_size - 1):.3f} nats")
+    result = score(model, chosen, tokenizer, blocks, args, length, batch)
+    if args.out_png:
+        draw_curves(args.out_png, result["curve"], length, f"{Path(saved.path).parent.name}, step {saved.step}")
+    if args.samples:
+        result["samples"] = sample_quality(model, documents, tokenizer, saved, args, data_dir, device)
     if args.out_json:
-        knobs.write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed, "bound": result,
-                                            "exits": exits}, fix=": name another --out_json")
+        knobs.write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed,
+                                         "objective": "ar" if model.cfg.causal else "masked", **result},
+                         fix=": name another --out_json")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,17 @@ def pick_blocks(sizes, length, seed, step):
     return block, int(torch.randint(1, block + 1, (), generator=g)) if short else block
 
 
+def whole_rows(rows, length):
+    """The draw of --objective ar: every token is a question, and no question weighs more than another."""
+    ones = torch.ones(rows, length)
+    return Draw(ones.bool(), ones, ones[:, :1], length, length)
+
+
+def shifted(x0, start):
+    """What a causal model reads so that position i answers for token i: `start` (the mask's id), then all but the last."""
+    return torch.cat((torch.full_like(x0[:, :1], start), x0[:, :-1]), dim=1)       # (B, T)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_i w_i CE(h_i W^T, y_i) and each CE, in chunks: the logits of all positions never exist at once.
 
@@ -161,11 +172,12 @@ def pick_exit(layers, seed, step):
 def denoising_loss(model, x0, draw, kind, normaliser, rows=slice(None), chunk=512, early=None, early_weight=0.0):
     """The loss of some rows of a step: x0 (R', T) are the rows `rows` of the draw.
 
-    1. hide the masked tokens  2. run the denoiser  3. keep hidden positions only  4. head + CE in chunks
-    5. weigh: "elbo" by `weight`, "masked_mean" by 1  6. divide by the step's count: tokens (elbo) or hidden tokens
+    1. hide the masked tokens (causal: shift by one instead)  2. run the denoiser  3. keep hidden positions only
+    4. head + CE in chunks  5. weigh: "elbo" by `weight`, "masked_mean" by 1
+    6. divide by the step's count: tokens (elbo) or hidden tokens
     """
     mask = draw.mask[rows].to(x0.device)
-    xt = torch.where(mask, model.cfg.mask_id, x0)
+    xt = shifted(x0, model.cfg.mask_id) if model.cfg.causal else torch.where(mask, model.cfg.mask_id, x0)
     h = model.hidden_blocks(xt, x0, draw.block, draw.first, **({"early": early} if early else {}))
     h, h_early = h if early else (h, None)                                         # (R', T, D)
     h, y = h[mask], x0[mask]                                                       # (N, D), (N,)
@@ -194,8 +206,9 @@ def bound(model, x0, block, first=None, seed=0, batch=8):
     """The exact-count bound in nats per token for rows x0 (R, T): (means per row (R,), mean CE of hidden tokens).
 
     Linear time, so every count weighs the same; stratified over rows and blocks; masks fixed by the seed.
+    Of a causal model: the exact NLL, whatever block and seed.
     """
-    d = draw(EXACT_COUNT, seed, 0, len(x0), x0.shape[1], block, first)
+    d = whole_rows(*x0.shape) if model.cfg.causal else draw(EXACT_COUNT, seed, 0, len(x0), x0.shape[1], block, first)
     sums, plain, hidden = [], 0.0, 0
     for a in range(0, len(x0), batch):
         rows = slice(a, a + batch)

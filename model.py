@@ -14,6 +14,8 @@ The denoiser protocol, which decode.py, masking.py and the tests' fake rely on:
     model(xt, cache=None)                logits(hidden(xt, cache))
     model.new_cache(batch, length)       frozen context; .length .nbytes .reset() .select(rows), maybe .beside_empty()
     model.commit(x0, cache)              freeze one finished clean block of any length
+Only if cfg.causal (--objective ar), where a hidden state is about the *next* token and the mask's row means "nothing before":
+    model.step(x, cache)                 the next tokens (B, S) join the cache -> (B, S, D), in one pass
 No loss, no shift, no knowledge of masking, no time input. Logits with the cache equal logits recomputed from clean text.
 Legend: B batch, T positions, S block, D width, V vocabulary rows.
 """
@@ -112,6 +114,18 @@ class Transformer(nn.Module):
                 x = layer.add_ff(x + layer.dropout(y))
             cache.write(i, k, v)
         cache.advance(x0.shape[1])
+
+    def step(self, x0, cache):
+        """Causal: read the next tokens (B, S), keep their keys and values -> (B, S, D), each about its successor."""
+        x = self.head(x0)                                                         # (B, S, D)
+        cache.make_room(x0.shape[1])
+        table = self.table(cache.length, x0.shape[1])
+        for i, layer in enumerate(self.layers):
+            y, k, v = layer.attn.one_block(layer.attn_norm(x), table, cache.context(i) if cache.held else None)
+            cache.write(i, k, v)
+            x = layer.add_ff(x + layer.dropout(y))
+        cache.advance(x0.shape[1])
+        return self.exits(x)
 
 
 def build_model(cfg):

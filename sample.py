@@ -19,10 +19,20 @@ import shapes
 from knobs import UserError
 
 
-def settings(args, saved, tokenizer):
+UNREAD = ("steps", "sampler", "threshold", "alg_temp", "remask", "remask_rule", "reveal", "temperature_end", "guidance_scale",
+          "block_size", "min_decode_layers")       # of an autoregressive checkpoint
+
+
+def settings(args, origins, saved, tokenizer):
     """Command line + the checkpoint's stored defaults -> decode.Settings, with a notice for what cannot be had."""
     mode = "full"
-    if args.blockwise:
+    if saved.config["model"].get("causal"):
+        unread = [name for name in ("blockwise", "frozen_context", *UNREAD) if origins[name] == "flag"]
+        if unread:
+            say(f"notice: {saved.path} was trained with --objective ar: it writes one token at a time over an exact cache, "
+                "without " + ", ".join(f"--{name}" for name in unread))
+        mode = "block_frozen"
+    elif args.blockwise:
         mode = "block_frozen" if args.frozen_context else "block"
         if args.frozen_context and (why := cannot_freeze(saved)):
             say(f"warning: {why}: --blockwise alone is used")
@@ -61,7 +71,8 @@ def decode_settings(args, saved, mode, eos_id):
 def cannot_freeze(saved):
     """Why this checkpoint's context cannot be frozen; empty if it can."""
     trained = saved.config["args"]
-    if min(config.block_sizes(trained["train_block_sizes"], trained["seq_len"])) < trained["seq_len"]:
+    blocks = config.block_sizes(trained["train_block_sizes"], trained["seq_len"])
+    if min(blocks) < trained["seq_len"] or saved.config["model"].get("causal"):
         return ""
     return (f"{saved.path} was not trained in blocks (--train_block_sizes {trained['train_block_sizes']}), "
             "so its context cannot be frozen")
@@ -178,7 +189,7 @@ def main(argv=None, pinned=None):
     precision, why = fast.pick(args.precision, device)
     fast.prepare(model, precision)
     say(f"model: {model.cfg.model}, {shapes.count_params(model.cfg):,} parameters; products in {precision} ({why})")
-    s = settings(args, saved, tokenizer)
+    s = settings(args, origins, saved, tokenizer)
     args.trained_length = saved.config["args"]["seq_len"]
     if not args.text:
         longest = max(len(tokenizer.encode(p)) for p in prompts) + 1 + args.max_new_tokens

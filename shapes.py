@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from knobs import UserError, again, checked, knob
 
+ADDED = dict(causal=False)                # a field of ModelConfig that came later -> what older checkpoints mean
 OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffusion="backup")
 
 
@@ -45,6 +46,7 @@ class ModelConfig:
     d_mem: int = again(ModelKnobs, "d_mem")
     block_size: int = again(ModelKnobs, "block_size")
     exits: bool = knob(False, "a norm behind every layer, for leaving early")
+    causal: bool = knob(False, "left to right: --objective ar")
 
     def __post_init__(self):
         object.__setattr__(self, "d_mem", self.d_mem or self.d_model // 2)
@@ -61,7 +63,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, saved):
         """Strict: every key, no other key, each of its own type."""
-        names = {f.name for f in dataclasses.fields(cls)}
+        names, saved = {f.name for f in dataclasses.fields(cls)}, ADDED | saved
         if missing := names - set(saved):
             raise UserError(f"model configuration without {', '.join(sorted(missing))}")
         return cls(**checked(cls, saved, "model configuration"))
@@ -82,6 +84,8 @@ def shape_problems(c):
         yield f"--d_model {c.d_model} / --n_heads {c.n_heads}: the head size {c.d_model // c.n_heads} must be even"
     elif c.model == "primary" and d_mem % c.n_heads:
         yield f"--d_mem {d_mem} is not divisible by --n_heads {c.n_heads}"
+    if c.causal and c.model != "backup":
+        yield "--objective ar needs --model backup: the primary's convolution and memory look both ways"
     if c.conv_kernel % 2 == 0:
         yield f"--conv_kernel {c.conv_kernel}: must be odd"
 

@@ -146,7 +146,7 @@ def train(args, origins, run_dir, source, resuming):
     import optim
     import runtime
     from decode import Settings, generate
-    from evaluate import bits_per_byte, held_out
+    from estimators import bits_per_byte, held_out
     from model import build_model
     from tokenizer import Tokenizer
     from tokens import TokenData, Windows
@@ -229,6 +229,11 @@ def train(args, origins, run_dir, source, resuming):
     def averaged():
         return ema.swap() if ema else contextlib.nullcontext()
 
+    def questions(step, block, first=None):                 # what is hidden in this step's rows; all of it is asked of ar
+        if args.causal:
+            return masking.whole_rows(rows, args.seq_len)
+        return masking.draw(args, args.seed, step, rows, args.seq_len, block, first)
+
     def gradients(x0, draw, step, micro):                   # of these rows, micro of them per forward -> their loss
         total, loss = masking.normaliser(args.loss, draw), 0.0
         early = masking.pick_exit(args.n_layers, args.seed, step) if cfg.exits and args.n_layers > 1 else None
@@ -248,7 +253,7 @@ def train(args, origins, run_dir, source, resuming):
 
     def probe(micro):                                       # one real forward and backward for each block rule
         for block in blocks:
-            draw = masking.draw(args, args.seed, 0, rows, args.seq_len, block)
+            draw = questions(0, block)
             gradients(windows.batch(position, micro).to(device), draw, 0, micro)
 
     micro = args.batch_size                                 # rows per forward that fit into memory
@@ -277,7 +282,8 @@ def train(args, origins, run_dir, source, resuming):
         log.write("eval", step=step, val_nelbo=nats, val_ci=1.96 * error, val_bpb=bpb, best=nats < best,
                   val_masked_mean=sum(r["masked_mean"] for r in score.values()) / len(score),
                   by_block={"T" if b >= args.seq_len else str(b): r["nats"] for b, r in score.items()})
-        say(f"eval {step}/{args.max_steps} | bound {nats:.4f} +- {1.96 * error:.4f} nats/token | {bpb:.4f} bits/byte | "
+        what = "NLL" if args.causal else "bound"
+        say(f"eval {step}/{args.max_steps} | {what} {nats:.4f} +- {1.96 * error:.4f} nats/token | {bpb:.4f} bits/byte | "
             + " ".join(f"{'T' if b >= args.seq_len else b}: {r['nats']:.4f}" for b, r in score.items()))
         return nats
 
@@ -344,7 +350,7 @@ def train(args, origins, run_dir, source, resuming):
             optimizer.set_lr(lr)
             torch.manual_seed(masking.step_generator(args.seed, step, "drop").initial_seed())    # dropout
             block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step)
-            draw = masking.draw(args, args.seed, step, rows, args.seq_len, block, first)
+            draw = questions(step, block, first)
             x0 = windows.batch(position, rows).to(device)                          # (rows, T)
             data_ms = 1e3 * (time.perf_counter() - started)
             work = functools.partial(gradients, x0, draw, step)

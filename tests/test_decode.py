@@ -31,7 +31,7 @@ class Fake(nn.Module):
     def __init__(self, habit="plain", vocab=V):
         super().__init__()
         self.p = nn.Parameter(torch.zeros(1))
-        self.cfg = SimpleNamespace(mask_id=vocab, pad_id=0, vocab_size=vocab, n_layers=4)
+        self.cfg = SimpleNamespace(mask_id=vocab, pad_id=0, vocab_size=vocab, n_layers=4, causal=False)
         self.habit, self.vocab = habit, vocab
         self.hidden_calls, self.head_rows, self.commits, self.depths = 0, [], [], []
 

@@ -30,7 +30,7 @@ class Uniform(nn.Module):
 
     def __init__(self, vocab):
         super().__init__()
-        self.cfg = SimpleNamespace(mask_id=vocab, pad_id=0)
+        self.cfg = SimpleNamespace(mask_id=vocab, pad_id=0, causal=False)
         self.head = SimpleNamespace(weight=torch.zeros(vocab + 1, 4), never=(0, vocab))
 
     def hidden_blocks(self, xt, x0, block, first=None):

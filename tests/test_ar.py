@@ -1,0 +1,177 @@
+"""The control arm, --objective ar: causal, exact, the same cache, trainer, resume and commands as the diffusion models."""
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from test_sample import call
+from test_train import curve, fresh, weights
+from test_train import text  # noqa: F401  (a fixture)
+
+import checkpoint
+import config
+import decode
+import edge_benchmark
+import masking
+import sample
+import shapes
+import train
+from decode import Settings, generate
+from model import build_model
+from optim import make_optimizer
+
+V = 23
+AR = ("--model", "backup", "--objective", "ar")
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    shape = {**dict(d_model=32, n_layers=2, n_heads=2, d_ff=48), **changes}
+    return build_model(shapes.ModelConfig(model="backup", vocab_size=V, causal=True, **shape)).eval()
+
+
+def some(rows, length):
+    return torch.randint(4, V, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def whole(net, x0):
+    """Logits (B, T, V + 1) of every token, in one pass without a cache."""
+    read = masking.shifted(x0, V)
+    return net.logits(net.hidden_blocks(read, read, x0.shape[1]))
+
+
+@torch.no_grad()
+def test_a_later_token_changes_no_earlier_answer():
+    net, x = tiny(), some(1, 12)
+    before = whole(net, x)
+    for i in range(12):
+        y = x.clone()
+        y[0, i] = 4 + (y[0, i] - 3) % (V - 4)
+        after = whole(net, y)
+        assert torch.equal(before[0, :i + 1, 4:V], after[0, :i + 1, 4:V]), "token i was seen before or at its own place"
+        assert i == 11 or not torch.equal(before[0, i + 1], after[0, i + 1]), "token i was never seen"
+
+
+@torch.no_grad()
+def test_nll_by_hand():
+    """Each token from a sequence that ends before it, softmax written out, over all pieces but the mask and the pad."""
+    net, x = tiny(), some(2, 7)
+    by_hand = torch.zeros(2)
+    for row in range(2):
+        for i in range(7):
+            ids = torch.tensor([[V, *x[row, :i].tolist()]])
+            h = net.hidden_blocks(ids, ids, 99)[0, -1]
+            z = [float(h @ net.head.weight[v]) for v in range(V) if v != 0]
+            by_hand[row] += math.log(sum(map(math.exp, z))) - z[int(x[row, i]) - 1]
+    found, mean = masking.bound(net, x, 3)
+    torch.testing.assert_close(found, by_hand / 7, atol=1e-5, rtol=1e-5)
+    assert mean == pytest.approx(float(by_hand.sum()) / 14, rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [[1] * 17, [17], [5, 1, 6, 5], [1, 16]])
+def test_cached_equals_uncached(cuts):
+    net, x = tiny(), some(3, 17)
+    cache, read = net.new_cache(3, 17), masking.shifted(x, V)
+    parts = [net.logits(net.step(part, cache)) for part in read.split(cuts, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole(net, x), atol=1e-5, rtol=0)
+    assert cache.length == 17 and cache.nbytes == 2 * 2 * 3 * 17 * 32 * 4
+
+
+@torch.no_grad()
+def test_decoding_is_the_greedy_path_and_one_forward_per_token():
+    net, prompt = tiny(), some(1, 5)[0].tolist()
+    out = generate(net, prompt, Settings(max_new_tokens=9, steps=3, mode="full", temperature=0.0), [1, 2])
+    ids = list(prompt)
+    for _ in range(9):
+        ids.append(int(whole(net, torch.tensor([[*ids, 4]]))[0, -1].argmax()))
+    assert out.rows == [ids[5:]] * 2 and out.forwards == 9 and out.row_forwards == [9, 9]
+    one, two = (generate(net, prompt, Settings(max_new_tokens=9, steps=1, top_p=0.9), seeds).rows for seeds in ([3], [7, 3]))
+    assert one[0] == two[1], "a row depends on its batch"
+    slid = generate(net, prompt * 4, Settings(max_new_tokens=30, steps=1, window=8), [1])
+    assert len(slid.rows[0]) == 30 and slid.cache_bytes == 2 * 2 * 8 * 32 * 4, "the cache slides when the text outgrows it"
+    with pytest.raises(config.UserError, match="--objective masked"):
+        decode.infill(net, [2, 5, V, 6], Settings(max_new_tokens=1, steps=1), [1])
+
+
+def test_training_reaches_the_entropy_of_its_source():
+    """A chain of four equally likely successors has ln 4 nats per token; within 0.03 of it, and never below it."""
+    net = tiny(n_layers=1).train()
+    g = torch.Generator().manual_seed(0)
+
+    def source(rows, length):
+        x = torch.empty(rows, length, dtype=torch.long)
+        x[:, 0] = torch.randint(4, 20, (rows,), generator=g)
+        for i in range(1, length):
+            x[:, i] = 4 + (x[:, i - 1] * 7 + torch.randint(4, (rows,), generator=g)) % 16
+        return x
+    args = config.TrainArgs(lr=1e-2, optimizer="adamw", weight_decay=0.0)
+    optimizer = make_optimizer(net, args)
+    for step in range(150):
+        optimizer.set_lr(2e-2 * (1 - step / 150))
+        masking.denoising_loss(net, source(16, 24), masking.whole_rows(16, 24), "elbo", 16 * 24).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held, _ = masking.bound(net.eval(), source(200, 24), 24)
+    entropy = (math.log(16) + 23 * math.log(4)) / 24                               # the first token is uniform over 16
+    assert -0.01 < float(held.mean()) - entropy < 0.03
+
+
+def test_every_parameter_learns_and_the_mean_is_over_all_tokens():
+    net = tiny().train()
+    out = masking.denoising_loss(net, some(3, 9), masking.whole_rows(3, 9), "masked_mean", 27)
+    out.loss.backward()
+    assert float(out.loss.detach()) == pytest.approx(float(out.nll.mean()), rel=1e-5) and out.hidden.all()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("ar") / "run"
+    assert fresh(text, folder, *AR, "--max_steps", 14, "--save_interval", 5, "--eval_interval", 7, "--keep_full", 9) == 0
+    return folder
+
+
+def test_resume_and_its_rules(text, run, tmp_path, capsys):  # noqa: F811
+    half = tmp_path / "half"
+    shutil.copytree(run / "step_000005", half / "step_000005")
+    assert call(train.main, "--resume", half, "--objective", "masked") == 2
+    assert "--objective masked (flag), but the checkpoint has ar" in capsys.readouterr().err
+    assert call(train.main, "--resume", half, "--threads", 1, "--no_show_samples", "--live", "off") == 0
+    assert weights(run / "step_000014") == weights(half / "step_000014")
+    assert curve(half) == {step: line for step, line in curve(run).items() if step > 5}
+    assert all(line[1] == 1 and line[4] == 16 for line in curve(run).values()), "every token is a question, the row one block"
+    assert fresh(text, tmp_path / "p", "--objective", "ar") == 2 and "--model backup" in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_the_knob_is_masked():
+    saved = {"args": config.to_dict(config.TrainArgs(model="backup"))}
+    del saved["args"]["objective"]
+    args, origins = config.parse(config.TrainArgs, ["--model", "backup"], "train")
+    assert config.resume_check(saved, args, origins)[0].objective == "masked"
+
+
+def test_the_commands_know_it(run, tmp_path, capsys):
+    words = ("--prompt", "ek din", "--max_new_tokens", 11, "--ignore_eos", "--json", "--threads", 1)
+    assert call(sample.main, run, *words, "--temperature", 0, "--steps", 3, "--blockwise", "--frozen_context") == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert record["text"].startswith("ek din") and record["new_tokens"] == record["forwards"] == 11
+    assert record["cache_bytes"] > 0 and "--objective ar" in err and "--steps" in err
+    assert call(sample.main, run, *words, "--num_samples", 2) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert call(sample.main, run, "--text", "ek ____ din") == 2 and "cannot" not in capsys.readouterr().out
+    assert call(edge_benchmark.main, run, "--out_json", tmp_path / "b.json", "--max_new_tokens", 6, "--runs_per_prompt", 1,
+                "--prompt", "ek", "--threads", 1) == 0
+    found = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))["results"]
+    assert list(found) == ["block_frozen"] and 0 < found["block_frozen"]["nll_per_token"] < 20
+
+
+@torch.no_grad()
+def test_the_benchmarks_nll_is_the_models(run):
+    net, _, _ = checkpoint.load_model(run, torch.device("cpu"))
+    x = some(1, 12)
+    z = net.logits(net.hidden_blocks(masking.shifted(x, net.cfg.mask_id), x, 12)).log_softmax(-1)
+    by_hand = -float(z[0, 5:].gather(1, x[0, 5:, None]).sum())
+    assert edge_benchmark.nll(net, x[0, :5].tolist(), x[0, 5:].tolist(), True) == pytest.approx(by_hand, rel=1e-4)

@@ -1,0 +1,280 @@
+"""Numbers one can trust: each estimator against enumeration by hand, errors over documents, the command as a user runs it."""
+import itertools
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sample import RUNS, call, here  # noqa: F401  (a fixture)
+
+import checkpoint
+import estimators
+import evaluate
+import judge
+import shapes
+import train
+from estimators import cut, ratio, windows
+from model import build_model
+from tokenizer import script_of
+
+V, T = 9, 6
+TEXT = torch.tensor([2, 5, 7, 4, 8, 5])
+
+
+def tiny(kind, scale=40):
+    """Far from uniform, so that the bound depends on which tokens are hidden."""
+    torch.manual_seed(0)
+    net = build_model(shapes.ModelConfig(model=kind, vocab_size=V, d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=3,
+                                         conv_kernel=3))
+    with torch.no_grad():
+        net.head.weight *= scale
+    return net.eval()
+
+
+def frozen(net, x, upto, block):
+    """The exact cache of x[:upto], committed as it was finished: BOS, then block by block."""
+    cache = net.new_cache(1, T)
+    for a in [0, *range(1, upto, block)]:
+        net.commit(x[None, a:min(upto, max(1, a + (block if a else 1)))], cache)
+    return cache
+
+
+@torch.no_grad()
+def by_enumeration(net, x, given_tokens, block):
+    """sum over k of the mean over all subsets of size k of their mean CE, block by block; BOS (or more) is given."""
+    total = 0.0
+    starts = [given_tokens] if block >= T else range(given_tokens, T, block)
+    for a in starts:
+        scored = range(a, T if block >= T else min(T, a + block))
+        clean = 0 if block >= T else a
+        for k in range(1, len(scored) + 1):
+            subsets = list(itertools.combinations(scored, k))
+            means = []
+            for hidden in subsets:
+                if clean:                      # the block alone, against the exact cache
+                    xt = x[a:scored[-1] + 1].clone()
+                    xt[[i - a for i in hidden]] = V
+                    z = net.logits(net.hidden(xt[None], frozen(net, x, a, block)))[0].log_softmax(-1)
+                    means.append(sum(-float(z[i - a, x[i]]) for i in hidden) / k)
+                else:
+                    xt = x.clone()
+                    xt[list(hidden)] = V
+                    z = net.logits(net.hidden(xt[None]))[0].log_softmax(-1)
+                    means.append(sum(-float(z[i, x[i]]) for i in hidden) / k)
+            total += sum(means) / len(means)
+    return total
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+@pytest.mark.parametrize("block", [T, 2])
+def test_every_estimator_has_the_mean_that_enumeration_gives(kind, block):
+    """T = 6, all masks by hand; the estimators see the text 1,000 times. Tolerance: 4.5 of their own standard errors."""
+    net, copies = tiny(kind), 1000
+    exact = by_enumeration(net, TEXT, 1, block)
+    pieces = [estimators.Piece(TEXT.expand(copies, T), 1, torch.arange(copies))]
+    nats, curve, _ = estimators.bound(net, pieces, block, draws=1, batch=copies)
+    assert abs(float(nats.mean()) - exact) < 4.5 * float(nats.std()) / math.sqrt(copies)
+    assert abs(float(nats.mean()) - exact) < 0.03 * exact
+    if block == T:                                                                 # 5 counts, each in a bin of its own
+        assert sum(ce for _, ce in curve) == pytest.approx(exact, rel=0.03) and len(curve) == 5
+    for name, r in estimators.compare(net, pieces, block, 8, batch=copies).items():
+        found, error = r["nats"] * (T - 1), max(r["se"] * (T - 1), 1e-3)
+        assert abs(found - exact) < 4.5 * error and abs(found - exact) < 0.1 * exact, (name, found, exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+@pytest.mark.parametrize("block", [T, 2, 1])
+def test_chain_rule_by_hand(kind, block):
+    """A real probability of the text: token by token, with what follows inside the block hidden and later blocks absent."""
+    net, total = tiny(kind), 0.0
+    for i in range(1, T):
+        a, b = (0, T) if block == T else (1 + (i - 1) // block * block, min(T, 1 + (i - 1) // block * block + block))
+        xt = TEXT[a:b].clone()
+        xt[i - a:] = V
+        z = net.logits(net.hidden(xt[None], frozen(net, TEXT, a, block) if a else None))[0].log_softmax(-1)
+        total -= float(z[i - a, TEXT[i]])
+    found = estimators.chain_rule(net, cut([TEXT.tolist()], T), block)
+    assert float(found[0]) == pytest.approx(total, rel=1e-5)
+    if block == 1:                                                                 # one token: nothing is left to average over
+        assert float(estimators.bound(net, cut([TEXT.tolist()], T), 1, 1)[0][0]) == pytest.approx(total, rel=1e-5)
+
+
+@given(st.integers(2, 70), st.integers(2, 20))
+@settings(max_examples=100, deadline=None)
+def test_windows_score_every_token_once(tokens, length):
+    scored = []
+    for start, size, known in windows(tokens, length):
+        assert size == min(length, tokens) and 0 <= known < size and start + size <= tokens
+        scored += range(start + known, start + size)
+    assert scored == list(range(1, tokens))
+
+
+@pytest.mark.parametrize("block", [4, 8, 99])
+def test_a_long_document_is_scored_whole_and_given_tokens_are_never_hidden(block):
+    """A uniform guess costs ln V at each scored token, whatever the cut; so masks, weights and windows are right together."""
+    net = SimpleNamespace(cfg=SimpleNamespace(mask_id=V, pad_id=0, causal=False),
+                          head=SimpleNamespace(weight=torch.zeros(V + 1, 4), never=(0, V)))
+    net.hidden_blocks = lambda xt, *_: torch.zeros(*xt.shape, 4)
+    documents = [[2] + [5] * (n - 1) for n in (3, 8, 20, 17, 24)]
+    pieces = cut(documents, 8)
+    expected = torch.tensor([math.log(V - 1) * (len(d) - 1) for d in documents], dtype=torch.float64)
+    nats, curve, plain = estimators.bound(net, pieces, block, draws=3)
+    torch.testing.assert_close(nats, expected, rtol=1e-5, atol=0)
+    assert all(ce == pytest.approx(math.log(V - 1), rel=1e-5) for _, ce in curve) and plain == pytest.approx(math.log(V - 1))
+    torch.testing.assert_close(estimators.chain_rule(net, pieces, block), expected, rtol=1e-5, atol=0)
+    layouts = [estimators.lay_out(p, block) for p in pieces]
+    for masks in (estimators.exact_counts(pieces, layouts, torch.Generator()),
+                  estimators.independent(pieces, layouts, torch.Generator(), "linear")):
+        assert all(mask.shape == p.x0.shape and not mask[:, :p.given].any() for p, (mask, *_) in zip(pieces, masks, strict=True))
+    assert {p.given for p in pieces} == {0, 1, 4, 7}
+    assert estimators.scored_tokens(pieces) == sum(map(len, documents)) - len(documents)
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_strata_beat_independent_times(kind):
+    """At equal forwards, at least 5 times less variance than t iid; the means agree within their errors."""
+    net = tiny(kind, scale=8)
+    rows = torch.randint(4, V, (48, 16), generator=torch.Generator().manual_seed(1))
+    rows[:, 0] = 2
+    found = estimators.compare(net, cut(rows.tolist(), 16), 16, 40, batch=48)
+    exact = found["exact count"]
+    for name in ("linear, t iid", "cosine, t iid"):
+        assert found[name]["variance"] > 5 * exact["variance"], found
+        assert abs(found[name]["nats"] - exact["nats"]) < 4.5 * (found[name]["se"] + exact["se"])
+
+
+def test_strata_pay_where_the_cost_depends_on_the_count():
+    """A denoiser that is the surer the more it sees: counts that cover the range leave little to chance."""
+    weight = torch.eye(V + 1, 12)
+    net = SimpleNamespace(cfg=SimpleNamespace(mask_id=V, causal=False), head=SimpleNamespace(weight=weight, never=(0, V)))
+    net.hidden_blocks = lambda xt, x0, *_: 8 * (xt != V).float().mean(1)[:, None, None] * weight[x0]
+    pieces = cut([[2] + [5, 7, 6, 4] * 4] * 64, 17)
+    found = estimators.compare(net, pieces, 17, 40, batch=64)
+    assert found["exact count, count iid"]["variance"] > 100 * found["exact count"]["variance"]
+    nats = torch.stack([estimators.bound(net, pieces[:1], 17, draws, seed)[0][:8] for draws in (1, 8) for seed in range(30)])
+    assert nats[:30].std(0).mean() > 6 * nats[30:].std(0).mean(), "the draws of one window are strata too"
+
+
+def test_errors_are_over_documents():
+    """The error of a ratio, against the spread of many drawn sets of documents; one document has no error."""
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 200, (3000,), generator=g).double()
+    nats = tokens * (3 + 0.5 * torch.randn(3000, generator=g).double())
+    many = [ratio(nats[i:i + 30], tokens[i:i + 30]) for i in range(0, 3000, 30)]
+    spread = torch.tensor([r for r, _ in many]).std()
+    assert float(torch.tensor([e for _, e in many]).mean()) == pytest.approx(float(spread), rel=0.25)
+    assert ratio(nats[:1], tokens[:1])[1] is None
+    found = estimators.figures(torch.tensor([10.0, 20.0]), {"tokens": [5, 5], "bytes": [20, 40], "chars": [10, 10]})
+    assert found["nats"] == 3 and found["se"] == pytest.approx(1) and found["tokens"] == 10
+    assert found["bits_per_byte"] == pytest.approx(30 / 60 / math.log(2))
+    assert found["bits_per_char"] == pytest.approx(30 / 20 / math.log(2))
+
+
+def test_infilling_counts_right_guesses():
+    """A denoiser that knows every token but 7: right everywhere else, and as many hidden as asked for."""
+    weight = torch.eye(V + 1)
+    net = SimpleNamespace(cfg=SimpleNamespace(mask_id=V, causal=False), head=SimpleNamespace(logits=lambda h: h @ weight.T))
+    net.hidden_blocks = lambda xt, x0, block, first: torch.nn.functional.one_hot(torch.where(x0 == 7, 6, x0), V + 1).float()
+    found = estimators.infilling(net, cut([[2] + [5] * 20, [2] + [7] * 20], 21))
+    for rate, (right, asked) in found.items():
+        assert asked.tolist() == [round(20 * rate)] * 2 and right.tolist() == [asked[0], 0]
+
+
+# ---- judge ------------------------------------------------------------------------------------------------------------
+
+def text(prompt, new, row, ended=True):
+    return judge.Text(prompt, new, [2], row, ended)
+
+
+def test_words_and_their_edges():
+    assert judge.words("मैं, घर-वापस \"गया\" था। Kya?  123 — 'haan'...") == ["मैं", "घर-वापस", "गया", "था", "kya", "haan"]
+    assert text("ek din ma", "in ghar gay", [], ended=False).new_words() == ["ghar"], "begun before, and cut off"
+    assert text("ek din", " main ghar", []).new_words() == ["main", "ghar"]
+
+
+def test_quality_by_hand():
+    known = {"ek", "do", "teen"}
+    found = judge.quality([text("ek", " do xyz", [5, 6, 6, 3]), text("ek", " मैं", [5, 7], ended=False)], script_of, known,
+                          {"ngram": lambda rows, contexts: 1.5})
+    assert found["ngram_nats"] == 1.5 and found["distinct_1"] == 4 / 6 and found["ended"] == 0.5 and found["script_kept"] == 0.5
+    assert found["real_words"] == 0.5, "do is known, xyz is not, and the last word of a cut text does not count"
+    p = [2 / 6, 2 / 6, 1 / 6, 1 / 6]
+    assert found["unigram_entropy"] == pytest.approx(-sum(q * math.log(q) for q in p)) and found["mean_tokens"] == 3
+
+
+def test_a_loop_that_pleases_the_judge_is_caught():
+    ids = [3 + i % 4 for i in range(400)]
+    ngram = judge.NGram(ids, 20)
+    loop, honest = [3, 4, 5, 6] * 10, [3, 4, 5, 6, 9, 8, 12, 7, 11, 10]
+    found = [judge.quality([text("ek", "do", row)], script_of, set(), {"ngram": ngram.nats}) for row in (loop, honest)]
+    assert found[0]["ngram_nats"] < found[1]["ngram_nats"]
+    assert found[0]["repeat_rate"] > 0.8 > found[1]["repeat_rate"] and found[0]["unigram_entropy"] < found[1]["unigram_entropy"]
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def control(trained):
+    """An autoregressive run beside the two diffusion runs, on the same text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained)
+        assert call(train.main, "--model", "backup", "--objective", "ar", *TINY, "--max_steps", 12, "--eval_interval", 0,
+                    "--no_show_samples") == 0
+    return "checkpoints/ar_hi"
+
+
+def test_the_whole_report(here, control, capsys, tmp_path):  # noqa: F811
+    out = tmp_path / "e.json"
+    assert call(evaluate.main, RUNS["primary"], "--max_docs", 12, "--draws", 2, "--chain_docs", 4, "--repeats", 2,
+                "--out_json", out, "--out_png", tmp_path / "e.png", "--samples", 3, "--judge", control, "--max_new_tokens", 12,
+                "--threads", 1) == 0
+    printed, found = capsys.readouterr().out, json.loads(out.read_text(encoding="utf-8"))
+    assert (tmp_path / "e.png").read_bytes()[:4] == b"\x89PNG"
+    assert set(found["bound"]) == set(found["chain_rule"]) == set(found["compared"]) == {"32", "8"}
+    for block, r in found["bound"].items():
+        scripts = r["scripts"]
+        each = found["documents"]
+        assert sum(each["nats"][block]) == pytest.approx(r["nats"] * sum(each["tokens"])) and len(each["script"]) == 12
+        assert r["documents"] == 12 and r["nats"] == scripts["all"]["nats"] and len(scripts) > 2
+        assert sum(s["documents"] for s in scripts.values()) == 24 and r["bits_per_byte_se"] > 0
+        assert r["nats"] * r["tokens"] == pytest.approx(sum(s["nats"] * s["tokens"] for n, s in scripts.items() if n != "all"))
+        assert len(found["curve"][block]) >= 5 and found["chain_rule"][block]["documents"] == 4
+    assert set(found["infilling"]) == {"0.15", "0.50", "0.85"}
+    figures = set(found["samples"]["samples"])
+    assert figures == set(found["samples"]["held_out"]) and {
+        "ngram_nats", "ar_nats", "unigram_entropy", "distinct_1", "distinct_2", "distinct_3", "repeat_rate", "real_words",
+        "script_kept", "ended", "mean_tokens"} <= figures, "never one without the others"
+    assert found["samples"]["held_out"]["real_words"] > 0.5 and len(found["samples"]["samples_texts"]) == 3
+    assert len(re.findall(r"^(?:T|8) +(?:bound|chain rule|its bound) +all", printed, re.M)) == 6
+
+
+def test_the_control_arm_prints_its_exact_nll(here, control, capsys, tmp_path):  # noqa: F811
+    lines = tmp_path / "t.txt"
+    lines.write_text("मैं घर गया।\n\nmain ghar gaya tha aur wahan bahut log the\n", encoding="utf-8")
+    assert call(evaluate.main, control, "--text", lines, "--out_json", tmp_path / "e.json", "--threads", 1) == 0
+    found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    assert found["objective"] == "ar" and "NLL" in capsys.readouterr().out
+    net, tokenizer, _ = checkpoint.load_model(control, torch.device("cpu"))
+    total = 0.0
+    for line in lines.read_text(encoding="utf-8").split("\n\n"):
+        ids = [tokenizer.bos_id, *tokenizer.encode(line.strip()), tokenizer.eos_id]
+        read = torch.tensor([[net.cfg.mask_id, *ids[:-1]]])
+        with torch.no_grad():
+            logp = net.logits(net.hidden_blocks(read, read, len(ids))).log_softmax(-1)[0]
+        total -= sum(float(logp[i, token]) for i, token in enumerate(ids) if i)
+    r = found["bound"]["32"]
+    assert r["nats"] * r["tokens"] == pytest.approx(total, rel=1e-4)
+    size = len(lines.read_text(encoding="utf-8").replace("\n", "").encode())
+    assert r["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-4)
+
+
+def test_slips_of_evaluate(here, control, capsys, tmp_path):  # noqa: F811
+    for words, said in ((("--judge", control), "--samples 64"), (("--text", "nowhere.txt"), "--text nowhere.txt"),
+                        (("--samples", 1, "--judge", RUNS["backup"], "--max_docs", 1, "--chain_docs", 1), "--objective ar")):
+        assert call(evaluate.main, RUNS["primary"], *words) == 2 and said in capsys.readouterr().err
