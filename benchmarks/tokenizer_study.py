@@ -68,9 +68,10 @@ def main(argv=None):
                         share_of_sentencepiece=taken["sentencepiece"] / taken["ours"],
                         scripts={name: tok.measure(part) for name, part in held_out.items()})
             rows.append(row)
-            print(f"{kind:8}{vocab:8,}{row['train_s']:9.1f}{row['mb_per_s']:7.2f}{row['share_of_sentencepiece']:7.0%}  " + "   ".join(
-                f"{c['tokens_per_word']:.2f} {c['bytes_per_token']:.2f} {100 * c['clusters_cut']:.1f}" for c in row["scripts"].values()),
-                flush=True)
+            costs = (f"{c['tokens_per_word']:.2f} {c['bytes_per_token']:.2f} {100 * c['clusters_cut']:.1f}"
+                     for c in row["scripts"].values())
+            print(f"{kind:8}{vocab:8,}{row['train_s']:9.1f}{row['mb_per_s']:7.2f}{row['share_of_sentencepiece']:7.0%}  "
+                  + "   ".join(costs), flush=True)
     print(json.dumps({"training_mb": size, "rows": rows}))
 
 
