@@ -236,16 +236,18 @@ def members(word):
 
 # ----------------------------------------------------------------------------------------------------- sounds to spelling
 LONG = {"A": ("a", "aa"), "I": ("i", "ee"), "U": ("u", "oo")}
-# habit -> its spellings, the commonest first; a typist draws one of them. A, I, U + place: 1 is aa, ee, oo
+EVERYWHERE = ("start", "mono", "last", "first", "mid")                   # all places of a long vowel but the end of a word
+SHORT, USUAL, MORE, MOST = (                                             # where a typist doubles the vowel
+    {"A": ("start",), "I": (), "U": ()}, {"A": ("start", "mono"), "I": ("mono",), "U": ("mono",)},
+    {"A": ("start", "mono", "last"), "I": ("mono", "last"), "U": ("mono", "last", "first")}, dict.fromkeys("AIU", EVERYWHERE))
+# habit -> its spellings, the commonest first and each as often as it is common; a typist draws one of them
 HABITS = {
     "v": ("v", "v", "w"), "Cv": ("v", "w"), "P": ("f", "f", "ph"), "z": ("z", "z", "j"), "q": ("k", "k", "q"), "X": ("kh",),
     "G": ("g", "g", "gh"), "D": ("d", "d", "d", "r"), "Dh": ("dh", "dh", "dh", "rh"), "N": ("n",), "chh": ("chh", "chh", "ch"),
     "sh": ("sh", "sh", "sh", "sh", "sh", "s"), "ksh": ("ksh", "ksh", "ksh", "ksh", "x"), "chchh": ("cch", "chh", "chchh"),
     "chch": ("cch", "chch", "ch"), "double": (1, 1, 1, 0), "ri": ("ri",), "glide": ("y", "y", ""), "eh": ("e", "a"),
     "en": ("en", "ein", "en", "e"), "no_n": ("I", "I", "", "AIUo"),
-    "Astart": (1, 1, 1, 0), "Amono": (1, 1, 0), "Alast": (0, 0, 1), "Afirst": (0, 0, 0, 1), "Amid": (0, 0, 0, 0, 1), "Aend": (0,),
-    "Istart": (0, 1), "Imono": (1, 0), "Ilast": (0, 1), "Ifirst": (0, 0, 1), "Imid": (0, 0, 0, 1), "Iend": (0, 0, 0, 0, 0, 1),
-    "Ustart": (0, 1), "Umono": (1, 0), "Ulast": (0, 1), "Ufirst": (0, 1), "Umid": (0, 0, 1), "Uend": (0, 0, 0, 1)}
+    "long": (USUAL, USUAL, USUAL, SHORT, MORE, MOST, USUAL | {"A": EVERYWHERE}, MOST | {"A": ("start", "mono")})}
 
 
 def consonants(onset, habit):
@@ -281,7 +283,7 @@ def spell(syllables, habit):
             simple = i + 2 == n and len(onset) == len(after[0]) == 1 and not tail        # kaam; but gyan, kand
             place = ("end" if after is None else "start" if i == 0 and not onset else "mono" if len(voiced) == 1 and simple
                      else "last" if i == voiced[-1] else "first" if i == 0 else "mid")
-            letters = LONG[vowel][habit[vowel + place]]
+            letters = LONG[vowel][place in habit["long"][vowel]]
         else:
             letters = {"_": "", "E": "ai", "O": "au", "R": habit["ri"]}.get(vowel, vowel)
         if vowel == "a" and after and after[:2] == [["h"], "_"]:         # pehla, mehnat

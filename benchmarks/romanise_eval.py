@@ -66,6 +66,18 @@ def judge(say, pairs):
             "error": 100 * n["far"] / n["far_letters"], "error_nearest": 100 * n["near"] / n["near_letters"]}
 
 
+def people(pairs):
+    """The same scores for the people themselves, each against all others who wrote that word: what can be hoped for."""
+    n = Counter()
+    for spellings in pairs.values():
+        for spelling, count in spellings.items():
+            others = Counter(spellings) - Counter([spelling])
+            if others:
+                top = others[spelling] == max(others.values())
+                n.update({"all": count, "top1": count * top, "any": count * (spelling in others)})
+    return {score: 100 * n[score] / n["all"] for score in ("top1", "any")} if n else None
+
+
 def romanisers():
     yield "no schwa rules", lambda word: romanise.spell(romanise.units(word), romanise.COMMON)
     yield "rules, no word lists", lambda word: romanise.rules(word, romanise.COMMON)
@@ -100,6 +112,9 @@ def main(argv=None):
     for name, say in romanisers():
         scores = result[name] = judge(say, pairs)
         print(f"{name:32}" + "".join(f"{scores[c]:15.1f}" for c in columns))
+    if scores := people(pairs):
+        result["people"] = scores
+        print(f"{'one person, against the others':32}{scores['top1']:15.1f}{scores['any']:15.1f}")
     typists = [romanise.Romaniser(style) for style in range(max(STYLES))]
     given = {word: [typist.word(word) for typist in typists] for word in pairs}
     for k in STYLES:

@@ -176,6 +176,8 @@ def test_the_judge_by_hand(tmp_path):
     assert scores["top1"] == pytest.approx(100 / 3) and scores["any"] == pytest.approx(200 / 3)
     assert scores["error"] == pytest.approx(100 * (1 + 2) / (4 + 3 + 4))
     assert scores["error_nearest"] == pytest.approx(100 * 2 / (3 + 3 + 4))
+    # of घर four people: three ghar (the rest agree), one ghr (nobody else); of माल two agree; कमल has one
+    assert romanise_eval.people(pairs) == {"top1": pytest.approx(500 / 6), "any": pytest.approx(500 / 6)}
     assert [romanise_eval.distance(a, b) for a, b in (("", "abc"), ("kitab", "kitaab"), ("abc", "cba"))] == [3, 1, 2]
     with pytest.raises(romanise.knobs.UserError, match="bad.tsv:1"):
         (tmp_path / "bad.tsv").write_text("घर ghar\n", encoding="utf-8")
