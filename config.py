@@ -133,6 +133,7 @@ class OptimKnobs:
     compile: bool = knob(False, "torch.compile the training step")
     compile_mode: str = knob("default", "for torch.compile", choices=("default", "reduce-overhead", "max-autotune"),
                              rare=True)
+    fsdp: bool = knob(False, "cut weights and optimizer up over torchrun's processes", "ignore", rare=True)
 
 
 @dataclass
@@ -197,6 +198,10 @@ class TrainArgs(CommonKnobs, ResumeKnobs, RunKnobs, OptimKnobs, MaskKnobs, Model
             yield f"--min_mask_rate {self.min_mask_rate:g} must be below --max_mask_rate {self.max_mask_rate:g}"
         if self.amp_dtype == "fp16" and self.device in ("cpu", "mps"):
             yield f"--amp_dtype fp16 works only on CUDA, not with --device {self.device}"
+        if self.fsdp and self.compile:
+            yield "--fsdp and --compile: give only one of them"
+        if self.fsdp and self.optimizer == "muon":
+            yield "--optimizer muon needs whole matrices, which --fsdp cuts up: use --optimizer adamw, or leave --fsdp out"
         if self.run_name and not re.fullmatch(r"\w[^/\\\0]*", self.run_name):
             yield f"--run_name {self.run_name}: must be a plain folder name (a path goes to --output_dir)"
         for pair in (("preset", "edge_profile"), ("output_dir", "run_name"), ("resume", "resume_latest")):
@@ -424,7 +429,7 @@ def announce(args, origins, vocab_size=None):
     raise SystemExit(0)
 
 
-ADDED = {}  # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
+ADDED = {"fsdp": False}  # a knob that came later -> the value that older checkpoints mean, never today's default by itself
 
 
 def resume_check(saved, args, origins):

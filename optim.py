@@ -144,7 +144,8 @@ make_optimizer = Optimizers  # (model, args); of args it reads optimizer, lr, we
 
 def clip_grad_norm(model, max_norm):
     """The gradient norm before clipping, as a tensor; max_norm 0 only measures."""
-    return nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm     # of sharded gradients it is a sharded sum
 
 
 def lr_at(step, max_steps, lr, warmup, schedule, min_ratio):

@@ -3,12 +3,14 @@
     python -m train --preset starter                     # the built-in corpus, minutes on a laptop, ends with samples
     python -m train --data_dir data/processed            # your own text, after python -m prepare
     python -m train --resume checkpoints/eco_hybrid_hi   # continue exactly where a run stopped
+    torchrun --nproc_per_node 8 -m train --fsdp          # several GPUs or machines: docs/SCALING.md
 
 Reads from top to bottom: data, model, optimizer, resume, then the loop. Randomness is a function of (seed, step), never of
 history, so a resumed run equals the uninterrupted one bit for bit on a CPU, and evaluating more often changes nothing.
 """
 import contextlib
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -107,14 +109,22 @@ def main(argv=None, pinned=None):
 
 
 def start(args, origins):
-    """Train with these arguments in a run folder that nobody else writes to; -> exit code."""
-    import checkpoint
+    """Train with these arguments, as one of the processes that torchrun started or alone; -> exit code."""
+    import distributed
     if args.print_config:
         config.announce(args, origins)
-    run_dir, source, resuming = choose_folder(args, origins)
-    if run_dir is None:
-        say(f"skipped: {args.run_dir} already holds a run and --if_exists skip was given")
-        return 0
+    with distributed.joined(args) as ranks:
+        run_dir, *more = ranks.tell([str(x) if isinstance(x, Path) else x for x in choose_folder(args, origins)]
+                                    if ranks.main else None)
+        if run_dir is None:
+            say(f"skipped: {args.run_dir} already holds a run and --if_exists skip was given")
+            return 0
+        return (hold_and_train if ranks.main else train)(args, origins, ranks, Path(run_dir), *more)
+
+
+def hold_and_train(args, origins, ranks, run_dir, source, resuming):
+    """Train in a run folder that nobody else writes to."""
+    import checkpoint
     new = not run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -122,14 +132,14 @@ def start(args, origins):
         raise UserError(f"cannot write to the run folder {run_dir} ({error.strerror}): name another --output_dir") from None
     try:
         with checkpoint.run_lock(run_dir):
-            return train(args, origins, run_dir, source, resuming)
+            return train(args, origins, ranks, run_dir, source, resuming)
     finally:
         if new and run_dir.exists() and not is_used(run_dir):      # it failed before it began: leave no trace
             (run_dir / "LOCK").unlink(missing_ok=True)
             run_dir.rmdir()
 
 
-def train(args, origins, run_dir, source, resuming):
+def train(args, origins, ranks, run_dir, source, resuming):
     import torch
 
     import checkpoint
@@ -147,13 +157,16 @@ def train(args, origins, run_dir, source, resuming):
     device = runtime.pick_device(args.device)
     saved, notes = None, []
     if source:
-        saved = checkpoint.load(source, parts=("model", "ema", "optimizer"),
-                                quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir)
+        saved = ranks.hear(checkpoint.load(
+            source, parts=("model", "ema", "optimizer"),
+            quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir) if ranks.main else None)
     if resuming:
         args, changes = config.resume_check(saved.config, args, origins)
         notes = [f"changed on resume: {c}" for c in changes]
     config.announce(args, origins)
-    data_dir = find_data(args, origins)
+    mine = ranks.share(args.batch_size, args.grad_accum)    # of the sequences of one optimizer step
+    with ranks.main_first():
+        data_dir = find_data(args, origins)
     args.data_dir = str(data_dir)
     data, val = TokenData(data_dir, "train"), TokenData(data_dir, "val")
     cfg = shapes.model_config(args, data.vocab_size)
@@ -172,10 +185,13 @@ def train(args, origins, run_dir, source, resuming):
         return 0
 
     # ---- model, optimizer, resume ---------------------------------------------------------------------------------------
+    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, saved.state["precision"] if resuming else None)
+    dtype = {str(d): d for d in (None, torch.bfloat16, torch.float16)}[ranks.tell(str(dtype))]     # rank 0's, if measured
     runtime.seed_everything(args.seed)
-    model = build_model(cfg).to(device)
-    if saved:
+    model = build_model(cfg)
+    if saved and ranks.main:
         checkpoint.load_into(model, saved.ema if saved.ema and not resuming else saved.model)
+    model = ranks.place(model, device, dtype)
     optimizer = optim.make_optimizer(model, args)
     ema = optim.EMA(model, args.ema) if args.ema else None
     best, skipped, position, tokens_seen = math.inf, 0, 0, 0
@@ -183,22 +199,22 @@ def train(args, origins, run_dir, source, resuming):
         best = saved.state["best"] if in_place and saved.state["best"] is not None else math.inf
         skipped, position, tokens_seen = (saved.state[k] for k in ("skipped", "position", "tokens_seen"))
         if saved.optimizer and not args.reset_optimizer:
-            optimizer.load_state_tensors(saved.optimizer)
+            optimizer.load_state_tensors(ranks.cut(saved.optimizer, model))
         else:
             notes.append("the optimizer starts fresh")
         if ema and saved.ema:
-            ema.load(saved.ema, saved.state["ema_updates"])
+            ema.load(ranks.cut(saved.ema, model), saved.state["ema_updates"])
     rows = args.batch_size * args.grad_accum                # sequences of one optimizer step
     step_tokens = rows * args.seq_len
-    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, saved.state["precision"] if resuming else None)
     params = shapes.count_params(cfg)
-    say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads; "
+    say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads"
+        f"{f', {ranks.world} processes' if ranks.world > 1 else ''}{', sharded' if args.fsdp else ''}; "
         f"precision {why}; memory: {allocator}")
     say(f"data: {data_dir} ({data.meta['source']}), {data.meta['train_tokens']:,} tokens, {cfg.vocab_size} pieces; "
         f"{args.max_steps} steps of {rows} x {args.seq_len} = {args.max_steps * step_tokens / 1e6:.1f}M tokens, "
         f"{args.max_steps * step_tokens / data.meta['train_tokens']:.2f} epochs; run folder {run_dir}")
     held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len).to(device)
-    if not in_place and is_used(run_dir):                   # last: whatever can be wrong with the arguments is behind us
+    if ranks.main and not in_place and is_used(run_dir):    # last: whatever can be wrong with the arguments is behind us
         archive(run_dir)
     if args.compile:
         with runtime.autocast(device, dtype):
@@ -213,6 +229,7 @@ def train(args, origins, run_dir, source, resuming):
         model.eval()
         with torch.no_grad(), runtime.autocast(device, dtype), averaged():
             score = held_out(model, held, blocks, 0, args.batch_size, 1)
+        ranks.fold(model)
         model.train()
         nats = sum(r["nats"] for r in score.values()) / len(score)
         error = max(r["se"] for r in score.values())
@@ -225,6 +242,10 @@ def train(args, origins, run_dir, source, resuming):
         return nats
 
     def save(step, is_best):
+        parts = [ranks.whole(part) for part in (model.state_dict(), ema.state() if ema else None, optimizer.state_tensors())]
+        return ranks.tell(ranks.main and write(step, is_best, *parts))
+
+    def write(step, is_best, model_state, ema_state, optimizer_state):
         state = {"tokens_seen": tokens_seen, "position": position, "skipped": skipped, "best": None if best == math.inf else best,
                  "ema_updates": ema.updates if ema else 0, "model": args.model,
                  "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
@@ -232,8 +253,8 @@ def train(args, origins, run_dir, source, resuming):
         started = time.perf_counter()
         try:
             folder = checkpoint.save(
-                run_dir, step, model_state=model.state_dict(), ema_state=ema.state() if ema else None,
-                optimizer_state=optimizer.state_tensors(), state=state, config=saved_args,
+                run_dir, step, model_state=model_state, ema_state=ema_state, optimizer_state=optimizer_state,
+                state=state, config=saved_args,
                 tokenizer_bytes=tokenizer.model_bytes, best=is_best,
                 keep_last=args.keep_last if args.save_interval else 1, keep_full=args.keep_full)
         except OSError as error:                         # disk full: what was saved before is intact, so training goes on
@@ -245,7 +266,7 @@ def train(args, origins, run_dir, source, resuming):
 
     # ---- the loop: evaluate, save, stop, step, log; one turn more than steps --------------------------------------------
     with runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress:
-        log = runtime.JsonLines(run_dir / "train.jsonl")
+        log = runtime.JsonLines(run_dir / "train.jsonl" if ranks.main else os.devnull)
         log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
                   config=saved_args, params_total=params, params_blocks=shapes.block_params(cfg),
                   data={"source": data.meta["source"], "tokens": data.meta["train_tokens"], "sha256": data.meta["train_sha256"]},
@@ -254,7 +275,8 @@ def train(args, origins, run_dir, source, resuming):
             log.write("resume", step=first_step, checkpoint=str(saved.path), notes=notes)
         for note in notes:
             say(f"notice: {note}")
-        (run_dir / "config.json").write_text(checkpoint.to_json(saved_args).decode(), encoding="utf-8")
+        if ranks.main:
+            (run_dir / "config.json").write_text(checkpoint.to_json(saved_args).decode(), encoding="utf-8")
         bad_in_a_row, unsaved, is_best, code = 0, 0, False, 0
         for step in range(first_step, args.max_steps + 1):
             last = step == args.max_steps
@@ -264,34 +286,37 @@ def train(args, origins, run_dir, source, resuming):
                 is_best = is_best or nats < best
                 best = min(best, nats)
             every = args.save_interval or 500
-            if turn and step and (last or stop.signal is not None or step % every == 0):
+            signal = ranks.highest(stop.signal)                   # one rank's is everybody's
+            if turn and step and (last or signal is not None or step % every == 0):
                 unsaved = 0 if save(step, is_best) else unsaved + 1
                 is_best = is_best and unsaved > 0
-            if unsaved == SAVE_LIMIT or unsaved and (last or stop.signal is not None):
+            if unsaved == SAVE_LIMIT or unsaved and (last or signal is not None):
                 code = 1
                 break
-            if last or stop.signal is not None:
+            if last or signal is not None:
                 break
 
             started = time.perf_counter()
             model.train()
             lr = optim.lr_at(step, args.max_steps, args.lr, args.warmup, args.lr_schedule, args.min_lr_ratio)
             optimizer.set_lr(lr)
-            torch.manual_seed(masking.step_generator(args.seed, step, "drop").initial_seed())    # dropout
+            torch.manual_seed(masking.step_generator(args.seed, step, "drop").initial_seed() + ranks.rank)    # dropout
             block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step)
-            draw = masking.draw(args, args.seed, step, rows, args.seq_len, block, first)
+            draw = masking.draw(args, args.seed, step, rows, args.seq_len, block, first, mine)
             total = masking.normaliser(args.loss, draw)
             early = masking.pick_exit(args.n_layers, args.seed, step) if cfg.exits and args.n_layers > 1 else None
-            x0 = windows.batch(position, rows).to(device)                          # (rows, T)
+            x0 = windows.batch(position + mine.start, mine.stop - mine.start).to(device)      # (rows of this rank, T)
             data_ms = 1e3 * (time.perf_counter() - started)
             loss = 0.0
-            for a in range(0, rows, args.batch_size):
+            for a in range(0, len(x0), args.batch_size):
                 part = slice(a, a + args.batch_size)
                 with runtime.autocast(device, dtype):
                     out = masking.denoising_loss(model, x0[part], draw, args.loss, total, part, early=early,
                                                  early_weight=args.exit_loss_weight)
                 out.loss.backward()
                 loss += float(out.loss.detach())
+            ranks.sum_gradients(model)
+            loss = ranks.total(loss)
             gnorm = float(optim.clip_grad_norm(model, args.grad_clip))
             if math.isfinite(loss) and math.isfinite(gnorm):
                 optimizer.step()
@@ -307,7 +332,7 @@ def train(args, origins, run_dir, source, resuming):
             seconds = time.perf_counter() - started
             progress.step(step + 1, step_tokens, seconds, loss)
             if step + 1 <= 20 or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
-                rate = float(draw.mask.float().mean())
+                rate = draw.hidden / step_tokens
                 log.write("train", step=step + 1, loss=runtime.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
                           gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, seq_len=args.seq_len,
                           block=block, first=first, global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds,
@@ -322,13 +347,15 @@ def train(args, origins, run_dir, source, resuming):
                 break
 
         # ---- the end ----------------------------------------------------------------------------------------------------
+        stop.signal = ranks.highest(stop.signal)
         code = code or stop.exit_code
         log.write("end", step=step, code=code, best=None if best == math.inf else best, seconds=progress.elapsed)
         summary = runtime.summary(args, run_dir, params, data, best, progress, tokens_seen, step)
-        (run_dir / "summary.md").write_text(summary, encoding="utf-8")
+        if ranks.main:
+            (run_dir / "summary.md").write_text(summary, encoding="utf-8")
         log.close()
     say(summary)
-    if args.show_samples and code == 0:
+    if args.show_samples and code == 0 and ranks.main and not args.fsdp:        # a sharded model cannot speak by itself
         model.eval()
         settings = Settings(max_new_tokens=48, steps=48, mode="block_frozen" if blocks[-1] < args.seq_len else "full",
                             block_size=min(args.block_size, *blocks), temperature=0.5, top_k=50, eos_id=tokenizer.eos_id)

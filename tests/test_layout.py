@@ -17,7 +17,7 @@ ROOT = config.ROOT
 # a module imports only modules of strictly lower rank, late imports inside functions included
 RANKS = {
     "knobs": 0, "lexicon": 0, "layers": 0, "masking": 0, "terminal": 0, "samplers": 0, "judge": 0,
-    "shapes": 1, "documents": 1, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1,
+    "shapes": 1, "documents": 1, "distributed": 1, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1,
     "config": 2, "model": 2,
     "corpus": 3, "runtime": 3, "tokenizer": 3,
     "tokens": 4, "checkpoint": 4, "fast": 4,
