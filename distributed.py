@@ -7,9 +7,11 @@ Used by train.py; nothing here runs by itself. Without torchrun there is one ran
 * what can differ between machines (a signal, a full disk, a measured precision) is agreed upon, all else is computed alike;
 * a checkpoint holds whole tensors, so it resumes on any number of ranks, sharded or not.
 """
+import atexit
 import contextlib
 import json
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +34,7 @@ class Ranks:
 
     def __init__(self, rank=0, world=1, sharded=False):
         self.rank, self.world, self.sharded, self.main = rank, world, sharded, rank == 0
+        self.code = 1                          # of the exit
 
     def share(self, batch_size, grad_accum):
         """The rows of a step that are this rank's: equal parts, as on one process in sum."""
@@ -233,3 +236,5 @@ def joined(args):
         raise UserError(f"rank {rank} of {world}: another process of this run has ended or does not answer; what was saved is "
                         f"whole: start again with --resume ({str(error).splitlines()[0][-120:]})", code=1) from None
     dist.destroy_process_group()
+    if ranks.sharded:  # DTensor's caches keep gloo's threads alive, and the end of the interpreter aborts on them now and then
+        atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(ranks.code)))

@@ -118,8 +118,10 @@ def start(args, origins):
                                     if ranks.main else None)
         if run_dir is None:
             say(f"skipped: {args.run_dir} already holds a run and --if_exists skip was given")
-            return 0
-        return (hold_and_train if ranks.main else train)(args, origins, ranks, Path(run_dir), *more)
+            ranks.code = 0
+        else:
+            ranks.code = (hold_and_train if ranks.main else train)(args, origins, ranks, Path(run_dir), *more)
+    return ranks.code
 
 
 def hold_and_train(args, origins, ranks, run_dir, source, resuming):

@@ -26,7 +26,7 @@ import prepare
 import train
 
 # 12 rows a step: alone 4 + 4 + 4, two ranks 4 + 2 each, four ranks 3 each, so no two ways add up in the same order.
-# The rate is the default: AdamW divides by the gradient's own size, and where that is 1e-8 a sum's order moves a weight by lr/100.
+# The rate is the default: AdamW divides by the gradient's own size; where that is 1e-8, a sum's order moves a weight by lr/100.
 SHAPE = ("--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 24, "--memory_slots", 2, "--seq_len", 16, "--batch_size", 4,
          "--grad_accum", 3, "--train_block_sizes", "T,8,4", "--block_size", 4, "--lr", 3e-4, "--lr_schedule", "constant",
          "--warmup_steps", 2, "--ema", 0.9, "--eval_batches", 1, "--eval_interval", 3, "--save_interval", 2, "--keep_full", 99,
