@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 import knobs
 from config import TrainArgs
 from shapes import ModelConfig, count_params
-from knobs import UserError
+from knobs import UserError, say
 from model import build_model
 from tokenizer import Tokenizer
 
@@ -41,9 +40,6 @@ STRAY = {".DS_Store", "desktop.ini", "Thumbs.db"}  # file managers leave these a
 
 class Damage(UserError):
     """A checkpoint that must not be used; the message names the file."""
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
 
 # ---------------------------------------------------------------------------------------------------- disk work
 

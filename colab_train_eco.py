@@ -10,15 +10,10 @@ continues the run (--no_resume_latest or --if_exists archive: a fresh one). When
 starter corpus is used instead, and that is said every time.
 """
 import dataclasses
-import sys
 from pathlib import Path
 
 import config
-from knobs import UserError
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
+from knobs import UserError, say
 
 
 def gpu(device):

@@ -141,6 +141,7 @@ class OptimKnobs:
     compile: bool = knob(False, "torch.compile the training step")
     compile_mode: str = knob("default", "for torch.compile", choices=("default", "reduce-overhead", "max-autotune"),
                              rare=True)
+    fsdp: bool = knob(False, "cut weights and optimizer up over torchrun's processes", "ignore", rare=True)
 
 
 @dataclass
@@ -215,6 +216,12 @@ class TrainArgs(CommonKnobs, ResumeKnobs, RunKnobs, OptimKnobs, MaskKnobs, Model
             yield f"--spike_factor {self.spike_factor:g}: must be 0 (off) or above 1"
         if self.spike_rollback and not self.spike_factor:
             yield "--spike_rollback needs a --spike_factor, such as 3"
+        if self.fsdp and self.compile:
+            yield "--fsdp and --compile: give only one of them"
+        if self.fsdp and self.optimizer == "muon":
+            yield "--optimizer muon needs whole matrices, which --fsdp cuts up: use --optimizer adamw, or leave --fsdp out"
+        if self.fsdp and (self.auto_batch or self.spike_rollback):
+            yield "--fsdp with --auto_batch or --spike_rollback: one process cannot step back alone; leave it out"
         if self.run_name and not re.fullmatch(r"\w[^/\\\0]*", self.run_name):
             yield f"--run_name {self.run_name}: must be a plain folder name (a path goes to --output_dir)"
         for pair in (("preset", "edge_profile"), ("output_dir", "run_name"), ("resume", "resume_latest")):
@@ -478,7 +485,7 @@ def announce(args, origins, vocab_size=None):
 
 # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
 ADDED = dict(auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False,
-             objective="masked")
+             objective="masked", fsdp=False)
 
 
 def resume_check(saved, args, origins):

@@ -14,20 +14,15 @@ answer the same questions. A uniform guess scores ln V. Compare bits/byte only w
 """
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
 import config
 import knobs
-from knobs import UserError
+from knobs import UserError, say
 
 PROMPT = 16           # tokens of a held-out beginning, or half of a shorter document
 LEAST_WINDOWS = 8     # of a long document, before --batches spreads over others
 ROW = "{:<6} {:<11} {:<11} {:>5} {:>20} {:>20} {:>20}"
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 def read_documents(args, data_dir, tokenizer, saved):

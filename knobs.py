@@ -29,6 +29,12 @@ class UserError(Exception):
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 
 
+def say(text):
+    """A line for people, on stderr and above a progress bar if there is one."""
+    from tqdm import tqdm
+    tqdm.write(text, file=sys.stderr)
+
+
 def check_packages():
     """If something of requirements.txt is missing, say how to get it and leave with exit code 3."""
     import importlib.util

@@ -53,31 +53,33 @@ def strata(n, sampling, generator):
     return grid[torch.randperm(n, generator=generator)]  # shuffled: or the rate would follow the block's place in the row
 
 
-def hide(count, real, span, generator):
+def hide(count, real, span, generator, part=slice(None)):
     """Boolean masks (..., S) with exactly `count` (...) of the `real` (..., S) positions hidden.
 
     span = 1: any positions. span > 1: runs of that mean length (geometric), the last one cut to hit the count exactly.
     Every position gets a priority, shared inside a run; the first `count` by priority are hidden. No loop over rows.
+    part: only these rows are wanted; the numbers are drawn for all of them, so that the others' masks do not matter.
     """
     shape = (*count.shape, real.shape[-1])
-    run = (torch.rand(shape, generator=generator) * span < 1.0).cumsum(-1)         # (..., S) run number, 0..S
-    priority = torch.rand(*count.shape, shape[-1] + 1, generator=generator).gather(-1, run)
-    priority = priority.masked_fill(~real, math.inf)
+    run = (torch.rand(shape, generator=generator)[part] * span < 1.0).cumsum(-1)   # (..., S) run number, 0..S
+    priority = torch.rand(*count.shape, shape[-1] + 1, generator=generator)[part].gather(-1, run)
+    priority = priority.masked_fill(~real[part], math.inf)
     rank = priority.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)              # (..., S)
-    return rank < count[..., None]
+    return rank < count[part][..., None]
 
 
 class Draw(NamedTuple):
-    """The corruption of one optimizer step, all rows."""
+    """The corruption of one optimizer step: of all its rows, or in mask and weight of those of one rank."""
     mask: torch.Tensor      # (R, T) bool, True = hidden
     weight: torch.Tensor    # (R, T) float32, -alpha'(t) / (k / L) of the position's block
     t: torch.Tensor         # (R, n) time of each block
     block: int
     first: int              # length of block 0
+    hidden: int = 0         # hidden tokens of the whole step
 
 
-def draw(args, seed, step, rows, length, block, first=None):
-    """Corruption for a whole optimizer step: rows x blocks share one stratified grid of times."""
+def draw(args, seed, step, rows, length, block, first=None, part=slice(None)):
+    """Corruption for a whole optimizer step: rows x blocks share one stratified grid of times. part: only these rows' masks."""
     g = step_generator(seed, step, "mask")
     block = min(block, length)
     first = min(first or block, block)
@@ -96,10 +98,10 @@ def draw(args, seed, step, rows, length, block, first=None):
         slope = alpha_slope(t, *bounds)
     count = torch.ceil((1 - alpha(t, *bounds)) * size - 1e-9).long().clamp(min=1)  # (R, n)
     span = args.mean_span_length if args.masking_strategy == "span" else 1.0
-    mask = hide(count, real.expand(rows, n, block), span, g)                       # (R, n, S)
+    mask = hide(count, real.expand(rows, n, block), span, g, part)                 # (R, n, S)
     weight = -slope / (args.max_mask_rate - args.min_mask_rate) * size / count     # (R, n)
-    weight = weight.float()[..., None].expand(mask.shape)
-    return Draw(mask[:, real], weight[:, real], t, block, first)                   # (R, n, S)[:, real] -> (R, T)
+    weight = weight.float()[part][..., None].expand(mask.shape)
+    return Draw(mask[:, real], weight[:, real], t, block, first, int(count.sum()))  # (R, n, S)[:, real] -> (R, T)
 
 
 def pick_blocks(sizes, length, seed, step):
@@ -113,10 +115,10 @@ def pick_blocks(sizes, length, seed, step):
     return block, int(torch.randint(1, block + 1, (), generator=g)) if short else block
 
 
-def whole_rows(rows, length):
+def whole_rows(rows, length, part=slice(None)):
     """The draw of --objective ar: every token is a question, and no question weighs more than another."""
     ones = torch.ones(rows, length)
-    return Draw(ones.bool(), ones, ones[:, :1], length, length)
+    return Draw(ones[part].bool(), ones[part], ones[:, :1], length, length, rows * length)
 
 
 def shifted(x0, start):
@@ -194,7 +196,7 @@ def denoising_loss(model, x0, draw, kind, normaliser, rows=slice(None), chunk=51
 
 def normaliser(kind, draw):
     """What one optimizer step's sum is divided by: all its tokens for the bound, its hidden tokens for the plain mean."""
-    return draw.mask.numel() if kind == "elbo" else int(draw.mask.sum())
+    return len(draw.t) * draw.mask.shape[1] if kind == "elbo" else draw.hidden
 
 
 EXACT_COUNT = SimpleNamespace(mask_schedule="linear", min_mask_rate=0.0, max_mask_rate=1.0, time_mode="continuous",

@@ -179,7 +179,8 @@ class LossScaler:
 
 def clip_grad_norm(model, max_norm):
     """The gradient norm before clipping, as a tensor; max_norm 0 only measures."""
-    return nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm     # of sharded gradients it is a sharded sum
 
 
 def lr_at(step, max_steps, lr, warmup, schedule, min_ratio):
@@ -201,6 +202,11 @@ def lr_at(step, max_steps, lr, warmup, schedule, min_ratio):
     return lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def local(tensors):
+    """What this process holds of them, in the same memory: with --fsdp a part, else all of it."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
 class EMA:
     """Averaged weights in float32. The decay starts small, min(decay, (1 + n) / (10 + n)) at update n, or a short
     run would be an average of its random start. Store `updates`, the n, beside state(), which has the model's keys."""
@@ -213,7 +219,7 @@ class EMA:
     @torch.no_grad()
     def update(self):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in self.params], 1 - decay)
+        torch._foreach_lerp_(local(self.shadow), [p.detach().float() for p in local(self.params)], 1 - decay)
         self.updates += 1
 
     def state(self):
@@ -232,9 +238,9 @@ class EMA:
     @contextlib.contextmanager
     def swap(self):
         """Inside, the model has the averaged weights; afterwards its own again, bit for bit."""
-        params = [p.detach() for p in self.params]                    # the same memory, without autograd
+        params = [p.detach() for p in local(self.params)]             # the same memory, without autograd
         own = [p.clone() for p in params]
-        torch._foreach_copy_(params, self.shadow)
+        torch._foreach_copy_(params, local(self.shadow))
         try:
             yield
         finally:

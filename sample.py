@@ -9,14 +9,13 @@ to stderr: new tokens before EOS, forwards, seconds with the prompt's encoding i
 import json
 import re
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import config
 import knobs
 import shapes
-from knobs import UserError
+from knobs import UserError, say
 
 
 UNREAD = ("steps", "sampler", "threshold", "alg_temp", "remask", "remask_rule", "reveal", "temperature_end", "guidance_scale",
@@ -76,10 +75,6 @@ def cannot_freeze(saved):
         return ""
     return (f"{saved.path} was not trained in blocks (--train_block_sizes {trained['train_block_sizes']}), "
             "so its context cannot be frozen")
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 def read_prompts(args):

@@ -3,6 +3,7 @@
     python -m train --preset starter                     # the built-in corpus, minutes on a laptop, ends with samples
     python -m train --data_dir data/processed            # your own text, after python -m prepare
     python -m train --resume checkpoints/eco_hybrid_hi   # continue exactly where a run stopped
+    torchrun --nproc_per_node 8 -m train --fsdp          # several GPUs or machines: docs/SCALING.md
 
 Reads from top to bottom: data, model, optimizer, resume, then the loop. Randomness is a function of (seed, step), never of
 history, so a resumed run equals the uninterrupted one bit for bit on a CPU, and evaluating more often changes nothing.
@@ -10,71 +11,17 @@ history, so a resumed run equals the uninterrupted one bit for bit on a CPU, and
 import contextlib
 import functools
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
 import config
 import shapes
-from knobs import UserError
+from knobs import UserError, say
 
 NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
 SAVE_LIMIT = 3           # saves in a row that failed, then the run stops
-
-
-def say(text):
-    from tqdm import tqdm
-    tqdm.write(text, file=sys.stderr)
-
-
-def choose_folder(args, origins):
-    """-> (run folder or None to skip, checkpoint to start from or None, whether it is a resume). Reads no weights."""
-    import checkpoint
-    if args.drive:
-        import drive
-        drive.open_folder(args.drive)
-        if args.resume_latest:
-            drive.restore(args.run_dir, args.drive, say)
-    if args.resume_latest and not checkpoint.is_run(args.run_dir):
-        args.resume_latest = False               # nothing there yet: a fresh start
-    resuming = bool(args.resume or args.resume_latest)
-    source = args.ckpt
-    if resuming:
-        source = args.resume if args.resume not in (None, "latest") else args.ckpt or str(args.run_dir)
-    fork = any(origins[name] == "flag" for name in ("output_dir", "run_name"))
-    if resuming:
-        home = checkpoint.candidates(source)[0].parent
-        if not fork or home.resolve() == args.run_dir.resolve():
-            return home, source, True
-    run_dir = args.run_dir
-    if is_used(run_dir):
-        if args.if_exists == "error":
-            raise UserError(f"{run_dir} already holds a run: add --resume to continue it, or choose another --output_dir")
-        if args.if_exists == "skip":
-            return None, source, resuming
-        if args.if_exists == "suffix":
-            number = 2
-            while Path(f"{run_dir}_v{number}").exists():
-                number += 1
-            run_dir = Path(f"{run_dir}_v{number}")
-    return run_dir, source, resuming
-
-
-def is_used(run_dir):
-    return any(p.name != "LOCK" and not p.name.startswith("previous_") for p in Path(run_dir).glob("*"))
-
-
-def archive(run_dir):
-    """--if_exists archive: the files of the earlier run move to previous_N/, none is lost."""
-    number = 1
-    while (run_dir / f"previous_{number}").exists():
-        number += 1
-    aside = run_dir / f"previous_{number}"
-    aside.mkdir()
-    for p in run_dir.glob("*"):
-        if p.name != "LOCK" and not p.name.startswith("previous_"):
-            p.rename(aside / p.name)
-    say(f"notice: the earlier run in {run_dir} was moved to {aside}")
 
 
 def find_data(args, origins):
@@ -113,29 +60,23 @@ def main(argv=None, pinned=None):
 
 
 def start(args, origins):
-    """Train with these arguments in a run folder that nobody else writes to; -> exit code."""
-    import checkpoint
+    """Train with these arguments, as one of the processes that torchrun started or alone; -> exit code."""
+    import distributed
+    import runs
     if args.print_config:
         config.announce(args, origins)
-    run_dir, source, resuming = choose_folder(args, origins)
-    if run_dir is None:
-        say(f"skipped: {args.run_dir} already holds a run and --if_exists skip was given")
-        return 0
-    new = not run_dir.exists()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to the run folder {run_dir} ({error.strerror}): name another --output_dir") from None
-    try:
-        with checkpoint.run_lock(run_dir):
-            return train(args, origins, run_dir, source, resuming)
-    finally:
-        if new and run_dir.exists() and not is_used(run_dir):      # it failed before it began: leave no trace
-            (run_dir / "LOCK").unlink(missing_ok=True)
-            run_dir.rmdir()
+    with distributed.joined(args) as ranks:
+        run_dir, source, resuming = ranks.tell(runs.choose(args, origins) if ranks.main else None)
+        if run_dir is None:
+            say(f"skipped: {args.run_dir} already holds a run and --if_exists skip was given")
+            ranks.code = 0
+        else:
+            with runs.held(Path(run_dir)) if ranks.main else contextlib.nullcontext():
+                ranks.code = train(args, origins, ranks, Path(run_dir), source, resuming)
+    return ranks.code
 
 
-def train(args, origins, run_dir, source, resuming):
+def train(args, origins, ranks, run_dir, source, resuming):
     import torch
 
     import checkpoint
@@ -144,6 +85,7 @@ def train(args, origins, run_dir, source, resuming):
     import guard
     import masking
     import optim
+    import runs
     import runtime
     from decode import Settings, generate
     from estimators import bits_per_byte, held_out
@@ -156,19 +98,22 @@ def train(args, origins, run_dir, source, resuming):
     device = runtime.pick_device(args.device)
     saved, notes = None, []
     if source:
-        saved = checkpoint.load(source, parts=("model", "ema", "optimizer"),
-                                quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir)
+        saved = ranks.hear(checkpoint.load(
+            source, parts=("model", "ema", "optimizer"),
+            quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir) if ranks.main else None)
     if resuming:
         args, changes = config.resume_check(checkpoint.section(saved, "args"), args, origins)
         notes = [f"changed on resume: {c}" for c in changes]
     config.announce(args, origins)
-    data_dir = find_data(args, origins)
+    mine = ranks.share(args.batch_size, args.grad_accum)    # of the sequences of one optimizer step
+    with ranks.main_first():
+        data_dir = find_data(args, origins)
     args.data_dir = str(data_dir)
     data, val = TokenData(data_dir, "train"), TokenData(data_dir, "val")
     cfg = shapes.model_config(args, data.vocab_size)
     windows = Windows(data, args.seq_len, args.seed)
     tokenizer = Tokenizer(data.tokenizer_path)
-    if saved and saved.tokenizer_bytes != tokenizer.model_bytes:
+    if saved and ranks.main and saved.tokenizer_bytes != tokenizer.model_bytes:
         old = Tokenizer(saved.tokenizer_bytes)
         raise UserError(f"{data_dir} has a tokenizer of {cfg.vocab_size} pieces ({tokenizer.sha256[:12]}), the checkpoint's has "
                         f"{old.vocab_size} ({old.sha256[:12]}): prepare it with --tokenizer {saved.path / 'tokenizer.model'}")
@@ -183,15 +128,19 @@ def train(args, origins, run_dir, source, resuming):
         return 0
 
     # ---- model, optimizer, resume ---------------------------------------------------------------------------------------
+    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, state["precision"] if resuming else None)
+    dtype = {str(d): d for d in (None, torch.bfloat16, torch.float16)}[ranks.tell(str(dtype))]     # rank 0's, if measured
+    if args.fsdp and dtype is torch.float16:
+        raise UserError("--fsdp works in bf16 or float32: add --no_amp, or use GPUs with bf16")
     runtime.seed_everything(args.seed)
-    if saved:
+    if saved and ranks.main:
         checkpoint.may_fit(cfg, saved.model)
-    model = build_model(cfg).to(device)
-    if saved:
+    model = build_model(cfg)
+    if saved and ranks.main:
         checkpoint.load_into(model, saved.ema if saved.ema and not resuming else saved.model)
+    model = ranks.place(model, device, dtype)
     optimizer = optim.make_optimizer(model, args)
     ema = optim.EMA(model, args.ema) if args.ema else None
-    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, state["precision"] if resuming else None)
     scaler = optim.LossScaler(optimizer, device, on=dtype is torch.float16)
     spikes = guard.SpikeWatch(args.spike_factor)
 
@@ -199,9 +148,9 @@ def train(args, origins, run_dir, source, resuming):
         """Everything but the weights -> best, skipped, position, tokens_seen, rollbacks."""
         state = checkpoint.counters(saved)
         if with_optimizer:
-            optimizer.load_state_tensors(saved.optimizer)
+            optimizer.load_state_tensors(ranks.cut(saved.optimizer, model))
         if ema and saved.ema:
-            ema.load(saved.ema, state["ema_updates"])
+            ema.load(ranks.cut(saved.ema, model), state["ema_updates"])
         scaler.load(state["scaler"])
         spikes.losses.clear()
         spikes.losses.extend(state["losses"])
@@ -217,7 +166,8 @@ def train(args, origins, run_dir, source, resuming):
     rows = args.batch_size * args.grad_accum                # sequences of one optimizer step
     step_tokens = rows * args.seq_len
     params = shapes.count_params(cfg)
-    say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads; "
+    say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads"
+        f"{f', {ranks.world} processes' if ranks.world > 1 else ''}{', sharded' if args.fsdp else ''}; "
         f"precision {why}; memory: {allocator}")
     say(f"data: {data_dir} ({data.meta['source']}), {data.meta['train_tokens']:,} tokens, {cfg.vocab_size} pieces; "
         f"{args.max_steps} steps of {rows} x {args.seq_len} = {args.max_steps * step_tokens / 1e6:.1f}M tokens, "
@@ -229,10 +179,10 @@ def train(args, origins, run_dir, source, resuming):
     def averaged():
         return ema.swap() if ema else contextlib.nullcontext()
 
-    def questions(step, block, first=None):                 # what is hidden in this step's rows; all of it is asked of ar
+    def questions(step, block, first=None):                 # what is hidden in this rank's rows; ar is asked everything
         if args.causal:
-            return masking.whole_rows(rows, args.seq_len)
-        return masking.draw(args, args.seed, step, rows, args.seq_len, block, first)
+            return masking.whole_rows(rows, args.seq_len, mine)
+        return masking.draw(args, args.seed, step, rows, args.seq_len, block, first, mine)
 
     def gradients(x0, draw, step, micro):                   # of these rows, micro of them per forward -> their loss
         total, loss = masking.normaliser(args.loss, draw), 0.0
@@ -254,18 +204,20 @@ def train(args, origins, run_dir, source, resuming):
     def probe(micro):                                       # one real forward and backward for each block rule
         for block in blocks:
             draw = questions(0, block)
-            gradients(windows.batch(position, micro).to(device), draw, 0, micro)
+            gradients(windows.batch(position + mine.start, micro).to(device), draw, 0, micro)
 
     micro = args.batch_size                                 # rows per forward that fit into memory
     if args.auto_batch:
-        micro = fit.measured(probe, rows, args, device, 0 if first_step else 8 * params, optimizer.zero_grad, say)
-    if not in_place and is_used(run_dir):                   # last: whatever can be wrong with the arguments is behind us
-        archive(run_dir)
+        micro = fit.measured(probe, mine.stop - mine.start, args, device, 0 if first_step else 8 * params, optimizer.zero_grad, say)
+    if ranks.main and not in_place and runs.is_used(run_dir):    # last: the arguments have proved to be sound
+        runs.archive(run_dir)
     if args.compile:
         with runtime.autocast(device, dtype):
             compile_step(model, args, (micro, args.seq_len), device)
 
     def publish(name, text):
+        if not ranks.main:
+            return
         try:
             checkpoint.replace_file(run_dir / name, text.encode(), run_dir)
         except OSError as error:
@@ -275,6 +227,7 @@ def train(args, origins, run_dir, source, resuming):
         model.eval()
         with torch.no_grad(), runtime.autocast(device, dtype), averaged():
             score = held_out(model, held, blocks, 0, micro, 1)
+        ranks.fold(model)
         model.train()
         nats = sum(r["nats"] for r in score.values()) / len(score)
         error = max(r["se"] for r in score.values())
@@ -288,6 +241,10 @@ def train(args, origins, run_dir, source, resuming):
         return nats
 
     def save(step, is_best):
+        parts = [ranks.whole(part) for part in (model.state_dict(), ema.state() if ema else None, optimizer.state_tensors())]
+        return ranks.tell(ranks.main and write(step, is_best, *parts))
+
+    def write(step, is_best, model_state, ema_state, optimizer_state):
         state = {"tokens_seen": tokens_seen, "position": position, "skipped": skipped, "best": None if best == math.inf else best,
                  "ema_updates": ema.updates if ema else 0, "model": args.model,
                  "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
@@ -296,8 +253,8 @@ def train(args, origins, run_dir, source, resuming):
         started = time.perf_counter()
         try:
             folder = checkpoint.save(
-                run_dir, step, model_state=model.state_dict(), ema_state=ema.state() if ema else None,
-                optimizer_state=optimizer.state_tensors(), state=state, config=saved_args,
+                run_dir, step, model_state=model_state, ema_state=ema_state, optimizer_state=optimizer_state,
+                state=state, config=saved_args,
                 tokenizer_bytes=tokenizer.model_bytes, best=is_best,
                 keep_last=args.keep_last if args.save_interval else 1, keep_full=args.keep_full)
         except (OSError, FloatingPointError) as error:   # disk full, NaN: what was saved before is intact, training goes on
@@ -313,7 +270,7 @@ def train(args, origins, run_dir, source, resuming):
     environment = runtime.environment(device)
     with (runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress,
           torch.autograd.set_detect_anomaly(args.detect_anomaly)):
-        log = runtime.JsonLines(run_dir / "train.jsonl")
+        log = runtime.JsonLines(run_dir / "train.jsonl" if ranks.main else os.devnull)
         log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
                   config=saved_args, params_total=params, params_blocks=shapes.block_params(cfg),
                   data={"source": data.meta["source"], "tokens": data.meta["train_tokens"], "sha256": data.meta["train_sha256"]},
@@ -333,28 +290,31 @@ def train(args, origins, run_dir, source, resuming):
                 is_best = is_best or nats < best
                 best = min(best, nats)
             every = args.save_interval or 500
-            late = args.save_minutes and time.monotonic() - saved_at >= 60 * args.save_minutes
-            if turn and step and (last or stop.signal is not None or step % every == 0 or late):
+            late = args.save_minutes and ranks.tell(time.monotonic() - saved_at >= 60 * args.save_minutes)
+            signal = ranks.highest(stop.signal)                   # one rank's is everybody's
+            if turn and step and (last or signal is not None or step % every == 0 or late):
                 saved_at = time.monotonic()
                 unsaved = 0 if save(step, is_best) else unsaved + 1
                 is_best = is_best and unsaved > 0
-            if unsaved == SAVE_LIMIT or unsaved and (last or stop.signal is not None):
+            if unsaved == SAVE_LIMIT or unsaved and (last or signal is not None):
                 code = 1
                 break
-            if last or stop.signal is not None:
+            if last or signal is not None:
                 break
 
             started = time.perf_counter()
             model.train()
             lr = optim.lr_at(step, args.max_steps, args.lr, args.warmup, args.lr_schedule, args.min_lr_ratio)
             optimizer.set_lr(lr)
-            torch.manual_seed(masking.step_generator(args.seed, step, "drop").initial_seed())    # dropout
+            torch.manual_seed(masking.step_generator(args.seed, step, "drop").initial_seed() + ranks.rank)    # dropout
             block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step)
             draw = questions(step, block, first)
-            x0 = windows.batch(position, rows).to(device)                          # (rows, T)
+            x0 = windows.batch(position + mine.start, mine.stop - mine.start).to(device)      # (rows of this rank, T)
             data_ms = 1e3 * (time.perf_counter() - started)
             work = functools.partial(gradients, x0, draw, step)
-            loss, micro = fit.backing_off(work, micro, rows, args, optimizer.zero_grad, say)
+            loss, micro = fit.backing_off(work, micro, len(x0), args, optimizer.zero_grad, say)
+            ranks.sum_gradients(model)
+            loss = ranks.total(loss)
             scaler.unscale()
             gnorm = float(optim.clip_grad_norm(model, args.grad_clip))
             overflow, usual = scaler.update(loss, gnorm), spikes.spike(loss) if math.isfinite(loss) else None
@@ -388,7 +348,7 @@ def train(args, origins, run_dir, source, resuming):
             seconds = time.perf_counter() - started
             progress.step(step + 1, step_tokens, seconds, loss)
             if step + 1 <= 20 or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
-                rate = float(draw.mask.float().mean())
+                rate = draw.hidden / step_tokens
                 log.write("train", step=step + 1, loss=runtime.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
                           gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, seq_len=args.seq_len,
                           block=block, first=first, global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds,
@@ -407,15 +367,16 @@ def train(args, origins, run_dir, source, resuming):
             step += 1
 
         # ---- the end ----------------------------------------------------------------------------------------------------
+        stop.signal = ranks.highest(stop.signal)
         code = code or stop.exit_code
         log.write("end", step=step, code=code, best=None if best == math.inf else best, seconds=progress.elapsed)
         summary = runtime.summary(args, run_dir, params, data, best, progress, tokens_seen, step)
         publish("summary.md", summary)
         log.close()
-    if args.drive and checkpoint.is_run(run_dir):
+    if args.drive and ranks.main and checkpoint.is_run(run_dir):
         drive.store(checkpoint.candidates(run_dir)[0], args.drive, say)            # once more, with the end of the log
     say(summary)
-    if args.show_samples and code == 0:
+    if args.show_samples and code == 0 and ranks.main and not args.fsdp:        # a sharded model cannot speak by itself
         model.eval()
         settings = Settings(max_new_tokens=48, steps=48, mode="block_frozen" if blocks[-1] < args.seq_len else "full",
                             block_size=min(args.block_size, *blocks), temperature=0.5, top_k=50, eos_id=tokenizer.eos_id)

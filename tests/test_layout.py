@@ -18,11 +18,12 @@ ROOT = config.ROOT
 RANKS = {
     "knobs": 0, "lexicon": 0, "layers": 0, "masking": 0, "terminal": 0, "samplers": 0, "judge": 0,
     "shapes": 1, "documents": 1, "romanise": 1, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1, "hub": 1,
-    "guard": 1, "estimators": 1,
+    "guard": 1, "estimators": 1, "distributed": 1,
     "config": 2, "model": 2,
     "corpus": 3, "runtime": 3, "tokenizer": 3,
     "tokens": 4, "clean": 4, "spool": 4, "checkpoint": 4, "fast": 4, "fit": 4,
     "prepare": 5, "drive": 5, "verdict": 5,
+    "runs": 6,
     "evaluate": 7, "train": 7, "sample": 7,
     "edge_benchmark": 8, "colab_train_eco": 8,
 }

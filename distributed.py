@@ -1,0 +1,240 @@
+"""Several processes train one model: torchrun's process group, what its ranks tell each other, weights cut up by --fsdp.
+
+    torchrun --nproc_per_node 8 -m train --preset medium             # docs/SCALING.md: nodes, FSDP, what a run costs
+
+Used by train.py; nothing here runs by itself. Without torchrun there is one rank, and every method is the identity. Notable:
+* rank 0 alone reads checkpoints, writes and prints; the others hear from it, as JSON or as tensors, never as pickle;
+* what can differ between machines (a signal, a full disk, a measured precision) is agreed upon, all else is computed alike;
+* a checkpoint holds whole tensors, so it resumes on any number of ranks, sharded or not.
+"""
+import atexit
+import contextlib
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from knobs import UserError
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")      # what it tells each process
+TIMEOUT = timedelta(minutes=30)    # of one wait: rank 0 may be writing a large checkpoint. A dead process shows at once
+PATIENCE = 2                       # seconds in which rank 0 speaks first, and torchrun ends the others
+BUCKET = 1 << 24                   # gradients of one all-reduce
+
+
+class Ranks:
+    """The processes of a run as one of them sees them."""
+
+    def __init__(self, rank=0, world=1, sharded=False):
+        self.rank, self.world, self.sharded, self.main = rank, world, sharded, rank == 0
+        self.code = 1                          # of the exit
+
+    def share(self, batch_size, grad_accum):
+        """The rows of a step that are this rank's: equal parts, as on one process in sum."""
+        rows = batch_size * grad_accum
+        if rows % self.world:
+            raise UserError(f"--batch_size {batch_size} x --grad_accum {grad_accum} = {rows} sequences per step do not "
+                            f"divide over {self.world} processes: change one of the three")
+        mine = rows // self.world
+        return slice(self.rank * mine, (self.rank + 1) * mine)
+
+    # ---- what the ranks tell each other; small things on the CPU, whatever the device ----------------------------------
+
+    def tell(self, value):
+        """Rank 0's value, anything JSON can say, on every rank; nobody goes on before rank 0 has come here."""
+        if self.world == 1:
+            return value
+        text = bytearray(json.dumps(value).encode() if self.main else b"")
+        size = torch.tensor(len(text))
+        dist.broadcast(size, 0)
+        data = torch.frombuffer(text, dtype=torch.uint8) if self.main else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, 0)
+        return json.loads(data.numpy().tobytes())
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """Inside, rank 0 is done before the others begin: what it prepares, they find."""
+        if not self.main:
+            self.tell(None)
+        yield
+        if self.main:
+            self.tell(None)
+
+    def total(self, x):
+        """The sum of a number over the ranks."""
+        return self.reduced(x, dist.ReduceOp.SUM)
+
+    def highest(self, number):
+        """The highest number that any rank has; None counts as none."""
+        return number if self.world == 1 else int(self.reduced(number or 0, dist.ReduceOp.MAX)) or None
+
+    def reduced(self, x, operation):
+        if self.world == 1:
+            return x
+        x = torch.tensor(x, dtype=torch.float64)
+        dist.all_reduce(x, operation)
+        return float(x)
+
+    def spread(self, tensors):
+        """Rank 0's {name: tensor on the CPU} or None, on every rank."""
+        if self.world == 1:
+            return tensors
+        shapes = self.tell({name: [str(t.dtype), t.shape] for name, t in tensors.items()} if tensors else None)
+        if not self.main and shapes:
+            tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+                       for name, (dtype, shape) in shapes.items()}
+        for name in shapes or ():
+            dist.broadcast(tensors[name], 0)
+        return tensors
+
+    def hear(self, saved):
+        """The checkpoint that rank 0 has loaded, on every rank; its weights stay there until place()."""
+        if self.world == 1:
+            return saved
+        small = self.tell({"path": str(saved.path), "step": saved.step, "config": saved.config, "state": saved.state}
+                          if self.main else None)
+        large = {part: self.spread(getattr(saved, part) if self.main else None) for part in ("ema", "optimizer")}
+        return SimpleNamespace(**{**small, "path": Path(small["path"])}, **large, model=saved.model if self.main else None)
+
+    # ---- weights, gradients, optimizer state ---------------------------------------------------------------------------
+
+    def place(self, model, device, dtype):
+        """The model with rank 0's weights, on its device; with --fsdp only this rank's part of them."""
+        if self.world > 1:
+            for p in model.parameters():
+                dist.broadcast(p.detach(), 0)
+        return shard(model, device, dtype, self.world) if self.sharded else model.to(device)
+
+    def sum_gradients(self, model):
+        """Each rank's gradients, already divided by the whole step's count -> their sum, the same bits on every rank.
+
+        Once per step, after the accumulation. DistributedDataParallel would hide it behind the last backward, but wants a wrapper
+        around the loss and a search for parameters without a gradient; where wires are the limit, --fsdp overlaps by itself.
+        """
+        if self.world == 1 or self.sharded:
+            return
+        grads = [p.grad for p in model.parameters() if p.grad is not None]      # the same ones everywhere: one block rule a step
+        while grads:
+            count, size = 0, 0
+            while count < len(grads) and (not count or size + grads[count].numel() <= BUCKET):
+                count, size = count + 1, size + grads[count].numel()
+            bucket, grads = grads[:count], grads[count:]
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            parts = flat.split([g.numel() for g in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+    def fold(self, model):
+        """After a forward without backward: the gathered copy of the root's weights is stale as soon as they change."""
+        if self.sharded:
+            model.reshard()
+
+    def whole(self, tensors):
+        """What is to be saved: full tensors, on rank 0's CPU. Every rank has to call it, as each holds a part."""
+        if not self.sharded or tensors is None:
+            return tensors
+        full = {}
+        for name, t in tensors.items():
+            t = t.full_tensor() if hasattr(t, "full_tensor") else t
+            if self.main:
+                full[name] = t.detach().cpu()
+        return full
+
+    def cut(self, tensors, model):
+        """The reverse, for what was saved beside the weights: each tensor cut as the parameter in its name is."""
+        if not self.sharded or not tensors:
+            return tensors
+        from torch.distributed.tensor import distribute_tensor
+        params, parts = dict(model.named_parameters()), {}
+        for name, t in tensors.items():
+            p = params.get(name, params.get(name.partition(".")[2].rpartition(".")[0]))     # its name, or adamw.<name>.exp_avg
+            if p is not None and p.shape == t.shape:
+                t = distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None)  # each rank has all of t
+            parts[name] = t
+        return parts
+
+
+def shard(model, device, dtype, world):
+    """FSDP2: each layer's matrices are one unit, gathered in `dtype` when needed; the rest (head, norms, convolutions) is the
+    root's, in float32 like everything that autocast leaves alone, and stays gathered from forward to backward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(device.type, (world,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.layers:
+        matrices = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+        fully_shard(matrices, mesh=mesh, mp_policy=policy)
+        for m in matrices:
+            if m.tails:                                          # it is also called by another name than forward
+                register_fsdp_forward_method(m, "tail")
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "hidden_blocks")
+    for m in model.modules():
+        if isinstance(m, FSDPModule):                            # sums, not means: the loss has the whole step's divisor
+            m.set_gradient_divide_factor(1.0)
+            m.set_force_sum_reduction_for_comms(True)            # gloo knows no other
+    return model
+
+
+# ---- start and end ---------------------------------------------------------------------------------------------------
+
+def choose_device(name, world, local):
+    """--device under torchrun: each process of a machine has the GPU of its number, or all share the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world > 1 and name not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: with torchrun use cuda (each process takes its own GPU) or cpu")
+    if name == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"torchrun started more processes here than the {torch.cuda.device_count()} CUDA devices that there "
+                            f"are: use --nproc_per_node {max(1, torch.cuda.device_count())}, or --device cpu")
+        torch.cuda.set_device(local)                             # from now on "cuda" is this one
+    return name
+
+
+@contextlib.contextmanager
+def joined(args):
+    """The ranks of this run: those that torchrun started, else one. Only rank 0 prints, and nobody leaves before all are done.
+
+    A rank that dies ends the job: torchrun stops the others, and gloo tells them at once, which is the message below.
+    """
+    if not all(name in os.environ for name in TORCHRUN):
+        if args.fsdp:
+            raise UserError("--fsdp cuts the weights up between the processes that torchrun starts: "
+                            "torchrun --nproc_per_node N -m train --fsdp ..., or leave it out")
+        yield Ranks()
+        return
+    rank, world, local = (int(os.environ[name]) for name in TORCHRUN[:3])
+    args.device = choose_device(args.device, world, local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=TIMEOUT)
+    ranks = Ranks(rank, world, args.fsdp)
+    try:
+        with contextlib.ExitStack() as quiet:
+            if rank:
+                nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+            yield ranks
+            ranks.tell(None)
+    except UserError as error:
+        if not rank:
+            raise
+        time.sleep(PATIENCE)                                     # most likely rank 0 has the same to say
+        raise UserError(f"rank {rank}: {error}", error.code) from None
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise
+        if rank > 1:
+            time.sleep(PATIENCE)                                 # rank 0, or if it is gone rank 1, says it for all
+        raise UserError(f"rank {rank} of {world}: another process of this run has ended or does not answer; what was saved is "
+                        f"whole: start again with --resume ({str(error).splitlines()[0][-120:]})", code=1) from None
+    dist.destroy_process_group()
+    if ranks.sharded:  # DTensor's caches keep gloo's threads alive, and the end of the interpreter aborts on them now and then
+        atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(ranks.code)))

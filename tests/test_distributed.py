@@ -1,0 +1,203 @@
+"""Several processes equal one: real torchrun jobs of two and four gloo ranks on the CPU, killed, resumed and sharded.
+
+    python -m pytest tests/test_distributed.py          # benchmarks/distributed.py has the larger grid
+"""
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import checkpoint
+import config
+import distributed
+import masking
+import prepare
+import train
+
+# 12 rows a step: alone 4 + 4 + 4, two ranks 4 + 2 each, four ranks 3 each, so no two ways add up in the same order.
+# The rate is the default: AdamW divides by the gradient's own size; where that is 1e-8, a sum's order moves a weight by lr/100.
+SHAPE = ("--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 24, "--memory_slots", 2, "--seq_len", 16, "--batch_size", 4,
+         "--grad_accum", 3, "--train_block_sizes", "T,8,4", "--block_size", 4, "--lr", 3e-4, "--lr_schedule", "constant",
+         "--warmup_steps", 2, "--ema", 0.9, "--eval_batches", 1, "--eval_interval", 3, "--save_interval", 2, "--keep_full", 99,
+         "--log_interval", 1, "--threads", 1, "--no_amp", "--no_show_samples", "--live", "off")
+PRIMARY = ("--model", "primary", "--optimizer", "muon", "--loss", "masked_mean")       # ranks hide unequal numbers of tokens
+BACKUP = ("--model", "backup", "--optimizer", "adamw", "--exit_loss_weight", 0.3)
+FOREVER = 10 ** 6
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    prepare.main(["--source", "builtin", "--max_chars", "7000", "--tokenizer_vocab", "400",
+                  "--data_dir", str(folder), "--tokenizer", str(folder / "t.model")])
+    return folder
+
+
+def alone(*words):
+    """train.main in this process, where there is no torchrun."""
+    return train.main([str(word) for word in words])
+
+
+class Job:
+    """torchrun with so many ranks, as a user types it."""
+
+    def __init__(self, processes, folder, *words):
+        self.out = folder / f"{time.time_ns()}.out"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m", "train",
+                   *words]
+        with open(self.out, "wb") as out:
+            self.process = subprocess.Popen([str(word) for word in command], cwd=folder, stdout=out, stderr=out,
+                                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.terminate()                             # torchrun passes it on
+            self.process.wait(60)
+
+    def end(self, timeout=200):
+        """-> (exit code, all that was printed)"""
+        return self.process.wait(timeout), self.out.read_text(encoding="utf-8", errors="replace")
+
+    def pid(self, rank):
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return next(int(p) for p in children if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{p}/environ").read_bytes())
+
+
+def log(run, event="train"):
+    lines = (run / "train.jsonl").read_text(encoding="utf-8").split("\n")
+    return [line for line in map(json.loads, filter(None, lines)) if line["event"] == event]
+
+
+def wait_for(run, step, job):
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and job.process.poll() is None:
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            if any(line["step"] >= step for line in log(run)):
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} did not come: {job.out.read_text(errors='replace')[-3000:]}")
+
+
+def same(one, other, step, within=1e-5):
+    """Weights, averages and optimizer state of two runs at a step, and their logs up to there."""
+    for name in ("model", "ema", "optimizer"):
+        a, b = (load_file(run / f"step_{step:06d}" / f"{name}.safetensors") for run in (one, other))
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=within, msg=lambda m, what=(name, key): f"{what}: {m}")
+    for key in ("loss", "gnorm", "mask", "tokens_seen"):
+        a, b = ({line["step"]: line[key] for line in log(run) if line["step"] <= step} for run in (one, other))
+        assert {s: a[s] for s in b} == pytest.approx(b, abs=within, rel=within) and step in b, key
+
+
+@pytest.fixture(scope="module")
+def runs(text, tmp_path_factory):
+    """One process of each kind to compare with, and meanwhile the job that needs nothing else."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = ("--data_dir", text, *SHAPE)
+    with Job(2, folder, *words, *BACKUP, "--output_dir", "two", "--max_steps", 4) as job:
+        assert alone(*words, *PRIMARY, "--output_dir", folder / "primary", "--max_steps", 6) == 0
+        assert alone(*words, *BACKUP, "--output_dir", folder / "backup", "--max_steps", 8) == 0
+        return folder, job.end()
+
+
+def test_two_ranks_then_one_then_two_sharded_ones_and_a_kill(runs):
+    """Each checkpoint equals the uninterrupted single process; --fsdp takes up and leaves behind ordinary ones, and what a
+    killed rank leaves behind is whole."""
+    folder, (code, printed) = runs
+    one, run = folder / "backup", folder / "two"
+    assert code == 0, printed[-3000:]
+    assert printed.count("step 1/4 |") == 1 and printed.count("settings:") == 1, "more than one rank prints"
+    same(one, run, 4)
+    assert alone("--resume", run, "--max_steps", 6, "--threads", 1, "--no_show_samples") == 0
+    same(one, run, 6)
+    with Job(2, folder, "--resume", run, "--fsdp", "--max_steps", FOREVER, "--threads", 1) as job:
+        wait_for(run, 9, job)
+        os.kill(job.pid(1), signal.SIGKILL)
+        killed = time.monotonic()
+        code, printed = job.end()
+    assert code != 0 and time.monotonic() - killed < 30
+    assert "2 processes, sharded" in printed and "error: rank 0 of 2: another process of this run has ended" in printed
+    assert "Signal 9 (SIGKILL)" in printed                       # torchrun's own table names the rank and the cause
+    same(one, run, 8)
+    evals = [{line["step"]: line["val_nelbo"] for line in log(r, "eval") if line["step"] in (3, 6)} for r in (one, run)]
+    assert len(evals[0]) == 2 and evals[0] == pytest.approx(evals[1], abs=1e-5), "the averaged weights were scored wrongly"
+    last = checkpoint.load(run, parts=("model", "ema", "optimizer"))      # every file against its hash
+    assert alone("--resume", run, "--max_steps", last.step + 1, "--threads", 1, "--no_show_samples") == 0
+    assert not list(run.glob(".tmp-*"))
+    checkpoint.load_model(run, torch.device("cpu"))                       # what sample does
+
+
+def test_four_ranks_and_a_signal_to_one_of_them(runs):
+    """They go on from one process's checkpoint; SIGTERM for a single rank, and all of them save the same step and leave."""
+    folder, _ = runs
+    one, run = folder / "primary", folder / "four"
+    shutil.copytree(one / "step_000002", run / "step_000002")
+    with Job(4, folder, "--resume", run, "--max_steps", FOREVER, "--threads", 1) as job:
+        wait_for(run, 6, job)
+        os.kill(job.pid(2), signal.SIGTERM)
+        code, printed = job.end()
+    end = log(run, "end")[-1]
+    assert code != 0 and end["code"] == 143 and "another process" not in printed, printed[-3000:]
+    assert checkpoint.load(run).step == end["step"] >= 6
+    same(one, run, 6)
+
+
+# ---- in this process ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("block, first", [(24, None), (8, 3)])
+@pytest.mark.parametrize("strategy", ["token", "span"])
+def test_the_parts_of_a_draw_are_the_draw(block, first, strategy):
+    """Each rank's masks, times and weights are its rows of the one draw of the whole step; so are the counts."""
+    args = config.TrainArgs(masking_strategy=strategy)
+    whole = masking.draw(args, 1, 5, 12, 24, block, first)
+    parts = [masking.draw(args, 1, 5, 12, 24, block, first, distributed.Ranks(r, 4).share(4, 3)) for r in range(4)]
+    assert torch.equal(torch.cat([p.mask for p in parts]), whole.mask)
+    assert torch.equal(torch.cat([p.weight for p in parts]), whole.weight)
+    for p in parts:
+        assert torch.equal(p.t, whole.t)
+        assert masking.normaliser("elbo", p) == whole.mask.numel()
+        assert masking.normaliser("masked_mean", p) == int(whole.mask.sum())
+
+
+def test_slips_of_many_processes(text, tmp_path, monkeypatch, capsys):
+    with pytest.raises(config.UserError, match=r"4 x --grad_accum 2 = 8 .* over 3 processes"):
+        distributed.Ranks(0, 3).share(4, 2)
+    with pytest.raises(config.UserError, match="torchrun --nproc_per_node"):
+        alone("--data_dir", text, *SHAPE, "--fsdp", "--output_dir", tmp_path / "run")
+    for words in (("--optimizer", "muon"), ("--compile",)):
+        with pytest.raises(config.UserError, match=f"{words[0]}.*--fsdp|--fsdp.*{words[0]}"):
+            alone("--fsdp", *words)
+    with pytest.raises(config.UserError, match="--device cuda:1"):
+        distributed.choose_device("cuda:1", 2, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_buckets_lose_no_gradient(monkeypatch):
+    """A group of one process, whose sum is what was there: every gradient comes back to its place, None stays None."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "BUCKET", 10)
+        net = torch.nn.ParameterList([torch.zeros(shape) for shape in ((3, 3), (1,), (5, 5), (), (4,), (7,))])
+        for i, p in enumerate(net):
+            p.grad = torch.randn(p.shape) if i != 4 else None
+        before = [p.grad if p.grad is None else p.grad.clone() for p in net]
+        distributed.Ranks(0, 2).sum_gradients(net)
+        assert all(p.grad is None if b is None else torch.equal(p.grad, b) for p, b in zip(net, before, strict=True))
+        assert before[4] is None
+    finally:
+        dist.destroy_process_group()
