@@ -208,7 +208,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
 
     micro = args.batch_size                                 # rows per forward that fit into memory
     if args.auto_batch:
-        micro = fit.measured(probe, mine.stop - mine.start, args, device, 0 if first_step else 8 * params, optimizer.zero_grad, say)
+        later = 0 if first_step else 8 * params             # the optimizer's state comes with the first step
+        micro = fit.measured(probe, mine.stop - mine.start, args, device, later, optimizer.zero_grad, say)
     if ranks.main and not in_place and runs.is_used(run_dir):    # last: the arguments have proved to be sound
         runs.archive(run_dir)
     if args.compile:

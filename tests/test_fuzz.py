@@ -153,7 +153,8 @@ def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):  # n
     meta = checkpoint.read_json(data / "meta.json")
     (data / "t.model").write_bytes((folder / "o.model").read_bytes())
     (data / "meta.json").write_bytes(checkpoint.to_json({**meta, "tokenizer": str(data / "t.model")}))
-    refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("tokenizer", "was made with"))
+    refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys,
+            say=("tokenizer", "was made with"))
 
 
 def test_train_bin_of_another_dtype(text, run, tmp_path, capsys):  # noqa: F811

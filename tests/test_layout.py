@@ -24,8 +24,9 @@ RANKS = {
     "tokens": 4, "clean": 4, "spool": 4, "checkpoint": 4, "fast": 4, "fit": 4,
     "prepare": 5, "drive": 5, "verdict": 5,
     "runs": 6,
-    "evaluate": 7, "train": 7, "sample": 7,
-    "edge_benchmark": 8, "colab_train_eco": 8,
+    "train": 7, "sample": 7,
+    "evaluate": 8,
+    "edge_benchmark": 9, "colab_train_eco": 9,
 }
 NEEDS_NO_TORCH = ("knobs", "shapes", "lexicon", "config", "documents", "hub", "clean", "spool", "tokenizer", "corpus",
                   "tokens", "prepare", "train", "sample", "evaluate", "edge_benchmark", "colab_train_eco", "romanise")
