@@ -196,6 +196,7 @@ LAST = """वती मती पत्र पत्रों चरण चर�
 पाल लाल स्वरूप हीन रहित सहित देशीय गण शास्त्र यात्रा मंत्री निवासी वासी प्रद युक्त मुक्त संघ"""
 
 # ----------------------------------------------------------------------------------------------------- letters to sounds
+LONG_WORD = 60             # letters; longer runs are no words: neither cut into members nor remembered
 LABIALS = ("p", "P", "b", "bh", "m")
 
 
@@ -342,7 +343,9 @@ def foreign(word):
 
 def rules(word, habit):
     """A word by the rules alone."""
-    return spell([s for member in members(unicodedata.normalize("NFD", word)) for s in silence(units(member))], habit)
+    word = unicodedata.normalize("NFD", word)
+    parts = members(word) if len(word) <= LONG_WORD else [word]
+    return spell([s for part in parts for s in silence(units(part))], habit)
 
 
 class Romaniser(dict):
@@ -370,7 +373,7 @@ class Romaniser(dict):
             result = "".join(SPECIAL[c] for c in token)
         else:
             result = self.word(token)
-        if len(self) < 200_000:
+        if len(self) < 200_000 and len(token) <= LONG_WORD:
             self[token] = result
         return result
 

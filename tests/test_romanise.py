@@ -95,6 +95,15 @@ def test_digits_emoji_addresses_and_punctuation(typist):
     assert typist("iPhone में 5G है!") == "iPhone mein 5G hai!"
 
 
+def test_runs_that_are_no_words(typist):
+    """A long document without a space: no recursion, nothing remembered."""
+    for unit in ("जन", "कर", "क्", "ि", "एम"):
+        out = Romaniser(2)(unit * 30_000)
+        assert out and not re.search("[\u0900-\u097f]", out) and len(out) <= 120_000
+    assert typist("राजकुमार" * 40) and "राजकुमार" * 40 not in typist
+    assert typist("कमल") == "kamal" and "कमल" in typist
+
+
 def test_every_letter_of_the_block_is_known():
     """Each letter says something, alone and with each sign; nothing is silently lost."""
     for code in [*range(0x904, 0x93a), *range(0x958, 0x962), *range(0x972, 0x980)]:
