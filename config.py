@@ -340,7 +340,7 @@ class EvaluateArgs(DecodeKnobs, CheckpointKnobs, CommonKnobs):
     blocks: str = knob(None, "block rules to score, such as T,64; none = those it was trained with")
     batches: int = knob(20, "batches of windows at most, of the size used in training", at_least=1)
     draws: int = knob(4, "mask draws per sequence", at_least=1)
-    chain_docs: int = knob(32, "first windows for the chain rule (a forward per token of a block) and infilling; 0 = all text", at_least=0)
+    chain_docs: int = knob(32, "documents (first window) for infilling and the chain rule, S forwards each; 0 = all", at_least=0)
     repeats: int = knob(8, "passes of each estimator when they are compared; below 2 = not compared", at_least=0, rare=True)
     max_new_tokens: int = knob(64, "length of a sample", at_least=1)
     samples: int = knob(0, "continue so many held-out beginnings and judge the text", at_least=0)
