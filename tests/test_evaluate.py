@@ -274,15 +274,15 @@ def test_the_control_arm_prints_its_exact_nll(here, control, capsys, tmp_path): 
     found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
     assert found["objective"] == "ar" and "NLL" in capsys.readouterr().out
     net, tokenizer, _ = checkpoint.load_model(control, torch.device("cpu"))
-    total = 0.0
+    total, count = 0.0, 0
     for line in lines.read_text(encoding="utf-8").split("\n\n"):
         ids = [tokenizer.bos_id, *tokenizer.encode(line.strip()), tokenizer.eos_id]
         read = torch.tensor([[net.cfg.mask_id, *ids[:-1]]])
         with torch.no_grad():
             logp = net.logits(net.hidden_blocks(read, read, len(ids))).log_softmax(-1)[0]
-        total -= sum(float(logp[i, token]) for i, token in enumerate(ids) if i)
+        total, count = total - sum(float(logp[i, token]) for i, token in enumerate(ids) if i), count + len(ids) - 1
     r = found["bound"]["32"]
-    assert r["nats"] * r["tokens"] == pytest.approx(total, rel=1e-4)
+    assert r["tokens"] == count and r["nats"] == pytest.approx(total / count, rel=1e-4)
     size = len(lines.read_text(encoding="utf-8").replace("\n", "").encode())
     assert r["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-4)
 
