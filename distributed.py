@@ -201,7 +201,7 @@ def choose_device(name, world, local):
 
 @contextlib.contextmanager
 def joined(args):
-    """The ranks of this run: those that torchrun started, else one. Only rank 0 prints, and nobody leaves before all are done.
+    """The ranks of this run: those that torchrun started, else one. Only rank 0 prints, and nobody leaves before rank 0.
 
     A rank that dies ends the job: torchrun stops the others, and gloo tells them at once, which is the message below.
     """
@@ -213,7 +213,8 @@ def joined(args):
         return
     rank, world, local = (int(os.environ[name]) for name in TORCHRUN[:3])
     args.device = choose_device(args.device, world, local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=TIMEOUT)
+    if not dist.is_initialized():                                # a second run of one process goes on with the first one's
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=TIMEOUT)
     ranks = Ranks(rank, world, args.fsdp)
     try:
         with contextlib.ExitStack() as quiet:
@@ -235,6 +236,6 @@ def joined(args):
             time.sleep(PATIENCE)                                 # rank 0, or if it is gone rank 1, says it for all
         raise UserError(f"rank {rank} of {world}: another process of this run has ended or does not answer; what was saved is "
                         f"whole: start again with --resume ({str(error).splitlines()[0][-120:]})", code=1) from None
-    dist.destroy_process_group()
-    if ranks.sharded:  # DTensor's caches keep gloo's threads alive, and the end of the interpreter aborts on them now and then
-        atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(ranks.code)))
+    # gloo's threads can outlive even destroy_process_group, and the end of the interpreter now and then aborts on them, which
+    # torchrun would take for a failure: after the last flush, nothing is left to take apart
+    atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(ranks.code)))
