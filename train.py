@@ -151,7 +151,7 @@ def train(args, origins, run_dir, source, resuming):
         saved = checkpoint.load(source, parts=("model", "ema", "optimizer"),
                                 quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir)
     if resuming:
-        args, changes = config.resume_check(checkpoint.section(saved, "args"), args, origins)
+        args, changes = config.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
         notes = [f"changed on resume: {c}" for c in changes]
     config.announce(args, origins)
     data_dir = find_data(args, origins)

@@ -153,7 +153,7 @@ def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):  # n
     meta = checkpoint.read_json(data / "meta.json")
     (data / "t.model").write_bytes((folder / "o.model").read_bytes())
     (data / "meta.json").write_bytes(checkpoint.to_json({**meta, "tokenizer": str(data / "t.model")}))
-    refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("tokenizer", "was made with"))
+    refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("made with tokenizer",))
 
 
 def test_train_bin_of_another_dtype(text, run, tmp_path, capsys):  # noqa: F811
@@ -211,6 +211,10 @@ def test_a_shape_beyond_the_file_takes_no_memory(run, capsys):
         else:
             with pytest.raises(UserError, match="does not fit"):
                 checkpoint.load_model(step, "cpu")
+    for forged in ({**saved, "model": {**saved["model"], "args": {}}}, {**saved, "model": []}, {"args": saved["args"]}):
+        plant(step, "config.json", checkpoint.to_json(forged))
+        with pytest.raises(UserError, match="config"):
+            checkpoint.load_model(step, "cpu")
 
 
 def test_a_tokenizer_name_that_no_file_can_have(lab):
