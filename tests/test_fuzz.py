@@ -98,7 +98,7 @@ def test_no_damage_is_accepted(lab):
             places = sorted({0, 1, 7, 8, len(sound) - 1, *range(0, len(sound), max(1, len(sound) // 20))})
             damaged = [sound[:a] + bytes([sound[a] ^ 1 << a % 8]) + sound[a + 1:] for a in places]
             damaged += [sound[:a] for a in places[1::3]] + [sound[:a] + bytes(len(sound) - a) for a in places[1:-1:5]]
-            damaged += [b"", sound + b"\0", sound + sound, sound[::-1]]
+            damaged += [b"", sound + b"\0", sound + sound, sound[::-1], sound[:-1], sound + b"\n", sound.replace(b": ", b":")]
             for data in damaged:
                 if data == sound:
                     continue
