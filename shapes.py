@@ -66,7 +66,7 @@ class ModelConfig:
         names, saved = {f.name for f in dataclasses.fields(cls)}, ADDED | saved
         if missing := names - set(saved):
             raise UserError(f"model configuration without {', '.join(sorted(missing))}")
-        return cls(**checked(cls, saved, "model configuration"))
+        return cls(**checked(cls, {"args": saved}, "model configuration"))
 
 
 def model_config(args, vocab_size):

@@ -53,7 +53,7 @@ class TokenData:
         self.dir, self.split = Path(data_dir), split
         self.path = self.dir / f"{split}.bin"
         self.fix = f"python -m prepare --data_dir {data_dir} --force builds it again"
-        if not (self.dir / "meta.json").exists():
+        if not os.path.exists(self.dir / "meta.json"):
             raise UserError(f"no prepared text in {data_dir} (no meta.json): run python -m prepare --source files "
                             f"--input YOUR_TEXT.txt --data_dir {data_dir}, or python -m colab_train_eco for everything")
         self.meta = self.check_meta(knobs.read_json(self.dir / "meta.json"))

@@ -102,7 +102,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             source, parts=("model", "ema", "optimizer"),
             quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir) if ranks.main else None)
     if resuming:
-        args, changes = config.resume_check(checkpoint.section(saved, "args"), args, origins)
+        args, changes = config.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
         notes = [f"changed on resume: {c}" for c in changes]
     config.announce(args, origins)
     mine = ranks.share(args.batch_size, args.grad_accum)    # of the sequences of one optimizer step

@@ -99,7 +99,7 @@ def forged(lab, name, data):
         checkpoint.load_model(folder, "cpu")
         saved = checkpoint.load(folder, parts=("model", "ema", "optimizer"))
         args, origins = config.parse(config.TrainArgs, [], "train")
-        args, _ = config.resume_check(checkpoint.section(saved, "args"), args, origins)
+        args, _ = config.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
         cfg = shapes.model_config(args, lab.tokenizer.vocab_size)
         checkpoint.may_fit(cfg, saved.model)
         checkpoint.counters(saved)

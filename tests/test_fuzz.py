@@ -98,7 +98,7 @@ def test_no_damage_is_accepted(lab):
             places = sorted({0, 1, 7, 8, len(sound) - 1, *range(0, len(sound), max(1, len(sound) // 20))})
             damaged = [sound[:a] + bytes([sound[a] ^ 1 << a % 8]) + sound[a + 1:] for a in places]
             damaged += [sound[:a] for a in places[1::3]] + [sound[:a] + bytes(len(sound) - a) for a in places[1:-1:5]]
-            damaged += [b"", sound + b"\0", sound + sound, sound[::-1]]
+            damaged += [b"", sound + b"\0", sound + sound, sound[::-1], sound[:-1], sound + b"\n", sound.replace(b": ", b":")]
             for data in damaged:
                 if data == sound:
                     continue
@@ -153,8 +153,7 @@ def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):  # n
     meta = checkpoint.read_json(data / "meta.json")
     (data / "t.model").write_bytes((folder / "o.model").read_bytes())
     (data / "meta.json").write_bytes(checkpoint.to_json({**meta, "tokenizer": str(data / "t.model")}))
-    refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys,
-            say=("tokenizer", "was made with"))
+    refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("made with tokenizer",))
 
 
 def test_train_bin_of_another_dtype(text, run, tmp_path, capsys):  # noqa: F811
@@ -212,6 +211,10 @@ def test_a_shape_beyond_the_file_takes_no_memory(run, capsys):
         else:
             with pytest.raises(UserError, match="does not fit"):
                 checkpoint.load_model(step, "cpu")
+    for forged in ({**saved, "model": {**saved["model"], "args": {}}}, {**saved, "model": []}, {"args": saved["args"]}):
+        plant(step, "config.json", checkpoint.to_json(forged))
+        with pytest.raises(UserError, match="config"):
+            checkpoint.load_model(step, "cpu")
 
 
 def test_a_tokenizer_name_that_no_file_can_have(lab):
