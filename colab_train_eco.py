@@ -88,8 +88,14 @@ def main(argv=None):
         args, origins = dataclasses.replace(args, data_dir=str(folder)), origins | {"data_dir": "one-shot"}
     say(f"stage 5, training: {args.model}, {args.n_layers} layers of width {args.d_model}, {args.max_steps} steps on {folder}")
     import train
-    run, show = args.run_dir, args.show_samples
-    code = train.start(dataclasses.replace(args, show_samples=False), origins)
+    show, quiet = args.show_samples, dataclasses.replace(args, show_samples=False)
+    run = train.choose_folder(quiet, origins)[0] or args.run_dir             # --if_exists suffix, --resume PATH: another one
+    try:
+        code = train.start(quiet, origins)
+    except UserError as error:
+        if origins["resume_latest"] != "one-shot" or not str(error).startswith("cannot resume"):
+            raise
+        raise UserError(f"{error}\n  for a fresh run: --if_exists archive (the old one is kept), or --run_name NEW") from None
     if code > 1:
         say("stopped after saving: the same command again continues the run")
         return code

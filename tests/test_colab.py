@@ -290,8 +290,11 @@ def test_the_one_shot_goes_on_by_itself_and_judges_itself(tmp_path, monkeypatch,
     assert log(run, "resume")[0]["step"] == 4 and [e["step"] for e in log(run)] == list(range(1, 22))
     assert json.loads((run / "verdict.json").read_text(encoding="utf-8"))["criteria"][0]["ok"] is True
     assert colab_train_eco.main([*words, "--max_steps", "21"]) == 0    # nothing left to do: judged again
-    code = colab_train_eco.main([*words, "--max_steps", "20", "--run_name", "high", "--min_mask_rate", "0.97"])
+    with pytest.raises(config.UserError, match="--if_exists archive"):    # the advice after an OOM, in the same folder
+        colab_train_eco.main([*words, "--max_steps", "30", "--d_model", "32"])
+    code = colab_train_eco.main([*words, "--max_steps", "20", "--if_exists", "suffix", "--min_mask_rate", "0.97"])
     told = capsys.readouterr().out
+    assert log(here[1] / "checkpoints/eco_hybrid_hi_v2")[0]["mask"] > 0.96
     assert code == 1 and "FAIL" in told and "advice: mask out of range" in told
 
 
