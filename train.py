@@ -11,7 +11,6 @@ history, so a resumed run equals the uninterrupted one bit for bit on a CPU, and
 import contextlib
 import functools
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -271,7 +270,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     environment = runtime.environment(device)
     with (runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress,
           torch.autograd.set_detect_anomaly(args.detect_anomaly)):
-        log = runtime.JsonLines(run_dir / "train.jsonl" if ranks.main else os.devnull)
+        log = runtime.JsonLines(run_dir / "train.jsonl" if ranks.main else None)
         log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
                   config=saved_args, params_total=params, params_blocks=shapes.block_params(cfg),
                   data={"source": data.meta["source"], "tokens": data.meta["train_tokens"], "sha256": data.meta["train_sha256"]},
