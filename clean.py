@@ -223,12 +223,12 @@ class Cleaner:
 
     def write_html(self, path, title, scripts):
         """The report as one page without scripts or outside files: counts, bars, examples."""
-        def bars(counts, unit):
+        def bars(counts, unit, what="rule"):
             top = max([*counts.values(), 1])
             rows = (f'<tr><td>{html.escape(rule)}</td><td class="n">{count:,}</td><td><svg width="320" height="14" role="img">'
                     f'<rect width="{max(1, 320 * count / top):.0f}" height="14" fill="#2a6f97"/></svg></td></tr>'
                     for rule, count in sorted(counts.items(), key=lambda item: -item[1]))
-            return f'<table><tr><th>rule</th><th>{unit}</th><th></th></tr>{"".join(rows)}</table>' if counts else "<p>none</p>"
+            return f'<table><tr><th>{what}</th><th>{unit}</th><th></th></tr>{"".join(rows)}</table>' if counts else "<p>none</p>"
         examples = "".join(
             f'<h3>{html.escape(rule)}</h3>' + "".join(f'<blockquote lang="hi">{html.escape(before)}</blockquote>'
                                                       for before, _ in some) for rule, some in self.examples.items())
@@ -238,7 +238,7 @@ table{{border-collapse:collapse}}td,th{{padding:.15rem .7rem .15rem 0;text-align
 blockquote{{margin:.3rem 0;padding:.3rem .8rem;border-left:3px solid #bbb;white-space:pre-wrap;overflow-wrap:anywhere}}</style>
 <h1>{html.escape(title)}</h1>
 <p>{self.kept:,} of {self.kept + self.dropped.total():,} documents kept, {self.kept_bytes / 1e6:.2f} MB.</p>
-<h2>Kept, by script and split</h2>{bars(scripts, "documents")}
+<h2>Kept, by script</h2>{bars(scripts, "documents", "script")}
 <h2>Documents dropped</h2>{bars(self.dropped, "documents")}
 <h2>Bytes dropped</h2>{bars(self.dropped_bytes, "bytes")}
 <h2>Lines dropped</h2>{bars(self.lines, "lines")}

@@ -84,7 +84,7 @@ def read(args, spool, sources, paths, log):
         spool.close(args.wants("romanise"), log)
         if args.report and cleaner:
             scripts = {script: spool.docs[i] for i, script in enumerate(SCRIPTS) if spool.docs[i]}
-            cleaner.write_html(args.report, f"What cleaning did to {args.source}", scripts)
+            cleaner.write_html(args.report, f"What cleaning did to {', '.join(map(str, args.input)) or args.source}", scripts)
             log(f"report: {args.report}")
     finally:
         spool.file.close()
