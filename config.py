@@ -54,9 +54,8 @@ TRAIN_PROFILES = {
 SAMPLE_PROFILES = {
     "none": {},
     "balanced": dict(steps=8, temperature=0.8, temperature_end=0.6, top_k=0, blockwise=True, block_size=64,
-                     frozen_context=True, min_decode_layers=4),
-    "max": dict(steps=6, temperature=0.0, top_k=0, blockwise=True, block_size=64, frozen_context=True,
-                min_decode_layers=3),
+                     frozen_context=True),
+    "max": dict(steps=6, temperature=0.0, top_k=0, blockwise=True, block_size=64, frozen_context=True),
 }
 GPU_TIERS = (                             # of the one-shot: (bytes of memory at least, settings)
     (70e9, dict(batch_size=8, grad_accum=4, seq_len=2048)),
