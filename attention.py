@@ -53,6 +53,9 @@ class KVCache:
     def context(self, layer):
         return self.k[layer, :, :, :self.held], self.v[layer, :, :, :self.held]                # (B, H, C, E) each
 
+    def fits(self, tokens):
+        return self.held + tokens <= self.k.shape[3]
+
     def make_room(self, tokens):
         """Before a commit of so many tokens: if they do not fit, the oldest leave."""
         room = self.k.shape[3]
@@ -90,13 +93,16 @@ class MultiHead(nn.Module):
     def join(self, y):
         return self.out_proj(y.transpose(1, 2).flatten(2))                         # (N, H, T, E) -> (N, T, D)
 
-    def one_block(self, x, table, context=None):
-        """One block x (B, S, D), bidirectional inside unless causal, after a frozen context; returns (output, its k, its v)."""
+    def one_block(self, x, table, context=None, mask=None):
+        """One block x (B, S, D), bidirectional inside unless causal, after a frozen context; returns (output, its k, its v).
+
+        mask (S, C + S): x is several blocks.
+        """
         q, k, v = self.project(x, table)
         if context is None:
-            return self.join(attend(q, k, v, causal=self.causal)), k, v
+            return self.join(attend(q, k, v, mask, self.causal)), k, v
         keys, values = (torch.cat((c.to(k.dtype), own), dim=2) for c, own in zip(context, (k, v), strict=True))
-        return self.join(attend(q, keys, values, causal=self.causal)), k, v                            # keys (B, H, C+S, E)
+        return self.join(attend(q, keys, values, mask, self.causal)), k, v                              # keys (B, H, C+S, E)
 
     def all_blocks(self, x, table, masks, last=False):
         """x (2B, T, D), noisy rows first: the clean stream block-causally, the noisy stream on clean context + own block.

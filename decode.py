@@ -30,6 +30,7 @@ from masking import shifted
 from samplers import LOOKING, Look
 
 MODES = ("full", "block", "block_frozen")
+PROMPT_TOKENS = 1024                  # of a prompt that go through the network at once, in whole blocks
 
 
 @dataclass
@@ -250,8 +251,10 @@ def write_group(model, group, prompts, s, seeds, result, on_step, on_block):
                 model.step(read[:, lo:lo + most], cache)
         else:
             first = P % size or size            # a context that is no multiple of the block starts with the shorter one
-            for lo in [0, *range(first, P, size)]:
-                model.commit(ids[:, lo:min(P, first if lo == 0 else lo + size)], cache)
+            model.commit(ids[:, :first], cache)
+            most = max(1, PROMPT_TOKENS // size) * size
+            for lo in range(first, P, most):
+                model.commit(ids[:, lo:min(P, lo + most)], cache, size)
         result.context_passes += 1              # one pass over the prompt, whatever its number of blocks
     alive = list(range(len(group)))             # rows of the group that the canvas still holds
     rows = [None] * len(group)

@@ -6,7 +6,7 @@ Used by checkpoint.load_model's callers after loading; training never comes here
 
 A block of 32 tokens is a short product against a large matrix. In float32 it is slow (oneDNN reorders the weights each time);
 with bf16 weights in oneDNN's own layout it runs near the machine's peak. int8 quantises each output row of the weights once and
-each activation tensor on the fly, with the operators that torch.export's quantisation compiles to (torch's older quantised
+each token's activations on the fly, with the operators that torch.export's quantisation compiles to (torch's older quantised
 tensors are deprecated). Where an operator is missing (another CPU, another PyTorch), plain bf16 or an error says so.
 """
 import torch
@@ -47,29 +47,41 @@ class PackedBF16(nn.Module):
             return F.linear(x.bfloat16(), self.plain)
         return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, "none", [], "")
 
+    def onto(self, x, y):
+        return x + self(y)
+
 
 class PackedInt8(nn.Module):
-    """Symmetric int8 weights with a scale for each row; activations to 8 bits on the fly, one scale for all; float32 out."""
+    """Symmetric int8 weights with a scale for each row; activations to 8 bits on the fly, a scale for each token; float32 out.
+
+    The operator knows one activation scale. It is told 1, and the tokens' own ones multiply the rows of what comes out.
+    """
 
     def __init__(self, weight):
         super().__init__()
         self.nbytes = weight.numel()
         w = weight.detach().float()
-        self.scale = (w.abs().amax(1) / 127).clamp(min=1e-12)                      # (outputs,)
-        self.zero = torch.zeros(len(w), dtype=torch.int32)
+        scale = (w.abs().amax(1) / 127).clamp(min=1e-12)                           # (outputs,)
+        self.scale, self.zero = scale / 127, torch.zeros(len(w), dtype=torch.int32)
         try:
-            self.packed = torch.ops.onednn.qlinear_prepack((w / self.scale[:, None]).round().to(torch.int8), None)
+            self.packed = torch.ops.onednn.qlinear_prepack((w / scale[:, None]).round().to(torch.int8), None)
         except (AttributeError, RuntimeError, NotImplementedError) as error:
             raise UserError(f"--quantize_dynamic: this PyTorch has no int8 product for this CPU ({error})") from None
 
+    def rows(self, x):
+        """x (..., inputs) -> (product, largest value of each token): their product is the answer."""
+        x = x.float()
+        top = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)                     # (..., 1)
+        q = (x * (127 / top)).add_(128.5).to(torch.uint8)                          # 1 to 255; signed bytes have no fast product
+        return torch.ops.onednn.qlinear_pointwise(q, 1.0, 128, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32,
+                                                  "none", [], ""), top
+
     def forward(self, x):
-        x = x.float().contiguous()
-        low, high = (float(v) for v in torch.aminmax(x))
-        step = max((max(high, 0.0) - min(low, 0.0)) / 255, 1e-12)
-        zero = round(-min(low, 0.0) / step)
-        q = (x * (1 / step) + zero).round_().clamp_(0, 255).to(torch.uint8)
-        return torch.ops.onednn.qlinear_pointwise(q, step, zero, self.packed, self.scale, self.zero, None, 1.0, 0,
-                                                  torch.float32, "none", [], "")
+        product, top = self.rows(x)
+        return product.mul_(top)
+
+    def onto(self, x, y):
+        return torch.addcmul(x, *self.rows(y))
 
 
 class Fast(nn.Module):
@@ -85,6 +97,9 @@ class Fast(nn.Module):
 
     def tail(self, x, width):
         return self.tails[str(width)](x)
+
+    def onto(self, x, y, change):
+        return self.whole.onto(x, y)                                               # no dropout here
 
 
 def prepare(model, precision):

@@ -22,8 +22,8 @@ class RMSNorm(nn.Module):
 
 
 def unit_rms(x):
-    """x / rms(x) over the last dimension: the norm without a weight, for keys and values."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    """x / rms(x) over the last dimension, whatever the scale of x (float32): a sum is as good as a mean. 0 stays 0."""
+    return F.rms_norm(x, x.shape[-1:], None, 1e-20)
 
 
 def rotary_table(positions, head_size, base=10_000.0):
@@ -69,6 +69,10 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
         self.tails = tails
 
+    def onto(self, x, y, change):
+        """x + change(the product with y): the end of a residual branch, dropout being the change."""
+        return x + change(self(y))
+
     def tail(self, x, width):
         return F.linear(x, self.weight[-width:])
 
@@ -90,7 +94,8 @@ class TiedHead(nn.Module):
 
     def logits(self, h):
         z = (self.product(h) if self.product else F.linear(h, self.weight)).float()            # (..., V)
-        z[..., list(self.never)] = -math.inf
+        for row in self.never:
+            z[..., row] = -math.inf
         return z
 
 

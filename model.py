@@ -13,7 +13,7 @@ The denoiser protocol, which decode.py, masking.py and the tests' fake rely on:
     model.logits(h)                      (..., D) -> (..., V) float32; the mask's and the pad's logit is -inf
     model(xt, cache=None)                logits(hidden(xt, cache))
     model.new_cache(batch, length)       frozen context; .length .nbytes .reset() .select(rows), maybe .beside_empty()
-    model.commit(x0, cache)              freeze one finished clean block of any length
+    model.commit(x0, cache, block=None)  freeze finished clean tokens, as one block of any length or as several of `block`
 Only if cfg.causal (--objective ar), where a hidden state is about the *next* token and the mask's row means "nothing before":
     model.step(x, cache)                 the next tokens (B, S) join the cache -> (B, S, D), in one pass
 No loss, no shift, no knowledge of masking, no time input. Logits with the cache equal logits recomputed from clean text.
@@ -100,20 +100,28 @@ class Transformer(nn.Module):
     def new_cache(self, batch, length):
         return KVCache(self.cfg, batch, length, self.head.weight.device, torch.float32)
 
-    def commit(self, x0, cache):
-        """Freeze one finished clean block (B, S): its keys and values join the context."""
+    def commit(self, x0, cache, block=None):
+        """Freeze finished clean tokens (B, S), one block or several of `block`: their keys and values join the context."""
+        S, mask = x0.shape[1], None
+        if block and block < S and not cache.fits(S):                              # then each block sees another window
+            for part in x0.split(block, dim=1):                                    # (B, block)
+                self.commit(part, cache)
+            return
+        cache.make_room(S)
+        if block and block < S:
+            clean = block_masks(S, block, block, x0.device)[0]                     # (S, S)
+            mask = torch.cat((clean.new_ones(S, cache.held), clean), dim=1)        # (S, C + S)
         x = self.head(x0)                                                         # (B, S, D)
-        cache.make_room(x0.shape[1])
-        table = self.table(cache.length, x0.shape[1])
+        table = self.table(cache.length, S)
         for i, layer in enumerate(self.layers):
             context = cache.context(i) if cache.held else None
             if i + 1 == len(self.layers):                                          # nobody reads x behind the last layer
                 _, k, v = layer.attn.project(layer.attn_norm(x), table)
             else:
-                y, k, v = layer.attn.one_block(layer.attn_norm(x), table, context)
+                y, k, v = layer.attn.one_block(layer.attn_norm(x), table, context, mask)
                 x = layer.add_ff(x + layer.dropout(y))
             cache.write(i, k, v)
-        cache.advance(x0.shape[1])
+        cache.advance(S)
 
     def step(self, x0, cache):
         """Causal: read the next tokens (B, S), keep their keys and values -> (B, S, D), each about its successor."""

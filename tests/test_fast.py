@@ -71,3 +71,16 @@ def test_whole_texts(kind, precision):
     for mode in ("full", "block", "block_frozen"):
         out = generate(model, [2, 5, 7], Settings(20, 4, mode=mode, block_size=8, eos_id=None), [0, 1])
         assert [len(row) for row in out.rows] == [20, 20]
+
+
+def test_int8_rows_do_not_mix():
+    """A token's scale is its own: an outlier in one row of a batch moves no other row, and costs that row's precision alone."""
+    torch.manual_seed(0)
+    product = fast.PackedInt8(torch.randn(48, 64))
+    x = torch.randn(3, 5, 64)
+    alone, loud = product(x[:1]), x.clone()
+    loud[1] *= 1000
+    loud[2] = 0
+    got = product(loud)
+    assert torch.equal(got[:1], alone) and (got[2] == 0).all()
+    torch.testing.assert_close(got[1] / 1000, product(x)[1], rtol=1e-4, atol=1e-4)
