@@ -315,7 +315,7 @@ def main():
     p.add_argument("--peers", default="peers", help="folder of the peers, see benchmarks/peers.py")
     p.add_argument("--only", nargs="+", default=["aria", *SOURCES], choices=["aria", *SOURCES])
     p.add_argument("--shapes", nargs="+", default=["d256", "d512"], choices=list(SHAPES))
-    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--rounds", type=int, default=4)
     args = p.parse_args()
     told = runtime.start(0)
     warnings.simplefilter("ignore")                                                # the peers' deprecated calls
