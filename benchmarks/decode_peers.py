@@ -1,17 +1,23 @@
 """Decoding beside public peers: equal size, one machine, one run, taken in turn. Not part of CI; peers live outside the project.
 
-    python benchmarks/decode_peers.py --llama_cpp DIR --llada FILE --hf        # each flag is one peer; all are optional
+    python benchmarks/decode_peers.py --peers DIR                                # everything that is in DIR (benchmarks/peers.py)
+    python benchmarks/decode_peers.py --peers DIR --prompts 1024 --only aria dllm --rounds 5
+    python benchmarks/decode_peers.py --peers DIR --agreement --ckpt checkpoints/diffusion_hi --prompts 64 128
 
-    --llama_cpp DIR   llama.cpp's source with build/bin/llama-bench and gguf-py (autoregressive, Q8_0 and F16, KV cache)
-    --llada FILE      LLaDA's generate.py: its sampler over our transformer's weights (no cache)
-    --hf              Hugging Face transformers' Llama, greedy generate with KV cache, float32 and bfloat16
-Ours: both models at d 512, 10 layers, 8,000 pieces, about 38M parameters, block_frozen with blocks of 32, at 1, 2, 4 and 8 tokens
-per forward, in each precision. Weights are random on both sides: this measures speed. What a number of tokens per forward costs
-in quality is a trained model's matter: `python -m edge_benchmark --grid`. tokens/s is new tokens / wall time with the prompt.
-Prints a table (median of the rounds, min-max) and one JSON document as the last line.
+    aria         both models, block_frozen: the exact cache
+    llama.cpp    autoregressive with KV cache, Q8_0 and F16, by its own llama-bench
+    hf           Hugging Face transformers' Llama, autoregressive greedy generate with KV cache
+    llada        LLaDA's generate on our backup's weights: recomputes the whole canvas at every forward
+    fast_dllm    Fast-dLLM's generate (no cache), prefix cache and dual cache, on our backup's weights
+    dllm         dllm's BD3LMSampler (block diffusion; re-encodes the prefix for each block) and its Fast-dLLM sampler, likewise
+All are about 38M parameters: d 512, 10 layers, 8,000 pieces; blocks of 32. Peers that sample run their own loop on the *same
+transformer weights*, through PeerModel below, which speaks their cache protocols with our kernels (keys kept rotated, so nothing
+is rotated twice: no slower than their own model class). Weights are random: this measures speed; what a number of tokens per
+forward costs in quality is a trained model's matter: `python -m edge_benchmark --grid`. tokens/s is new tokens / wall time with
+the prompt. --agreement asks instead whether each cache is exact: the share of greedy tokens, in float32, that equal those of the
+same sampler without its cache. Prints a table (median of the rounds, min-max) and one JSON document as the last line.
 """
 import argparse
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -27,7 +33,10 @@ import torch                                                     # noqa: E402
 import shapes
 import fast                                                      # noqa: E402
 import runtime                                                   # noqa: E402
+from attention import attend                                     # noqa: E402
+from benchmarks import peers                                     # noqa: E402
 from decode import Settings, generate                            # noqa: E402
+from layers import rotary_table                                  # noqa: E402
 from model import build_model                                    # noqa: E402
 
 VOCAB, WIDTH, LAYERS, HEADS, FF, BLOCK = 8000, 512, 10, 8, 1536, 32
@@ -41,59 +50,159 @@ def shape(kind):
     return shapes.ModelConfig.from_dict({**cfg.to_dict(), "d_ff": shapes.match_d_ff(cfg, target)})
 
 
-def ours(prompt, new):
-    """name -> a function that decodes once and returns the number of new tokens."""
+def network(kind, precision):
+    torch.manual_seed(0)
+    model = build_model(shape(kind)).eval()
+    fast.prepare(model, precision)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- samplers on our weights
+
+class PeerModel:
+    """Our transformer as the peers' samplers call a model: ids (B, S) -> .logits of all positions, .past_key_values if asked.
+
+    past_key_values     per layer keys and values (B, H, C, E) of the places 0 .. C - 1; the ids follow them,
+    replace_position    or (Fast-dLLM's dual cache) stand at these places (1, C), whose keys and values they replace there
+    attention_mask      (B, 1, S, C + S) bool is obeyed (dllm); (B, C + S) is all ones here, and not looked at
+    """
+    device = torch.device("cpu")
+
+    def __init__(self, net):
+        self.net, self.mask_id = net, net.cfg.mask_id
+        self.tokenizer = SimpleNamespace(mask_token_id=self.mask_id, pad_token_id=net.cfg.pad_id, bos_token_id=2,
+                                         eos_token_id=None)                        # all that dllm asks of one
+
+    def __call__(self, x, past_key_values=None, replace_position=None, attention_mask=None, use_cache=False, position_ids=None):
+        net, past = self.net, past_key_values
+        start = past[0][0].shape[2] if past is not None else 0
+        at = torch.arange(start, start + x.shape[1])
+        if replace_position is not None:
+            at = replace_position[0].nonzero()[:, 0]
+        table = rotary_table(at, net.cfg.d_model // net.cfg.n_heads)
+        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
+        h, kept = net.head(x), []                                                  # (B, S, D)
+        for i, layer in enumerate(net.layers):
+            q, k, v = layer.attn.project(layer.attn_norm(h), table)                # (B, H, S, E) each
+            if replace_position is not None:
+                past[i][0][:, :, at], past[i][1][:, :, at] = k, v                  # in place, as theirs
+                k, v = past[i]
+            elif past is not None:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(past[i], (k, v), strict=True))      # (B, H, C + S, E)
+            kept.append((k, v))
+            h = layer.add_ff(h + layer.attn.join(attend(q, k, v, mask)))
+        return SimpleNamespace(logits=net.logits(net.exits(h)), past_key_values=kept if use_cache else None)
+
+
+class Forgetful(PeerModel):
+    """The same without a cache, for dllm's block sampler: the past is the ids and their mask, computed again at every call."""
+
+    def __call__(self, x, past_key_values=None, attention_mask=None, use_cache=False, position_ids=None):
+        if past_key_values is None:
+            whole, mask = x, attention_mask
+        else:
+            ids, before = past_key_values
+            whole = torch.cat((ids, x), dim=1)
+            unseen = before.new_zeros(*before.shape[:3], x.shape[1])               # the past does not see the block
+            mask = torch.cat((torch.cat((before, unseen), dim=3), attention_mask), dim=2)
+        logits = super().__call__(whole, attention_mask=mask).logits[:, -x.shape[1]:]
+        return SimpleNamespace(logits=logits, past_key_values=(whole, mask) if use_cache else None)
+
+
+def llada(folder):
+    """{name: function(model, ids (1, P), new, forwards) -> ids (1, P + new)}; so do the next two."""
+    path = peers.find(folder, "LLaDA/generate.py")
+    with peers.stand_ins({"transformers": dict(AutoTokenizer=None, AutoModel=None)}):
+        peer = peers.load(path, "llada_generate")
+
+    def run(model, ids, new, forwards):
+        return peer.generate(model, ids, steps=forwards, gen_length=new, block_length=BLOCK, temperature=0.0, cfg_scale=0.0,
+                             remasking="low_confidence", mask_id=model.mask_id)
+    return {"LLaDA generate": run}
+
+
+def fast_dllm(folder):
+    path = peers.find(folder, "Fast-dLLM/llada/generate.py")
+    with peers.stand_ins({"transformers": dict(AutoTokenizer=None, AutoModel=None),
+                          "model.modeling_llada": dict(LLaDAModelLM=None)}):
+        peer = peers.load(path, "fast_dllm_generate")
+
+    def runner(function):
+        return lambda model, ids, new, forwards: function(model, ids, steps=forwards, gen_length=new, block_length=BLOCK,
+                                                          temperature=0.0, mask_id=model.mask_id)[0]
+    return {"Fast-dLLM generate, no cache": runner(peer.generate),
+            "Fast-dLLM prefix cache": runner(peer.generate_with_prefix_cache),
+            "Fast-dLLM dual cache": runner(peer.generate_with_dual_cache)}
+
+
+def dllm(folder):
+    root = peers.find(folder, "dllm/dllm")
+    for name in ("", ".core", ".core.samplers", ".pipelines", ".pipelines.fastdllm", ".pipelines.fastdllm.llada"):
+        peers.bare(f"dllm{name}", root.joinpath(*name.split(".")[1:]))
+    with peers.stand_ins({"transformers": dict(PreTrainedModel=object, PreTrainedTokenizer=object)}):
+        block = peers.load(root / "core/samplers/bd3lm.py", "dllm.core.samplers.bd3lm")
+        cached = peers.load(root / "pipelines/fastdllm/llada/sampler.py", "dllm.pipelines.fastdllm.llada.sampler")
+
+    def by_blocks(model, ids, new, forwards):
+        sampler = block.BD3LMSampler(model=model, tokenizer=model.tokenizer)
+        return sampler.sample([ids[0]], max_new_tokens=new, block_size=BLOCK, steps=forwards, temperature=0.0)
+
+    def as_fast_dllm(use_cache):
+        def run(model, ids, new, forwards):
+            tokenizer = SimpleNamespace(**{**vars(model.tokenizer), "eos_token_id": 3})         # what the canvas is made of first
+            sampler = cached.FastdLLMLLaDASampler(model=model, tokenizer=tokenizer)
+            return sampler.sample([ids[0]], max_new_tokens=new, block_size=BLOCK, steps=forwards, temperature=0.0,
+                                  use_cache=use_cache)
+        return run
+    return {"dllm BD3LMSampler": by_blocks, "dllm Fast-dLLM sampler, no cache": as_fast_dllm(None),
+            "dllm Fast-dLLM sampler, prefix": as_fast_dllm("prefix"), "dllm Fast-dLLM sampler, dual": as_fast_dllm("dual")}
+
+
+SAMPLERS = {"llada": llada, "fast_dllm": fast_dllm, "dllm": dllm}
+WITHOUT = {  # a sampler with a cache -> the same without
+    "Fast-dLLM prefix cache": "Fast-dLLM generate, no cache", "Fast-dLLM dual cache": "Fast-dLLM generate, no cache",
+    "dllm Fast-dLLM sampler, prefix": "dllm Fast-dLLM sampler, no cache",
+    "dllm Fast-dLLM sampler, dual": "dllm Fast-dLLM sampler, no cache"}
+
+
+def sampled(run, model, prompt, new, forwards):
+    """The new tokens of a peer's sampler."""
+    out = run(model, torch.tensor([prompt]), new, forwards)[0, -new:].tolist()
+    assert model.mask_id not in out, "a mask is left"
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------- contestants
+
+def aria(prompt, new, precisions, per_forward):
+    """{name: a function that decodes once and returns the new tokens}; so do the next two."""
     runs = {}
     for kind in ("primary", "backup"):
-        for precision in ("fp32", "bf16", "int8"):
-            torch.manual_seed(0)
-            model = build_model(shape(kind)).eval()
-            fast.prepare(model, precision)
-            for per_forward in (1, 2, 4, 8):
-                if per_forward > 1 and precision == "fp32" and kind == "backup":
-                    continue
-                s = Settings(new, BLOCK // per_forward, mode="block_frozen", block_size=BLOCK, temperature=0, eos_id=None)
-                runs[f"aria {kind} {precision}, {per_forward} per forward"] = (
-                    lambda model=model, s=s: len(generate(model, prompt, s, [0]).rows[0]))
+        for precision in precisions:
+            model = network(kind, precision)
+            for n in per_forward:
+                s = Settings(new, BLOCK // n, mode="block_frozen", block_size=BLOCK, temperature=0, eos_id=None)
+                runs[f"aria {kind} {precision}, {n} per forward"] = lambda m=model, s=s: generate(m, prompt, s, [0]).rows[0]
     return runs
 
 
-def llada(path, prompt, new):
-    """LLaDA's own loop on our backup's weights, float32 and bf16: it recomputes the whole text at every forward."""
-    spec = importlib.util.spec_from_file_location("llada_generate", path)
-    peer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peer)
-    ids = torch.tensor([prompt])
-
-    class Adapter:
-        device = torch.device("cpu")
-
-        def __init__(self, precision):
-            torch.manual_seed(0)
-            self.net = build_model(shape("backup")).eval()
-            fast.prepare(self.net, precision)
-
-        def __call__(self, x, attention_mask=None):
-            return SimpleNamespace(logits=self.net(x))
-
-    def run(adapter, per_forward):
-        out = peer.generate(adapter, ids, steps=new // per_forward, gen_length=new, block_length=BLOCK, temperature=0.0,
-                            cfg_scale=0.0, remasking="low_confidence", mask_id=adapter.net.cfg.mask_id)
-        return out.shape[1] - len(prompt)
-    adapters = {precision: Adapter(precision) for precision in ("fp32", "bf16")}
-    return {f"LLaDA generate, our backup {p}, {n} per forward": lambda a=a, n=n: run(a, n)
-            for p, a in adapters.items() for n in (1, 4)}
+def theirs(source, folder, prompt, new, precisions, per_forward):
+    samplers = source(folder)
+    models = {precision: PeerModel(network("backup", precision)) for precision in precisions}
+    return {f"{name}, {precision}, {n} per forward": lambda run=run, m=m, n=n: sampled(run, m, prompt, new, new // n)
+            for name, run in samplers.items() for precision, m in models.items() for n in per_forward}
 
 
-def huggingface(prompt, new):
+def huggingface(folder, prompt, new, precisions):
+    peers.packages(folder, "hf")
     from transformers import LlamaConfig, LlamaForCausalLM
     cfg = LlamaConfig(vocab_size=VOCAB + 1, hidden_size=WIDTH, intermediate_size=FF, num_hidden_layers=LAYERS, eos_token_id=None,
                       num_attention_heads=HEADS, tie_word_embeddings=True, bos_token_id=2, pad_token_id=0)
-    ids = torch.tensor([prompt])
+    ids, dtypes = torch.tensor([prompt]), {"fp32": torch.float32, "bf16": torch.bfloat16}
 
     def run(model):
-        return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False).shape[1] - len(prompt)
-    models = {name: LlamaForCausalLM(cfg).eval().to(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+        return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)[0, len(prompt):].tolist()
+    models = {p: LlamaForCausalLM(cfg).eval().to(dtypes[p]) for p in precisions if p in dtypes}
     return {f"Hugging Face Llama AR, {name}": lambda model=model: run(model) for name, model in models.items()}
 
 
@@ -137,12 +246,13 @@ def write_gguf(folder, source, quantised):
     return path
 
 
-def llama_cpp(source, folder, prompt, new):
+def llama_cpp(folder, scratch, prompt, new):
     """llama-bench as it is: prompt and generation in one timed test (-pg); its own median of 3 repetitions is one run here."""
-    runs = {}
+    source, runs = peers.find(folder, "llama.cpp"), {}
+    bench = peers.find(source, "build/bin/llama-bench")
     for quantised in (True, False):
-        path = write_gguf(folder, source, quantised)
-        command = [str(Path(source, "build/bin/llama-bench")), "-m", str(path), "-p", "0", "-n", "0", "-r", "3", "-o", "json",
+        path = write_gguf(scratch, source, quantised)
+        command = [str(bench), "-m", str(path), "-p", "0", "-n", "0", "-r", "3", "-o", "json",
                    "-pg", f"{len(prompt)},{new}", "-t", str(torch.get_num_threads())]
 
         def run(command=command):
@@ -152,43 +262,96 @@ def llama_cpp(source, folder, prompt, new):
     return runs
 
 
-def main():
-    p = argparse.ArgumentParser()
-    p.add_argument("--prompts", type=int, nargs="+", default=[64, 256, 1024])
-    p.add_argument("--new", type=int, default=128)
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--llama_cpp")
-    p.add_argument("--llada")
-    p.add_argument("--hf", action="store_true")
-    args = p.parse_args()
-    runtime.start(0)
-    torch.set_grad_enabled(False)
-    rows, folder = [], tempfile.mkdtemp()
-    print("parameters: " + ", ".join(f"{k} {shapes.count_params(shape(k)):,}" for k in ("primary", "backup")), flush=True)
+def contestants(args, prompt, scratch):
+    fit = prompt, args.new, args.precisions, args.per_forward
+    sources = {"aria": lambda: aria(*fit), "hf": lambda: huggingface(args.peers, *fit[:3]),
+               **{name: lambda source=source: theirs(source, args.peers, *fit) for name, source in SAMPLERS.items()},
+               "llama.cpp": lambda: llama_cpp(args.peers, scratch, *fit[:2])}
+    return peers.collect([(name, source) for name, source in sources.items() if name in args.only])
+
+
+def speed(args):
+    """Every contestant once per round, in turn; a crawl (the first run took longer than --crawl seconds) has only its first."""
+    rows, scratch = [], tempfile.mkdtemp()
     for length in args.prompts:
-        prompt = [2] + torch.randint(4, VOCAB, (length - 1,), generator=torch.Generator().manual_seed(0)).tolist()
-        runs = ours(prompt, args.new)
-        if args.hf:
-            runs |= huggingface(prompt, args.new)
-        if args.llada:
-            runs |= llada(args.llada, prompt, args.new)
-        if args.llama_cpp:
-            runs |= llama_cpp(args.llama_cpp, folder, prompt, args.new)
+        runs = contestants(args, random_prompt(length), scratch)
         speeds, first = {name: [] for name in runs}, {}
         for turn in range(-1, args.rounds):
             for name, run in runs.items():
-                if turn >= 0 and first[name] < 40:                                 # one run of a crawl is enough
-                    speeds[name] = [first[name]]
+                if turn >= 0 and first[name] > args.crawl:
                     continue
                 started = time.perf_counter()
                 made = run()
-                count, seconds = made if isinstance(made, tuple) else (made, time.perf_counter() - started)
-                first.setdefault(name, count / seconds)
-                if turn >= 0:
+                count, seconds = made if isinstance(made, tuple) else (len(made), time.perf_counter() - started)
+                assert count == args.new, f"{name} made {count} tokens"
+                if first.setdefault(name, seconds) > args.crawl or turn >= 0:      # else the first run was the warm-up
                     speeds[name].append(count / seconds)
         for name, s in speeds.items():
-            rows.append({"prompt": length, "name": name, "tok_per_s": statistics.median(s), "min": min(s), "max": max(s)})
-            print(f"prompt {length:5}  {name:52} {statistics.median(s):8.1f} tok/s ({min(s):.1f}-{max(s):.1f})", flush=True)
+            rows.append({"prompt": length, "name": name, "tok_per_s": statistics.median(s), "min": min(s), "max": max(s),
+                         "runs": len(s)})
+            print(f"prompt {length:5}  {name:56} {rows[-1]['tok_per_s']:8.1f} tok/s ({min(s):.1f}-{max(s):.1f})", flush=True)
+    return rows
+
+
+def random_prompt(length):
+    return [2] + torch.randint(4, VOCAB, (length - 1,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def starter_prompts(tokenizer, length):
+    """Documents of the starter corpus end to end, of a seed that no preset trains on."""
+    import corpus
+    ids = []
+    for _, text in corpus.starter_documents(seed=991):
+        ids += [tokenizer.bos_id, *tokenizer.encode(text)]
+        if len(ids) >= length:
+            return ids[:length]
+
+
+def agreement(args):
+    """Greedy tokens with a cache against the same sampler without, float32: how many are equal, and up to where all are."""
+    rows, tokenizer, net = [], None, network("backup", "fp32")
+    if args.ckpt:
+        import checkpoint
+        net, tokenizer, _ = checkpoint.load_model(args.ckpt, "cpu", "backup")
+    for length in args.prompts:
+        prompt, n = starter_prompts(tokenizer, length) if args.ckpt else random_prompt(length), args.per_forward[0]
+        forwards, peer_model, made = args.new // n, PeerModel(net), {}
+        for name, run in peers.collect([(s, lambda s=s: SAMPLERS[s](args.peers)) for s in SAMPLERS if s in args.only]).items():
+            if name != "LLaDA generate":
+                made[name] = sampled(run, peer_model, prompt, args.new, forwards)
+            if name == "dllm BD3LMSampler":
+                made["recomputed"] = sampled(run, Forgetful(net), prompt, args.new, forwards)
+        pairs = {name: (made[name], made[other]) for name, other in WITHOUT.items() if name in made}
+        if "recomputed" in made:
+            s = Settings(args.new, BLOCK // n, mode="block_frozen", block_size=BLOCK, temperature=0, eos_id=None)
+            pairs["dllm BD3LMSampler"] = made["dllm BD3LMSampler"], made["recomputed"]
+            pairs["aria backup block_frozen"] = generate(net, prompt, s, [0]).rows[0], made["recomputed"]
+        for name, (a, b) in pairs.items():
+            equal = [x == y for x, y in zip(a, b, strict=True)]
+            rows.append({"prompt": length, "name": name, "per_forward": n, "equal": sum(equal) / len(equal),
+                         "first_difference": None if all(equal) else equal.index(False), "distinct": len(set(b))})
+            print(f"prompt {length:5}  {name:40} {sum(equal) / len(equal):7.1%} of greedy tokens as without the cache"
+                  + ("" if all(equal) else f", the first other one is number {equal.index(False) + 1}"), flush=True)
+    return rows
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("--peers", default="peers", help="folder of the peers, see benchmarks/peers.py")
+    p.add_argument("--only", nargs="+", default=["aria", "hf", *SAMPLERS, "llama.cpp"])
+    p.add_argument("--prompts", type=int, nargs="+", default=[64, 256, 1024])
+    p.add_argument("--precisions", nargs="+", default=["bf16"], choices=["fp32", "bf16", "int8"])
+    p.add_argument("--per_forward", type=int, nargs="+", default=[4], help="tokens per forward, where it can be set")
+    p.add_argument("--new", type=int, default=128)
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--crawl", type=float, default=2.0, help="seconds; what takes longer runs once")
+    p.add_argument("--agreement", action="store_true", help="is each cache exact? no timing")
+    p.add_argument("--ckpt", help="with --agreement: trained weights of the backup model instead of random ones")
+    args = p.parse_args()
+    runtime.start(0)
+    torch.set_grad_enabled(False)
+    print("parameters: " + ", ".join(f"{k} {shapes.count_params(shape(k)):,}" for k in ("primary", "backup")), flush=True)
+    rows = agreement(args) if args.agreement else speed(args)
     print(json.dumps({"rows": rows, "new": args.new, "rounds": args.rounds, **runtime.environment(torch.device("cpu"))}))
 
 
