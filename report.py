@@ -2,8 +2,8 @@
 
     python -m run_experiments --report checkpoints/ablations         # report.html there, and the tables of docs/results.md
 
-Used by run_experiments.py. Errors: over seeds a standard deviation, of a difference to the reference the standard error of the
-mean over the seeds that both have; of one run the standard error over held-out documents. Each is named where it stands.
+Used by run_experiments.py. Errors: over seeds a standard deviation; of a difference to the reference a standard error, over the
+seeds that both have, or where that is one seed over the held-out documents; of one run a standard error over documents.
 """
 import base64
 import bisect
@@ -113,14 +113,25 @@ def spread(values, digits=4):
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def paired(own, base):
+    """Two runs over the same documents: the standard error of their difference in bits/byte over documents, or None."""
+    size, n = own["documents"]["bytes"], len(own["documents"]["bytes"])
+    if n < 2 or size != base["documents"]["bytes"]:
+        return None
+    gaps = [(x - y) / math.log(2) for x, y in zip(own["documents"]["nats"], base["documents"]["nats"], strict=True)]
+    mean = sum(gaps) / sum(size)
+    return math.sqrt(sum((g - mean * b) ** 2 for g, b in zip(gaps, size, strict=True)) * n / (n - 1)) / sum(size)
+
+
 def difference(own, reference):
-    """Mean over common seeds of own - reference, with its standard error."""
-    base = {line["seed"]: value(line) for line in reference}
-    gaps = [value(line) - base[line["seed"]] for line in own if line["seed"] in base]
-    if own is reference or not gaps:
+    """Mean over common seeds of own - reference with its standard error: over seeds, of one seed over documents."""
+    base = {line["seed"]: line for line in reference}
+    pairs = [(line, base[line["seed"]]) for line in own if line["seed"] in base]
+    if own is reference or not pairs:
         return "reference" if own is reference else "-"
-    error = f" ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.4f}" if len(gaps) > 1 else ""
-    return f"{statistics.fmean(gaps):+.4f}{error}"
+    gaps = [value(line) - value(other) for line, other in pairs]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else paired(*pairs[0])
+    return f"{statistics.fmean(gaps):+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def rows(lines):
@@ -146,10 +157,10 @@ def origin(lines):
         return ", ".join(sorted({str(line[key]) for line in lines}))
     seeds = ", ".join(map(str, sorted({line["seed"] for line in lines})))
     return (f"{len(lines)} runs, seeds {seeds}; matched by {all_of('match')}; commit {all_of('commit')}; "
-            f"{all_of('device_name')}, {all_of('threads')} threads, torch {all_of('torch')}, {all_of('precision')}; last one finished "
-            f"{max(line['finished'] for line in lines)}. ± is the standard deviation over seeds; to the reference: the standard "
-            "error of the difference over common seeds. Bound: of held-out documents, bits/byte its mean over block rules; chain "
-            "rule: of fewer documents. Speeds are those of the machine as busy as it was.")
+            f"{all_of('device_name')}, {all_of('threads')} threads, torch {all_of('torch')}, {all_of('precision')}; last one "
+            f"finished {max(line['finished'] for line in lines)}. ± is the standard deviation over seeds; to the reference: the "
+            "standard error of the difference, over seeds, or of one seed over documents. Bound: of held-out documents, its "
+            "bits/byte the mean over block rules; chain rule: of fewer documents. Speeds: of the machine as busy as it was.")
 
 
 def markdown(title, lines, states=None, rungs=()):

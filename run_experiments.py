@@ -133,12 +133,13 @@ def flags(a):
         value = getattr(a, f.name)
         if f.name == "resume_latest" or value == f.default:
             continue
-        words += [f"--{f.name}" if value else f"--no_{f.name}"] if f.type is bool else [f"--{f.name}", show(value)]
+        words += [f"--{f.name}" if value else f"--no_{f.name}"] if f.type is bool else [f"--{f.name}", str(value)]
     return [*words, "--resume_latest"]
 
 
-def show(value):
-    return "none" if value is None else str(value)
+def identity(a):
+    """What makes a run the one that it is: its flags, but for where it lies."""
+    return flags(dataclasses.replace(a, output_dir=None, device=TrainArgs.device, threads=TrainArgs.threads))
 
 
 def plan_file(args, runs, step_ms):
@@ -260,15 +261,17 @@ def figures(args, run, reference):
     def rules(part):
         return {"T" if int(b) >= length else b: {k: r[k] for k in ("nats", "se", "bits_per_byte", "bits_per_byte_se")}
                 for b, r in found[part].items()}
-    bound, curve = rules("bound"), report.curve(events)
+    bound, texts, curve = rules("bound"), found["documents"], report.curve(events)
     step, tokens, seconds = curve[-1][:3]
     return {"name": run.name, "study": args.study or "matrix", "variant": run.variant, "reference": reference, "seed": a.seed,
-            "match": args.match, "model": a.model, "objective": a.objective, "flags": flags(a), "d_ff": c.d_ff,
+            "match": args.match, "model": a.model, "objective": a.objective, "flags": identity(a), "d_ff": c.d_ff,
             "params": shapes.count_params(c), "params_blocks": shapes.block_params(c), "flops_per_token": flops(c, a),
             "steps": step, "tokens": tokens, "corpus_tokens": meta["data"]["tokens"], "seconds": seconds,
             "tok_s": tokens / seconds, "bound": bound, "chain_rule": rules("chain_rule"),
             **{k: statistics.fmean(r[k] for r in bound.values()) for k in ("nats", "bits_per_byte", "bits_per_byte_se")
                if None not in [r[k] for r in bound.values()]},
+            "documents": {"bytes": texts["bytes"],
+                          "nats": [statistics.fmean(nats) for nats in zip(*texts["nats"].values(), strict=True)]},
             "curve": curve, "data_sha256": meta["data"]["sha256"], "precision": meta["precision"],
             **{k: meta[k] for k in ("commit", "torch", "python", "device", "device_name", "threads")},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
@@ -287,7 +290,7 @@ class Book:
         """Its line, if there is one with these settings and this text."""
         line = report.latest(self.root / "results.jsonl").get(run.name)
         meta = Path(run.args.data_dir, "meta.json")
-        same = line and line["flags"] == flags(run.args)
+        same = line and line["flags"] == identity(run.args)
         if same and meta.exists() and knobs.read_json(meta)["train_sha256"] != line["data_sha256"]:
             return None
         return line if same else None
@@ -297,7 +300,7 @@ class Book:
         self.bad = self.bad or state["status"] == "failed"
         lines = [line for r in self.runs if (line := self.finished(r))]
         states = {r.name: {"status": "finished"} if self.finished(r) else self.state[r.name] for r in self.runs}
-        brief = {line["name"]: {k: v for k, v in line.items() if k not in ("curve", "flags")} for line in lines}
+        brief = {line["name"]: {k: v for k, v in line.items() if k not in ("curve", "flags", "documents")} for line in lines}
         knobs.write_json(self.root / "results.json", {
             "version": 1, "study": self.args.study, "match": self.args.match, "halving": self.rungs,
             "runs": [{"name": name, **state, **brief.get(name, {})} for name, state in states.items()]})

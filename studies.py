@@ -32,7 +32,7 @@ def rates(optimizer, *peaks):
     return {f"{optimizer}_{peak:g}": dict(optimizer=optimizer, lr=peak) for peak in peaks}
 
 
-VOCABULARIES = (2000, 4000, 8000, 16000)
+VOCABULARIES = (8000, 2000, 4000, 16000)
 STUDIES = {
     "loss": Study(
         "Which loss, schedule and draw of times?",
@@ -64,8 +64,9 @@ STUDIES = {
         {"off": {}, "0.99": dict(ema=0.99), "0.999": dict(ema=0.999)}),
     "vocabulary": Study(
         "How many pieces?",
-        {f"{v}": dict(data_dir=f"data/pieces_{v}") for v in (8000, 2000, 4000, 16000)},
+        {f"{v}": dict(data_dir=f"data/pieces_{v}") for v in VOCABULARIES},
         "bits/byte: nats/token of two vocabularies cannot be compared; layers of equal size, so the embedding differs",
+        base=SMALL | dict(data_dir=f"data/pieces_{VOCABULARIES[0]}"),
         before=tuple(f"python -m prepare --source files --input hindi.jsonl hinglish.jsonl --tokenizer_vocab {v} "
                      f"--tokenizer data/tokenizer/pieces_{v}.model --data_dir data/pieces_{v}" for v in VOCABULARIES)),
     "masking": Study(
