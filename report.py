@@ -240,25 +240,22 @@ def bars(lines):
 # ---- pages ------------------------------------------------------------------------------------------------------------
 
 def sections(folder):
-    """Folder -> [(study, lines)] of its results.jsonl and of those one level below."""
-    found = {}
-    for path in [folder / "results.jsonl", *sorted(folder.glob("*/results.jsonl"))]:
-        for line in latest(path).values():
-            found.setdefault(line["study"], []).append(line)
-    return list(found.items())
+    """Folder -> [(its name, lines)] of its results.jsonl and of those one level below."""
+    paths = [folder / "results.jsonl", *sorted(folder.glob("*/results.jsonl"))]
+    return [(path.resolve().parent.name, lines) for path in paths if (lines := list(latest(path).values()))]
 
 
-def build(folders, path):
+def build(folder, path):
     """report.html: one file that needs nothing beside it."""
     parts = []
-    for study, lines in (s for folder in folders for s in sections(folder)):
+    for name, lines in sections(folder):
         table = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows(lines))
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEAD)
         several = len({line["seed"] for line in lines}) > 1
-        parts.append(f"<h2>{html.escape(study)}</h2>"
-                     f'<img alt="Learning curves of {html.escape(study)}" src="data:image/png;base64,{curves(lines)}">'
+        parts.append(f"<h2>{html.escape(name)}</h2>"
+                     f'<img alt="Learning curves of {html.escape(name)}" src="data:image/png;base64,{curves(lines)}">'
                      f'<p class="note">Validation during training{": mean over seeds, the band is their range" * several}.</p>'
-                     f'<img alt="Final bounds of {html.escape(study)}" src="data:image/png;base64,{bars(lines)}">'
+                     f'<img alt="Final bounds of {html.escape(name)}" src="data:image/png;base64,{bars(lines)}">'
                      '<p class="note">Blue: mean over seeds and their standard deviation; grey: one seed and the standard error '
                      'over documents; small bars: single runs; dashed: the reference.</p>'
                      f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{table}</tbody></table></div>'
@@ -274,13 +271,13 @@ def rebuild(folder, page):
     found = sections(folder)
     if not found:
         raise UserError(f"--report {folder}: no results.jsonl with a finished run there or one level below")
-    build([folder], folder / "report.html")
+    build(folder, folder / "report.html")
     text = page.read_text(encoding="utf-8") if page.exists() else "# Results\n"
-    for study, lines in found:
-        start, end = f"<!-- begin {study} -->", f"<!-- end {study} -->"
-        body = f"{start}\n{markdown(study, lines)}{end}"
+    for name, lines in found:
+        start, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        body = f"{start}\n{markdown(name, lines)}{end}"
         old = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
         text = old.sub(lambda _, body=body: body, text) if old.search(text) else f"{text.rstrip()}\n\n{body}\n"
     publish(page, text)
-    print(f"{page}: {', '.join(study for study, _ in found)}", file=sys.stderr)
+    print(f"{page}: {', '.join(name for name, _ in found)}", file=sys.stderr)
     return 0

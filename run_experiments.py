@@ -398,7 +398,7 @@ def execute(args, runs, root):
         for number, run in enumerate(chosen, 1):
             book.complete(run, lock, f"[{number}/{len(chosen)}]")
         if (root / "results.jsonl").exists():
-            report.build([root], root / "report.html")
+            report.build(root, root / "report.html")
         print((root / "summary.md").read_text(encoding="utf-8"))
         return 1 if book.bad else 0
 

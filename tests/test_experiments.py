@@ -238,7 +238,7 @@ def test_the_report_opens_in_a_browser_and_the_page_of_results_is_renewed(folder
         pytest.skip("no browser")
     pytest.importorskip("matplotlib")
     (folder / "docs").mkdir()
-    (folder / "docs/results.md").write_text("# Kept\n\n<!-- begin matrix -->\nold\n<!-- end matrix -->\n\nKept, too.\n")
+    (folder / "docs/results.md").write_text("# Kept\n\n<!-- begin out -->\nold\n<!-- end out -->\n\nKept, too.\n")
     (folder / "out/report.html").unlink()
     aria("run_experiments", "--report", "out", cwd=folder, check=0)
     page_text = (folder / "docs/results.md").read_text()
