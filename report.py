@@ -21,11 +21,11 @@ from knobs import UserError, need, say
 
 HEAD = ("variant", "runs", "parameters", "in the layers", "MFLOP/token", "tokens", "tokens/s", "bound, nats/token", "bits/byte",
         "to the reference", "chain rule, bits/byte")
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#1b1f24}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#1b1f24}
 h1{font-size:1.6em}h2{font-size:1.25em;margin-top:2.2em;border-top:1px solid #d0d7de;padding-top:1em}
 img{max-width:100%;height:auto}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.86em;font-variant-numeric:tabular-nums}
-th,td{padding:.35em .7em;border-bottom:1px solid #d8dee4;text-align:right;white-space:nowrap}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.82em;font-variant-numeric:tabular-nums}
+th,td{padding:.35em .55em;border-bottom:1px solid #d8dee4;text-align:right;white-space:nowrap}
 th{background:#f6f8fa}th:first-child,td:first-child{text-align:left}p.note{color:#57606a;font-size:.9em}"""
 
 
@@ -154,7 +154,7 @@ def pipes(head, body):
 def origin(lines):
     """Where the numbers come from, in a sentence."""
     def all_of(key):
-        return ", ".join(sorted({str(line[key]) for line in lines}))
+        return ", ".join(sorted({str(line[key]).partition(" (")[0] for line in lines}))
     seeds = ", ".join(map(str, sorted({line["seed"] for line in lines})))
     return (f"{len(lines)} runs, seeds {seeds}; matched by {all_of('match')}; commit {all_of('commit')}; "
             f"{all_of('device_name')}, {all_of('threads')} threads, torch {all_of('torch')}, {all_of('precision')}; last one "
@@ -200,11 +200,11 @@ def unit(lines):
 
 
 def curves(lines):
-    """Validation by tokens and by seconds: the mean over seeds as a line, their range as a band."""
-    figure, panels = pyplot().subplots(1, 2, figsize=(12, 4.4), sharey=True)
+    """Validation by tokens and by seconds: the mean over seeds as a line, their range as a band. Without step 0."""
+    figure, panels = pyplot().subplots(1, 2, figsize=(12, 4.4), sharey=True, gridspec_kw={"wspace": 0.08})
     column = 4 if unit(lines) == "bits/byte" else 3
     for number, (variant, own) in enumerate(grouped(lines).items()):
-        points = [{row[0]: row for row in line["curve"] if row[column] is not None} for line in own]
+        points = [{row[0]: row for row in line["curve"] if row[0] and row[column] is not None} for line in own]
         steps = sorted(set.intersection(*map(set, points)))
         y = [[p[s][column] for p in points] for s in steps]
         for axes, x_column, scale in ((panels[0], 1, 1e6), (panels[1], 2, 1)):
@@ -224,13 +224,14 @@ def curves(lines):
 def bars(lines):
     """The end of every variant: mean with its error, and every seed as a point."""
     groups = grouped(lines)
+    first = next(iter(groups.values()))
     figure, axes = pyplot().subplots(figsize=(9, 1.2 + 0.42 * len(groups)))
     for at, (_, own) in enumerate(groups.items()):
         values = [value(line) for line in own]
-        error = statistics.stdev(values) if len(values) > 1 else own[0].get("bits_per_byte_se", 0.0)
+        error = statistics.stdev(values) if len(values) > 1 else paired(own[0], first[0])
         axes.errorbar(statistics.fmean(values), at, xerr=error, fmt="o", capsize=4, color="C0" if len(values) > 1 else "C7")
         axes.plot(values, [at] * len(values), "|", color="black", markersize=9, alpha=0.6)
-    axes.axvline(statistics.fmean(map(value, next(iter(groups.values())))), color="C3", linewidth=0.8, linestyle="--")
+    axes.axvline(statistics.fmean(map(value, first)), color="C3", linewidth=0.8, linestyle="--")
     axes.set(yticks=range(len(groups)), yticklabels=list(groups), xlabel=f"held-out bound, {unit(lines)} (less is better)",
              ylim=(len(groups) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
@@ -256,8 +257,9 @@ def build(folder, path):
                      f'<img alt="Learning curves of {html.escape(name)}" src="data:image/png;base64,{curves(lines)}">'
                      f'<p class="note">Validation during training{": mean over seeds, the band is their range" * several}.</p>'
                      f'<img alt="Final bounds of {html.escape(name)}" src="data:image/png;base64,{bars(lines)}">'
-                     '<p class="note">Blue: mean over seeds and their standard deviation; grey: one seed and the standard error '
-                     'over documents; small bars: single runs; dashed: the reference.</p>'
+                     '<p class="note">Blue: mean over seeds and their standard deviation. Grey: one seed, and the standard '
+                     'error over documents of its difference to the reference. Small bars: single runs; dashed: the '
+                     'reference.</p>'
                      f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{table}</tbody></table></div>'
                      f'<p class="note">{html.escape(origin(lines))}</p>')
     publish(path, '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

@@ -284,7 +284,7 @@ class Book:
 
     def __init__(self, args, runs, root):
         self.args, self.runs, self.root = args, runs, root
-        self.state, self.rungs, self.bad = {run.name: {"status": "planned"} for run in runs}, [], False
+        self.state, self.rungs, self.bad, self.new = {run.name: {"status": "planned"} for run in runs}, [], False, False
 
     def finished(self, run):
         """Its line, if there is one with these settings and this text."""
@@ -319,6 +319,7 @@ class Book:
             return self.note(run, wrong)
         line = figures(self.args, run, self.runs[0].variant)
         report.append(self.root / "results.jsonl", line)
+        self.new = True
         say(f"{number} {run.name}: {report.said(line)}")
         self.note(run, {"status": "finished"})
 
@@ -397,7 +398,7 @@ def execute(args, runs, root):
         chosen = halve(book, lock) if args.halving else runs
         for number, run in enumerate(chosen, 1):
             book.complete(run, lock, f"[{number}/{len(chosen)}]")
-        if (root / "results.jsonl").exists():
+        if (root / "results.jsonl").exists() and (book.new or not (root / "report.html").exists()):
             report.build(root, root / "report.html")
         print((root / "summary.md").read_text(encoding="utf-8"))
         return 1 if book.bad else 0
