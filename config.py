@@ -18,6 +18,7 @@ from pathlib import Path
 
 from knobs import UserError, again, checked, knob, read_flags, read_json, run, show, split_list
 from shapes import OLD_MODELS, ModelKnobs, count_params, match_d_ff, model_config, shape_problems
+from studies import ExperimentKnobs
 
 ROOT = Path(__file__).resolve().parent
 PROMPTS = ("mai kal bazaar gaya tha aur", "भारत में आज मौसम", "yaar mujhe samajh nahi aa raha",
@@ -391,8 +392,19 @@ class EvaluateArgs(DecodeKnobs, CheckpointKnobs, CommonKnobs):
             yield f"--judge {self.judge} judges samples: add --samples 64"
 
 
+@dataclass
+class ExperimentArgs(TrainArgs, ExperimentKnobs):
+    max_steps: int = again(OptimKnobs, "max_steps", 2000)
+    d_model: int = again(ModelKnobs, "d_model", 384)
+    d_ff: int = again(ModelKnobs, "d_ff", 1024)
+    batches: int = again(EvaluateArgs, "batches")
+    draws: int = again(EvaluateArgs, "draws")
+    chain_docs: int = again(EvaluateArgs, "chain_docs", 8)
+
+
 COMMANDS = dict(train=TrainArgs, sample=SampleArgs, prepare=PrepareArgs, evaluate=EvaluateArgs,
-                edge_benchmark=BenchArgs, colab_train_eco=ColabArgs)
+                edge_benchmark=BenchArgs, colab_train_eco=ColabArgs,
+                run_experiments=ExperimentArgs)
 
 
 def problems_of(args):

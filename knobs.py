@@ -121,6 +121,8 @@ def convert(f, value):
             raise ValueError(f"must be {limit.replace('_', ' ')} {meta[limit]}")
     if f.type is str:
         value = meta.get("values", {}).get(value, value)
+    elif f.type is tuple:
+        value = tuple(meta.get("values", {}).get(part, part) for part in value)
     for part in value if f.type is tuple else (value,):
         if "choices" in meta and part not in meta["choices"]:
             raise ValueError(meta.get("elsewhere", {}).get(part) or f"must be one of {', '.join(meta['choices'])}")

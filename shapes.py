@@ -1,4 +1,4 @@
-"""The shape of a model: what build_model needs, its parameter count in closed form, and equal sizes for both models.
+"""The shape of a model: what build_model needs, its parameters and arithmetic in closed form, and equal sizes.
 
     cfg = shapes.model_config(args, vocab_size=8000)
     shapes.count_params(cfg)                             # before anything is built
@@ -104,7 +104,28 @@ def count_params(c):
     return c.rows * c.d_model + block_params(c) + c.d_model * (c.n_layers if c.exits else 1)
 
 
-def match_d_ff(c, target):
-    """The d_ff, a multiple of 8, that brings this shape closest to a target count (usually the other model's)."""
-    rest = count_params(dataclasses.replace(c, d_ff=0))
-    return max(8, 8 * round((target - rest) / (3 * c.d_model * c.n_layers) / 8))
+def flops_per_token(c, length, blocks, asked):
+    """Arithmetic of one token of training: products of the forward pass times three, for the backward is two of them.
+
+    The mean over the block rules; the head works for the share `asked` of the tokens. Adding up is not counted, and attention
+    as it is computed: the masked part too.
+    """
+    d, ff, dm, slots, L = c.d_model, c.d_ff, c.d_mem or c.d_model // 2, c.n_heads * c.memory_slots, c.n_layers
+    total = 0
+    for block in blocks:
+        whole, n = block >= length, length / block
+        if c.model == "backup":           # a layer of one stream; clean keys for a second one; both streams behind the masks
+            one, writes = 8 * d * d + 6 * d * ff, 6 * d * d
+            total += L * (one + 4 * length * d) if whole else (2 * L - 1) * one + writes + 4 * length * d * (3 * L - 1)
+        else:                             # memory: sums and reads of M slots; prefix sums over n blocks
+            conv, writes = 2 * d * c.conv_kernel, 2 * d * (dm + slots) + 2 * c.memory_slots * dm
+            one = conv + 2 * d * (2 * ff + dm) + writes + 2 * (ff + dm) * d + 4 * c.memory_slots * dm
+            prefix = 2 * n * n * c.memory_slots * (dm + c.n_heads) / length
+            total += L * one if whole else (2 * L - 1) * one + conv + writes + L * prefix
+    return round(3 * (total / len(blocks) + 2 * d * c.rows * asked))
+
+
+def match_d_ff(c, target, cost=count_params):
+    """The d_ff, a multiple of 8, that brings this shape's cost, which grows evenly with it, closest to a target."""
+    rest, more = (cost(dataclasses.replace(c, d_ff=d_ff)) for d_ff in (0, 1))
+    return max(8, 8 * round((target - rest) / (more - rest) / 8))

@@ -444,6 +444,8 @@ python -m sample --ckpt checkpoints/eco_hybrid_hi/latest.pt --tokenizer data/tok
   --warmup_runs 1
 python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi/latest.pt --tokenizer data/tokenizer/aria_hindi.model \
   --model primary --modes full block block_frozen --runs_per_prompt 3
+python -m diffusion.run_experiments --data_dir data/processed --output_root checkpoints/ablations --max_steps 2000 \
+  --d_model 384 --n_layers 8 --n_heads 8 --d_ff 1024 --execute
 python train.py --config micro --cpu --name my-first-model
 python sample.py checkpoints/last.ckpt --num_samples 3 --seq_len 128 --num_steps 20
 python train.py --config micro --cpu --resume checkpoints/last.ckpt
@@ -552,13 +554,13 @@ def test_help_is_instant_and_needs_no_torch(prog):
 
 @pytest.mark.parametrize("shim", sorted(p.stem for p in (config.ROOT / "diffusion").glob("[a-z]*.py")))
 def test_old_names_run_as_module_and_as_file(shim):
-    target = next(prog for prog in ("train", "sample", "colab_train_eco") if shim.startswith(prog))
+    target = next(prog for prog in ("train", "sample", "colab_train_eco", "run_experiments") if shim.startswith(prog))
     if target not in ENTRY:
         pytest.skip(f"{target}.py does not exist yet")
     outputs = {subprocess.run([sys.executable, *how, "--help"], cwd=config.ROOT, capture_output=True, text=True).stdout
                for how in (["-m", f"diffusion.{shim}"], [f"diffusion/{shim}.py"])}
     assert outputs == {knobs.help_text(config.COMMANDS[target], target, everything=False) + "\n"}
-    if target != "colab_train_eco":
+    if target in ("train", "sample"):
         wrong = "primary" if shim.endswith("_diffusion") else "backup"
         argv = [sys.executable, "-m", f"diffusion.{shim}", "--ckpt", "x", "--model", wrong]
         done = subprocess.run(argv, cwd=config.ROOT, capture_output=True, text=True)

@@ -1,0 +1,285 @@
+"""What run_experiments.py found, for people: learning curves, error bars and tables, from the lines of results.jsonl alone.
+
+    python -m run_experiments --report checkpoints/ablations         # report.html there, and the tables of docs/results.md
+
+Used by run_experiments.py. Errors: over seeds a standard deviation; of a difference to the reference a standard error, over the
+seeds that both have, or where that is one seed over the held-out documents; of one run a standard error over documents.
+"""
+import base64
+import bisect
+import html
+import io
+import json
+import math
+import os
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from knobs import UserError, need, say
+
+HEAD = ("variant", "runs", "parameters", "in the layers", "MFLOP/token", "tokens", "tokens/s", "bound, nats/token", "bits/byte",
+        "to the reference", "chain rule, bits/byte")
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#1b1f24}
+h1{font-size:1.6em}h2{font-size:1.25em;margin-top:2.2em;border-top:1px solid #d0d7de;padding-top:1em}
+img{max-width:100%;height:auto}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.82em;font-variant-numeric:tabular-nums}
+th,td{padding:.35em .55em;border-bottom:1px solid #d8dee4;text-align:right;white-space:nowrap}
+th{background:#f6f8fa}th:first-child,td:first-child{text-align:left}p.note{color:#57606a;font-size:.9em}"""
+
+
+# ---- lines ------------------------------------------------------------------------------------------------------------
+
+def read_lines(path):
+    """JSON lines -> list; what is not there is empty, and a last line that a kill tore does not count."""
+    try:
+        text = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]
+
+
+def latest(path):
+    """name -> its last line."""
+    return {line["name"]: line for line in read_lines(path)}
+
+
+def append(path, line):
+    """One more line, on the disk when this returns; a torn one before it is cut off."""
+    with open(path, "ab+") as f:
+        f.seek(0)
+        f.truncate(f.read().rfind(b"\n") + 1)
+        f.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def publish(path, text):
+    """Written aside, then renamed: a reader finds the old text or the new one."""
+    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def curve(events):
+    """train.jsonl -> [[step, tokens, seconds of training, nats, bits/byte]] at every validation.
+
+    Seconds are those of the logged steps, each standing for the ones since the line before: evaluating, saving and whatever
+    was lost by a kill do not count. A step that was repeated after a resume counts as it was the last time.
+    """
+    steps = {e["step"]: e for e in events if e["event"] == "train"}
+    at, seconds, tokens, before = [0], [0.0], [0], 0
+    for step in sorted(steps):
+        at.append(step)
+        seconds.append(seconds[-1] + steps[step]["step_ms"] / 1e3 * (step - before))
+        tokens.append(steps[step]["tokens_seen"])
+        before = step
+    rows = {}
+    for e in events:
+        if e["event"] == "eval" and e["step"] <= at[-1]:
+            i = bisect.bisect_left(at, e["step"])
+            share = 1.0 if not i else (e["step"] - at[i - 1]) / (at[i] - at[i - 1])
+            low = max(0, i - 1)
+            rows[e["step"]] = [e["step"], round(tokens[low] + share * (tokens[i] - tokens[low])),
+                               round(seconds[low] + share * (seconds[i] - seconds[low]), 3), e["val_nelbo"], e["val_bpb"]]
+    end = [at[-1], tokens[-1], round(seconds[-1], 3)]
+    return [rows[s] for s in sorted(rows)] + ([] if at[-1] in rows else [[*end, None, None]])
+
+
+def value(line):
+    """The figure that variants are compared by: bits/byte, and where no bytes are known nats/token."""
+    return line.get("bits_per_byte", line["nats"])
+
+
+def said(line):
+    return (f"{line['nats']:.4f} nats/token, " + (f"{line['bits_per_byte']:.4f} bits/byte, " if "bits_per_byte" in line else "")
+            + f"{line['tok_s']:,.0f} tokens/s, {line['seconds']:.0f} s of training")
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------------
+
+def grouped(lines):
+    """variant -> its lines, in order of appearance, the reference first."""
+    groups = {}
+    for line in sorted(lines, key=lambda line: line["variant"] != line["reference"]):
+        groups.setdefault(line["variant"], []).append(line)
+    return groups
+
+
+def spread(values, digits=4):
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def paired(own, base):
+    """Two runs over the same documents: the standard error of their difference in bits/byte over documents, or None."""
+    size, n = own["documents"]["bytes"], len(own["documents"]["bytes"])
+    if n < 2 or size != base["documents"]["bytes"]:
+        return None
+    gaps = [(x - y) / math.log(2) for x, y in zip(own["documents"]["nats"], base["documents"]["nats"], strict=True)]
+    mean = sum(gaps) / sum(size)
+    return math.sqrt(sum((g - mean * b) ** 2 for g, b in zip(gaps, size, strict=True)) * n / (n - 1)) / sum(size)
+
+
+def difference(own, reference):
+    """Mean over common seeds of own - reference with its standard error: over seeds, of one seed over documents."""
+    base = {line["seed"]: line for line in reference}
+    pairs = [(line, base[line["seed"]]) for line in own if line["seed"] in base]
+    if own is reference or not pairs:
+        return "reference" if own is reference else "-"
+    gaps = [value(line) - value(other) for line, other in pairs]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else paired(*pairs[0])
+    return f"{statistics.fmean(gaps):+.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def rows(lines):
+    """The table, as text: per variant the mean over seeds ± their standard deviation."""
+    groups = grouped(lines)
+    reference = next(iter(groups.values()), [])
+    for variant, own in groups.items():
+        first = own[0]
+        rules = [f"{rule} {spread([line['bound'][rule]['nats'] for line in own], 3)}" for rule in first["bound"]]
+        chain = [statistics.fmean(r["bits_per_byte"] for r in line["chain_rule"].values()) for line in own if line["chain_rule"]]
+        yield (variant, str(len(own)), f"{first['params']:,}", f"{first['params_blocks']:,}",
+               f"{first['flops_per_token'] / 1e6:.1f}", f"{first['tokens'] / 1e6:.2f}M", spread([x["tok_s"] for x in own], 0),
+               ", ".join(rules), spread([value(x) for x in own]), difference(own, reference), spread(chain) if chain else "-")
+
+
+def pipes(head, body):
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r) + " |" for r in body)])
+
+
+def origin(lines):
+    """Where the numbers come from, in a sentence."""
+    def all_of(key):
+        return ", ".join(sorted({str(line[key]).partition(" (")[0] for line in lines}))
+    seeds = ", ".join(map(str, sorted({line["seed"] for line in lines})))
+    return (f"{len(lines)} runs, seeds {seeds}; matched by {all_of('match')}; commit {all_of('commit')}; "
+            f"{all_of('device_name')}, {all_of('threads')} threads, torch {all_of('torch')}, {all_of('precision')}; last one "
+            f"finished {max(line['finished'] for line in lines)}. ± is the standard deviation over seeds; to the reference: the "
+            "standard error of the difference, over seeds, or of one seed over documents. Bound: of held-out documents, its "
+            "bits/byte the mean over block rules; chain rule: of fewer documents. Speeds: of the machine as busy as it was.")
+
+
+def markdown(title, lines, states=None, rungs=()):
+    """A section: table, what did not finish, the rounds of --halving."""
+    parts = [f"## {title}", pipes(HEAD, rows(lines)) + f"\n\n{origin(lines)}" if lines else "Nothing has finished yet."]
+    open_ones = {name: s for name, s in (states or {}).items() if s["status"] != "finished"}
+    if open_ones:
+        parts.append("\n".join(f"* {name}: {s['status']}" + (f" with exit code {s['code']}: {s['error']}" if "code" in s else
+                                                            f" at step {s['step']}" if "step" in s else "")
+                               for name, s in open_ones.items()))
+    for rung in rungs:
+        scores = ", ".join(f"{v} {spread(s)}{'' if v in rung['kept'] else ' (out)'}" for v, s in rung["scores"].items())
+        parts.append(f"Halving at step {rung['step']}, bits/byte of the validation: {scores}")
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------------
+
+def pyplot():
+    need("matplotlib", "for the report")
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def picture(figure):
+    """A figure as an <img> that carries its own bytes."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    pyplot().close(figure)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def unit(lines):
+    return "bits/byte" if all("bits_per_byte" in line for line in lines) else "nats/token"
+
+
+def curves(lines):
+    """Validation by tokens and by seconds: the mean over seeds as a line, their range as a band. Without step 0."""
+    figure, panels = pyplot().subplots(1, 2, figsize=(12, 4.4), sharey=True, gridspec_kw={"wspace": 0.08})
+    column = 4 if unit(lines) == "bits/byte" else 3
+    for number, (variant, own) in enumerate(grouped(lines).items()):
+        points = [{row[0]: row for row in line["curve"] if row[0] and row[column] is not None} for line in own]
+        steps = sorted(set.intersection(*map(set, points)))
+        y = [[p[s][column] for p in points] for s in steps]
+        for axes, x_column, scale in ((panels[0], 1, 1e6), (panels[1], 2, 1)):
+            x = [statistics.fmean(p[s][x_column] for p in points) / scale for s in steps]
+            axes.plot(x, [statistics.fmean(v) for v in y], color=f"C{number % 10}", label=variant, marker="o", markersize=3,
+                      linestyle=("-", "--", ":")[number // 10 % 3])
+            if len(own) > 1:
+                axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=f"C{number % 10}", alpha=0.15, linewidth=0)
+    panels[0].set(xlabel="tokens of training, millions", ylabel=f"validation bound, {unit(lines)}", title="by tokens")
+    panels[1].set(xlabel="seconds of training", title="by seconds")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return picture(figure)
+
+
+def bars(lines):
+    """The end of every variant: mean with its error, and every seed as a point."""
+    groups = grouped(lines)
+    first = next(iter(groups.values()))
+    figure, axes = pyplot().subplots(figsize=(9, 1.2 + 0.42 * len(groups)))
+    for at, (_, own) in enumerate(groups.items()):
+        values = [value(line) for line in own]
+        error = statistics.stdev(values) if len(values) > 1 else paired(own[0], first[0])
+        axes.errorbar(statistics.fmean(values), at, xerr=error, fmt="o", capsize=4, color="C0" if len(values) > 1 else "C7")
+        axes.plot(values, [at] * len(values), "|", color="black", markersize=9, alpha=0.6)
+    axes.axvline(statistics.fmean(map(value, first)), color="C3", linewidth=0.8, linestyle="--")
+    axes.set(yticks=range(len(groups)), yticklabels=list(groups), xlabel=f"held-out bound, {unit(lines)} (less is better)",
+             ylim=(len(groups) - 0.5, -0.5))
+    axes.grid(alpha=0.3, axis="x")
+    return picture(figure)
+
+
+# ---- pages ------------------------------------------------------------------------------------------------------------
+
+def sections(folder):
+    """Folder -> [(its name, lines)] of its results.jsonl and of those one level below."""
+    paths = [folder / "results.jsonl", *sorted(folder.glob("*/results.jsonl"))]
+    return [(path.resolve().parent.name, lines) for path in paths if (lines := list(latest(path).values()))]
+
+
+def build(folder, path):
+    """report.html: one file that needs nothing beside it."""
+    parts = []
+    for name, lines in sections(folder):
+        table = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows(lines))
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEAD)
+        several = len({line["seed"] for line in lines}) > 1
+        parts.append(f"<h2>{html.escape(name)}</h2>"
+                     f'<img alt="Learning curves of {html.escape(name)}" src="data:image/png;base64,{curves(lines)}">'
+                     f'<p class="note">Validation during training{": mean over seeds, the band is their range" * several}.</p>'
+                     f'<img alt="Final bounds of {html.escape(name)}" src="data:image/png;base64,{bars(lines)}">'
+                     '<p class="note">Blue: mean over seeds and their standard deviation. Grey: one seed, and the standard '
+                     'error over documents of its difference to the reference. Small bars: single runs; dashed: the '
+                     'reference.</p>'
+                     f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{table}</tbody></table></div>'
+                     f'<p class="note">{html.escape(origin(lines))}</p>')
+    publish(path, '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+                  f"<title>Aria: experiments</title><style>{STYLE}</style></head><body><h1>Experiments</h1>{''.join(parts)}"
+                  "</body></html>\n")
+    say(f"report: {path}")
+
+
+def rebuild(folder, page):
+    """--report: report.html in the folder, and the sections of the page between their marks. -> exit code"""
+    found = sections(folder)
+    if not found:
+        raise UserError(f"--report {folder}: no results.jsonl with a finished run there or one level below")
+    build(folder, folder / "report.html")
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Results\n"
+    for name, lines in found:
+        start, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        body = f"{start}\n{markdown(name, lines)}{end}"
+        old = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
+        text = old.sub(lambda _, body=body: body, text) if old.search(text) else f"{text.rstrip()}\n\n{body}\n"
+    publish(page, text)
+    print(f"{page}: {', '.join(name for name, _ in found)}", file=sys.stderr)
+    return 0

@@ -1,0 +1,114 @@
+"""The named studies of run_experiments.py: what is asked, from where, and what changes, one thing at a time. And its knobs.
+
+    python -m run_experiments --study memory_slots            # the plan; --execute runs it
+
+A study is a base (settings of train just above the defaults; a preset or a flag beats them) and variants, each the settings
+that differ from the base. The first variant is the reference: sizes are matched to it and differences are against it.
+A variant that needs an option which no model has is not here. `before`: what has to be prepared first.
+"""
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from knobs import knob
+from shapes import OLD_MODELS
+
+# about 5M parameters in the layers. 3,000 steps of 4,096 tokens; evaluation is part of the curve, so it comes often
+SMALL = dict(d_model=256, n_layers=6, n_heads=4, d_ff=1024, memory_slots=16, seq_len=256, batch_size=16, grad_accum=1,
+             optimizer="muon", lr=2e-2, max_steps=3000, eval_interval=250, save_interval=500, show_samples=False)
+SEEDS = ("1337", "1338", "1339")
+
+
+class Study(NamedTuple):
+    question: str
+    variants: dict          # name -> {knob of train: value}
+    measure: str = "bound in every block rule and bits/byte on held-out documents, tokens/s"
+    base: dict = SMALL
+    before: tuple = ()      # commands that prepare its data
+    seeds: tuple = SEEDS
+
+
+def rates(optimizer, *peaks):
+    return {f"{optimizer}_{peak:g}": dict(optimizer=optimizer, lr=peak) for peak in peaks}
+
+
+VOCABULARIES = (8000, 2000, 4000, 16000)
+STUDIES = {
+    "loss": Study(
+        "Which loss, schedule and draw of times?",
+        dict(elbo={}, cosine=dict(mask_schedule="cosine"), masked_mean=dict(loss="masked_mean"),
+             uniform_times=dict(timestep_sampling="uniform"))),
+    "blocks": Study(
+        "Which block rules should training draw from, and what does each cost?",
+        {"T_64_32": {}, "T": dict(train_block_sizes="T"), "64": dict(train_block_sizes="64"),
+         "32": dict(train_block_sizes="32"), "T_64": dict(train_block_sizes="T,64"),
+         "T_128_64_32_16": dict(train_block_sizes="T,128,64,32,16")},
+        "bound in T, 64 and 32 of every variant, whatever it was trained with; tokens/s"),
+    "memory_slots": Study(
+        "How many memory slots?",
+        {"16": {}, "8": dict(memory_slots=8), "32": dict(memory_slots=32), "64": dict(memory_slots=64)}),
+    "memory_width": Study(
+        "How wide is the memory?",
+        {"half": {}, "quarter": dict(d_mem=64), "full": dict(d_mem=256)}),
+    "conv_kernel": Study(
+        "How far should the convolution reach?",
+        {"7": {}, "3": dict(conv_kernel=3), "5": dict(conv_kernel=5), "11": dict(conv_kernel=11), "15": dict(conv_kernel=15)}),
+    "optimizer": Study(
+        "Which update rule, each at its own best rate?",
+        rates("muon", 2e-2, 1e-2, 4e-2) | rates("adamw", 1e-3, 2e-3, 4e-3) | rates("lion", 1e-4, 3e-4, 1e-3)),
+    "weight_decay": Study(
+        "How much weight decay?",
+        {"0.05": {}, "0": dict(weight_decay=0.0), "0.2": dict(weight_decay=0.2)}),
+    "ema": Study(
+        "Are averaged weights better?",
+        {"off": {}, "0.99": dict(ema=0.99), "0.999": dict(ema=0.999)}),
+    "vocabulary": Study(
+        "How many pieces?",
+        {f"{v}": dict(data_dir=f"data/pieces_{v}") for v in VOCABULARIES},
+        "bits/byte: nats/token of two vocabularies cannot be compared; layers of equal size, so the embedding differs",
+        base=SMALL | dict(data_dir=f"data/pieces_{VOCABULARIES[0]}"),
+        before=tuple(f"python -m prepare --source files --input hindi.jsonl hinglish.jsonl --tokenizer_vocab {v} "
+                     f"--tokenizer data/tokenizer/pieces_{v}.model --data_dir data/pieces_{v}" for v in VOCABULARIES)),
+    "masking": Study(
+        "Hide tokens or spans?",
+        dict(token={}, span_3=dict(masking_strategy="span"), span_6=dict(masking_strategy="span", mean_span_length=6.0)),
+        "bound; it always hides single tokens"),
+    "objective": Study(
+        "What does diffusion cost against left to right, and EcoHybrid against the transformer?",
+        dict(primary={}, backup=dict(model="backup"), ar=dict(model="backup", objective="ar"))),
+    "epochs": Study(
+        "Many passes over a small corpus: does diffusion overtake?",
+        dict(primary={}, backup=dict(model="backup"), ar=dict(model="backup", objective="ar"),
+             ar_dropout=dict(model="backup", objective="ar", dropout=0.1)),
+        "the curve over the passes (tokens / tokens of the corpus), its lowest point and its end",
+        base=SMALL | dict(data_dir="data/small", max_steps=4000),
+        before=("python -m prepare --source files --input hindi.jsonl --max_chars 2000000 --tokenizer_vocab 4000 "
+                "--tokenizer data/tokenizer/small.model --data_dir data/small",)),
+}
+
+
+@dataclass
+class ExperimentKnobs:
+    "Experiments"
+    execute: bool = knob(False, "run them; without it only the plan is written")
+    study: str = knob(None, "a named study (studies.py) instead of the matrix", choices=tuple(STUDIES))
+    output_root: str = knob(None, "folder of the runs; none = checkpoints/ablations, or checkpoints/studies/STUDY")
+    architectures: tuple = knob(("primary", "backup"), "denoisers of the matrix; the first is the size reference", many="several",
+                                choices=("primary", "backup"), values=OLD_MODELS)
+    time_modes: tuple = knob(("discrete", "continuous"), "its times", many="several", choices=("discrete", "continuous"))
+    masking_strategies: tuple = knob(("token", "span"), "what it hides", many="several", choices=("token", "span"))
+    match: str = knob("params", "what all share beside the tokens: params or flops, by their d_ff; tokens: nothing; time: "
+                      "parameters and seconds", choices=("params", "flops", "tokens", "time"), values={"none": "tokens"})
+    seeds: tuple = knob((), "a run for each; none = --seed, of a study its three", many="several")
+    halving: bool = knob(False, "go on with the better half at an eighth, a quarter, ... of the steps")
+    report: str = knob(None, "instead: rebuild report.html and the page of results from the results.jsonl below this folder")
+    results_page: str = knob("docs/results.md", "whose generated part --report renews", rare=True)
+
+    def problems(self):
+        for seed in self.seeds:
+            if not re.fullmatch("[0-9]{1,18}", seed):
+                yield f"--seeds {seed}: must be whole numbers of at least 0"
+        if self.halving and self.match == "time":
+            yield "--halving judges all at one step, --match time gives each its own number: give only one of them"
+        if self.report and (self.execute or self.study):
+            yield "--report reads what has run: leave out --execute and --study"

@@ -1,0 +1,261 @@
+"""run_experiments: the plan, equal sizes and arithmetic, halving, going on after SIGKILL, failures, and the report in a browser.
+
+    python -m pytest tests/test_experiments.py
+"""
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, aria
+from hypothesis import given
+from hypothesis import strategies as st
+
+import config
+import report
+import run_experiments as experiments
+import shapes
+from config import ExperimentArgs, TrainArgs, UserError
+from studies import STUDIES
+
+A8 = """python -m diffusion.run_experiments \\
+  --data_dir data/processed \\
+  --output_root checkpoints/ablations \\
+  --max_steps 2000 \\
+  --d_model 384 \\
+  --n_layers 8 \\
+  --n_heads 8 \\
+  --d_ff 1024
+"""
+
+
+def plan(line):
+    args, origins = config.parse(ExperimentArgs, shlex.split(line), "run_experiments",
+                                 tier=lambda typed: STUDIES[typed["study"]].base if typed.get("study") else {})
+    return args, experiments.make_plan(args, origins, Path("root"))
+
+
+# ---- the plan ---------------------------------------------------------------------------------------------------------
+
+def test_the_pasted_command_plans_eight_matched_runs_and_runs_none(tmp_path):
+    words = shlex.split(A8.replace("\\\n", " "))[3:]
+    done = aria("diffusion.run_experiments", *words, cwd=tmp_path, check=0)
+    saved = json.loads((tmp_path / "checkpoints/ablations/experiment_plan.json").read_text())
+    names = [f"{m}_{t}_{k}" for m in ("primary", "backup") for t in ("discrete", "continuous") for k in ("token", "span")]
+    assert [run["name"] for run in saved["runs"]] == names and saved["seeds"] == [1337] and saved["match"] == "params"
+    assert done.stdout.count("python -m train ") == 8
+    assert os.listdir(tmp_path / "checkpoints/ablations") == ["experiment_plan.json"]
+    sizes = {run["params"] for run in saved["runs"]}
+    assert max(sizes) / min(sizes) < 1.01
+    for run in saved["runs"]:
+        args, _ = config.parse(TrainArgs, run["args"], "train")
+        assert (args.model, args.time_mode, args.masking_strategy) == tuple(run["name"].split("_"))
+        assert args.timestep_sampling == "stratified" and str(args.run_dir) == f"checkpoints/ablations/{run['name']}"
+        assert args.d_ff == 1024 or args.model == "backup"                # the shape flags describe the primary
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_changes_what_it_says_and_nothing_else(name):
+    args, runs = plan(f"--study {name}")
+    study, first = STUDIES[name], runs[0].args
+    assert len(runs) == 3 * len(study.variants) and runs[1].args.seed == first.seed == 1337, "seed by seed"
+    base = {f.name: f.default for f in dataclasses.fields(TrainArgs)} | study.base
+    for run in runs:
+        diff = study.variants[run.variant]
+        for f in dataclasses.fields(TrainArgs):
+            if f.name not in ("d_ff", "seed", "output_dir", "resume_latest"):
+                assert getattr(run.args, f.name) == diff.get(f.name, base[f.name]), (run.name, f.name)
+        if f"--data_dir {run.args.data_dir}" not in " ".join(study.before):
+            assert run.args.data_dir == TrainArgs.data_dir
+        shape, reference = (shapes.model_config(a, 8000) for a in (run.args, first))
+        assert abs(shapes.block_params(shape) / shapes.block_params(reference) - 1) < 0.01
+    assert study.variants[runs[0].variant].items() <= study.base.items(), "the reference is the base"
+    for line in study.before:
+        config.parse(config.PrepareArgs, shlex.split(line)[3:], "prepare")
+
+
+@pytest.mark.parametrize("line", ["--study optimizer", "--preset nano", "--study epochs --amp on --lr 0.001953125",
+                                  "--train_block_sizes T --no_show_samples --edge_profile laptop --optimizer lion"])
+def test_the_flags_of_a_run_mean_that_run(line):
+    for run in plan(line)[1]:
+        parsed, _ = config.parse(TrainArgs, experiments.flags(run.args), "train")
+        assert dataclasses.replace(parsed, resume_latest=False) == run.args
+
+
+@pytest.mark.parametrize("match, cost", [("params", shapes.block_params), ("flops", None), ("tokens", None)])
+def test_what_is_matched(match, cost):
+    _, runs = plan(f"--match {match} --n_layers 4 --seq_len 256")
+    found = {}
+    for run in runs:
+        c = shapes.model_config(run.args, 8000)
+        found[run.args.model] = (cost(c) if cost else experiments.flops(c, run.args), run.args.d_ff)
+    (p, p_ff), (b, b_ff) = found["primary"], found["backup"]
+    assert p_ff == 1024 and (b_ff == 1024 if match == "tokens" else b_ff != 1024 and abs(b / p - 1) < 0.01)
+
+
+@pytest.mark.parametrize("line, word", [
+    ("--model backup", "--architectures"), ("--output_dir x", "--output_root"), ("--time_mode discrete", "--time_modes"),
+    ("--study loss --mask_schedule cosine", "--mask_schedule"), ("--seeds one", "--seeds one"), ("--ckpt x", "train itself"),
+    ("--report x --execute", "--execute"), ("--halving --match time", "--match time"), ("--objective ar", "--model backup"),
+    ("--study losses", "loss"), ("--halving --max_steps 7", "--max_steps 7"), ("--report nowhere", "results.jsonl")])
+def test_slips_name_the_way_out(line, word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        experiments.main(shlex.split(line))
+    assert word in str(caught.value) and caught.value.code == 2 and not os.listdir(tmp_path)
+
+
+# ---- arithmetic -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+@pytest.mark.parametrize("block", [64, 16])
+def test_flops_are_those_of_the_real_model(model, block):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from model import build_model
+
+    def attention(q, k, v, *_, **__):
+        return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+    c = shapes.ModelConfig(model=model, vocab_size=300, d_model=32, n_layers=3, n_heads=2, d_ff=48, memory_slots=4)
+    ids = torch.randint(4, 300, (2, 64))
+    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    net = build_model(c)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
+        net.logits(net.hidden_blocks(ids, ids, block))
+    assert shapes.flops_per_token(c, 64, [block], 1.0) == pytest.approx(3 * counter.get_total_flops() / ids.numel(), rel=0.01)
+
+
+# ---- halving and curves -----------------------------------------------------------------------------------------------
+
+SCORES = st.dictionaries(st.sampled_from("abcdefgh"), st.lists(st.floats(1, 3), min_size=2, max_size=2), min_size=1)
+
+
+@given(SCORES)
+def test_halving_keeps_the_better_half_and_whoever_is_within_the_noise(scores):
+    kept = experiments.keep(scores)
+    mean = {v: sum(s) / len(s) for v, s in scores.items()}
+    assert len(kept) >= (len(scores) + 1) // 2 and min(mean, key=mean.get) in kept
+    assert all(mean[k] <= mean[v] for k in kept for v in set(scores) - set(kept))
+    assert len(experiments.keep({v: s[:1] for v, s in scores.items()})) == (len(scores) + 1) // 2 or len(set(
+        s[0] for s in scores.values())) < len(scores), "one seed knows no noise"
+    assert set(experiments.keep({"a": [1.0, 1.2], "b": [1.1, 1.3], "c": [3.0, 3.1]})) == {"a", "b"}
+    assert set(experiments.keep({"a": [1.0, 1.5], "b": [1.1, 1.6]})) == {"a", "b"}, "indistinguishable"
+
+
+def test_a_curve_counts_a_repeated_step_once():
+    train = [{"event": "train", "step": s, "step_ms": 100, "tokens_seen": 10 * s} for s in (1, 2, 4, 6, 8)]
+    again = [{"event": "train", "step": s, "step_ms": 200, "tokens_seen": 10 * s} for s in (6, 8)]
+    evals = [{"event": "eval", "step": s, "val_nelbo": 9.0 - s, "val_bpb": None} for s in (3, 8)]
+    assert report.curve(train + evals[:1] + again + evals[1:]) == [[3, 30, 0.3, 6.0, None], [8, 80, 1.2, 1.0, None]]
+
+
+def test_a_torn_line_is_neither_read_nor_kept(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b'{"name": "a", "x": 1}\n{"name": "b", "x"')
+    assert report.latest(path) == {"a": {"name": "a", "x": 1}}
+    report.append(path, {"name": "a", "x": 2})
+    assert report.latest(path) == {"a": {"name": "a", "x": 2}} and len(report.read_lines(path)) == 2
+
+
+# ---- for real ---------------------------------------------------------------------------------------------------------
+
+WORDS = """--time_modes continuous --masking_strategies token --d_model 16 --n_layers 1 --n_heads 2 --d_ff 32 --memory_slots 2
+    --seq_len 32 --batch_size 2 --grad_accum 1 --train_block_sizes T,8 --max_steps 40 --eval_interval 20 --eval_batches 2
+    --save_interval 5 --log_interval 5 --threads 1 --no_show_samples --batches 2 --draws 1 --chain_docs 1
+    --output_root out""".split()
+
+
+@pytest.fixture(scope="module")
+def folder(corpus_dir, tmp_path_factory):
+    here = tmp_path_factory.mktemp("experiments")
+    shutil.copytree(corpus_dir / "data", here / "data")
+    return here
+
+
+def test_halving_goes_on_after_a_sigkill_and_drops_one(folder):
+    """Killed in the middle of the first training; again: it resumes, one of two reaches the end, the other stops half-way."""
+    process = subprocess.Popen([sys.executable, "-m", "run_experiments", *WORDS, "--halving", "--execute"], cwd=folder,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = folder / "out/primary_continuous_token"
+    end = time.monotonic() + 100
+    while not (run / "latest").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = aria("run_experiments", *WORDS, "--halving", "--execute", cwd=folder, check=0)
+    events = report.read_lines(run / "train.jsonl")
+    resumed = [e["step"] for e in events if e["event"] == "resume"]
+    assert resumed and resumed[0] >= 5 and not list(run.glob("previous_*")), "it began again"
+    states = {r["name"]: r for r in json.loads((folder / "out/results.json").read_text())["runs"]}
+    assert sorted(s["status"] for s in states.values()) == ["dropped", "finished"]
+    lines = report.latest(folder / "out/results.jsonl")
+    (name,) = lines
+    assert states[name]["status"] == "finished" and lines[name]["steps"] == 40
+    assert states[name]["bits_per_byte"] == pytest.approx(lines[name]["bits_per_byte"]) and "(out)" in done.stdout
+    assert "kept " + lines[name]["variant"] in done.stderr
+
+
+def test_without_halving_the_dropped_one_is_finished_from_where_it_stopped(folder):
+    before = (folder / "out/results.jsonl").read_bytes()
+    done = aria("run_experiments", *WORDS, "--execute", cwd=folder, check=0)
+    assert "finished before" in done.stderr and (folder / "out/results.jsonl").read_bytes().startswith(before)
+    lines = report.latest(folder / "out/results.jsonl")
+    assert len(lines) == 2 and before.count(b"\n") == 1
+    for name, line in lines.items():
+        saved = json.loads((folder / "out" / name / "evaluate.json").read_text())
+        assert line["bound"]["T"]["nats"] == saved["bound"]["32"]["nats"]
+        assert line["bound"]["8"]["bits_per_byte_se"] == saved["bound"]["8"]["bits_per_byte_se"]
+        assert line["params"] > line["params_blocks"] > 0 and line["tok_s"] * line["seconds"] == pytest.approx(40 * 64)
+        assert [row[0] for row in line["curve"]] == [0, 20, 40] and set(line["chain_rule"]) == {"T", "8"}
+    trained = {e["step"] for e in report.read_lines(folder / "out/backup_continuous_token/train.jsonl") if e["event"] == "resume"}
+    assert trained and min(trained) >= 20
+
+
+def test_a_failed_run_is_recorded_and_stops_no_other(folder):
+    """The folder of runs was moved, and a file lies in the first one's place: the other is still known as finished."""
+    shutil.copytree(folder / "out", folder / "again", ignore=shutil.ignore_patterns("primary_*", "results.json"))
+    lines = report.latest(folder / "again/results.jsonl")
+    (folder / "again/results.jsonl").write_text(json.dumps(lines["backup_continuous_token"]) + "\n")
+    (folder / "again/primary_continuous_token").write_text("in the way")
+    done = aria("run_experiments", *WORDS[:-1], "again", "--execute", cwd=folder, check=1)
+    states = {r["name"]: r for r in json.loads((folder / "again/results.json").read_text())["runs"]}
+    assert states["primary_continuous_token"]["code"] == 2 and "again/primary" in states["primary_continuous_token"]["error"]
+    assert states["backup_continuous_token"]["status"] == "finished" and "failed with exit code 2" in done.stdout
+
+
+def test_the_report_opens_in_a_browser_and_the_page_of_results_is_renewed(folder):
+    sync = pytest.importorskip("playwright.sync_api")
+    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser_path:
+        pytest.skip("no browser")
+    pytest.importorskip("matplotlib")
+    (folder / "docs").mkdir()
+    (folder / "docs/results.md").write_text("# Kept\n\n<!-- begin out -->\nold\n<!-- end out -->\n\nKept, too.\n")
+    (folder / "out/report.html").unlink()
+    aria("run_experiments", "--report", "out", cwd=folder, check=0)
+    page_text = (folder / "docs/results.md").read_text()
+    assert "old" not in page_text and page_text.count("Kept") == 2 and page_text.count("| backup_continuous_token |") == 1
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu", "--disable-quic",
+                                                                           "--disable-background-networking"])
+        page = browser.new_page(viewport={"width": 1000, "height": 900})
+        trouble, asked = [], []
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((folder / "out/report.html").as_uri())
+        widths = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth)")
+        cells = page.locator("tbody tr").all_inner_texts()
+        overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        browser.close()
+    assert len(widths) == 2 and min(widths) > 400 and not trouble and overflow <= 0
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    lines = report.latest(folder / "out/results.jsonl").values()
+    assert len(cells) == 2 and all(any(f"{line['bits_per_byte']:.4f}" in cell for cell in cells) for line in lines)
