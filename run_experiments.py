@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import config
 import knobs
-import report
+import study_report
 import shapes
 from config import TrainArgs
 from knobs import UserError, say
@@ -221,7 +221,7 @@ def last_words(log):
 
 def score_at(run, step):
     """The validation of this run at a step, or None: {block rule: nats}, bits/byte per nat."""
-    for event in reversed(report.read_lines(run.folder / "train.jsonl")):
+    for event in reversed(study_report.read_lines(run.folder / "train.jsonl")):
         if event["event"] == "eval" and event["step"] == step:
             return event["by_block"], (event["val_bpb"] or event["val_nelbo"]) / event["val_nelbo"]
 
@@ -252,7 +252,7 @@ def evaluate(args, run, lock):
 
 def figures(args, run, reference):
     """What a finished run has to say: its line of results.jsonl."""
-    events = report.read_lines(run.folder / "train.jsonl")
+    events = study_report.read_lines(run.folder / "train.jsonl")
     meta = [e for e in events if e["event"] == "meta"][-1]
     found = knobs.read_json(run.folder / "evaluate.json")
     length, a = run.args.seq_len, run.args
@@ -261,7 +261,7 @@ def figures(args, run, reference):
     def rules(part):
         return {"T" if int(b) >= length else b: {k: r[k] for k in ("nats", "se", "bits_per_byte", "bits_per_byte_se")}
                 for b, r in found[part].items()}
-    bound, texts, curve = rules("bound"), found["documents"], report.curve(events)
+    bound, texts, curve = rules("bound"), found["documents"], study_report.curve(events)
     step, tokens, seconds = curve[-1][:3]
     return {"name": run.name, "study": args.study or "matrix", "variant": run.variant, "reference": reference, "seed": a.seed,
             "match": args.match, "model": a.model, "objective": a.objective, "flags": identity(a), "d_ff": c.d_ff,
@@ -288,7 +288,7 @@ class Book:
 
     def finished(self, run):
         """Its line, if there is one with these settings and this text."""
-        line = report.latest(self.root / "results.jsonl").get(run.name)
+        line = study_report.latest(self.root / "results.jsonl").get(run.name)
         meta = Path(run.args.data_dir, "meta.json")
         same = line and line["flags"] == identity(run.args)
         if same and meta.exists() and knobs.read_json(meta)["train_sha256"] != line["data_sha256"]:
@@ -305,7 +305,7 @@ class Book:
             "version": 1, "study": self.args.study, "match": self.args.match, "halving": self.rungs,
             "runs": [{"name": name, **state, **brief.get(name, {})} for name, state in states.items()]})
         title = f"Study {self.args.study}: {STUDIES[self.args.study].question}" if self.args.study else "Matrix"
-        report.publish(self.root / "summary.md", report.markdown(title, lines, states, self.rungs))
+        study_report.publish(self.root / "summary.md", study_report.markdown(title, lines, states, self.rungs))
 
     def complete(self, run, lock, number):
         """Train and evaluate what is not finished."""
@@ -318,9 +318,9 @@ class Book:
             say(f"{number} {run.name}: FAILED with exit code {wrong['code']}: {wrong['error']}")
             return self.note(run, wrong)
         line = figures(self.args, run, self.runs[0].variant)
-        report.append(self.root / "results.jsonl", line)
+        study_report.append(self.root / "results.jsonl", line)
         self.new = True
-        say(f"{number} {run.name}: {report.said(line)}")
+        say(f"{number} {run.name}: {study_report.said(line)}")
         self.note(run, {"status": "finished"})
 
 
@@ -374,7 +374,7 @@ def measure_speed(runs, root, lock):
         if wrong := train(probe, lock):
             raise UserError(f"the speed of {run.variant} cannot be measured: {wrong['error']}", code=1)
         by_rule = {}
-        for e in report.read_lines(folder / "train.jsonl"):
+        for e in study_report.read_lines(folder / "train.jsonl"):
             if e["event"] == "train" and e["step"] > 2:
                 by_rule.setdefault(e["block"], []).append(e["step_ms"])
         found[run.variant] = statistics.fmean(map(statistics.median, by_rule.values()))
@@ -402,7 +402,7 @@ def execute(args, runs, root):
         for number, run in enumerate(chosen, 1):
             book.complete(run, lock, f"[{number}/{len(chosen)}]")
         if (root / "results.jsonl").exists() and (book.new or not (root / "report.html").exists()):
-            report.build(root, root / "report.html")
+            study_report.build(root, root / "report.html")
         print((root / "summary.md").read_text(encoding="utf-8"))
         return 1 if book.bad else 0
 
@@ -411,7 +411,7 @@ def main(argv=None):
     args, origins = config.parse(config.ExperimentArgs, argv, "run_experiments",
                                  tier=lambda typed: STUDIES[typed["study"]].base if typed.get("study") else {})
     if args.report:
-        return report.rebuild(Path(args.report), Path(args.results_page))
+        return study_report.rebuild(Path(args.report), Path(args.results_page))
     config.announce(args, origins)
     varied = {key for diff in variants(args).values() for key in diff} if args.study else set()
     mine = [name for name in OURS if origins[name] == "flag" and (name in varied or not args.study or name in list(OURS)[:5])]

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import config
-import report
+import study_report
 import run_experiments as experiments
 import shapes
 from config import ExperimentArgs, TrainArgs, UserError
@@ -154,15 +154,15 @@ def test_a_curve_counts_a_repeated_step_once():
     train = [{"event": "train", "step": s, "step_ms": 100, "tokens_seen": 10 * s} for s in (1, 2, 4, 6, 8)]
     again = [{"event": "train", "step": s, "step_ms": 200, "tokens_seen": 10 * s} for s in (6, 8)]
     evals = [{"event": "eval", "step": s, "val_nelbo": 9.0 - s, "val_bpb": None} for s in (3, 8)]
-    assert report.curve(train + evals[:1] + again + evals[1:]) == [[3, 30, 0.3, 6.0, None], [8, 80, 1.2, 1.0, None]]
+    assert study_report.curve(train + evals[:1] + again + evals[1:]) == [[3, 30, 0.3, 6.0, None], [8, 80, 1.2, 1.0, None]]
 
 
 def test_a_torn_line_is_neither_read_nor_kept(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_bytes(b'{"name": "a", "x": 1}\n{"name": "b", "x"')
-    assert report.latest(path) == {"a": {"name": "a", "x": 1}}
-    report.append(path, {"name": "a", "x": 2})
-    assert report.latest(path) == {"a": {"name": "a", "x": 2}} and len(report.read_lines(path)) == 2
+    assert study_report.latest(path) == {"a": {"name": "a", "x": 1}}
+    study_report.append(path, {"name": "a", "x": 2})
+    assert study_report.latest(path) == {"a": {"name": "a", "x": 2}} and len(study_report.read_lines(path)) == 2
 
 
 # ---- for real ---------------------------------------------------------------------------------------------------------
@@ -191,12 +191,12 @@ def test_halving_goes_on_after_a_sigkill_and_drops_one(folder):
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = aria("run_experiments", *WORDS, "--halving", "--execute", cwd=folder, check=0)
-    events = report.read_lines(run / "train.jsonl")
+    events = study_report.read_lines(run / "train.jsonl")
     resumed = [e["step"] for e in events if e["event"] == "resume"]
     assert resumed and resumed[0] >= 5 and not list(run.glob("previous_*")), "it began again"
     states = {r["name"]: r for r in json.loads((folder / "out/results.json").read_text())["runs"]}
     assert sorted(s["status"] for s in states.values()) == ["dropped", "finished"]
-    lines = report.latest(folder / "out/results.jsonl")
+    lines = study_report.latest(folder / "out/results.jsonl")
     (name,) = lines
     assert states[name]["status"] == "finished" and lines[name]["steps"] == 40
     assert states[name]["bits_per_byte"] == pytest.approx(lines[name]["bits_per_byte"]) and "(out)" in done.stdout
@@ -207,7 +207,7 @@ def test_without_halving_the_dropped_one_is_finished_from_where_it_stopped(folde
     before = (folder / "out/results.jsonl").read_bytes()
     done = aria("run_experiments", *WORDS, "--execute", cwd=folder, check=0)
     assert "finished before" in done.stderr and (folder / "out/results.jsonl").read_bytes().startswith(before)
-    lines = report.latest(folder / "out/results.jsonl")
+    lines = study_report.latest(folder / "out/results.jsonl")
     assert len(lines) == 2 and before.count(b"\n") == 1
     for name, line in lines.items():
         saved = json.loads((folder / "out" / name / "evaluate.json").read_text())
@@ -215,14 +215,14 @@ def test_without_halving_the_dropped_one_is_finished_from_where_it_stopped(folde
         assert line["bound"]["8"]["bits_per_byte_se"] == saved["bound"]["8"]["bits_per_byte_se"]
         assert line["params"] > line["params_blocks"] > 0 and line["tok_s"] * line["seconds"] == pytest.approx(40 * 64)
         assert [row[0] for row in line["curve"]] == [0, 20, 40] and set(line["chain_rule"]) == {"T", "8"}
-    trained = {e["step"] for e in report.read_lines(folder / "out/backup_continuous_token/train.jsonl") if e["event"] == "resume"}
+    trained = {e["step"] for e in study_report.read_lines(folder / "out/backup_continuous_token/train.jsonl") if e["event"] == "resume"}
     assert trained and min(trained) >= 20
 
 
 def test_a_failed_run_is_recorded_and_stops_no_other(folder):
     """The folder of runs was moved, and a file lies in the first one's place: the other is still known as finished."""
     shutil.copytree(folder / "out", folder / "again", ignore=shutil.ignore_patterns("primary_*", "results.json"))
-    lines = report.latest(folder / "again/results.jsonl")
+    lines = study_report.latest(folder / "again/results.jsonl")
     (folder / "again/results.jsonl").write_text(json.dumps(lines["backup_continuous_token"]) + "\n")
     (folder / "again/primary_continuous_token").write_text("in the way")
     done = aria("run_experiments", *WORDS[:-1], "again", "--execute", cwd=folder, check=1)
@@ -257,5 +257,5 @@ def test_the_report_opens_in_a_browser_and_the_page_of_results_is_renewed(folder
         browser.close()
     assert len(widths) == 2 and min(widths) > 400 and not trouble and overflow <= 0
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    lines = report.latest(folder / "out/results.jsonl").values()
+    lines = study_report.latest(folder / "out/results.jsonl").values()
     assert len(cells) == 2 and all(any(f"{line['bits_per_byte']:.4f}" in cell for cell in cells) for line in lines)
