@@ -1,7 +1,8 @@
-"""The shape of a model: what build_model needs, its parameter count in closed form, and equal sizes for both models.
+"""The shape of a model: what build_model needs, its parameters and FLOPs in closed form, and equal sizes for both models.
 
     cfg = shapes.model_config(args, vocab_size=8000)
     shapes.count_params(cfg)                             # before anything is built
+    shapes.train_flops(cfg, 512, 64, 0.5)                # of a training token
     shapes.match_d_ff(cfg, target)                       # the primary's d_ff that gives it the backup's size
 """
 import dataclasses
@@ -102,6 +103,28 @@ def block_params(c):
 def count_params(c):
     """The true number of parameters: tied embedding with the mask's row, layers, a norm for each exit."""
     return c.rows * c.d_model + block_params(c) + c.d_model * (c.n_layers if c.exits else 1)
+
+
+def train_flops(c, length, block, hidden):
+    """FLOPs of forward and backward per token of a training row (a test compares them with torch's counter).
+
+    A multiplication and an addition are two; backward is twice forward. Only products count (matrices, attention, convolution),
+    as masked attention computes them, and nothing that is computed again. Below a block of the whole length there are two
+    streams, noisy and clean, of which the last layer only writes the clean one. hidden: share of tokens that ask the head.
+    """
+    d, ff, dm, two = c.d_model, c.d_ff, c.d_mem, block < length
+    if c.model == "backup":               # q, k, v, output, gated feed-forward; scores and values over the keys
+        stream, last, mix = 2 * (4 * d * d + 3 * d * ff), 2 * 3 * d * d, 4 * d * length
+        layers = c.n_layers * (stream + mix)
+        if two:                           # the noisy stream sees clean and noisy keys, the clean one its own
+            layers += (c.n_layers - 1) * (stream + mix) + last + c.n_layers * mix
+    else:                                 # in and out; one product writes the slots and two read them
+        writes = 2 * d * (dm + c.n_heads * c.memory_slots) + 2 * d * c.conv_kernel + 2 * c.memory_slots * dm
+        stream = writes + 2 * d * (2 * ff + dm) + 2 * d * (ff + dm) + 4 * c.memory_slots * dm
+        layers = c.n_layers * stream
+        if two:                           # and the sums over earlier blocks
+            layers += (c.n_layers - 1) * stream + writes + c.n_layers * 2 * c.memory_slots * (dm + c.n_heads) * length / block**2
+    return 3 * (layers + (2 if c.exits and c.n_layers > 1 else 1) * hidden * 2 * d * c.rows)
 
 
 def match_d_ff(c, target):
