@@ -393,7 +393,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         log.write("end", step=step, code=code, best=None if best == math.inf else best, seconds=progress.elapsed)
         summary = runtime.summary(args, run_dir, params, data, best, progress, tokens_seen, step)
         publish("summary.md", summary)
-        log.close()
+        log.close(hurry=stop.signal is not None)
         if ranks.main:
             with contextlib.suppress(OSError):                # its log cannot be read
                 publish("report.html", report.page(run_dir / "train.jsonl"))
