@@ -276,16 +276,23 @@ def summary(args, run_dir, params, data, best, progress, tokens_seen, step):
 
 
 class JsonLines:
-    """train.jsonl: one object per line, whole or not there, the source of every plot. A full disk costs lines, not the run."""
+    """train.jsonl: one object per line, whole or not there, the source of every plot. A full disk costs lines, not the run.
+
+    Without a path nothing is written: of several processes only one keeps the log.
+    """
 
     def __init__(self, path):
-        self.file, self.told = open(path, "ab+", buffering=0), False
-        size = os.fstat(self.file.fileno()).st_size
-        self.file.seek(max(0, size - 2 ** 20))
-        tail = self.file.read()
-        self.file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)       # a line that a power cut tore
+        self.file, self.told = None, False
+        if path is not None:
+            self.file = open(path, "ab+", buffering=0)
+            size = os.fstat(self.file.fileno()).st_size
+            self.file.seek(max(0, size - 2 ** 20))
+            tail = self.file.read()
+            self.file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)   # a line that a power cut tore
 
     def write(self, event, **values):
+        if self.file is None:
+            return
         line = (json.dumps(finite({"event": event, **values}), ensure_ascii=False, allow_nan=False) + "\n").encode()
         size = os.fstat(self.file.fileno()).st_size
         try:
@@ -298,4 +305,5 @@ class JsonLines:
             self.told = True
 
     def close(self):
-        self.file.close()
+        if self.file is not None:
+            self.file.close()

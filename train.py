@@ -11,7 +11,6 @@ history, so a resumed run equals the uninterrupted one bit for bit on a CPU, and
 import contextlib
 import functools
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -288,7 +287,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     environment = runtime.environment(device)
     with (runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress,
           torch.autograd.set_detect_anomaly(args.detect_anomaly)):
-        log = sinks.Events(runtime.JsonLines(run_dir / "train.jsonl" if ranks.main else os.devnull),
+        log = sinks.Events(runtime.JsonLines(run_dir / "train.jsonl" if ranks.main else None),
                            sinks.opened(args, run_dir, run_id, first_step + 1 if resuming else 0) if ranks.main else [])
         log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
                   config=saved_args, params_total=params, params_blocks=shapes.block_params(cfg),
