@@ -101,7 +101,8 @@ class Ranks:
         small = self.tell({"path": str(saved.path), "step": saved.step, "config": saved.config, "state": saved.state}
                           if self.main else None)
         large = {part: self.spread(getattr(saved, part) if self.main else None) for part in ("ema", "optimizer")}
-        return SimpleNamespace(**{**small, "path": Path(small["path"])}, **large, model=saved.model if self.main else None)
+        return SimpleNamespace(**{**small, "path": Path(small["path"])}, **large, model=saved.model if self.main else None,
+                               tokenizer_bytes=saved.tokenizer_bytes if self.main else None)
 
     # ---- weights, gradients, optimizer state ---------------------------------------------------------------------------
 
