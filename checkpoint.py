@@ -298,12 +298,12 @@ def load(path, *, parts=("model",), quarantine=False):
 
 COUNTERS = {  # what a run resumes from in state.json -> the smallest value of a number, or a type
     "position": 0, "tokens_seen": 0, "skipped": 0, "ema_updates": 0, "rollbacks": 0, "data_sha256": str, "precision": str,
-    "losses": list, "best": (float, int, type(None)), "scaler": (dict, type(None))}
+    "losses": list, "best": (float, int, type(None)), "scaler": (dict, type(None)), "wandb_id": (str, type(None))}
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker", "overflows"}
 
 def counters(saved):
     """state.json as train needs it; the keys that older runs lack get what those runs meant."""
-    state = {"rollbacks": 0, "losses": [], "scaler": None} | saved.state
+    state = {"rollbacks": 0, "losses": [], "scaler": None, "wandb_id": None} | saved.state
     for key, rule in COUNTERS.items():
         value = state.get(key, ...)
         fits = type(value) is int and rule <= value < 2 ** 63 if isinstance(rule, int) else isinstance(value, rule)

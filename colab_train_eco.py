@@ -87,9 +87,10 @@ def main(argv=None):
     if str(folder) != args.data_dir:
         args, origins = dataclasses.replace(args, data_dir=str(folder)), origins | {"data_dir": "one-shot"}
     say(f"stage 5, training: {args.model}, {args.n_layers} layers of width {args.d_model}, {args.max_steps} steps on {folder}")
+    import runs
     import train
     show, quiet = args.show_samples, dataclasses.replace(args, show_samples=False)
-    run = train.choose_folder(quiet, origins)[0] or args.run_dir             # --if_exists suffix, --resume PATH: another one
+    run = Path(runs.choose(quiet, origins)[0] or args.run_dir)               # --if_exists suffix, --resume PATH: another one
     try:
         code = train.start(quiet, origins)
     except UserError as error:

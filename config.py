@@ -7,7 +7,7 @@ A knob is a dataclass field whose metadata holds help, choices, limits, old name
   must    a resumed run has to agree with its checkpoint       may   it may change, and the change is logged
   ignore  it belongs to this one invocation: neither a checkpoint nor a --config file ever sets it
 Precedence: default < tier < preset or profile < --config FILE.json < flag. How a flag is read is in knobs.py; the knobs of
-a model's shape are in shapes.py.
+a model's shape are in shapes.py, those of the logs beside train.jsonl in sinks.py.
 No torch and no numpy here: --help has to be instant.
 """
 import dataclasses
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from knobs import UserError, again, checked, knob, read_flags, read_json, run, show, split_list
 from shapes import OLD_MODELS, ModelKnobs, count_params, match_d_ff, model_config, shape_problems
+from sinks import SinkKnobs
 from studies import ExperimentKnobs
 
 ROOT = Path(__file__).resolve().parent
@@ -187,7 +188,7 @@ class PresetKnobs:
 
 # dataclasses collect fields from the last base to the first: --help shows these groups from right to left
 @dataclass
-class TrainArgs(CommonKnobs, ResumeKnobs, RunKnobs, OptimKnobs, MaskKnobs, ModelKnobs, DataKnobs, PresetKnobs):
+class TrainArgs(CommonKnobs, ResumeKnobs, SinkKnobs, RunKnobs, OptimKnobs, MaskKnobs, ModelKnobs, DataKnobs, PresetKnobs):
     @property
     def run_dir(self):
         folder = "eco_hybrid_hi" if self.model == "primary" else "ar_hi" if self.causal else "diffusion_hi"
@@ -293,6 +294,12 @@ class CheckpointKnobs:
     def problems(self):
         if not self.ckpt and not getattr(self, "check_run", None):
             yield "--ckpt is missing: name a checkpoint or a run folder (python -m train makes one)"
+
+
+@dataclass
+class ReportArgs(CheckpointKnobs):
+    "Report"
+    out: str = knob(None, "where the page goes; none = report.html in the run folder")
 
 
 @dataclass
@@ -403,7 +410,7 @@ class ExperimentArgs(TrainArgs, ExperimentKnobs):
 
 
 COMMANDS = dict(train=TrainArgs, sample=SampleArgs, prepare=PrepareArgs, evaluate=EvaluateArgs,
-                edge_benchmark=BenchArgs, colab_train_eco=ColabArgs,
+                edge_benchmark=BenchArgs, report=ReportArgs, colab_train_eco=ColabArgs,
                 run_experiments=ExperimentArgs)
 
 
@@ -497,7 +504,7 @@ def announce(args, origins, vocab_size=None):
 
 # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
 ADDED = dict(auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False,
-             objective="masked", fsdp=False)
+             objective="masked", fsdp=False) | {f.name: f.default for f in dataclasses.fields(SinkKnobs)}
 
 
 def resume_check(saved, args, origins):

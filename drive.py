@@ -18,7 +18,7 @@ from knobs import UserError
 from tokens import TokenData, file_sha256
 
 KEPT = 2
-BESIDE = ("train.jsonl", "config.json", "summary.md")      # of the run folder
+BESIDE = ("train.jsonl", "config.json", "summary.md", "report.html")      # of the run folder
 
 
 def open_folder(folder):

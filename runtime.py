@@ -5,6 +5,7 @@ Used by the entry points. Nothing here knows a model.
 import contextlib
 import ctypes
 import errno
+import functools
 import json
 import math
 import os
@@ -61,17 +62,31 @@ def start(threads):
     return told
 
 
-def matmul_flops(dtypes, device="cpu", size=1024, runs=7):
-    """Best of a few square products for each dtype, taken in turn: {dtype: floating point operations per second}."""
+def matmul_flops(dtypes, device="cpu", size=1024, runs=7, limit=math.inf):
+    """Best of a few square products for each dtype, taken in turn: {dtype: floating point operations per second}.
+
+    No further round begins after `limit` seconds.
+    """
     best = dict.fromkeys(dtypes, float("inf"))
     inputs = {dtype: torch.randn(size, size, device=device).to(dtype) for dtype in dtypes}
-    for _ in range(runs):
+    began = time.perf_counter()
+    for i in range(runs):
+        if i > 1 and time.perf_counter() - began > limit:
+            break
         for dtype, a in inputs.items():
             started = time.perf_counter()
             torch.mm(a, a)
             synchronise(device)
             best[dtype] = min(best[dtype], time.perf_counter() - started)
     return {dtype: 2 * size ** 3 / seconds for dtype, seconds in best.items()}
+
+
+@functools.cache
+def peak_flops(device, dtype):
+    """What MFU is measured against: the fastest product that this machine shows now, in the training's precision."""
+    dtype = dtype or torch.float32
+    size = 8192 if device.type == "cuda" else 1024
+    return matmul_flops((dtype,), device, size, limit=0.15)[dtype]
 
 
 def cpu_bf16_units():
@@ -120,6 +135,8 @@ def autocast(device, dtype):
 def synchronise(device):
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
+    elif str(device) == "mps":
+        torch.mps.synchronize()
 
 
 def seed_everything(seed):
@@ -207,15 +224,15 @@ class Progress:
 
     def __enter__(self):
         if self.live:
-            self.bar = tqdm(total=self.total, initial=self.done, unit="step", dynamic_ncols=True, smoothing=0.1,
-                            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining} {postfix}")
+            self.bar = tqdm(total=self.total, initial=self.done, unit="step", dynamic_ncols=True,
+                            bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}{postfix}")
         return self
 
     def __exit__(self, *_):
         if self.bar is not None:
             self.bar.close()
 
-    def step(self, done, tokens, seconds, loss):
+    def step(self, done, tokens, seconds, loss, bound, gnorm, mask, mfu, memory):
         self.done = done
         if done == self.first + 11:
             self.seconds.clear()
@@ -223,7 +240,9 @@ class Progress:
         self.warm.append(tokens / seconds)
         self.tok_s = tokens / statistics.median(self.seconds)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {self.tok_s:,.0f} tok/s, ETA {self.eta}", refresh=False)
+            self.bar.set_postfix_str(
+                f"loss {loss:.3f}, {f'bound {bound:.3f}, ' if bound is not None else ''}{self.tok_s:,.0f} tok/s, ETA {self.eta}, "
+                f"MFU {mfu:.0%}, gnorm {gnorm:.2f}, mask {mask:.2f}, {memory / 1024:.1f} GB", refresh=False)
             self.bar.update(done - self.bar.n)   # less than 0 after a rollback
 
     @property

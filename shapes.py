@@ -2,6 +2,7 @@
 
     cfg = shapes.model_config(args, vocab_size=8000)
     shapes.count_params(cfg)                             # before anything is built
+    shapes.train_flops(cfg, 512, 64, 0.5)                # of a training token
     shapes.match_d_ff(cfg, target)                       # the primary's d_ff that gives it the backup's size
 """
 import dataclasses
@@ -104,25 +105,31 @@ def count_params(c):
     return c.rows * c.d_model + block_params(c) + c.d_model * (c.n_layers if c.exits else 1)
 
 
-def flops_per_token(c, length, blocks, asked):
-    """Arithmetic of one token of training: products of the forward pass times three, for the backward is two of them.
+def train_flops(c, length, block, hidden):
+    """FLOPs of forward and backward per token of a training row (a test compares them with torch's counter).
 
-    The mean over the block rules; the head works for the share `asked` of the tokens. Adding up is not counted, and attention
-    as it is computed: the masked part too.
+    A multiplication and an addition are two; backward is twice forward. Only products count (matrices, attention, convolution),
+    as masked attention computes them, and nothing that is computed again. Below a block of the whole length there are two
+    streams, noisy and clean, of which the last layer only writes the clean one. hidden: share of tokens that ask the head.
     """
-    d, ff, dm, slots, L = c.d_model, c.d_ff, c.d_mem or c.d_model // 2, c.n_heads * c.memory_slots, c.n_layers
-    total = 0
-    for block in blocks:
-        whole, n = block >= length, length / block
-        if c.model == "backup":           # a layer of one stream; clean keys for a second one; both streams behind the masks
-            one, writes = 8 * d * d + 6 * d * ff, 6 * d * d
-            total += L * (one + 4 * length * d) if whole else (2 * L - 1) * one + writes + 4 * length * d * (3 * L - 1)
-        else:                             # memory: sums and reads of M slots; prefix sums over n blocks
-            conv, writes = 2 * d * c.conv_kernel, 2 * d * (dm + slots) + 2 * c.memory_slots * dm
-            one = conv + 2 * d * (2 * ff + dm) + writes + 2 * (ff + dm) * d + 4 * c.memory_slots * dm
-            prefix = 2 * n * n * c.memory_slots * (dm + c.n_heads) / length
-            total += L * one if whole else (2 * L - 1) * one + conv + writes + L * prefix
-    return round(3 * (total / len(blocks) + 2 * d * c.rows * asked))
+    d, ff, dm, two = c.d_model, c.d_ff, c.d_mem, block < length
+    if c.model == "backup":               # q, k, v, output, gated feed-forward; scores and values over the keys
+        stream, last, mix = 2 * (4 * d * d + 3 * d * ff), 2 * 3 * d * d, 4 * d * length
+        layers = c.n_layers * (stream + mix)
+        if two:                           # the noisy stream sees clean and noisy keys, the clean one its own
+            layers += (c.n_layers - 1) * (stream + mix) + last + c.n_layers * mix
+    else:                                 # in and out; one product writes the slots and two read them
+        writes = 2 * d * (dm + c.n_heads * c.memory_slots) + 2 * d * c.conv_kernel + 2 * c.memory_slots * dm
+        stream = writes + 2 * d * (2 * ff + dm) + 2 * d * (ff + dm) + 4 * c.memory_slots * dm
+        layers = c.n_layers * stream
+        if two:                           # and the sums over earlier blocks
+            layers += (c.n_layers - 1) * stream + writes + c.n_layers * 2 * c.memory_slots * dm * length / block**2
+    return 3 * (layers + (2 if c.exits and c.n_layers > 1 else 1) * hidden * 2 * d * c.rows)
+
+
+def flops_per_token(c, length, blocks, asked):
+    """The mean of train_flops over a run's block rules; `asked` is the share of tokens that are hidden."""
+    return round(sum(train_flops(c, length, min(block, length), asked) for block in blocks) / len(blocks))
 
 
 def match_d_ff(c, target, cost=count_params):

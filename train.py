@@ -84,8 +84,10 @@ def train(args, origins, ranks, run_dir, source, resuming):
     import guard
     import masking
     import optim
+    import report
     import runs
     import runtime
+    import sinks
     from decode import Settings, generate
     from estimators import bits_per_byte, held_out
     from model import build_model
@@ -93,6 +95,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     from tokens import TokenData, Windows
 
     # ---- data -----------------------------------------------------------------------------------------------------------
+    sinks.check(args)
     allocator = runtime.start(args.threads)
     device = runtime.pick_device(args.device)
     saved, notes = None, []
@@ -162,9 +165,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
         best, skipped, position, tokens_seen, rollbacks = restore(saved, kept)
         best = best if in_place else math.inf
         notes += [] if kept else ["the optimizer starts fresh"]
+    run_id = sinks.wandb_id(args, state["wandb_id"] if in_place else None)
     rows = args.batch_size * args.grad_accum                # sequences of one optimizer step
     step_tokens = rows * args.seq_len
     params = shapes.count_params(cfg)
+    peak = ranks.total(runtime.peak_flops(device, dtype))
     say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads"
         f"{f', {ranks.world} processes' if ranks.world > 1 else ''}{', sharded' if args.fsdp else ''}; "
         f"precision {why}; memory: {allocator}")
@@ -223,12 +228,19 @@ def train(args, origins, ranks, run_dir, source, resuming):
         except OSError as error:
             say(f"warning: {run_dir / name} could not be written: {error.strerror}")
 
+    speaks = args.show_samples and ranks.main and not args.fsdp             # a sharded model cannot speak by itself
+
+    def speak(prompt, length):                              # with randomness of its own, so that the training does not notice
+        settings = Settings(max_new_tokens=length, steps=length, mode="block_frozen" if blocks[-1] < args.seq_len else "full",
+                            block_size=min(args.block_size, *blocks), temperature=0.5, top_k=50, eos_id=tokenizer.eos_id)
+        with averaged():
+            return tokenizer.decode(generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed]).rows[0])
+
     def evaluate(step):
         model.eval()
         with torch.no_grad(), runtime.autocast(device, dtype), averaged():
             score = held_out(model, held, blocks, 0, micro, 1)
         ranks.fold(model)
-        model.train()
         nats = sum(r["nats"] for r in score.values()) / len(score)
         error = max(r["se"] for r in score.values())
         bpb = bits_per_byte(nats, val.meta)
@@ -238,6 +250,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
         what = "NLL" if args.causal else "bound"
         say(f"eval {step}/{args.max_steps} | {what} {nats:.4f} +- {1.96 * error:.4f} nats/token | {bpb:.4f} bits/byte | "
             + " ".join(f"{'T' if b >= args.seq_len else b}: {r['nats']:.4f}" for b, r in score.items()))
+        for prompt in config.PROMPTS[:2] if speaks else ():
+            try:
+                log.write("sample", step=step, prompt=prompt, text=speak(prompt, 24))
+            except FloatingPointError as error:               # NaN logits
+                log.write("warn", step=step, message=f"no sample: {error}")
         return nats
 
     def save(step, is_best):
@@ -249,7 +266,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
                  "ema_updates": ema.updates if ema else 0, "model": args.model,
                  "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
                  "environment": environment, "compiled": args.compile, "precision": str(dtype),
-                 "scaler": scaler.state(), "losses": list(spikes.losses), "rollbacks": rollbacks}
+                 "scaler": scaler.state(), "losses": list(spikes.losses), "rollbacks": rollbacks, "wandb_id": run_id}
         started = time.perf_counter()
         try:
             folder = checkpoint.save(
@@ -270,18 +287,19 @@ def train(args, origins, ranks, run_dir, source, resuming):
     environment = runtime.environment(device)
     with (runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress,
           torch.autograd.set_detect_anomaly(args.detect_anomaly)):
-        log = runtime.JsonLines(run_dir / "train.jsonl" if ranks.main else None)
+        log = sinks.Events(runtime.JsonLines(run_dir / "train.jsonl" if ranks.main else None),
+                           sinks.opened(args, run_dir, run_id, first_step + 1 if resuming else 0) if ranks.main else [])
         log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
                   config=saved_args, params_total=params, params_blocks=shapes.block_params(cfg),
                   data={"source": data.meta["source"], "tokens": data.meta["train_tokens"], "sha256": data.meta["train_sha256"]},
-                  planned_tokens=args.max_steps * step_tokens, precision=why, allocator=allocator, **environment)
+                  planned_tokens=args.max_steps * step_tokens, precision=why, allocator=allocator, peak_flops=peak, **environment)
         if resuming:
             log.write("resume", step=first_step, checkpoint=str(saved.path), notes=notes)
         for note in notes:
             say(f"notice: {note}")
         publish("config.json", checkpoint.to_json(saved_args).decode())
         bad_in_a_row, unsaved, is_best, code, saved_at = 0, 0, False, 0, time.monotonic()
-        step, held_step = first_step, first_step if resuming else -1
+        step, held_step, nats = first_step, first_step if resuming else -1, None
         while True:
             last = step == args.max_steps
             turn = step > held_step                               # a resume does not repeat what its checkpoint already holds
@@ -346,16 +364,18 @@ def train(args, origins, ranks, run_dir, source, resuming):
                 say(f"warning: step {step + 1}: loss {loss}, gradient norm {gnorm}: not finite, step skipped")
             optimizer.zero_grad()
             seconds = time.perf_counter() - started
-            progress.step(step + 1, step_tokens, seconds, loss)
+            rate, memory = draw.hidden / step_tokens, runtime.peak_memory_mb(device)
+            mfu = step_tokens / seconds * shapes.train_flops(cfg, args.seq_len, block, rate) / peak
+            progress.step(step + 1, step_tokens, seconds, loss=loss, bound=nats, gnorm=gnorm, mask=rate, mfu=mfu, memory=memory)
             if step + 1 <= 20 or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
-                rate = draw.hidden / step_tokens
                 log.write("train", step=step + 1, loss=runtime.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
-                          gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, seq_len=args.seq_len,
+                          gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, mfu=mfu, seq_len=args.seq_len,
                           block=block, first=first, global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds,
-                          data_ms=data_ms, mem_mb=runtime.peak_memory_mb(device), skipped=skipped, overflows=scaler.overflows)
+                          data_ms=data_ms, mem_mb=memory, skipped=skipped, overflows=scaler.overflows)
                 if step == first_step or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
                     progress.line(f"step {step + 1}/{args.max_steps} | loss {loss:.4f} | mask {rate:.2f} | lr {lr:.1e} | "
-                                  f"gnorm {gnorm:.2f} | tok/s {progress.tok_s:.0f} | ETA {progress.eta}")
+                                  f"gnorm {gnorm:.2f} | tok/s {progress.tok_s:.0f} | ETA {progress.eta} | MFU {mfu:.0%} | "
+                                  f"{memory / 1024:.1f} GB")
             if bad_in_a_row == NON_FINITE_LIMIT:
                 cause = guard.likely_cause(model, held[:8], blocks[-1], lambda: runtime.autocast(device, dtype), loss, gnorm,
                                            range(position - NON_FINITE_LIMIT * rows, position), args.lr)
@@ -372,19 +392,17 @@ def train(args, origins, ranks, run_dir, source, resuming):
         log.write("end", step=step, code=code, best=None if best == math.inf else best, seconds=progress.elapsed)
         summary = runtime.summary(args, run_dir, params, data, best, progress, tokens_seen, step)
         publish("summary.md", summary)
-        log.close()
+        log.close(hurry=stop.signal is not None)
+        if ranks.main:
+            with contextlib.suppress(OSError):                # its log cannot be read
+                publish("report.html", report.page(run_dir / "train.jsonl"))
     if args.drive and ranks.main and checkpoint.is_run(run_dir):
         drive.store(checkpoint.candidates(run_dir)[0], args.drive, say)            # once more, with the end of the log
     say(summary)
-    if args.show_samples and code == 0 and ranks.main and not args.fsdp:        # a sharded model cannot speak by itself
+    if speaks and code == 0:
         model.eval()
-        settings = Settings(max_new_tokens=48, steps=48, mode="block_frozen" if blocks[-1] < args.seq_len else "full",
-                            block_size=min(args.block_size, *blocks), temperature=0.5, top_k=50, eos_id=tokenizer.eos_id)
-        with averaged():
-            for prompt in config.PROMPTS:
-                out = generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed])
-                print(f"{prompt}{tokenizer.decode(out.rows[0])}", flush=True)
-                print("---")
+        for prompt in config.PROMPTS:
+            print(f"{prompt}{speak(prompt, 48)}\n---", flush=True)
     return code
 
 

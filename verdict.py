@@ -126,10 +126,10 @@ def judge(log, folders, latest, samples):
 def read_log(path):
     """The events of a train.jsonl; a last line that a killed run left half-written is not one."""
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):                      # not splitlines: a text may hold other line ends
         try:
             events.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [e for e in events if isinstance(e, dict) and "event" in e]
 

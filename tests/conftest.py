@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")     # tiny models: on a busy machine two threads mostly wait for each other
+os.environ["ARIA_TENSORBOARD"] = "off"             # automatic where it is installed: tests would fill the repository's logs/
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:1"  # nobody listens there: child processes must not reach for the hub either
 sys.path.insert(0, str(ROOT))
 

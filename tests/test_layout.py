@@ -18,19 +18,20 @@ ROOT = config.ROOT
 RANKS = {
     "knobs": 0, "lexicon": 0, "layers": 0, "masking": 0, "terminal": 0, "samplers": 0, "judge": 0,
     "shapes": 1, "documents": 1, "romanise": 1, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1, "hub": 1,
-    "guard": 1, "estimators": 1, "distributed": 1, "study_report": 1,
-    "studies": 1.5, "config": 2, "model": 2,
-    "corpus": 3, "runtime": 3, "tokenizer": 3,
-    "tokens": 4, "clean": 4, "spool": 4, "checkpoint": 4, "fast": 4, "fit": 4,
-    "prepare": 5, "drive": 5, "verdict": 5,
-    "runs": 6,
-    "train": 7, "sample": 7,
-    "evaluate": 8,
-    "edge_benchmark": 9, "colab_train_eco": 9, "run_experiments": 9,
+    "guard": 1, "estimators": 1, "distributed": 1, "study_report": 1, "sinks": 1,
+    "studies": 2, "model": 2,
+    "config": 3,
+    "corpus": 4, "runtime": 4, "tokenizer": 4,
+    "tokens": 5, "clean": 5, "spool": 5, "checkpoint": 5, "fast": 5, "fit": 5,
+    "prepare": 6, "drive": 6, "verdict": 6,
+    "runs": 7, "report": 7,
+    "train": 8, "sample": 8,
+    "evaluate": 9,
+    "edge_benchmark": 10, "colab_train_eco": 10, "run_experiments": 10,
 }
 NEEDS_NO_TORCH = ("knobs", "shapes", "lexicon", "config", "documents", "hub", "clean", "spool", "tokenizer", "corpus",
                   "tokens", "prepare", "train", "sample", "evaluate", "edge_benchmark", "colab_train_eco", "romanise",
-                  "studies", "study_report", "run_experiments")
+                  "studies", "study_report", "run_experiments", "sinks", "report") # at import: --help is instant
 LINES = 450                   # of one file; tables of words are not code
 SOURCES = sorted(ROOT.glob("*.py"))
 TREES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in SOURCES}

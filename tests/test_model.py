@@ -1,9 +1,13 @@
 """The block rule, the exact frozen cache, the parameter counts and the gradients of both denoisers."""
 import itertools
+import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import config
+import masking
 import shapes
 from layers import rotary_table
 from model import build_model
@@ -283,3 +287,24 @@ def test_many_blocks_are_committed_as_one_after_another(model, block, many):
         torch.testing.assert_close(getattr(all_at_once, name), want, atol=1e-5 * float(want.abs().max()), rtol=1e-5)
     xt = texts(8)[1]
     torch.testing.assert_close(net(xt, all_at_once)[..., 1:40], net(xt, one)[..., 1:40], atol=1e-5, rtol=1e-5)
+
+
+def depthwise_backward(grad, x, w, *_, **__):
+    return 2 * 2 * math.prod(grad) * math.prod(w[1:])    # torch's own formula counts every channel with every other
+
+
+@pytest.mark.parametrize("shape, block", [(dict(model="primary"), 128), (dict(model="primary"), 16), (dict(model="backup"), 128),
+                                          (dict(model="backup"), 16), (dict(model="backup", causal=True), 128),
+                                          (dict(model="primary", exits=True), 32)], ids=str)
+def test_the_flops_formula_counts_what_a_step_does(shape, block):
+    """train_flops against torch's counter during a real forward and backward, within 5 %."""
+    length, rows = 128, 2
+    cfg = shapes.ModelConfig(vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=96, memory_slots=8, **shape)
+    args = config.TrainArgs(seq_len=length)
+    draw = masking.whole_rows(rows, length) if cfg.causal else masking.draw(args, 1, 1, rows, length, block)
+    net, x0 = build_model(cfg), torch.randint(1, 300, (rows, length))
+    with (FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: depthwise_backward}) as counter,
+          torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
+        masking.denoising_loss(net, x0, draw, "elbo", 1, early=1 if cfg.exits else None, early_weight=0.5).loss.backward()
+    formula = rows * length * shapes.train_flops(cfg, length, block, draw.hidden / (rows * length))
+    assert formula == pytest.approx(counter.get_total_flops(), rel=0.05)

@@ -290,11 +290,12 @@ def test_console_and_log(text, tmp_path, capsys):
     assert fresh(text, run, "--max_steps", 25, "--log_interval", 10, "--save_interval", 10, "--eval_interval", 10) == 0
     error = capsys.readouterr().err
     line = (r"^step (\d+)/25 \| loss \d+\.\d{4} \| mask 0\.\d\d \| lr \d\.\de-\d\d \| gnorm \d+\.\d\d \| tok/s \d+"
-            r" \| ETA \d+:\d\d$")
+            r" \| ETA \d+:\d\d \| MFU \d+% \| \d+\.\d GB$")
     assert re.findall(line, error, re.M) == ["1", "10", "20", "25"]
     assert not re.search(r"\bppl\b|perplexity", error)
     keys = {"meta": "time version argv config params_total params_blocks torch device data planned_tokens",
-            "train": "step loss loss_kind mask lr gnorm tok_s seq_len global_batch tokens_seen step_ms data_ms mem_mb skipped",
+            "train": "step loss loss_kind mask lr gnorm tok_s mfu seq_len global_batch tokens_seen step_ms data_ms mem_mb "
+                     "skipped",
             "eval": "step val_nelbo val_ci val_bpb val_masked_mean best", "save": "step", "end": "step"}
     for event, names in keys.items():
         found = log(run, event)
@@ -305,7 +306,7 @@ def test_console_and_log(text, tmp_path, capsys):
     assert all(0.05 < entry["mask"] < 0.95 and entry["tokens_seen"] == 128 * entry["step"] for entry in log(run))
     best = min(log(run, "eval")[1:], key=lambda entry: entry["val_nelbo"])
     assert (run / "best").read_text().startswith(f"step_{best['step']:06d}")
-    assert {"latest", "best", "summary.md", "config.json"} <= {path.name for path in run.iterdir()}
+    assert {"latest", "best", "summary.md", "report.html", "config.json"} <= {p.name for p in run.iterdir()}
     summary = (run / "summary.md").read_text(encoding="utf-8")
     assert "builtin" in summary and "python -m sample" in summary and "--resume" in summary
 
