@@ -15,7 +15,7 @@ from pathlib import Path
 import config
 from knobs import UserError, say
 
-WIDE, HIGH, LEFT, TOP, BOTTOM = 520, 210, 52, 12, 24       # of a chart, in its own units
+WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 520, 210, 52, 20, 12, 24      # of a chart, in its own units
 BUCKETS = 130                                              # of a curve with more points than these: mean, lowest and highest
 TEXTS = 40                                                 # evaluations whose samples are shown
 STYLE = """
@@ -114,12 +114,12 @@ def chart(title, points, to_words=short, from_zero=True, dots=False):
     last = last if last - first > 1e-9 * abs(last) else first + (abs(first) or 1)
 
     def at(x, y):
-        return f"{LEFT + (WIDE - LEFT - 8) * (x - first) / (last - first):.1f},{TOP + HIGH * (high - y) / (high - low):.1f}"
+        return f"{LEFT + (WIDE - LEFT - RIGHT) * (x - first) / (last - first):.1f},{TOP + HIGH * (high - y) / (high - low):.1f}"
 
     lines = []
     for y in ticks(low, high):
         x, place = at(first, y).split(",")
-        lines.append(f'<path class="grid" d="M{x} {place}H{WIDE - 8}"/>'
+        lines.append(f'<path class="grid" d="M{x} {place}H{WIDE - RIGHT}"/>'
                      f'<text x="{LEFT - 6}" y="{place}" dy="4" text-anchor="end">{to_words(y)}</text>')
     for x in ticks(first, last):
         lines.append(f'<text x="{at(x, low).split(",")[0]}" y="{TOP + HIGH + 16}" text-anchor="middle">{short(x)}</text>')
