@@ -82,10 +82,11 @@ class EcoLayer(nn.Module):
 
     def read(self, q, num):
         """q (..., S, H*E) attends over the M slot values N / rms(N) -> (..., S, H*E)."""
-        value = unit_rms(num).to(q.dtype).reshape(-1, *num.shape[-3:])             # (N, H, M, E)
-        heads = q.reshape(len(value), q.shape[-2], self.H, -1).transpose(1, 2)     # (N, H, S, E)
-        out = F.scaled_dot_product_attention(heads, value + self.slot_key.to(q.dtype), value)
-        return out.transpose(1, 2).reshape(q.shape)                                # (..., S, H*E)
+        value = unit_rms(num).to(q.dtype)                                          # (..., H, M, E)
+        q = q.unflatten(-1, (self.H, -1)).transpose(-3, -2)                        # (..., H, S, E)
+        key = (value + self.slot_key.to(q.dtype)) * q.shape[-1] ** -0.5            # (..., H, M, E)
+        share = torch.matmul(q, key.mT).softmax(-1)                                # (..., H, S, M)
+        return torch.matmul(share.to(q.dtype), value).transpose(-3, -2).flatten(-2)             # (..., S, H*E)
 
     def keep(self, tokens):
         """What a slot still holds after so many further tokens: exp(-tokens / length) -> (H, M, 1)."""
