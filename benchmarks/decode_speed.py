@@ -92,8 +92,8 @@ def main():
               + f"; growth {grown[CONTEXTS[-1]] / grown[CONTEXTS[0]] - 1:+.1%}", flush=True)
         prompt_ms = given(model)
         called, ran = operators(partial(model.hidden, block, caches[CONTEXTS[0]]))
-        print(f"{kind:8} a prompt of 1,024: one pass {prompt_ms['one_pass']:.0f} ms, by block {prompt_ms['by_block']:.0f} ms; a block's "
-              f"forward calls {called} operators, {ran} with those inside", flush=True)
+        print(f"{kind:8} a prompt of 1,024: one pass {prompt_ms['one_pass']:.0f} ms, by block {prompt_ms['by_block']:.0f} ms; "
+              f"a block's forward calls {called} operators, {ran} with those inside", flush=True)
         out[kind] = {"mode_ms": ms, "block_ms": grown, "prompt_ms": prompt_ms, "operators": [called, ran]}
     print(json.dumps({**out, **runtime.environment(torch.device("cpu"))}))
 
