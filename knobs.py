@@ -122,6 +122,8 @@ def convert(f, value):
     if f.type is str:
         value = meta.get("values", {}).get(value, value)
     elif f.type is tuple:
+        if not all(isinstance(part, str) for part in value):
+            raise ValueError("must be a list of texts")
         value = tuple(meta.get("values", {}).get(part, part) for part in value)
     for part in value if f.type is tuple else (value,):
         if "choices" in meta and part not in meta["choices"]:
