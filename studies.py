@@ -28,6 +28,9 @@ class Study(NamedTuple):
     seeds: tuple = SEEDS
 
 
+ARMS = dict(primary={}, backup=dict(model="backup"), ar=dict(model="backup", objective="ar"))
+
+
 def rates(optimizer, *peaks):
     return {f"{optimizer}_{peak:g}": dict(optimizer=optimizer, lr=peak) for peak in peaks}
 
@@ -73,13 +76,14 @@ STUDIES = {
         "Hide tokens or spans?",
         dict(token={}, span_3=dict(masking_strategy="span"), span_6=dict(masking_strategy="span", mean_span_length=6.0)),
         "bound; it always hides single tokens"),
+    "rates": Study(
+        "At which rate does each arm learn best? Before the arms are compared, each at its own.",
+        {f"{arm}_{peak:g}": diff | dict(lr=peak) for peak in (2e-2, 1e-2, 4e-2) for arm, diff in ARMS.items()}),
     "objective": Study(
-        "What does diffusion cost against left to right, and EcoHybrid against the transformer?",
-        dict(primary={}, backup=dict(model="backup"), ar=dict(model="backup", objective="ar"))),
+        "What does diffusion cost against left to right, and EcoHybrid against the transformer?", ARMS),
     "epochs": Study(
         "Many passes over a small corpus: does diffusion overtake?",
-        dict(primary={}, backup=dict(model="backup"), ar=dict(model="backup", objective="ar"),
-             ar_dropout=dict(model="backup", objective="ar", dropout=0.1)),
+        ARMS | dict(ar_dropout=ARMS["ar"] | dict(dropout=0.1)),
         "the curve over the passes (tokens / tokens of the corpus), its lowest point and its end",
         base=SMALL | dict(data_dir="data/small", max_steps=4000),
         before=("python -m prepare --source files --input hindi.jsonl --max_chars 2000000 --tokenizer_vocab 4000 "
