@@ -2,13 +2,18 @@
 
     python benchmarks/decode_speed.py
 
-1. tokens/s of full and block_frozen for 128 new tokens at equal forwards per token, batch 1: what the block rule is worth.
+1. tokens/s of full and block_frozen for 128 new tokens at equal forwards per token, batch 1, behind prompts of 64, 256 and 1,024
+   tokens: what the block rule is worth.
 2. Milliseconds of one block (forwards and commit) after 256, 1,024 and 4,096 tokens of context: whether its cost grows.
 3. Milliseconds of a prompt of 1,024 tokens committed block by block and in one pass.
-4. Operators that one block's forward calls from Python, and all that those call: figures that no busy machine can blur.
-d 512, 10 layers, 8,000 pieces, equal parameters, random weights, bf16 where the CPU has it; variants in turn, medians of 7.
+4. Milliseconds of one forward, head included, of blocks of 1 to 128 tokens, beside two limits: reading every weight once at the
+   measured memory speed, and 2 x parameters x block at the measured speed of a product. What lies above both is small operators.
+5. Operators that one block's forward calls from Python, and all that those call: figures that no busy machine can blur.
+d 512, 10 layers, 8,000 pieces, equal parameters, random weights, bf16 where the CPU has it; variants in turn, medians of 7
+(of 2 behind 1,024 tokens).
 """
 import json
+import math
 import statistics
 import sys
 import time
@@ -20,6 +25,7 @@ import torch                                                     # noqa: E402
 from torch.profiler import ProfilerActivity, profile             # noqa: E402
 
 import fast                                                      # noqa: E402
+import shapes                                                    # noqa: E402
 import runtime                                                   # noqa: E402
 from benchmarks.decode_peers import BLOCK, VOCAB, shape          # noqa: E402
 from decode import Settings, generate                            # noqa: E402
@@ -27,7 +33,8 @@ from model import build_model                                    # noqa: E402
 
 ROUNDS, NEW, PER_FORWARD = 7, 128, 4
 CONTEXTS = (256, 1024, 4096)
-PROMPT = [2] + [5] * 63
+PROMPTS = (64, 256, 1024)
+WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def timed(runs, rounds=ROUNDS):
@@ -60,21 +67,63 @@ def given(model):
     return timed({"one_pass": lambda: model.commit(prompt, model.new_cache(1, 1024), BLOCK), "by_block": by_block})
 
 
+def memory_speed():
+    """Bytes per second of reading 512 MB, far more than any cache holds; the best of 5."""
+    big, best = torch.ones(2**27), math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        big.sum()
+        best = min(best, time.perf_counter() - started)
+    return 4 * big.numel() / best
+
+
+def modes(kind, model, out):
+    """full, block and block_frozen behind each prompt."""
+    for length in PROMPTS:
+        settings = {mode: Settings(NEW, n // PER_FORWARD, mode=mode, block_size=BLOCK, temperature=0, eos_id=None)
+                    for mode, n in (("full", NEW), ("block", BLOCK), ("block_frozen", BLOCK))}
+        prompt = [2] + [5] * (length - 1)
+        ms = timed({mode: partial(generate, model, prompt, s, [0]) for mode, s in settings.items()}, min(ROUNDS, 2048 // length))
+        print(f"{kind:8} prompt {length}, {PER_FORWARD} tokens per forward: "
+              + ", ".join(f"{m} {1e3 * NEW / t:.0f} tok/s" for m, t in ms.items())
+              + f"; block_frozen / full {ms['full'] / ms['block_frozen']:.2f}x", flush=True)
+        out.setdefault("mode_ms", {})[length] = ms
+
+
+def widths(kind, model, precision, product, memory, out):
+    """One forward of blocks of several lengths, head included, and its two limits in milliseconds."""
+    cache = model.new_cache(1, 256 + WIDTHS[-1])
+    model.commit(torch.randint(4, VOCAB, (1, 64)), cache)
+    blocks = {w: torch.randint(4, VOCAB, (1, w)) for w in WIDTHS}
+    ms = timed({w: lambda b=b: model.logits(model.hidden(b, cache)) for w, b in blocks.items()}, 3 * ROUNDS)
+    params, bytes_each = shapes.count_params(model.cfg), {"fp32": 4, "bf16": 2, "int8": 1}[precision]
+    print(f"{kind:8} {precision}: a forward of 1 token reads {params * bytes_each / 1e6:.0f} MB, at least "
+          f"{1e3 * params * bytes_each / memory:.1f} ms")
+    for w, t in ms.items():
+        print(f"{kind:8} {precision}: a block of {w:3} takes {t:5.1f} ms, {t / w:5.2f} a token; its products "
+              f"{2e3 * params * w / product:5.1f} ms at the bf16 peak", flush=True)
+    out.setdefault("width_ms", {})[precision] = ms
+
+
 def main():
     runtime.start(0)
     torch.set_grad_enabled(False)
     precision, why = fast.pick("auto", torch.device("cpu"))
-    print(f"products in {precision} ({why})")
-    out = {"precision": precision}
+    product, memory = runtime.matmul_flops((torch.bfloat16,), size=2048)[torch.bfloat16], memory_speed()
+    print(f"products in {precision} ({why}); {product / 1e9:.0f} GFLOP/s in bf16, memory {memory / 1e9:.1f} GB/s")
+    out = {"precision": precision, "gflops": product / 1e9, "memory_gb_s": memory / 1e9}
     for kind in ("primary", "backup"):
         torch.manual_seed(0)
         model = build_model(shape(kind)).eval()
         fast.prepare(model, precision)
-        modes = {mode: Settings(NEW, n // PER_FORWARD, mode=mode, block_size=BLOCK, temperature=0, eos_id=None)
-                 for mode, n in (("full", NEW), ("block", BLOCK), ("block_frozen", BLOCK))}
-        ms = timed({mode: lambda s=s, model=model: generate(model, PROMPT, s, [0]) for mode, s in modes.items()})
-        print(f"{kind:8} {PER_FORWARD} tokens per forward: " + ", ".join(f"{m} {1e3 * NEW / t:.0f} tok/s" for m, t in ms.items())
-              + f"; block_frozen / full {ms['full'] / ms['block_frozen']:.2f}x", flush=True)
+        out[kind] = {}
+        modes(kind, model, out[kind])
+        widths(kind, model, precision, product, memory, out[kind])
+        if precision != "int8":
+            torch.manual_seed(0)
+            other = build_model(shape(kind)).eval()
+            fast.prepare(other, "int8")
+            widths(kind, other, "int8", product, memory, out[kind])
         caches = {}
         for context in CONTEXTS:
             caches[context] = model.new_cache(1, CONTEXTS[-1] + 64 * BLOCK)
@@ -94,7 +143,7 @@ def main():
         called, ran = operators(partial(model.hidden, block, caches[CONTEXTS[0]]))
         print(f"{kind:8} a prompt of 1,024: one pass {prompt_ms['one_pass']:.0f} ms, by block {prompt_ms['by_block']:.0f} ms; "
               f"a block's forward calls {called} operators, {ran} with those inside", flush=True)
-        out[kind] = {"mode_ms": ms, "block_ms": grown, "prompt_ms": prompt_ms, "operators": [called, ran]}
+        out[kind] |= {"block_ms": grown, "prompt_ms": prompt_ms, "operators": [called, ran]}
     print(json.dumps({**out, **runtime.environment(torch.device("cpu"))}))
 
 

@@ -3,6 +3,7 @@
     python benchmarks/train_speed.py                         # two shapes x two models x three block rules, about 6 minutes
     python benchmarks/train_speed.py --exits --shapes d256   # what the early-exit loss costs
     python benchmarks/train_speed.py --allocator             # what keeping freed memory is worth, page faults included
+    python benchmarks/train_speed.py --lengths 256 512 1024 2048 4096 --blocks T 64      # tokens/s as the rows get longer
 
 Every figure is a median over rounds; in a round each variant runs once, one after the other, so that a noisy neighbour hits
 all of them. FLOPs are counted by torch's flop counter while a real step runs, not taken from a formula. The models of one
@@ -36,6 +37,7 @@ SHAPES = {  # name: (arguments, sequences per forward)
     "d256": (dict(d_model=256, n_layers=6, n_heads=4, d_ff=768, memory_slots=8, seq_len=256), 8),
     "d512": (dict(d_model=512, n_layers=10, n_heads=8, d_ff=1536, memory_slots=16, seq_len=512), 4),
 }
+TOKENS = 4096             # of a step of --lengths
 
 
 def attention_flops(q, k, v, *_, **__):
@@ -117,7 +119,8 @@ def report(variants, peak):
         data, forward, backward, update = (1e3 * statistics.median(column) for column in zip(*v.parts, strict=True))
         whole = sorted(sum(p) for p in v.parts)
         seconds = statistics.median(whole)
-        rows.append({**v.name, "params": shapes.count_params(v.cfg), "tok_per_s": v.tokens / seconds, "step_ms": 1e3 * seconds,
+        rows.append({**v.name, "length": v.args.seq_len, "params": shapes.count_params(v.cfg),
+                     "tok_per_s": v.tokens / seconds, "step_ms": 1e3 * seconds,
                      "step_ms_min": 1e3 * whole[0], "step_ms_max": 1e3 * whole[-1], "forward_ms": forward,
                      "backward_ms": backward, "optimizer_ms": update, "data_ms": data, "gflop": v.flops / 1e9,
                      "of_peak": v.flops / seconds / peak})
@@ -125,6 +128,18 @@ def report(variants, peak):
               "({step_ms_min:.0f}-{step_ms_max:.0f}) = forward {forward_ms:.0f} + backward {backward_ms:.0f} + optimizer "
               "{optimizer_ms:.0f} + data {data_ms:.1f}   {of_peak:.0%} of peak".format(**rows[-1]), flush=True)
     return rows
+
+
+def exponents(rows):
+    """How the time of a row grows with its length: the slope of log seconds against log length, by model and block rule."""
+    found = {}
+    for model, block in dict.fromkeys((r["model"], r["block"]) for r in rows):
+        mine = [r for r in rows if (r["model"], r["block"]) == (model, block)]
+        x = [math.log(r["length"]) for r in mine]
+        y = [math.log(r["length"] / r["tok_per_s"]) for r in mine]
+        found[f"{model} {block}"] = statistics.linear_regression(x, y).slope
+        print(f"{model:8} {block:>3}: the time of a row grows with its length to the power of {found[f'{model} {block}']:.2f}")
+    return found
 
 
 def allocator(rounds):
@@ -157,6 +172,7 @@ def main():
     p.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     p.add_argument("--blocks", nargs="+", default=["T", "64", "32"])
     p.add_argument("--optimizers", nargs="+", default=["adamw"])
+    p.add_argument("--lengths", nargs="+", type=int, help=f"instead: the d256 shape at these lengths, {TOKENS} tokens a step")
     p.add_argument("--exits", action="store_true", help="each variant also with the early-exit loss")
     p.add_argument("--allocator", action="store_true")
     p.add_argument("--child", action="store_true")
@@ -172,14 +188,18 @@ def main():
     peak = speed[dtype or torch.float32]
     print(f"matmul peak: bf16 {speed[torch.bfloat16] / 1e9:.0f} GFLOP/s, float32 {speed[torch.float32] / 1e9:.0f}; "
           f"training in {why}; memory: {told}")
+    if args.lengths:
+        base = SHAPES["d256"][0]
+        SHAPES.update({f"d256_{n}": (base | dict(seq_len=n), max(1, TOKENS // n)) for n in args.lengths})
+        args.shapes = [f"d256_{n}" for n in args.lengths]
     rows = []
     for shape in args.shapes:
         variants = [Variant(m, shape, b, o, dtype, weight) for b in args.blocks for o in args.optimizers
                     for m in ("primary", "backup") for weight in ((0.0, 0.1) if args.exits else (0.0,))]
         measure(variants, args.rounds)
         rows += report(variants, peak)
-    print(json.dumps({"rows": rows, "peak_gflops": {str(d): f / 1e9 for d, f in speed.items()}, "rounds": args.rounds,
-                      **runtime.environment(torch.device("cpu"))}))
+    print(json.dumps({"rows": rows, "exponents": exponents(rows) if args.lengths else {}, "rounds": args.rounds,
+                      "peak_gflops": {str(d): f / 1e9 for d, f in speed.items()}, **runtime.environment(torch.device("cpu"))}))
 
 
 if __name__ == "__main__":
