@@ -53,11 +53,12 @@ TRAIN_PROFILES = {
                  seq_len=384, masking_strategy="span"),
     "laptop": dict(d_model=320, d_ff=960, memory_slots=12, timesteps=24, sample_steps=10, masking_strategy="span"),
 }
+# all tokens that the model is sure of, at least one a forward: a fixed number of steps costs what the model is not sure of
+SURE = dict(sampler="threshold", steps=64, top_k=0, blockwise=True, block_size=64, frozen_context=True)
 SAMPLE_PROFILES = {
     "none": {},
-    "balanced": dict(steps=8, temperature=0.8, temperature_end=0.6, top_k=0, blockwise=True, block_size=64,
-                     frozen_context=True),
-    "max": dict(steps=6, temperature=0.0, top_k=0, blockwise=True, block_size=64, frozen_context=True),
+    "balanced": SURE | dict(temperature=0.8, temperature_end=0.6),
+    "max": SURE | dict(temperature=0.0),
 }
 GPU_TIERS = (                             # of the one-shot: (bytes of memory at least, settings)
     (70e9, dict(batch_size=8, grad_accum=4, seq_len=2048)),
@@ -344,7 +345,7 @@ class SampleArgs(GenerateKnobs, CommonKnobs):
     num_samples: int = knob(1, "continuations per prompt, with seeds seed, seed+1, ...", at_least=1)
     blockwise: bool = knob(False, "left to right in blocks")
     frozen_context: bool = knob(False, "exact cached context; needs --blockwise")
-    edge_profile: str = knob("none", "fast settings", choices=tuple(SAMPLE_PROFILES),
+    edge_profile: str = knob("none", "exact blocks, several tokens a forward where the model is sure; max: greedy", choices=tuple(SAMPLE_PROFILES),
                              elsewhere=dict.fromkeys(("tiny", "laptop"), "that is a profile of train"))
     ignore_eos: bool = knob(False, "always the full length")
     stream: bool = knob(False, "print each block as soon as it is final")
@@ -369,8 +370,14 @@ class BenchArgs(GenerateKnobs, CommonKnobs):
     runs_per_prompt: int = knob(3, "timed runs", at_least=1)
     warmup_runs: int = knob(1, "untimed runs, per mode and prompt", at_least=0)
     grid: tuple = knob((), "NAME=VALUE,VALUE ...: every combination of these settings of sample, and a picture", many="several")
+    profiles: tuple = knob((), "instead: these profiles of sample, each beside itself at one token a forward", many="several",
+                           choices=tuple(SAMPLE_PROFILES)[1:])
     data_dir: str = knob(None, "prepared text for the judge and the held-out bound; none = the checkpoint's", rare=True)
     out_json: str = knob("benchmarks/edge_benchmark.json", "where the result goes")
+
+    def problems(self):
+        if self.profiles and self.grid:
+            yield "--profiles and --grid: give only one of them"
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
     python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --modes full block block_frozen --runs_per_prompt 3
     python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --modes block_frozen --grid steps=4,8,16,32 precision=fp32,bf16,int8
+    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --profiles balanced max    # what do sample's profiles cost here?
 
 --grid takes every combination of the named settings of sample, in every mode, and draws quality against speed.
 One line per variant for people; the last line on stdout, and benchmarks/edge_benchmark.json, hold everything. Notable:
@@ -32,6 +33,8 @@ import knobs
 from knobs import UserError
 
 HELD_OUT_ROWS = 64
+CAREFUL = " at one token a forward"
+LIMIT = 0.05              # of judged quality, that a profile may cost
 
 
 def peak_rss(run, device):
@@ -183,7 +186,7 @@ class Judges:
 
 
 def combinations(grid):
-    """--grid steps=4,8 sampler=confidence,random -> [{"steps": 4, "sampler": "confidence"}, ...], read as flags are read."""
+    """--grid steps=4,8 sampler=random -> {"steps=4 sampler=random": {"steps": 4, "sampler": "random"}, ...}, read as flags are."""
     fields = {f.name: f for f in dataclasses.fields(config.GenerateKnobs)}
     axes = []
     for axis in grid:
@@ -195,7 +198,30 @@ def combinations(grid):
             axes.append([(name, knobs.convert(fields[name], value)) for value in knobs.split_list(values)])
         except ValueError as error:
             raise UserError(f"--grid {axis}: {error}") from None
-    return [dict(pairs) for pairs in itertools.product(*axes)]
+    found = [dict(pairs) for pairs in itertools.product(*axes)]
+    return {" ".join(f"{k}={v}" for k, v in chosen.items()): chosen for chosen in found}
+
+
+def profiles(names):
+    """Each profile of sample, and beside it the slow and careful way: one token a forward, all layers, no 8-bit products."""
+    known, found = {f.name for f in dataclasses.fields(config.GenerateKnobs)}, {}
+    for name in names:
+        found[name] = {k: v for k, v in config.SAMPLE_PROFILES[name].items() if k in known}
+        found[name + CAREFUL] = found[name] | dict(sampler="confidence", steps=found[name]["block_size"], min_decode_layers=0,
+                                                   precision="auto")
+    return found
+
+
+def price(name, results):
+    """What a profile costs and gives, against the careful way -> its figures, told on stderr."""
+    fast, slow = (next(r for key, r in results.items() if key.endswith(end)) for end in (" " + name, " " + name + CAREFUL))
+    if "skipped" in fast or fast["judge_nats"] is None:
+        return None
+    found = {"judged": fast["judge_nats"] / slow["judge_nats"] - 1, "faster": fast["mean_tok_s"] / slow["mean_tok_s"]}
+    print(f"profile {name}: {found['judged']:+.1%} judged nats/token (limit +{LIMIT:.0%}), repeated 4-grams {fast['repeat_rate']:.1%} "
+          f"against {slow['repeat_rate']:.1%}, {fast['tokens_per_forward']:.2f} tokens per forward, {found['faster']:.2f}x as fast: "
+          + ("justified" if found["judged"] <= LIMIT else "NOT justified for this checkpoint"), file=sys.stderr)
+    return found
 
 
 def draw(path, results, real):
@@ -227,7 +253,8 @@ def draw(path, results, real):
 def main(argv=None):
     args, origins = config.parse(config.BenchArgs, argv, "edge_benchmark")
     config.announce(args, origins)
-    settings_of = combinations(args.grid)
+    settings_of = profiles(args.profiles) if args.profiles else combinations(args.grid)
+    args.modes = ("block_frozen",) if args.profiles else args.modes
     import torch
 
     import checkpoint
@@ -238,7 +265,7 @@ def main(argv=None):
     device = runtime.pick_device(args.device)
     prompts = sample.read_prompts(args) if args.prompt or args.prompts_file else list(config.BENCH_PROMPTS)
     models, weights, precisions, saved = {}, {}, {}, None
-    for wanted in dict.fromkeys(s.get("precision", args.precision) for s in settings_of):
+    for wanted in dict.fromkeys(s.get("precision", args.precision) for s in settings_of.values()):
         precisions[wanted], why = fast.pick(wanted, device)
         if precisions[wanted] not in models:
             model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
@@ -251,9 +278,9 @@ def main(argv=None):
         print("notice: an autoregressive checkpoint has one mode, left to right over its cache: block_frozen", file=sys.stderr)
         args.modes = ("block_frozen",)
     variants, skipped = {}, {}
-    for chosen in settings_of:
+    for named, chosen in settings_of.items():
         for mode in dict.fromkeys(args.modes):
-            name = " ".join([mode, *(f"{k}={v}" for k, v in chosen.items())])
+            name = f"{mode} {named}".strip()
             if mode == "block_frozen" and why_not:
                 skipped[name] = {"skipped": why_not}
                 continue
@@ -281,6 +308,8 @@ def main(argv=None):
         "judge_nats_of_held_out_text": judges.real(), "results": results}
     for name, r in results.items():
         print(card(name, r, max(map(len, results))))
+    if args.profiles:
+        document["profiles"] = {name: price(name, results) for name in args.profiles}
     knobs.write_json(args.out_json, document, fix=": name another --out_json")
     if args.grid:
         draw(Path(args.out_json).with_suffix(".png"), results, document["judge_nats_of_held_out_text"])

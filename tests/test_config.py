@@ -474,6 +474,7 @@ def test_values_of_documented_commands():
     assert (args.timestep_sampling, args.masking_strategy, args.mean_span_length) == ("stratified", "span", 3.0)
     args, _ = parse(SampleArgs, "x --edge_profile max --steps 9")
     assert (args.steps, args.temperature, args.temperature_end, args.top_k, args.block_size) == (9, 0, None, 0, 64)
+    assert (args.sampler, args.threshold, args.blockwise, args.frozen_context) == ("threshold", 0.9, True, True)
     args, _ = parse(SampleArgs, "x --prompt एक --prompt='--दो' --seed=3")
     assert args.prompt == ("एक", "--दो") and args.seed == 3
     args, _ = parse(BenchArgs, "--ckpt x --modes full,block --prompt a")
