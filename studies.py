@@ -28,7 +28,8 @@ class Study(NamedTuple):
     seeds: tuple = SEEDS
 
 
-ARMS = dict(primary={}, backup=dict(model="backup"), ar=dict(model="backup", objective="ar"))
+# each at the rate of Muon at which it learned best (study rates, docs/results.md)
+ARMS = dict(primary=dict(lr=2e-2), backup=dict(model="backup", lr=5e-3), ar=dict(model="backup", objective="ar", lr=1e-2))
 
 
 def rates(optimizer, *peaks):
@@ -78,12 +79,13 @@ STUDIES = {
         "bound; it always hides single tokens"),
     "rates": Study(
         "At which rate does each arm learn best? Before the arms are compared, each at its own.",
-        {f"{arm}_{peak:g}": diff | dict(lr=peak) for peak in (2e-2, 1e-2, 4e-2) for arm, diff in ARMS.items()}),
+        {f"{arm}_{peak:g}": diff | dict(lr=peak) for arm, diff in ARMS.items()
+         for peak in (2e-2, 1e-2, 4e-2 if arm == "primary" else 5e-3)}),
     "objective": Study(
         "What does diffusion cost against left to right, and EcoHybrid against the transformer?", ARMS),
     "epochs": Study(
         "Many passes over a small corpus: does diffusion overtake?",
-        ARMS | dict(ar_dropout=ARMS["ar"] | dict(dropout=0.1)),
+        {k: ARMS[k] for k in ("primary", "ar")} | dict(ar_dropout=ARMS["ar"] | dict(dropout=0.1), backup=ARMS["backup"]),
         "the curve over the passes (tokens / tokens of the corpus), its lowest point and its end",
         base=SMALL | dict(data_dir="data/small", max_steps=4000),
         before=("python -m prepare --source files --input hindi.jsonl --max_chars 2000000 --tokenizer_vocab 4000 "
