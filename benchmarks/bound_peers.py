@@ -4,7 +4,7 @@
     python benchmarks/bound_peers.py --peers DIR --only "aria primary" "MDLM DiT" --steps 2000 --judge 300
 
 Same prepared text, windows in the same order, tokens, batch and (within 1 %) parameters; each with its own network, objective,
-optimizer and schedule (peer_models.py). One thread after another, in three stages:
+optimizer and schedule (peer_models.py). One arm after another, in three stages:
 1. rates: every arm at its published rate, 3 and 10 times it, for --judge steps of the whole schedule; as long as the best of them
    is at an edge, the next one beyond; only the best goes on to --steps. Every --every steps the bound of --curve_windows windows.
    (MDLM with our schedule takes the rate of MDLM with its own: they hardly differ by then.)
@@ -13,10 +13,11 @@ optimizer and schedule (peer_models.py). One thread after another, in three stag
 3. equal seconds: the arm that needs the fewest for --steps sets the budget; every other is trained anew with its best rate
    and a whole schedule of as many steps as the budget has.
 An arm with more than 1 % more or fewer parameters than the backup of the shape is refused.
-Score: the exact-count bound over whole rows (masking.draw with EXACT_COUNT) of held-out windows, all arms on the same windows and
-masks, the mask's own logit at minus infinity, in float32; of autoregressive arms the exact NLL of the same tokens. slm388-torchdiff
-and telos-ml minimise no bound, but what they learn is p(token | the visible ones), whose bound this is. Differences to the first arm
-are paired by window. Every finished run is a line of results.jsonl in --out: the same command goes on after a break.
+Score: the exact-count bound over whole rows (masking.draw with EXACT_COUNT) of held-out windows, all arms on the same windows
+and masks, the mask's own logit at minus infinity, in float32; of autoregressive arms the exact NLL of the same tokens.
+slm388-torchdiff and telos-ml minimise no bound, but what they learn is p(token | the visible ones), whose bound this is.
+Differences to the first arm are paired by window. Every finished run is a line of results.jsonl in --out: the same command goes
+on after a break.
 Prints a table; writes curves.png there where matplotlib exists; the last line is one JSON document.
 """
 import argparse

@@ -125,7 +125,7 @@ def test_a_uniform_guess_scores_ln_v(causal, more):
     assert nats.shape == (3,) and torch.allclose(nats, torch.full((3,), math.log(60)), atol=1e-4)
 
 
-TINY = peer_models.Setting(dict(d_model=32, n_layers=2, n_heads=2, d_ff=64, memory_slots=4, seq_len=24), rows=4, vocab=50, steps=10)
+TINY = peer_models.Setting(dict(d_model=32, n_layers=2, n_heads=2, d_ff=64, memory_slots=4, seq_len=24), 4, vocab=50, steps=10)
 
 
 @pytest.mark.parametrize("kind", ["primary", "backup", "ar"])
@@ -152,7 +152,7 @@ def study(corpus_dir, tmp_path):
 
 
 def test_a_study_of_bounds_goes_on_where_it_stopped(study, capsys):
-    """Rates until the best has neighbours; missing peers skipped; finished runs are kept, one that was cut off comes out alike."""
+    """Rates until the best has neighbours; missing peers skipped; finished runs are kept, a line cut off comes out alike."""
     rows, budget = bound_peers.compare(study)
     assert [r["arm"] for r in rows] == ["aria backup", "aria ar"] and "skipped nanoGPT" in capsys.readouterr().out
     for r in rows:
