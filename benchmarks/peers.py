@@ -1,7 +1,7 @@
 """Where public peers lie and how their files are loaded: outside the project, unchanged, never committed.
 
-Used by decode_peers.py and train_peers.py, whose --peers names a folder with one sub-folder for each peer. What is not there is
-skipped with one line.
+Used by decode_peers.py, train_peers.py and bound_peers.py, whose --peers names a folder with one sub-folder for each peer.
+What is not there is skipped with one line.
 
     llama.cpp/           a source tree with build/bin/llama-bench and gguf-py (the one that llama-cpp-python bundles, say)
     LLaDA/generate.py    ML-GSAI/LLaDA

@@ -3,7 +3,8 @@
     python -m pytest tests/test_peers.py
 """
 import copy
-import json  # noqa: F401  (stands in for a module that is there)
+import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -11,8 +12,10 @@ import conftest  # noqa: F401  (puts the repository on the path)
 import pytest
 import torch
 
+import estimators
+import masking
 import shapes
-from benchmarks import decode_peers, peers, train_peers
+from benchmarks import bound_peers, decode_peers, peer_models, peers, train_peers
 from model import build_model
 
 CFG = shapes.ModelConfig(model="backup", vocab_size=60, d_model=32, n_layers=3, n_heads=4, d_ff=48)
@@ -96,7 +99,8 @@ def test_training_of_equal_sizes_is_compared(tmp_path, capsys):
     """Ours with no peer at hand: every arm has run, with the backup's number of parameters, and the rest is named as skipped."""
     rows = train_peers.compare("tiny", SimpleNamespace(peers=tmp_path, only=["aria", *train_peers.SOURCES], rounds=1))
     assert [row["name"] for row in rows] == list(train_peers.OURS)
-    assert all(abs(row["params"] / train_peers.target("tiny") - 1) < 0.01 and row["tok_per_s"] > 0 for row in rows)
+    wanted = peer_models.target(train_peers.SHAPES["tiny"])
+    assert all(abs(row["params"] / wanted - 1) < 0.01 and row["tok_per_s"] > 0 for row in rows)
     assert next(row["backup_ahead"] for row in rows if row["name"] == "aria backup") == 1
     assert capsys.readouterr().out.count("skipped ") == len(train_peers.SOURCES)
 
@@ -104,5 +108,69 @@ def test_training_of_equal_sizes_is_compared(tmp_path, capsys):
 @pytest.mark.parametrize("wide", [1, 3])
 def test_a_width_is_found_for_equal_parameters(wide):
     """fit_width: the closest multiple of 8, for any model that grows with its width."""
-    width = train_peers.fit_width(lambda ff: torch.nn.Linear(ff, wide, bias=False), 1000 * wide + 3)
+    width = peer_models.fit_width(lambda ff: torch.nn.Linear(ff, wide, bias=False), 1000 * wide + 3)
     assert width == 1000
+
+
+# ---- what peers have learned: bound_peers.py -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("more", [0, 1])                     # with and without a logit for the mask
+def test_a_uniform_guess_scores_ln_v(causal, more):
+    """Whatever it says of the mask: that is no answer."""
+    guess = torch.zeros(60 + more)
+    guess[60:] = 9.0
+    student = peer_models.Student(None, None, lambda ids: guess.expand(*ids.shape, 60 + more), causal)
+    nats = bound_peers.score(student, torch.arange(120).view(3, 40) % 60, vocab=60, draws=3, batch=2)
+    assert nats.shape == (3,) and torch.allclose(nats, torch.full((3,), math.log(60)), atol=1e-4)
+
+
+TINY = peer_models.Setting(dict(d_model=32, n_layers=2, n_heads=2, d_ff=64, memory_slots=4, seq_len=24), 4, vocab=50, steps=10)
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup", "ar"])
+def test_the_score_of_ours_is_the_bound_of_evaluate(kind):
+    """Trained a little, so that the logits say something; an adapter that reads other ids than the masks' would score worse."""
+    torch.manual_seed(3)
+    rows = torch.randint(4, 50, (6, 24))
+    student = peer_models.ours(TINY, 1e-2, kind)
+    for n in range(3):
+        student.step(rows[:4], n)
+    student.net.eval()
+    expected = torch.stack([masking.bound(student.net, rows, 24, seed=seed)[0] for seed in (5, 6)]).mean(0)
+    found = bound_peers.score(student, rows, TINY.vocab, seed=5, draws=2, batch=4)
+    assert torch.allclose(found, expected, atol=1e-4) and abs(float(found.mean()) - math.log(50)) > 0.02
+    assert float(found.mean()) == pytest.approx(estimators.held_out(student.net, rows, [24], 5, 4, 2)[24]["nats"], abs=1e-4)
+
+
+@pytest.fixture
+def study(corpus_dir, tmp_path):
+    args = bound_peers.parser().parse_args(["--only", "aria backup", "aria ar", "nanoGPT"])
+    vars(args).update(TINY.shape, peers=tmp_path, data_dir=corpus_dir / "data/processed", out=str(tmp_path / "out"), steps=6,
+                      judge=2, every=2, batch_size=2, curve_windows=2, windows=4, draws=1, rounds=2)
+    return args
+
+
+def test_a_study_of_bounds_goes_on_where_it_stopped(study, capsys):
+    """Rates until the best has neighbours; missing peers skipped; finished runs are kept, a line cut off comes out alike."""
+    rows, budget = bound_peers.compare(study)
+    assert [r["arm"] for r in rows] == ["aria backup", "aria ar"] and "skipped nanoGPT" in capsys.readouterr().out
+    for r in rows:
+        rates = sorted(map(float, r["judged"]))
+        assert len(rates) >= 3 and r["published_rate"] in rates
+        assert rates[0] < r["rate"] < rates[-1] or r["rate"] in (rates[0], rates[-1]) and len(rates) >= 5
+        assert [step for step, *_ in r["curve"]] == [2, 4, 6] and r["equal_tokens"]["steps"] == 6
+        assert r["equal_seconds"]["steps"] * r["step_s"] <= budget * 1.001
+    results = bound_peers.Path(study.out) / "results.jsonl"
+    before = results.read_text()
+    assert bound_peers.compare(study)[0] == rows and results.read_text() == before
+    assert "run:" not in capsys.readouterr().out
+    lines = before.splitlines()
+    cut = next(i for i, text in enumerate(lines) if '"run"' in text and '"aria ar"' in text)
+    results.write_text("\n".join(lines[:cut] + lines[cut + 1:] + [lines[cut][:80]]))
+    again = bound_peers.compare(study)[0]
+    assert capsys.readouterr().out.count("run:") == 1
+    assert [r["equal_tokens"] for r in again] == [r["equal_tokens"] for r in rows]
+    study.seed = 7                                                                 # other settings: nothing of it is taken over
+    assert not bound_peers.Study(study).find(arm="aria ar")
+    assert json.loads(results.read_text().splitlines()[-1])["kind"] == "run"
