@@ -149,6 +149,9 @@ def prompt(lab, data):
     assert normalise(whole) == whole and tok.decode(ids) == whole and all(3 < i < tok.vocab_size for i in ids), text
     args, _ = config.parse(config.SampleArgs, ["--ckpt", "x", f"--prompt={text}", f"--text={text}"], "sample")
     assert sample.read_prompts(args) == [text]
+    if args.text is None:
+        assert text.lower() == "none"                             # the word for "no text", as with every knob of that default
+        return
     fixed, sizes = sample.with_gaps(args.text, tok)
     assert len(fixed) == len(sizes) + 1
 

@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from test_sample import call
+from conftest import call
 from test_train import curve, fresh, weights
-from test_train import text  # noqa: F401  (a fixture)
 
 import checkpoint
 import config
@@ -127,13 +126,13 @@ def test_every_parameter_learns_and_the_mean_is_over_all_tokens():
 
 
 @pytest.fixture(scope="module")
-def run(text, tmp_path_factory):  # noqa: F811
+def run(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ar") / "run"
     assert fresh(text, folder, *AR, "--max_steps", 14, "--save_interval", 5, "--eval_interval", 7, "--keep_full", 9) == 0
     return folder
 
 
-def test_resume_and_its_rules(text, run, tmp_path, capsys):  # noqa: F811
+def test_resume_and_its_rules(text, run, tmp_path, capsys):
     half = tmp_path / "half"
     shutil.copytree(run / "step_000005", half / "step_000005")
     assert call(train.main, "--resume", half, "--objective", "masked") == 2

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, log
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import call, curve, fresh, log, text  # noqa: F401  (text is a fixture)
+from test_train import curve, fresh
 
 import checkpoint
 import colab_train_eco
@@ -147,7 +147,7 @@ def limited(most, monkeypatch, error=torch.OutOfMemoryError, from_step=0):
 
 
 @pytest.mark.parametrize("from_step", [0, 7])            # found by the probe, and in the middle of a step
-def test_out_of_memory_changes_no_gradient(text, tmp_path, monkeypatch, capsys, from_step):  # noqa: F811
+def test_out_of_memory_changes_no_gradient(text, tmp_path, monkeypatch, capsys, from_step):
     shape = ("--batch_size", 8, "--grad_accum", 2, "--max_steps", 4, "--eval_interval", 0, "--auto_batch")
     assert fresh(text, tmp_path / "whole", *shape) == 0
     with monkeypatch.context() as patch:
@@ -165,7 +165,7 @@ def test_out_of_memory_changes_no_gradient(text, tmp_path, monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("flag, rows", [("--auto_batch", 1), ("--no_auto_batch", 4)])
-def test_out_of_memory_at_the_end_of_the_road(text, tmp_path, monkeypatch, capsys, flag, rows):  # noqa: F811
+def test_out_of_memory_at_the_end_of_the_road(text, tmp_path, monkeypatch, capsys, flag, rows):
     limited(0, monkeypatch)
     assert fresh(text, tmp_path / "run", "--max_steps", 2, "--eval_interval", 0, flag) == 1
     message = capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_out_of_memory_at_the_end_of_the_road(text, tmp_path, monkeypatch, capsy
     assert not list(tmp_path.glob("run/step_*"))
 
 
-def test_another_error_is_no_lack_of_memory(text, tmp_path, monkeypatch):  # noqa: F811
+def test_another_error_is_no_lack_of_memory(text, tmp_path, monkeypatch):
     limited(0, monkeypatch, error=ValueError)
     with pytest.raises(ValueError):
         fresh(text, tmp_path / "run", "--max_steps", 2, "--auto_batch")
@@ -192,7 +192,7 @@ def test_the_probe_counts_what_comes_later(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
-def test_real_lack_of_memory(text, tmp_path):  # noqa: F811
+def test_real_lack_of_memory(text, tmp_path):
     """A child that may take 220 MB more than it has: 256 rows of 64 do not fit, fewer do, and the step stays whole."""
     script = ("import resource, sys, torch, train, config, fit, drive, optim, runtime, model, decode, tokens, tokenizer\n"
               "runtime.start(1); torch.ones(64, 64) @ torch.ones(64, 64)\n"
@@ -210,7 +210,7 @@ def test_real_lack_of_memory(text, tmp_path):  # noqa: F811
 
 # ---- the clock, the drive ---------------------------------------------------------------------------------------------
 
-def test_saving_by_the_clock_changes_no_result(text, tmp_path):  # noqa: F811
+def test_saving_by_the_clock_changes_no_result(text, tmp_path):
     quiet = ("--max_steps", 9, "--eval_interval", 0, "--save_interval", 100)
     assert fresh(text, tmp_path / "plain", *quiet) == 0
     assert fresh(text, tmp_path / "clock", *quiet, "--save_minutes", 1e-5) == 0
@@ -227,7 +227,7 @@ def flip(path):
     path.write_bytes(data)
 
 
-def test_a_run_outlives_its_machine(text, tmp_path, capsys):  # noqa: F811
+def test_a_run_outlives_its_machine(text, tmp_path, capsys):
     """Saved to the drive, the machine is gone, the newest copy has a flipped bit: the one before goes on to the same end."""
     away = ("--drive", tmp_path / "drive", "--save_interval", 2, "--eval_interval", 4)
     assert fresh(text, tmp_path / "whole/run", "--max_steps", 8, "--save_interval", 2, "--eval_interval", 4) == 0
@@ -248,7 +248,7 @@ def test_a_run_outlives_its_machine(text, tmp_path, capsys):  # noqa: F811
     assert checkpoint.verify(there / "step_000008"), "the damaged copy was replaced"
 
 
-def test_a_failing_drive_never_stops_training(text, tmp_path, capsys):  # noqa: F811
+def test_a_failing_drive_never_stops_training(text, tmp_path, capsys):
     (tmp_path / "drive").mkdir()
     (tmp_path / "drive/run").write_text("in the way")
     assert fresh(text, tmp_path / "run", "--max_steps", 4, "--save_interval", 2, "--drive", tmp_path / "drive") == 0
@@ -261,7 +261,7 @@ def test_a_failing_drive_never_stops_training(text, tmp_path, capsys):  # noqa: 
     assert list(checkpoint.list_steps(tmp_path / "drive/run")) == [2]
 
 
-def test_a_drive_that_is_not_mounted_is_a_slip(text, tmp_path, capsys):  # noqa: F811
+def test_a_drive_that_is_not_mounted_is_a_slip(text, tmp_path, capsys):
     assert fresh(text, tmp_path / "run", "--max_steps", 4, "--drive", tmp_path / "drive/MyDrive/Aria") == 2
     assert "mount" in capsys.readouterr().err and not (tmp_path / "drive").exists() and not (tmp_path / "run").exists()
 

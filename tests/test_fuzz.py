@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_train import call, fresh, text  # noqa: F401  (text is a fixture)
+from test_train import call, fresh
 
 import checkpoint
 import tokens
@@ -118,12 +118,12 @@ def refused(*words, capsys, say):
 
 
 @pytest.fixture
-def run(text, tmp_path):  # noqa: F811
+def run(text, tmp_path):
     assert fresh(text, tmp_path / "run", "--max_steps", 2, "--eval_interval", 0) == 0
     return tmp_path / "run"
 
 
-def test_a_checkpoint_from_another_model(text, run, capsys):  # noqa: F811
+def test_a_checkpoint_from_another_model(text, run, capsys):
     from test_checkpoint import plant
     go = ("--resume", run, "--max_steps", 4, "--threads", 1)
     refused(*go, "--model", "backup", capsys=capsys, say=("--model backup", "primary"))
@@ -137,7 +137,7 @@ def test_a_checkpoint_from_another_model(text, run, capsys):  # noqa: F811
         plant(run / "step_000002", name, sound)
 
 
-def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):  # noqa: F811
+def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):
     """The ids would fit and mean other words: refused for a resume, a fork and first weights alike."""
     import prepare
     folder = tmp_path / "other"
@@ -156,7 +156,7 @@ def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):  # n
     refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("made with tokenizer",))
 
 
-def test_train_bin_of_another_dtype(text, run, tmp_path, capsys):  # noqa: F811
+def test_train_bin_of_another_dtype(text, run, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(text, data)
     ids = np.fromfile(data / "train.bin", "<u2")
