@@ -33,9 +33,8 @@ JSON = {"meta": ("text", "meta.json"), "manifest": ("ckpt", "MANIFEST.json"), "s
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    base = "/dev/shm" if os.path.isdir("/dev/shm") else None
     torch.set_num_threads(1)
-    with fuzz.tempfile.TemporaryDirectory(dir=base) as folder:
+    with fuzz.scratch() as folder:
         yield fuzz.Lab(folder)
 
 
