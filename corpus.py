@@ -20,6 +20,7 @@ from itertools import accumulate, count
 
 import config
 import frames
+import knobs
 import lexicon
 
 VERSION = 1                                     # bump it whenever any text changes: a golden hash in the tests insists
@@ -401,4 +402,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    knobs.run(main)

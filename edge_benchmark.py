@@ -26,6 +26,7 @@ import sys
 import time
 from pathlib import Path
 
+import cli
 import config
 import shapes
 import knobs
@@ -225,8 +226,8 @@ def draw(path, results, real):
 
 
 def main(argv=None):
-    args, origins = config.parse(config.BenchArgs, argv, "edge_benchmark")
-    config.announce(args, origins)
+    args, origins = cli.parse(config.BenchArgs, argv, "edge_benchmark")
+    cli.announce(args, origins)
     settings_of = combinations(args.grid)
     import torch
 
@@ -277,7 +278,7 @@ def main(argv=None):
     document = {
         "version": 1, "model": saved.config["model"]["model"], "ckpt": str(saved.path), "step": saved.step,
         **runtime.environment(device), "allocator": allocator, "weights_bytes": weights, "batch": 1, "seed": args.seed,
-        "prompts": prompts, "params": shapes.count_params(model.cfg), "args": config.to_dict(args),
+        "prompts": prompts, "params": shapes.count_params(model.cfg), "args": knobs.to_dict(args),
         "judge_nats_of_held_out_text": judges.real(), "results": results}
     for name, r in results.items():
         print(card(name, r, max(map(len, results))))
@@ -288,4 +289,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 import checkpoint
+import cli
 import config
 import sample
 import shapes
@@ -94,8 +95,8 @@ def forged(lab, name, data):
     try:
         checkpoint.load_model(folder, "cpu")
         saved = checkpoint.load(folder, parts=("model", "ema", "optimizer"))
-        args, origins = config.parse(config.TrainArgs, [], "train")
-        args, _ = config.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
+        args, origins = cli.parse(config.TrainArgs, [], "train")
+        args, _ = cli.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
         cfg = shapes.model_config(args, lab.tokenizer.vocab_size)
         checkpoint.may_fit(cfg, saved.model)
         checkpoint.counters(saved)
@@ -143,7 +144,7 @@ def prompt(lab, data):
     tok, whole = lab.tokenizer, normalise(text)
     ids = tok.encode(text)
     assert normalise(whole) == whole and tok.decode(ids) == whole and all(3 < i < tok.vocab_size for i in ids), text
-    args, _ = config.parse(config.SampleArgs, ["--ckpt", "x", f"--prompt={text}", f"--text={text}"], "sample")
+    args, _ = cli.parse(config.SampleArgs, ["--ckpt", "x", f"--prompt={text}", f"--text={text}"], "sample")
     assert sample.read_prompts(args) == [text]
     if args.text is None:
         assert text.lower() == "none"                             # the word for "no text", as with every knob of that default
@@ -169,7 +170,7 @@ def documents(lab, data):
 
 
 def config_file(lab, data):
-    config.parse(config.TrainArgs, ["--config", str(put(lab, "in/c.json", data))], "train")
+    cli.parse(config.TrainArgs, ["--config", str(put(lab, "in/c.json", data))], "train")
 
 
 TARGETS = {"raw": raw, "train.bin": lambda lab, data: prepared(lab, "train.bin", data),

@@ -9,9 +9,11 @@ from conftest import call
 from test_train import curve, fresh, weights
 
 import checkpoint
+import cli
 import config
 import decode
 import edge_benchmark
+import knobs
 import masking
 import sample
 import shapes
@@ -90,7 +92,7 @@ def test_decoding_is_the_greedy_path_and_one_forward_per_token():
     assert one[0] == two[1], "a row depends on its batch"
     slid = generate(net, prompt * 4, Settings(max_new_tokens=30, steps=1, window=8), [1])
     assert len(slid.rows[0]) == 30 and slid.cache_bytes == 2 * 2 * 8 * 32 * 4, "the cache slides when the text outgrows it"
-    with pytest.raises(config.UserError, match="--objective masked"):
+    with pytest.raises(knobs.UserError, match="--objective masked"):
         decode.infill(net, [2, 5, V, 6], Settings(max_new_tokens=1, steps=1), [1])
 
 
@@ -145,10 +147,10 @@ def test_resume_and_its_rules(text, run, tmp_path, capsys):
 
 
 def test_a_checkpoint_from_before_the_knob_is_masked():
-    saved = {"args": config.to_dict(config.TrainArgs(model="backup"))}
+    saved = {"args": knobs.to_dict(config.TrainArgs(model="backup"))}
     del saved["args"]["objective"]
-    args, origins = config.parse(config.TrainArgs, ["--model", "backup"], "train")
-    assert config.resume_check(saved, args, origins)[0].objective == "masked"
+    args, origins = cli.parse(config.TrainArgs, ["--model", "backup"], "train")
+    assert cli.resume_check(saved, args, origins)[0].objective == "masked"
 
 
 def test_the_commands_know_it(run, tmp_path, capsys):

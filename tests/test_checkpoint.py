@@ -20,7 +20,7 @@ from safetensors.torch import save as safetensors_bytes
 
 import checkpoint as ck
 from benchmarks.faults import points
-from config import UserError
+from knobs import UserError
 
 PARTS = ("model", "ema", "optimizer")
 

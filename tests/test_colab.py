@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from test_train import curve, fresh
 
 import checkpoint
+import cli
 import colab_train_eco
 import config
 import drive
 import evaluate
 import fit
+import knobs
 import masking
 import sample
 import verdict
@@ -194,11 +196,11 @@ def test_the_probe_counts_what_comes_later(monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
 def test_real_lack_of_memory(text, tmp_path):
     """A child that may take 220 MB more than it has: 256 rows of 64 do not fit, fewer do, and the step stays whole."""
-    script = ("import resource, sys, torch, train, config, fit, drive, optim, runtime, model, decode, tokens, tokenizer\n"
+    script = ("import resource, sys, torch, train, cli, config, fit, drive, optim, runtime, model, decode, tokens, tokenizer\n"
               "runtime.start(1); torch.ones(64, 64) @ torch.ones(64, 64)\n"
               "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + 220 * 2 ** 20\n"
               "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
-              "config.run(train.main, sys.argv[1:])")
+              "cli.run(train.main, sys.argv[1:])")
     words = ("--data_dir", text, "--output_dir", tmp_path / "run", "--d_model", 64, "--n_layers", 2, "--n_heads", 2,
              "--d_ff", 128, "--seq_len", 64, "--batch_size", 256, "--grad_accum", 1, "--max_steps", 1, "--eval_interval", 0,
              "--threads", 1, "--no_amp", "--no_show_samples", "--auto_batch", "--train_block_sizes", "T", "--memory_slots", 2)
@@ -290,7 +292,7 @@ def test_the_one_shot_goes_on_by_itself_and_judges_itself(tmp_path, monkeypatch,
     assert log(run, "resume")[0]["step"] == 4 and [e["step"] for e in log(run)] == list(range(1, 22))
     assert json.loads((run / "verdict.json").read_text(encoding="utf-8"))["criteria"][0]["ok"] is True
     assert colab_train_eco.main([*words, "--max_steps", "21"]) == 0    # nothing left to do: judged again
-    with pytest.raises(config.UserError, match="--if_exists archive"):    # the advice after an OOM, in the same folder
+    with pytest.raises(knobs.UserError, match="--if_exists archive"):    # the advice after an OOM, in the same folder
         colab_train_eco.main([*words, "--max_steps", "30", "--d_model", "32"])
     code = colab_train_eco.main([*words, "--max_steps", "20", "--if_exists", "suffix", "--min_mask_rate", "0.97"])
     told = capsys.readouterr().out
@@ -314,7 +316,7 @@ def test_the_notebook_is_clean():
     [home] = re.findall(r'"ARIA_REPO", "https://github.com/([\w-]+/[\w-]+)"', source["settings"])
     assert f"colab.research.google.com/github/{home}/blob/main/colab.ipynb" in source["title"]
     words = re.search(r'"ARIA_NOTEBOOK_ARGS", "([^"]*)"', source["settings"])[1].split()
-    config.parse(config.ColabArgs, words, "colab_train_eco")
+    cli.parse(config.ColabArgs, words, "colab_train_eco")
     assert "torch" not in source["install"]
 
 
@@ -351,5 +353,5 @@ def test_the_notebook_runs(corpus_dir, tmp_path, monkeypatch):
     (["--check_run", "nothing"], "nothing"), (["--check_run", "a", "--ckpt", "b"], "only one"), ([], "--ckpt is missing")])
 def test_slips_of_check_run(tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(config.UserError, match=told):
+    with pytest.raises(knobs.UserError, match=told):
         evaluate.main(words)

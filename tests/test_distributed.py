@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import checkpoint
 import config
 import distributed
+import knobs
 import masking
 import train
 
@@ -162,14 +163,14 @@ def test_the_parts_of_a_draw_are_the_draw(block, first, strategy):
 
 
 def test_slips_of_many_processes(text, tmp_path, monkeypatch, capsys):
-    with pytest.raises(config.UserError, match=r"4 x --grad_accum 2 = 8 .* over 3 processes"):
+    with pytest.raises(knobs.UserError, match=r"4 x --grad_accum 2 = 8 .* over 3 processes"):
         distributed.Ranks(0, 3).share(4, 2)
-    with pytest.raises(config.UserError, match="torchrun --nproc_per_node"):
+    with pytest.raises(knobs.UserError, match="torchrun --nproc_per_node"):
         alone("--data_dir", text, *SHAPE, "--fsdp", "--output_dir", tmp_path / "run")
     for words in (("--optimizer", "muon"), ("--compile",)):
-        with pytest.raises(config.UserError, match=f"{words[0]}.*--fsdp|--fsdp.*{words[0]}"):
+        with pytest.raises(knobs.UserError, match=f"{words[0]}.*--fsdp|--fsdp.*{words[0]}"):
             alone("--fsdp", *words)
-    with pytest.raises(config.UserError, match="--device cuda:1"):
+    with pytest.raises(knobs.UserError, match="--device cuda:1"):
         distributed.choose_device("cuda:1", 2, 0)
     assert not list(tmp_path.iterdir())
 

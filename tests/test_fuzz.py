@@ -19,7 +19,7 @@ from test_train import call, fresh
 import checkpoint
 import tokens
 from benchmarks import fuzz
-from config import UserError
+from knobs import UserError
 
 FAST = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 EDITS = st.lists(st.tuples(st.sampled_from("flip cut drop put zero".split()), st.floats(0, 1, exclude_max=True),

@@ -150,8 +150,9 @@ def test_what_is_missing_is_told_before_anything_is_loaded(tmp_path, monkeypatch
 
 
 def call_raw(words):
+    import cli
     import config
-    sinks.check(config.parse(config.TrainArgs, words, "train")[0])
+    sinks.check(cli.parse(config.TrainArgs, words, "train")[0])
 
 
 def test_wandb_flags_need_wandb():
