@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -54,6 +55,14 @@ def log(run, event="train"):
 def tree(folder):
     """{file: its hash}"""
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def trap(canary):
+    """A pickle that makes a folder of this name when it is loaded."""
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+    return pickle.dumps(Trap())
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@ sentence. Children are forked from this warm process; nothing here takes longer 
 import errno
 import json
 import os
-import pickle
 import random
 import resource
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from common import scratch
+from conftest import trap
 from safetensors import SafetensorError
 from safetensors.torch import save as safetensors_bytes
 
@@ -340,16 +340,11 @@ def test_forged_json(pair):
 
 def test_pickles_are_refused_and_never_run(tmp_path, monkeypatch):
     canary = tmp_path / "canary"
-
-    class Trap:
-        def __reduce__(self):
-            return os.mkdir, (str(canary),)
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "run", 500)
-    trap = pickle.dumps(Trap())
     for name in ("latest.pt", "last.ckpt", "best.pt", "step_000500.pt", "model.pt", "step_000700", "last.safetensors"):
         path = tmp_path / "run" / name
-        path.write_bytes(trap)
+        path.write_bytes(trap(canary))
         for use in (ck.load, ck.resolve):
             with pytest.raises(UserError, match="is a file") as caught:
                 use(path)
@@ -358,14 +353,14 @@ def test_pickles_are_refused_and_never_run(tmp_path, monkeypatch):
     for name in ("model.safetensors", "state.json", "config.json", "MANIFEST.json"):
         shutil.copytree("run/step_000500", "forged")
         if name == "MANIFEST.json":
-            Path("forged", name).write_bytes(trap)
+            Path("forged", name).write_bytes(trap(canary))
         else:
-            plant(Path("forged"), name, trap)
+            plant(Path("forged"), name, trap(canary))
         with pytest.raises(UserError):
             ck.load("forged", parts=PARTS)
         shutil.rmtree("forged")
     for pointer in ("latest", "best"):
-        (tmp_path / "run" / pointer).write_bytes(trap)
+        (tmp_path / "run" / pointer).write_bytes(trap(canary))
     assert ck.load("run").step == 500 and ck.load("run/latest").step == 500
     with pytest.raises(UserError):
         ck.load("run/best")

@@ -4,14 +4,13 @@
 
 hypothesis chooses the edits here and shrinks what fails; the benchmark makes tens of thousands with a plain generator.
 """
-import os
-import pickle
 import random
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import trap
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train import call, fresh
@@ -171,16 +170,11 @@ def test_train_bin_of_another_dtype(text, run, tmp_path, capsys):
 
 def test_pickles_named_like_a_checkpoint(run, tmp_path, capsys):
     canary = tmp_path / "canary"
-
-    class Trap:
-        def __reduce__(self):
-            return os.mkdir, (str(canary),)
-    trap = pickle.dumps(Trap())
     for name in ("latest.pt", "best.pt", "last.ckpt", "step_000002.pt", "model.pt"):
-        (run / name).write_bytes(trap)
+        (run / name).write_bytes(trap(canary))
         refused("--resume", run / name, "--max_steps", 4, "--threads", 1, capsys=capsys, say=(name, "foreign"))
         (run / name).unlink()
-    (run / "step_000002/model.safetensors").write_bytes(trap)
+    (run / "step_000002/model.safetensors").write_bytes(trap(canary))
     refused("--resume", run / "step_000002", "--max_steps", 4, "--threads", 1, capsys=capsys, say=("model.safetensors",))
     assert not canary.exists()
 
