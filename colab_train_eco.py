@@ -12,6 +12,7 @@ starter corpus is used instead, and that is said every time.
 import dataclasses
 from pathlib import Path
 
+import cli
 import config
 from knobs import UserError, say
 
@@ -65,9 +66,9 @@ def main(argv=None):
         found["name"], found["memory"] = gpu(typed.get("device", config.TrainArgs.device))
         return config.gpu_tier(found["memory"], typed)
 
-    args, origins = config.parse(config.ColabArgs, argv, "colab_train_eco", tier=tier)
+    args, origins = cli.parse(config.ColabArgs, argv, "colab_train_eco", tier=tier)
     if args.print_config:
-        config.announce(args, origins)
+        cli.announce(args, origins)
     if found["memory"] is None and not args.allow_cpu:
         raise UserError("no CUDA GPU here: switch one on (in Colab: Runtime, Change runtime type, GPU), or add --allow_cpu "
                         "to train slowly on the CPU")
@@ -118,4 +119,4 @@ def judge(run, folder, args, show):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -1,23 +1,21 @@
 """Every knob of Aria, declared once; the command line, --help, the tables of the docs and saved configs derive from it.
 
-    args, origins = parse(TrainArgs, argv, "train")   # how every entry point starts; no other default exists
-    announce(args, origins)                           # what is not a default, and why; --print_config ends here
+    args, origins = cli.parse(config.TrainArgs, argv, "train")    # how every entry point starts; no other default exists
 
 A knob is a dataclass field whose metadata holds help, choices, limits, old names and its resume rule:
   must    a resumed run has to agree with its checkpoint       may   it may change, and the change is logged
   ignore  it belongs to this one invocation: neither a checkpoint nor a --config file ever sets it
-Precedence: default < tier < preset or profile < --config FILE.json < flag. How a flag is read is in knobs.py; the knobs of
-a model's shape are in shapes.py, those of the logs beside train.jsonl in sinks.py.
+How a flag is read is in knobs.py, how a command line becomes arguments in cli.py; the knobs of a model's shape are in
+shapes.py, those of the logs beside train.jsonl in sinks.py.
 No torch and no numpy here: --help has to be instant.
 """
 import dataclasses
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from knobs import UserError, again, checked, knob, read_flags, read_json, run, show, split_list
-from shapes import OLD_MODELS, ModelKnobs, count_params, match_d_ff, model_config, shape_problems
+from knobs import again, knob, split_list
+from shapes import OLD_MODELS, ModelKnobs, shape_problems
 from sinks import SinkKnobs
 from studies import ExperimentKnobs
 
@@ -345,7 +343,7 @@ class SampleArgs(GenerateKnobs, CommonKnobs):
     num_samples: int = knob(1, "continuations per prompt, with seeds seed, seed+1, ...", at_least=1)
     blockwise: bool = knob(False, "left to right in blocks")
     frozen_context: bool = knob(False, "exact cached context; needs --blockwise")
-    edge_profile: str = knob("none", "exact blocks, several tokens a forward where the model is sure; max: greedy", choices=tuple(SAMPLE_PROFILES),
+    edge_profile: str = knob("none", "exact blocks, all that the model is sure of at once", choices=tuple(SAMPLE_PROFILES),
                              elsewhere=dict.fromkeys(("tiny", "laptop"), "that is a profile of train"))
     ignore_eos: bool = knob(False, "always the full length")
     stream: bool = knob(False, "print each block as soon as it is final")
@@ -421,11 +419,6 @@ COMMANDS = dict(train=TrainArgs, sample=SampleArgs, prepare=PrepareArgs, evaluat
                 run_experiments=ExperimentArgs)
 
 
-def problems_of(args):
-    """Everything wrong with the relations between knobs, in sentences that name the flags and the numbers."""
-    return [p for c in type(args).__mro__ if "problems" in vars(c) for p in c.problems(args)]
-
-
 def block_sizes(text, length):
     """--train_block_sizes and --blocks as numbers; T, and whatever is longer than a sequence, is the whole sequence."""
     return [length if b == "T" else min(int(b), length) for b in split_list(text)]
@@ -437,112 +430,6 @@ def block_problems(name, text):
             yield f"--{name} {text}: {part!r} is neither T nor a number of at least 1"
 
 
-# ---- from flags to arguments -----------------------------------------------------------------------------------------
-
-def answer_help(cls, prog):
-    """For a command with slow imports, called before them: print the help and leave, if that is what was asked for."""
-    if {"-h", "--help", "--help_all", "--help-all"} & set(sys.argv[1:]):
-        run(lambda argv: parse(cls, argv, prog))
-
-
-def parse(cls, argv, prog, pinned=None, tier=None):
-    """argv (None: the process's own) -> (arguments, origins: field -> where its value comes from).
-
-    pinned: {field: value} that this command stands for; contradicting it is an error (the old command names).
-    tier: settings just above the defaults, or a function from the typed flags to them, called only if they are sound.
-    """
-    typed, problems, bad = read_flags(cls, sys.argv[1:] if argv is None else argv, prog, COMMANDS)
-    path, file = typed.get("config"), {}
-    if path in PRESETS:
-        if typed.setdefault("preset", path) != path:
-            problems.append(f"--config {path} and --preset {typed['preset']} differ: give only one of them")
-        del typed["config"]
-    elif path and not path.endswith(".json"):
-        problems.append(f"--config {path}: neither a preset ({', '.join(PRESETS)}) nor a FILE.json")
-    elif path:
-        saved = checked(cls, read_json(path), path)
-        file = {name: v for name, v in saved.items() if cls.__dataclass_fields__[name].metadata["resume"] != "ignore"}
-    if callable(tier):
-        tier = {} if problems else tier(typed)
-    preset, profile = typed.get("preset", "none"), typed.get("edge_profile", "none")
-    profiles = SAMPLE_PROFILES if cls is SampleArgs else TRAIN_PROFILES
-    values, origins = {}, {f.name: "default" for f in dataclasses.fields(cls)}
-    for origin, layer in (("tier", tier or {}), (f"preset {preset}", PRESETS[preset]),
-                          (f"profile {profile}", profiles[profile]), (f"config {path}", file), ("flag", typed)):
-        values |= layer
-        origins |= dict.fromkeys(layer, origin)
-    for name, value in (pinned or {}).items():
-        if values.get(name, value) != value:
-            problems.append(f"--{name} {values[name]} contradicts this command, which means --{name} {value}: "
-                            f"use python -m {prog} --{name} {values[name]}")
-        values[name], origins[name] = value, "command"
-    args = cls(**values)
-    # a relation is judged only if each of its flags could be read
-    problems += [p for p in problems_of(args) if not bad & set(re.findall(r"--(\w+)", p))]
-    if problems:
-        raise UserError("\n  ".join(problems) + f"\nall flags: python -m {prog} --help_all")
-    if preset != "none" and origins["d_ff"] == f"preset {preset}" and args.model == "primary":
-        shape = model_config(args, vocab_size=1)                   # the vocabulary is the same on both sides
-        args.d_ff = match_d_ff(shape, count_params(dataclasses.replace(shape, model="backup")))
-    return args, origins
-
-
-def to_dict(args, cls=None):
-    """The "args" section of a run's config.json: every knob of cls (none: of the arguments' own command)."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls or args)}
-
-
-def announce(args, origins, vocab_size=None):
-    """What is not a default, and why, on stderr. With --print_config everything on stdout, and the program ends."""
-    if not args.print_config:
-        pairs = [f"{name}={show(getattr(args, name))} ({why})" for name, why in origins.items() if why != "default"]
-        print("settings:", ", ".join(pairs) or "all defaults", file=sys.stderr)
-        return
-    for name, origin in origins.items():
-        print(f"{name:20} {show(getattr(args, name)):24} {origin}")
-    if isinstance(args, TrainArgs):
-        meta = Path(args.data_dir, "meta.json")
-        vocab_size = vocab_size or (read_json(meta).get("vocab_size") if meta.exists() else None)
-        c = model_config(args, vocab_size or 0)
-        more = f"with {vocab_size} pieces" if vocab_size else f"+ {c.d_model} per piece, as there is no {meta} yet"
-        print(f"{'parameters':20} {count_params(c):,} {more}")
-    raise SystemExit(0)
-
-
 # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
 ADDED = dict(auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False,
              objective="masked", fsdp=False) | {f.name: f.default for f in dataclasses.fields(SinkKnobs)}
-
-
-def resume_check(saved, args, origins):
-    """(args of the checkpoint's config.json, arguments now, their origins) -> (arguments to use, changes to log).
-
-    The checkpoint gives every value that was not typed now. A "must" knob that was typed, or comes from another preset
-    than the run's own, and differs is a UserError; "may" knobs that differ are the changes. origins follows.
-    """
-    old = ADDED | checked(TrainArgs, saved, "the checkpoint's config.json")
-    rules = {f.name: f.metadata["resume"] for f in dataclasses.fields(TrainArgs)}
-    if missing := set(rules) - set(old):
-        raise UserError(f"the checkpoint's config.json lacks {', '.join(sorted(missing))}: another version wrote it")
-    kept, changes, problems = {}, [], []
-    sets = ("preset", "edge_profile")
-    if all(origins[name] == "default" for name in sets):
-        kept = {name: old[name] for name in sets}                  # so that the next resume still knows
-    binding = set()                                                # what another preset than the run's own insists on
-    if any(kept.get(name, getattr(args, name)) != old[name] for name in sets):
-        binding = {key for table in (PRESETS, TRAIN_PROFILES) for diff in table.values() for key in diff}
-    for name, rule in rules.items():
-        was, now, origin = old[name], getattr(args, name), origins[name]
-        typed = origin.startswith(("flag", "config", "command"))
-        if rule == "ignore" or was == now:
-            continue
-        if not typed and not (rule == "must" and name in binding and origin != "tier"):
-            kept[name], origins[name] = was, "checkpoint"
-        elif rule == "must" and not (name == "optimizer" and args.reset_optimizer):
-            problems.append(f"--{name} {now} ({origin}), but the checkpoint has {was}")
-        else:
-            changes.append(f"{name}: {was} -> {now}")
-    args = dataclasses.replace(args, **kept)
-    if problems := problems or problems_of(args):
-        raise UserError("cannot resume:\n  " + "\n  ".join(problems))
-    return args, changes

@@ -2,13 +2,14 @@
 
     python -m corpus --docs 5 --seed 0
 
-It is named for what it is: synthetic text from the words and frames of lexicon.py, not real data. prepare.py offers it as
-`builtin` and the tests use it everywhere. A document is a pure function of (seed, index): document 1,000 is made without the
-999 before it, and no text changes unless VERSION does. Everything is written once, in Devanagari; the Hinglish is the same
-sentence as one of a few typists, each with spelling habits, would type it. So both scripts share one grammar.
+It is named for what it is: synthetic text from the words of lexicon.py in the sentences of frames.py, not real data.
+prepare.py offers it as `builtin` and the tests use it everywhere. A document is a pure function of (seed, index): document
+1,000 is made without the 999 before it, and no text changes unless VERSION does. Everything is written once, in Devanagari;
+the Hinglish is the same sentence as one of a few typists, each with spelling habits, would type it. So both scripts share
+one grammar.
 
 `S कल place.o गया~S था=S` is a frame: Devanagari words are themselves, Latin words are slots (S the subject, place a noun),
-`.x` asks for a form, and `~` and `=` make a word agree with a slot. lexicon.py opens with the whole notation.
+`.x` asks for a form, and `~` and `=` make a word agree with a slot. frames.py opens with the whole notation.
 """
 import argparse
 import random
@@ -18,6 +19,8 @@ from bisect import bisect
 from itertools import accumulate, count
 
 import config
+import frames
+import knobs
 import lexicon
 
 VERSION = 1                                     # bump it whenever any text changes: a golden hash in the tests insists
@@ -161,7 +164,7 @@ def activity(thing, cls, forms, age, when, where):
     return entity
 
 
-# ---- tables: everything in lexicon.py, expanded once at import
+# ---- tables: everything in lexicon.py and frames.py, expanded once at import
 
 def split_rows(table, width):
     """Rows of whitespace-separated cells; `_` inside a cell is a space, `-` is an empty cell."""
@@ -312,7 +315,7 @@ def parse_kind(row):
             "join": " ¶ " if name.startswith("talk") else " "}          # talk: one line for each turn
 
 
-KINDS = {row[0]: parse_kind(row) for row in lexicon.KINDS}
+KINDS = {row[0]: parse_kind(row) for row in frames.KINDS}
 CHOOSERS = [(list(KINDS.values()), list(accumulate(kind["weights"][side] for kind in KINDS.values())))
             for side in (0, 1)]                 # Devanagari, Latin: kinds and the running sum of their weights
 
@@ -324,10 +327,10 @@ def tell(kind, doc):
         while slot not in doc or slot == "B" and doc["B"] is doc.get("A"):
             doc[slot] = pick(rnd, pick(rnd, pools))
     sentences = []
-    for optional, frames in kind["stages"]:
+    for optional, ways in kind["stages"]:
         if optional and rnd() < 0.5:
             continue
-        frame = pick(rnd, frames)
+        frame = pick(rnd, ways)
         if frame.__class__ is str:              # @a,b: one of these kinds is told here, with the same people
             sentences.append(tell(KINDS[pick(rnd, frame[1:].split(","))], doc))
             continue
@@ -399,4 +402,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    knobs.run(main)

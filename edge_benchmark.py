@@ -27,6 +27,7 @@ import sys
 import time
 from pathlib import Path
 
+import cli
 import config
 import shapes
 import knobs
@@ -186,7 +187,7 @@ class Judges:
 
 
 def combinations(grid):
-    """--grid steps=4,8 sampler=random -> {"steps=4 sampler=random": {"steps": 4, "sampler": "random"}, ...}, read as flags are."""
+    """--grid steps=4,8 sampler=random -> {"steps=4 sampler=random": {"steps": 4, "sampler": "random"}, ...}"""
     fields = {f.name: f for f in dataclasses.fields(config.GenerateKnobs)}
     axes = []
     for axis in grid:
@@ -218,8 +219,9 @@ def price(name, results):
     if "skipped" in fast or fast["judge_nats"] is None:
         return None
     found = {"judged": fast["judge_nats"] / slow["judge_nats"] - 1, "faster": fast["mean_tok_s"] / slow["mean_tok_s"]}
-    print(f"profile {name}: {found['judged']:+.1%} judged nats/token (limit +{LIMIT:.0%}), repeated 4-grams {fast['repeat_rate']:.1%} "
-          f"against {slow['repeat_rate']:.1%}, {fast['tokens_per_forward']:.2f} tokens per forward, {found['faster']:.2f}x as fast: "
+    print(f"profile {name}: {found['judged']:+.1%} judged nats/token (limit +{LIMIT:.0%}), repeated 4-grams "
+          f"{fast['repeat_rate']:.1%} against {slow['repeat_rate']:.1%}, {fast['tokens_per_forward']:.2f} tokens per forward, "
+          f"{found['faster']:.2f}x as fast: "
           + ("justified" if found["judged"] <= LIMIT else "NOT justified for this checkpoint"), file=sys.stderr)
     return found
 
@@ -251,8 +253,8 @@ def draw(path, results, real):
 
 
 def main(argv=None):
-    args, origins = config.parse(config.BenchArgs, argv, "edge_benchmark")
-    config.announce(args, origins)
+    args, origins = cli.parse(config.BenchArgs, argv, "edge_benchmark")
+    cli.announce(args, origins)
     settings_of = profiles(args.profiles) if args.profiles else combinations(args.grid)
     args.modes = ("block_frozen",) if args.profiles else args.modes
     import torch
@@ -304,7 +306,7 @@ def main(argv=None):
     document = {
         "version": 1, "model": saved.config["model"]["model"], "ckpt": str(saved.path), "step": saved.step,
         **runtime.environment(device), "allocator": allocator, "weights_bytes": weights, "batch": 1, "seed": args.seed,
-        "prompts": prompts, "params": shapes.count_params(model.cfg), "args": config.to_dict(args),
+        "prompts": prompts, "params": shapes.count_params(model.cfg), "args": knobs.to_dict(args),
         "judge_nats_of_held_out_text": judges.real(), "results": results}
     for name, r in results.items():
         print(card(name, r, max(map(len, results))))
@@ -317,4 +319,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

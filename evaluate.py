@@ -16,6 +16,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import cli
 import config
 import knobs
 from knobs import UserError, say
@@ -276,8 +277,8 @@ NAMES = {"ngram_nats": "NLL, n-gram judge", "ar_nats": "NLL, autoregressive judg
 
 
 def main(argv=None):
-    args, origins = config.parse(config.EvaluateArgs, argv, "evaluate")
-    config.announce(args, origins)
+    args, origins = cli.parse(config.EvaluateArgs, argv, "evaluate")
+    cli.announce(args, origins)
     import checkpoint
     import runtime
     runtime.start(args.threads)
@@ -309,4 +310,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

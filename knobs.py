@@ -286,6 +286,16 @@ def checked(cls, saved, where):
     return values
 
 
+def to_dict(args, cls=None):
+    """The "args" section of a run's config.json: every knob of cls (none: of the arguments' own command)."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls or args)}
+
+
+def problems_of(args):
+    """Everything wrong with the relations between knobs, in sentences that name the flags and the numbers."""
+    return [p for c in type(args).__mro__ if "problems" in vars(c) for p in c.problems(args)]
+
+
 # ---- showing ---------------------------------------------------------------------------------------------------------
 
 def show(value):

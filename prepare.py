@@ -19,11 +19,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import cli
 import config
 import knobs
 
 if __name__ == "__main__":
-    config.answer_help(config.PrepareArgs, "prepare")      # before the heavy imports: --help has to be instant
+    cli.answer_help(config.PrepareArgs, "prepare")      # before the heavy imports: --help has to be instant
     knobs.check_packages()
 
 import numpy as np
@@ -266,11 +267,11 @@ def ensure_builtin(folder=config.STARTER_DIR, chars=config.STARTER_CHARS, log=pr
 
 
 def main(argv=None):
-    args, origins = config.parse(config.PrepareArgs, argv, "prepare")
-    config.announce(args, origins)
+    args, origins = cli.parse(config.PrepareArgs, argv, "prepare")
+    cli.announce(args, origins)
     build(args)
     print(f"next: python -m train --data_dir {args.data_dir}")
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

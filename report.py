@@ -12,6 +12,7 @@ import math
 import statistics
 from pathlib import Path
 
+import cli
 import config
 from knobs import UserError, say
 
@@ -249,7 +250,7 @@ def page(log):
 
 
 def main(argv=None):
-    args, _ = config.parse(config.ReportArgs, argv, "report")
+    args, _ = cli.parse(config.ReportArgs, argv, "report")
     run = next((p for p in (Path(args.ckpt), Path(args.ckpt).parent) if (p / "train.jsonl").is_file()), None)
     if run is None:
         raise UserError(f"{args.ckpt} has no train.jsonl: name a run folder, such as checkpoints/eco_hybrid_hi")
@@ -262,4 +263,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import cli
 import config
 import knobs
 import study_report
@@ -87,7 +88,7 @@ def settings(args):
     found, problems, vocab = {}, [], vocabulary(base.data_dir)
     for name, diff in variants(args).items():
         a = found[name] = dataclasses.replace(base, **diff)
-        problems += [f"{name}: {p}" for p in config.problems_of(a)]
+        problems += [f"{name}: {p}" for p in knobs.problems_of(a)]
         if args.match == "tokens" or problems:
             continue
         first = next(iter(found.values()))
@@ -408,11 +409,11 @@ def execute(args, runs, root):
 
 
 def main(argv=None):
-    args, origins = config.parse(config.ExperimentArgs, argv, "run_experiments",
+    args, origins = cli.parse(config.ExperimentArgs, argv, "run_experiments",
                                  tier=lambda typed: STUDIES[typed["study"]].base if typed.get("study") else {})
     if args.report:
         return study_report.rebuild(Path(args.report), Path(args.results_page))
-    config.announce(args, origins)
+    cli.announce(args, origins)
     varied = {key for diff in variants(args).values() for key in diff} if args.study else set()
     mine = [name for name in OURS if origins[name] == "flag" and (name in varied or not args.study or name in list(OURS)[:5])]
     if mine or (mine := [name for name in varied if origins[name] == "flag"]):
@@ -428,4 +429,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

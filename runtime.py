@@ -21,7 +21,8 @@ from collections import deque
 import torch
 from tqdm import tqdm
 
-from config import ROOT, UserError
+from config import ROOT
+from knobs import UserError
 
 
 def pick_device(name):

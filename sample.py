@@ -12,6 +12,7 @@ import statistics
 import time
 from pathlib import Path
 
+import cli
 import config
 import knobs
 import shapes
@@ -171,8 +172,8 @@ def continue_prompts(args, model, tokenizer, s, prompts, watch):
 
 
 def main(argv=None, pinned=None):
-    args, origins = config.parse(config.SampleArgs, argv, "sample", pinned=pinned)
-    config.announce(args, origins)
+    args, origins = cli.parse(config.SampleArgs, argv, "sample", pinned=pinned)
+    cli.announce(args, origins)
     import checkpoint
     import fast
     import runtime
@@ -213,4 +214,4 @@ def main(argv=None, pinned=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -15,7 +15,9 @@ import sys
 import time
 from pathlib import Path
 
+import cli
 import config
+import knobs
 import shapes
 from knobs import UserError, say
 
@@ -54,7 +56,7 @@ def compile_step(model, args, shape, device):
 
 
 def main(argv=None, pinned=None):
-    args, origins = config.parse(config.TrainArgs, argv, "train", pinned=pinned)   # --help and slips: torch is not there yet
+    args, origins = cli.parse(config.TrainArgs, argv, "train", pinned=pinned)   # --help and slips: torch is not there yet
     return start(args, origins)
 
 
@@ -63,7 +65,7 @@ def start(args, origins):
     import distributed
     import runs
     if args.print_config:
-        config.announce(args, origins)
+        cli.announce(args, origins)
     with distributed.joined(args) as ranks:
         run_dir, source, resuming = ranks.tell(runs.choose(args, origins) if ranks.main else None)
         if run_dir is None:
@@ -104,9 +106,9 @@ def train(args, origins, ranks, run_dir, source, resuming):
             source, parts=("model", "ema", "optimizer"),
             quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir) if ranks.main else None)
     if resuming:
-        args, changes = config.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
+        args, changes = cli.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
         notes = [f"changed on resume: {c}" for c in changes]
-    config.announce(args, origins)
+    cli.announce(args, origins)
     mine = ranks.share(args.batch_size, args.grad_accum)    # of the sequences of one optimizer step
     with ranks.main_first():
         data_dir = find_data(args, origins)
@@ -178,7 +180,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         f"{args.max_steps * step_tokens / data.meta['train_tokens']:.2f} epochs; run folder {run_dir}")
     held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len).to(device)
     blocks = sorted(set(args.block_choices), reverse=True)
-    saved_args = {"args": config.to_dict(args, config.TrainArgs), "model": cfg.to_dict()}
+    saved_args = {"args": knobs.to_dict(args, config.TrainArgs), "model": cfg.to_dict()}
 
     def averaged():
         return ema.swap() if ema else contextlib.nullcontext()
@@ -407,4 +409,4 @@ def train(args, origins, ranks, run_dir, source, resuming):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -8,7 +8,6 @@ a file or of a log line, inside an optimizer's step. The points are hooks of thi
 Children are forked from one process that has imported torch and computed nothing; some are started as a user does. Compared
 bit for bit: model, averages, optimizer, counters, the loss of each step, each evaluation. Prints a table, last line JSON.
 """
-import argparse
 import ctypes
 import hashlib
 import itertools
@@ -19,26 +18,25 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-import torch                                                     # noqa: E402
-import torch._dynamo                                             # noqa: E402, F401  (what train imports late, imported once)
-import tqdm                                                      # noqa: E402
+from common import ROOT, arguments, scratch, tiny_text
 
-import checkpoint                                                # noqa: E402
-import decode                                                    # noqa: E402, F401
-import evaluate                                                  # noqa: E402, F401
-import knobs                                                     # noqa: E402
-import optim                                                     # noqa: E402
-import prepare                                                   # noqa: E402
-import runtime                                                   # noqa: E402
-import train                                                     # noqa: E402
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+import torch._dynamo     # noqa: F401  (what train imports late, imported once)
+import tqdm
+
+import checkpoint
+import decode            # noqa: F401
+import evaluate          # noqa: F401
+import knobs
+import optim
+import runtime
+import train
+from benchmarks.faults import points
 
 STEPS, SAVES = 8, 4
 SHAPE = ("--d_model 16 --n_layers 2 --n_heads 2 --d_ff 32 --memory_slots 2 --seq_len 16 --batch_size 4 --block_size 4 "
@@ -76,11 +74,11 @@ class Bomb:
 
     def arm(self, pipe):
         self.pipe = pipe
-        for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "chmod"):
-            setattr(os, name, self.before(name, getattr(os, name)))
-        for owner, name in ((optim.Optimizers, "step"), (optim.EMA, "update")):     # before it, and when it has been
-            setattr(owner, name, self.before(f"optim {name}", getattr(owner, name), "step", after=True))
-        save, save_file, write_line = checkpoint.save, checkpoint.save_file, runtime.JsonLines.write
+        self.disk = points(lambda name, *_: self.point(name))
+        self.disk.__enter__()                                     # until this process ends
+        for owner, name in ((optim.Optimizers, "step"), (optim.EMA, "update")):
+            setattr(owner, name, self.around(f"optim {name}", getattr(owner, name)))
+        save, write_line = checkpoint.save, runtime.JsonLines.write
 
         def watched_save(*args, **kwargs):
             self.saving = True
@@ -89,20 +87,6 @@ class Bomb:
             finally:
                 self.saving = False
 
-        def watched_save_file(tensors, path, metadata=None):
-            self.point("before a tensor file")
-            save_file(tensors, path, metadata)
-            whole = path.read_bytes()
-            path.write_bytes(whole[:len(whole) // 2])
-            self.point("half a tensor file")
-            path.write_bytes(whole)
-
-        def watched_open(path, mode="r", *args, **kwargs):
-            if mode != "wb":
-                return open(path, mode, *args, **kwargs)
-            self.point("open")
-            return Halves(open(path, mode), self)
-
         def watched_line(log, event, **values):
             self.point("before a log line", "line")
             size = os.fstat(log.file.fileno()).st_size
@@ -110,36 +94,15 @@ class Bomb:
             if (self.kind, self.passed["line"], self.signals[0]) == ("line", self.at, signal.SIGKILL):    # tear it
                 log.file.truncate((size + os.fstat(log.file.fileno()).st_size) // 2)
             self.point("after a log line", "line")
-        checkpoint.save, checkpoint.save_file, checkpoint.open = watched_save, watched_save_file, watched_open
-        runtime.JsonLines.write = watched_line
+        checkpoint.save, runtime.JsonLines.write = watched_save, watched_line
 
-    def before(self, name, real, kind=None, after=False):
+    def around(self, name, real):
         def call(*args, **kwargs):
-            self.point(name, kind)
+            self.point(name, "step")
             result = real(*args, **kwargs)
-            if after:
-                self.point(f"after {name}", kind)
+            self.point(f"after {name}", "step")
             return result
         return call
-
-
-class Halves:
-    """A file that is written in two halves, with a point in between."""
-
-    def __init__(self, file, bomb):
-        self.file, self.bomb = file, bomb
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def write(self, data):
-        self.file.write(data[:len(data) // 2])
-        self.file.flush()
-        self.bomb.point("half a file")
-        self.file.write(data[len(data) // 2:])
 
 
 def fork(work, out):
@@ -181,9 +144,7 @@ class Lab:
         self.folder, self.number, self.references = Path(folder), itertools.count(), {}
         tqdm.tqdm.monitor_interval = 0                            # no thread in the process that forks
         torch.set_num_threads(1)
-        words = ["--source", "builtin", "--max_chars", "7000", "--tokenizer_vocab", "400",
-                 "--data_dir", str(self.folder / "text"), "--tokenizer", str(self.folder / "text/t.model")]
-        assert fork(lambda _: knobs.run(prepare.main, words), self.folder / "prepare.out")[0] == 0
+        assert fork(lambda _: sys.exit(not tiny_text(self.folder / "text")), self.folder / "prepare.out")[0] == 0
 
     def words(self, case, run):
         return ["--data_dir", str(self.folder / "text"), "--output_dir", str(run), *SHAPE, *CASES[case]]
@@ -370,7 +331,7 @@ def full_disk(lab, case):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = arguments(__doc__)
     p.add_argument("--kills", type=int, default=200)
     p.add_argument("--every", type=int, default=1, help="of the operations of four saves, kill before each n-th")
     p.add_argument("--exhaustive", type=int, default=2, help="cases in which that is done")
@@ -380,7 +341,7 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     cases, began = list(CASES)[:args.cases], time.perf_counter()
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    with scratch() as folder:
         lab = Lab(folder)
         result = {"random": random_kills(lab, cases, args.kills, random.Random(args.seed), args.real),
                   "every": [every_operation(lab, case, args.every) for case in cases[:args.exhaustive]],

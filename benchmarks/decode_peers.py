@@ -17,7 +17,6 @@ forward costs in quality is a trained model's matter: `python -m edge_benchmark 
 the prompt. --agreement asks instead whether each cache is exact: the share of greedy tokens, in float32, that equal those of the
 same sampler without its cache. Prints a table (median of the rounds, min-max) and one JSON document as the last line.
 """
-import argparse
 import json
 import statistics
 import subprocess
@@ -27,17 +26,17 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch                                                     # noqa: E402
+import torch
+from common import arguments
 
+import fast
+import runtime
 import shapes
-import fast                                                      # noqa: E402
-import runtime                                                   # noqa: E402
-from attention import attend                                     # noqa: E402
-from benchmarks import peers                                     # noqa: E402
-from decode import Settings, generate                            # noqa: E402
-from layers import rotary_table                                  # noqa: E402
-from model import build_model                                    # noqa: E402
+from attention import attend
+from benchmarks import peers
+from decode import Settings, generate
+from layers import rotary_table
+from model import build_model
 
 VOCAB, WIDTH, LAYERS, HEADS, FF, BLOCK = 8000, 512, 10, 8, 1536, 32
 
@@ -336,7 +335,7 @@ def agreement(args):
 
 
 def main():
-    p = argparse.ArgumentParser()
+    p = arguments(__doc__)
     p.add_argument("--peers", default="peers", help="folder of the peers, see benchmarks/peers.py")
     p.add_argument("--only", nargs="+", default=["aria", "hf", *SAMPLERS, "llama.cpp"])
     p.add_argument("--prompts", type=int, nargs="+", default=[64, 256, 1024])

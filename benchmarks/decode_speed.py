@@ -15,21 +15,19 @@ d 512, 10 layers, 8,000 pieces, equal parameters, random weights, bf16 where the
 import json
 import math
 import statistics
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch                                                     # noqa: E402
-from torch.profiler import ProfilerActivity, profile             # noqa: E402
+import torch
+from common import in_turn
+from torch.profiler import ProfilerActivity, profile
 
-import fast                                                      # noqa: E402
-import shapes                                                    # noqa: E402
-import runtime                                                   # noqa: E402
-from benchmarks.decode_peers import BLOCK, VOCAB, shape          # noqa: E402
-from decode import Settings, generate                            # noqa: E402
-from model import build_model                                    # noqa: E402
+import fast
+import runtime
+import shapes
+from benchmarks.decode_peers import BLOCK, VOCAB, shape
+from decode import Settings, generate
+from model import build_model
 
 ROUNDS, NEW, PER_FORWARD = 7, 128, 4
 CONTEXTS = (256, 1024, 4096)
@@ -39,14 +37,7 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 def timed(runs, rounds=ROUNDS):
     """{name: function} -> {name: median milliseconds}, taken in turn after one untimed round."""
-    taken = {name: [] for name in runs}
-    for turn in range(-1, rounds):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if turn >= 0:
-                taken[name].append(1e3 * (time.perf_counter() - started))
-    return {name: statistics.median(ms) for name, ms in taken.items()}
+    return {name: 1e3 * statistics.median(seconds) for name, seconds in in_turn(runs, rounds).items()}
 
 
 def operators(run):

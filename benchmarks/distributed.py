@@ -7,7 +7,6 @@ steps, compared with one process at equal global batch: largest difference of we
 and gradient norms. Then rounds of: start 2 ranks with --resume_latest, wait for 3 more steps, SIGKILL one rank in turn; every
 checkpoint has to verify, and the end has to equal the run that nobody touched. Prints rows, then one JSON document.
 """
-import argparse
 import json
 import os
 import signal
@@ -17,14 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import ROOT, arguments
+from safetensors.torch import load_file
+
+import checkpoint
+
 os.environ["PYTHONPATH"] = str(ROOT)
-
-from safetensors.torch import load_file                          # noqa: E402
-
-import checkpoint                                                # noqa: E402
-
 SHAPE = ("--d_model", 32, "--n_layers", 2, "--n_heads", 2, "--d_ff", 48, "--memory_slots", 4, "--seq_len", 32, "--batch_size", 4,
          "--grad_accum", 3, "--train_block_sizes", "T,8", "--block_size", 8, "--lr_schedule", "constant", "--warmup_steps", 2,
          "--ema", 0.9, "--eval_batches", 1, "--eval_interval", 3, "--keep_full", 10 ** 6, "--log_interval", 1, "--threads", 1,
@@ -61,7 +58,7 @@ def apart(one, other, step):
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = arguments(__doc__)
     parser.add_argument("--kills", type=int, default=10)
     kills = parser.parse_args().kills
     result = {"grid": [], "kills": []}

@@ -7,7 +7,6 @@ A target takes the bytes of one damaged file (or a text), puts them where they b
 UserError is the only exception that may come out; no input may take 5 s, 200 MB or the process. Where a hash stands guard
 (raw, train.bin) every change has to be refused: silent acceptances are counted. tests/test_fuzz.py drives the same targets.
 """
-import argparse
 import copy
 import json
 import os
@@ -17,27 +16,26 @@ import shutil
 import signal
 import struct
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-import torch                                                     # noqa: E402
+from common import arguments, scratch, tiny_text
 
-import checkpoint                                                # noqa: E402
-import config                                                    # noqa: E402
-import prepare                                                   # noqa: E402
-import sample                                                    # noqa: E402
-import shapes                                                    # noqa: E402
-import train                                                     # noqa: E402
-from documents import read_documents                             # noqa: E402
-from knobs import UserError                                      # noqa: E402
-from tokenizer import Tokenizer, normalise                       # noqa: E402
-from tokens import TokenData, Windows                            # noqa: E402
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+
+import checkpoint
+import cli
+import config
+import sample
+import shapes
+import train
+from documents import read_documents
+from knobs import UserError
+from tokenizer import Tokenizer, normalise
+from tokens import TokenData, Windows
 
 COUNTS = {"raw": 3000, "train.bin": 2000, "meta": 5000, "manifest": 2000, "state": 2500, "config": 2500, "header": 2500,
           "tokenizer": 600, "prompt": 3000, "prompts_file": 1000, "documents": 1500, "config_file": 1500}
@@ -56,8 +54,7 @@ class Lab:
     def __init__(self, folder):
         folder = Path(folder)
         self.text, self.run, self.spot = folder / "text", folder / "run", folder / "spot"
-        words = ["--source", "builtin", "--max_chars", "7000", "--tokenizer_vocab", "400"]
-        prepare.main([*words, "--data_dir", str(self.text), "--tokenizer", str(self.text / "t.model")])
+        tiny_text(self.text)
         assert train.main(["--data_dir", str(self.text), "--output_dir", str(self.run), *SHAPE]) == 0
         self.step = self.run / "step_000002"
         self.files = sorted(p.name for p in self.step.iterdir())
@@ -98,8 +95,8 @@ def forged(lab, name, data):
     try:
         checkpoint.load_model(folder, "cpu")
         saved = checkpoint.load(folder, parts=("model", "ema", "optimizer"))
-        args, origins = config.parse(config.TrainArgs, [], "train")
-        args, _ = config.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
+        args, origins = cli.parse(config.TrainArgs, [], "train")
+        args, _ = cli.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
         cfg = shapes.model_config(args, lab.tokenizer.vocab_size)
         checkpoint.may_fit(cfg, saved.model)
         checkpoint.counters(saved)
@@ -147,8 +144,11 @@ def prompt(lab, data):
     tok, whole = lab.tokenizer, normalise(text)
     ids = tok.encode(text)
     assert normalise(whole) == whole and tok.decode(ids) == whole and all(3 < i < tok.vocab_size for i in ids), text
-    args, _ = config.parse(config.SampleArgs, ["--ckpt", "x", f"--prompt={text}", f"--text={text}"], "sample")
+    args, _ = cli.parse(config.SampleArgs, ["--ckpt", "x", f"--prompt={text}", f"--text={text}"], "sample")
     assert sample.read_prompts(args) == [text]
+    if args.text is None:
+        assert text.lower() == "none"                             # the word for "no text", as with every knob of that default
+        return
     fixed, sizes = sample.with_gaps(args.text, tok)
     assert len(fixed) == len(sizes) + 1
 
@@ -170,7 +170,7 @@ def documents(lab, data):
 
 
 def config_file(lab, data):
-    config.parse(config.TrainArgs, ["--config", str(put(lab, "in/c.json", data))], "train")
+    cli.parse(config.TrainArgs, ["--config", str(put(lab, "in/c.json", data))], "train")
 
 
 TARGETS = {"raw": raw, "train.bin": lambda lab, data: prepared(lab, "train.bin", data),
@@ -303,14 +303,14 @@ def drive(lab, target, first, count):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = arguments(__doc__)
     p.add_argument("--target", choices=list(TARGETS), help="only this one")
     p.add_argument("--count", type=int, default=0, help="inputs of each target; 0 = the default counts")
     p.add_argument("--seed", type=int, default=0, help="the first seed")
     args = p.parse_args()
     torch.set_num_threads(1)
     results, began = {}, time.perf_counter()
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    with scratch() as folder:
         lab = Lab(folder)
         for target in [args.target] if args.target else TARGETS:
             r = results[target] = drive(lab, target, args.seed, args.count or COUNTS[target])

@@ -5,7 +5,6 @@
 One process, one thread, the passes in turn, medians of --rounds. The last line is one JSON document. --gb repeats the text with
 every word of a document changed a little, so that no document is a copy of another.
 """
-import argparse
 import json
 import resource
 import statistics
@@ -15,12 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import ROOT, arguments, in_turn
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("files", nargs="+")
     parser.add_argument("--mb", type=float, default=4.0, help="text of the timed passes")
     parser.add_argument("--rounds", type=int, default=5)
@@ -51,12 +49,7 @@ def main():
         "clean": lambda: list(map(Cleaner(), clean_texts)),
         "romanise": lambda: list(map(Romaniser(1), clean_texts)),
     }
-    seconds = {name: [] for name in passes}
-    for _ in range(args.rounds):
-        for name, work in passes.items():
-            started = time.process_time()
-            work()
-            seconds[name].append(time.process_time() - started)
+    seconds = in_turn(passes, args.rounds, time.process_time, warm_up=False)
     speed = {name: size / 1e6 / statistics.median(s) for name, s in seconds.items()}
     for name, s in seconds.items():
         print(f"{name:>20}: {speed[name]:6.2f} MB/s per core ({size / 1e6 / max(s):.2f}-{size / 1e6 / min(s):.2f})")

@@ -9,18 +9,17 @@ gives a spelling that somebody gave; error, edit distance over letters, to the c
 --text and --typed add, for running Hindi text, the share of output words that occur twice or more in what people typed.
 A library that is not installed is left out. The last line is JSON.
 """
-import argparse
 import importlib
 import json
 import re
-import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import romanise                                                  # noqa: E402
-from knobs import UserError                                      # noqa: E402
+from common import arguments
+
+import romanise
+from knobs import UserError
 
 STYLES = (8, 32)
 DEVANAGARI = re.compile("[\u0900-\u097f]")
@@ -96,7 +95,7 @@ def typed_share(say, words, vocabulary):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("pairs")
     parser.add_argument("--exclude", nargs="*", default=())
     parser.add_argument("--text")

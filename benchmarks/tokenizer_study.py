@@ -6,17 +6,16 @@ Each file is one script; a blank line, or a line break where there are no blank 
 each is taken up to --mb in all; every tenth document is held out and only measured. Encoding is timed on one thread, and
 beside SentencePiece alone on the same normalised text, in turn, median of 5. The last line is JSON.
 """
-import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from itertools import accumulate, takewhile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tokenizer import normalise, train_tokenizer                 # noqa: E402
+from common import arguments, in_turn
+
+from tokenizer import normalise, train_tokenizer
 
 ROUNDS = 5
 
@@ -29,20 +28,8 @@ def documents(path, limit):
     return [doc for doc, _ in zip(docs, takewhile(lambda size: size <= limit, sizes), strict=False)]
 
 
-def seconds(runs):
-    """{name: function} -> {name: median seconds}, in turn after one untimed round."""
-    taken = {name: [] for name in runs}
-    for turn in range(-1, ROUNDS):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if turn >= 0:
-                taken[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("files", nargs="+")
     parser.add_argument("--mb", type=float, default=5)
     parser.add_argument("--vocab", type=int, nargs="+", default=[4000, 8000, 16000])
@@ -62,10 +49,10 @@ def main(argv=None):
                 tok = train_tokenizer(training, Path(folder, "t.model"), vocab, kind, log=lambda *a: None)
                 row = dict(kind=kind, vocab=vocab, train_s=time.perf_counter() - started)
             docs = [normalise(doc) for part in held_out.values() for doc in part]
-            taken = seconds({"ours": lambda docs=docs, tok=tok: [tok.encode(doc) for doc in docs],
-                             "sentencepiece": lambda docs=docs, tok=tok: [tok.sp.encode(doc) for doc in docs]})
-            row |= dict(mb_per_s=sum(len(d.encode()) for d in docs) / 1e6 / taken["ours"],
-                        share_of_sentencepiece=taken["sentencepiece"] / taken["ours"],
+            taken = in_turn({"ours": lambda docs=docs, tok=tok: [tok.encode(doc) for doc in docs],
+                             "sentencepiece": lambda docs=docs, tok=tok: [tok.sp.encode(doc) for doc in docs]}, ROUNDS)
+            ours, alone = (statistics.median(taken[name]) for name in ("ours", "sentencepiece"))
+            row |= dict(mb_per_s=sum(len(d.encode()) for d in docs) / 1e6 / ours, share_of_sentencepiece=alone / ours,
                         scripts={name: tok.measure(part) for name, part in held_out.items()})
             rows.append(row)
             costs = (f"{c['tokens_per_word']:.2f} {c['bytes_per_token']:.2f} {100 * c['clusters_cut']:.1f}"

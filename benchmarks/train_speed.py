@@ -9,7 +9,6 @@ Every figure is a median over rounds; in a round each variant runs once, one aft
 all of them. FLOPs are counted by torch's flop counter while a real step runs, not taken from a formula. The models of one
 shape have equal parameters (shapes.match_d_ff). Prints a table; the last line is one JSON document.
 """
-import argparse
 import dataclasses
 import json
 import math
@@ -19,18 +18,17 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch                                                     # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode             # noqa: E402
+import torch
+from common import arguments
+from torch.utils.flop_counter import FlopCounterMode
 
-import config                                                    # noqa: E402
+import config
+import masking
+import optim
+import runtime
 import shapes
-import masking                                                   # noqa: E402
-import optim                                                     # noqa: E402
-import runtime                                                   # noqa: E402
-from model import build_model                                    # noqa: E402
+from model import build_model
 
 VOCAB = 8000
 SHAPES = {  # name: (arguments, sequences per forward)
@@ -167,7 +165,7 @@ def child():
 
 
 def main():
-    p = argparse.ArgumentParser()
+    p = arguments(__doc__)
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     p.add_argument("--blocks", nargs="+", default=["T", "64", "32"])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root, when run by its path
 
-import config
+import cli
 import run_experiments
 
 if __name__ == "__main__":
-    config.run(run_experiments.main)
+    cli.run(run_experiments.main)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root, when run by its path
 
-import config
+import cli
 import sample
 
 
@@ -16,4 +16,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

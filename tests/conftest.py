@@ -1,5 +1,8 @@
 """Shared by all tests: the repository on the path, no network, one small prepared corpus and one trained run per session."""
+import hashlib
+import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -12,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")     # tiny models: on a busy machi
 os.environ["ARIA_TENSORBOARD"] = "off"             # automatic where it is installed: tests would fill the repository's logs/
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:1"  # nobody listens there: child processes must not reach for the hub either
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "benchmarks"))            # behind everything: they import common.py by its bare name
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +36,45 @@ def aria(command, *args, cwd, timeout=240, env=None, check=None):
     return done
 
 
+def call(main, *words):
+    """An entry point in this process, as a command line would end -> exit code."""
+    from knobs import UserError
+    try:
+        return main([str(word) for word in words]) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+
+
+def log(run, event="train"):
+    """The lines of one event of a run's train.jsonl."""
+    lines = (run / "train.jsonl").read_text(encoding="utf-8").split("\n")
+    return [line for line in map(json.loads, filter(None, lines)) if line["event"] == event]
+
+
+def tree(folder):
+    """{file: its hash}"""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def trap(canary):
+    """A pickle that makes a folder of this name when it is loaded."""
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+    return pickle.dumps(Trap())
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Token files of a few thousand tokens, so that a few dozen steps are more than an epoch. Tests read and copy them."""
+    from common import tiny_text
+    folder = tiny_text(tmp_path_factory.mktemp("text"))
+    before = tree(folder)
+    yield folder
+    assert tree(folder) == before, "a test wrote into the text that all share"
+
+
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory):
     """A folder with data/processed and data/tokenizer made by the real prepare command from the starter corpus."""
@@ -42,13 +85,20 @@ def corpus_dir(tmp_path_factory):
 
 TINY = ("--d_model", 32, "--n_layers", 2, "--n_heads", 2, "--d_ff", 64, "--memory_slots", 4, "--seq_len", 32, "--batch_size", 4,
         "--grad_accum", 2, "--train_block_sizes", "T,8", "--block_size", 8, "--eval_batches", 2, "--lr", 3e-3, "--threads", 1)
+RUNS = {"primary": "checkpoints/eco_hybrid_hi", "backup": "checkpoints/diffusion_hi"}
 
 
 @pytest.fixture(scope="session")
 def trained(corpus_dir):
     """The same folder with one tiny trained run of each model, under the names of the user's documents."""
-    for model, name in (("primary", "eco_hybrid_hi"), ("backup", "diffusion_hi")):
+    for model, run in RUNS.items():
         aria("train", "--model", model, *TINY, "--max_steps", 12, "--save_interval", 5, "--eval_interval", 6, "--log_interval", 2,
              "--no_show_samples", cwd=corpus_dir, check=0)
-        assert (corpus_dir / "checkpoints" / name / "latest").exists()
+        assert (corpus_dir / run / "latest").exists()
     return corpus_dir
+
+
+@pytest.fixture
+def here(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    return trained

@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 import torch
-from test_sample import call
+from conftest import call
 from test_train import curve, fresh, weights
-from test_train import text  # noqa: F401  (a fixture)
 
 import checkpoint
+import cli
 import config
 import decode
 import edge_benchmark
+import knobs
 import masking
 import sample
 import shapes
@@ -91,7 +92,7 @@ def test_decoding_is_the_greedy_path_and_one_forward_per_token():
     assert one[0] == two[1], "a row depends on its batch"
     slid = generate(net, prompt * 4, Settings(max_new_tokens=30, steps=1, window=8), [1])
     assert len(slid.rows[0]) == 30 and slid.cache_bytes == 2 * 2 * 8 * 32 * 4, "the cache slides when the text outgrows it"
-    with pytest.raises(config.UserError, match="--objective masked"):
+    with pytest.raises(knobs.UserError, match="--objective masked"):
         decode.infill(net, [2, 5, V, 6], Settings(max_new_tokens=1, steps=1), [1])
 
 
@@ -127,13 +128,13 @@ def test_every_parameter_learns_and_the_mean_is_over_all_tokens():
 
 
 @pytest.fixture(scope="module")
-def run(text, tmp_path_factory):  # noqa: F811
+def run(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ar") / "run"
     assert fresh(text, folder, *AR, "--max_steps", 14, "--save_interval", 5, "--eval_interval", 7, "--keep_full", 9) == 0
     return folder
 
 
-def test_resume_and_its_rules(text, run, tmp_path, capsys):  # noqa: F811
+def test_resume_and_its_rules(text, run, tmp_path, capsys):
     half = tmp_path / "half"
     shutil.copytree(run / "step_000005", half / "step_000005")
     assert call(train.main, "--resume", half, "--objective", "masked") == 2
@@ -146,10 +147,10 @@ def test_resume_and_its_rules(text, run, tmp_path, capsys):  # noqa: F811
 
 
 def test_a_checkpoint_from_before_the_knob_is_masked():
-    saved = {"args": config.to_dict(config.TrainArgs(model="backup"))}
+    saved = {"args": knobs.to_dict(config.TrainArgs(model="backup"))}
     del saved["args"]["objective"]
-    args, origins = config.parse(config.TrainArgs, ["--model", "backup"], "train")
-    assert config.resume_check(saved, args, origins)[0].objective == "masked"
+    args, origins = cli.parse(config.TrainArgs, ["--model", "backup"], "train")
+    assert cli.resume_check(saved, args, origins)[0].objective == "masked"
 
 
 def test_the_commands_know_it(run, tmp_path, capsys):

@@ -1,27 +1,26 @@
 """Properties of checkpoint.py: killed or failing anywhere, damaged anyhow, named anyhow, it gives a whole state or a
 sentence. Children are forked from this warm process; nothing here takes longer than a few seconds."""
-import builtins
 import errno
 import json
 import os
-import pickle
 import random
 import resource
 import shutil
 import signal
 import struct
-import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from common import scratch
+from conftest import trap
 from safetensors import SafetensorError
 from safetensors.torch import save as safetensors_bytes
 
 import checkpoint as ck
-from config import UserError
+from benchmarks.faults import points
+from knobs import UserError
 
 PARTS = ("model", "ema", "optimizer")
 
@@ -40,8 +39,8 @@ def quick():
 
 @pytest.fixture(scope="module")
 def ram():
-    """A folder in memory, if there is such a thing: the tests that try every operation copy thousands of files."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    """The tests that try every operation copy thousands of files."""
+    with scratch() as folder:
         yield Path(folder)
 
 
@@ -72,61 +71,6 @@ SAVES = [(10, 11, {}), (20, 20, {"best": True}), (30, 30, {})]  # the first repl
 KEEP = {"keep_last": 2, "keep_full": 1}
 
 
-@contextmanager
-def watched(at_op):
-    """Calls at_op(name, argument) before each operation that changes the disk; files are written in two halves."""
-    kept = {name: getattr(os, name) for name in ("fsync", "replace", "unlink", "rmdir", "mkdir", "chmod")}
-
-    def hook(name):
-        def call(*args, **kwargs):
-            at_op(name, args)
-            return kept[name](*args, **kwargs)
-        return call
-
-    class Halves:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, data):
-            self.file.write(data[:len(data) // 2])
-            self.file.flush()
-            at_op("write", (self.file.name,))
-            self.file.write(data[len(data) // 2:])
-
-    def watched_open(path, mode="r", *args, **kwargs):
-        if mode != "wb":
-            return builtins.open(path, mode, *args, **kwargs)
-        at_op("open", (path,))
-        return Halves(builtins.open(path, mode))
-
-    real_save_file = ck.save_file
-
-    def watched_save_file(tensors, path, metadata=None):
-        at_op("save_file", (path,))
-        real_save_file(tensors, path, metadata)
-        whole = path.read_bytes()
-        path.write_bytes(whole[:len(whole) // 2])
-        at_op("save_file", (path,))
-        path.write_bytes(whole)
-
-    for name in kept:
-        setattr(os, name, hook(name))
-    ck.save_file, ck.open = watched_save_file, watched_open
-    try:
-        yield
-    finally:
-        for name, real in kept.items():
-            setattr(os, name, real)
-        ck.save_file = real_save_file
-        del ck.open
-
-
 @pytest.fixture(scope="module")
 def template(ram):
     """A run with steps 5 and 10, and how many operations SAVES takes on it."""
@@ -134,7 +78,7 @@ def template(ram):
     put(run, 5, best=True)
     put(run, 10)
     copy = shutil.copytree(run, run.with_name("dry"))
-    with watched(lambda name, args: ops.append((name, *args))):
+    with points(lambda *op: ops.append(op)):
         for step, value, more in SAVES:
             put(copy, step, value, **more, **KEEP)
     assert not leftovers(copy) and list(ck.list_steps(copy)) == [20, 30]
@@ -156,7 +100,7 @@ def test_killed_before_every_operation(template, ram, capfd):
         shutil.copytree(source, run)
         pid = os.fork()
         if pid == 0:
-            with watched(die):
+            with points(die):
                 for step, value, more in SAVES:
                     put(run, step, value, **more, **KEEP)
                     os.write(write, b".")
@@ -183,18 +127,17 @@ def test_killed_before_every_operation(template, ram, capfd):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
 def test_every_operation_fails_once(template, ram, code, capfd):
     source, ops = template
-    points = range(len(ops)) if code == errno.ENOSPC else range(code % 3, len(ops), 3)
-    for k in points:
+    for k in range(len(ops)) if code == errno.ENOSPC else range(code % 3, len(ops), 3):
         run, left = shutil.copytree(source, ram / str(k)), [k]
 
-        def fail(name, _, left=left):
+        def fail(name, *_, left=left):
             left[0] -= 1
             if left[0] == -1:
-                if name == "save_file":
+                if name.endswith("tensor file"):
                     raise SafetensorError(f"Error while serializing: I/O error: no luck (os error {code})")
                 raise OSError(code, os.strerror(code))
         before = value_of(run)
-        with watched(fail):
+        with points(fail):
             for step, value, more in SAVES:
                 try:
                     put(run, step, value, **more, **KEEP)
@@ -214,18 +157,18 @@ def test_every_operation_fails_once(template, ram, code, capfd):
 def test_everything_is_synced_before_it_is_published(tmp_path):
     log = []
 
-    def note(name, args):
+    def note(name, *args):
         if name == "fsync":
             args = (os.readlink(f"/proc/self/fd/{args[0]}"),)
         log.append((name, *(os.path.basename(str(a)) for a in args)))
-    with watched(note):
+    with points(note):
         put(tmp_path / "run", 7, best=True)
     temp = f".tmp-step_000007-{os.getpid()}"
     published = log.index(("replace", temp, "step_000007"))
     files = os.listdir(tmp_path / "run" / "step_000007")
     assert {name for op, name, *_ in log[:published] if op == "fsync"} == {*files, temp}
     assert log[published - 1] == ("fsync", temp)      # the folder, after all that lies in it
-    written = [name for op, name, *_ in log[:published] if op in ("open", "save_file")]
+    written = [name for op, name, *_ in log[:published] if op == "open" or op.endswith("tensor file")]
     assert written[-1] == "MANIFEST.json"
     twin = f".tmp-latest-{os.getpid()}"
     between = log[published:log.index(("replace", twin, "latest"))]
@@ -397,16 +340,11 @@ def test_forged_json(pair):
 
 def test_pickles_are_refused_and_never_run(tmp_path, monkeypatch):
     canary = tmp_path / "canary"
-
-    class Trap:
-        def __reduce__(self):
-            return os.mkdir, (str(canary),)
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "run", 500)
-    trap = pickle.dumps(Trap())
     for name in ("latest.pt", "last.ckpt", "best.pt", "step_000500.pt", "model.pt", "step_000700", "last.safetensors"):
         path = tmp_path / "run" / name
-        path.write_bytes(trap)
+        path.write_bytes(trap(canary))
         for use in (ck.load, ck.resolve):
             with pytest.raises(UserError, match="is a file") as caught:
                 use(path)
@@ -415,14 +353,14 @@ def test_pickles_are_refused_and_never_run(tmp_path, monkeypatch):
     for name in ("model.safetensors", "state.json", "config.json", "MANIFEST.json"):
         shutil.copytree("run/step_000500", "forged")
         if name == "MANIFEST.json":
-            Path("forged", name).write_bytes(trap)
+            Path("forged", name).write_bytes(trap(canary))
         else:
-            plant(Path("forged"), name, trap)
+            plant(Path("forged"), name, trap(canary))
         with pytest.raises(UserError):
             ck.load("forged", parts=PARTS)
         shutil.rmtree("forged")
     for pointer in ("latest", "best"):
-        (tmp_path / "run" / pointer).write_bytes(trap)
+        (tmp_path / "run" / pointer).write_bytes(trap(canary))
     assert ck.load("run").step == 500 and ck.load("run/latest").step == 500
     with pytest.raises(UserError):
         ck.load("run/best")

@@ -8,17 +8,19 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, log
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import call, curve, fresh, log, text  # noqa: F401  (text is a fixture)
+from test_train import curve, fresh
 
 import checkpoint
+import cli
 import colab_train_eco
 import config
 import drive
 import evaluate
 import fit
+import knobs
 import masking
 import sample
 import verdict
@@ -147,7 +149,7 @@ def limited(most, monkeypatch, error=torch.OutOfMemoryError, from_step=0):
 
 
 @pytest.mark.parametrize("from_step", [0, 7])            # found by the probe, and in the middle of a step
-def test_out_of_memory_changes_no_gradient(text, tmp_path, monkeypatch, capsys, from_step):  # noqa: F811
+def test_out_of_memory_changes_no_gradient(text, tmp_path, monkeypatch, capsys, from_step):
     shape = ("--batch_size", 8, "--grad_accum", 2, "--max_steps", 4, "--eval_interval", 0, "--auto_batch")
     assert fresh(text, tmp_path / "whole", *shape) == 0
     with monkeypatch.context() as patch:
@@ -165,7 +167,7 @@ def test_out_of_memory_changes_no_gradient(text, tmp_path, monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("flag, rows", [("--auto_batch", 1), ("--no_auto_batch", 4)])
-def test_out_of_memory_at_the_end_of_the_road(text, tmp_path, monkeypatch, capsys, flag, rows):  # noqa: F811
+def test_out_of_memory_at_the_end_of_the_road(text, tmp_path, monkeypatch, capsys, flag, rows):
     limited(0, monkeypatch)
     assert fresh(text, tmp_path / "run", "--max_steps", 2, "--eval_interval", 0, flag) == 1
     message = capsys.readouterr().err
@@ -175,7 +177,7 @@ def test_out_of_memory_at_the_end_of_the_road(text, tmp_path, monkeypatch, capsy
     assert not list(tmp_path.glob("run/step_*"))
 
 
-def test_another_error_is_no_lack_of_memory(text, tmp_path, monkeypatch):  # noqa: F811
+def test_another_error_is_no_lack_of_memory(text, tmp_path, monkeypatch):
     limited(0, monkeypatch, error=ValueError)
     with pytest.raises(ValueError):
         fresh(text, tmp_path / "run", "--max_steps", 2, "--auto_batch")
@@ -192,13 +194,13 @@ def test_the_probe_counts_what_comes_later(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
-def test_real_lack_of_memory(text, tmp_path):  # noqa: F811
+def test_real_lack_of_memory(text, tmp_path):
     """A child that may take 220 MB more than it has: 256 rows of 64 do not fit, fewer do, and the step stays whole."""
-    script = ("import resource, sys, torch, train, config, fit, drive, optim, runtime, model, decode, tokens, tokenizer\n"
+    script = ("import resource, sys, torch, train, cli, config, fit, drive, optim, runtime, model, decode, tokens, tokenizer\n"
               "runtime.start(1); torch.ones(64, 64) @ torch.ones(64, 64)\n"
               "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + 220 * 2 ** 20\n"
               "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
-              "config.run(train.main, sys.argv[1:])")
+              "cli.run(train.main, sys.argv[1:])")
     words = ("--data_dir", text, "--output_dir", tmp_path / "run", "--d_model", 64, "--n_layers", 2, "--n_heads", 2,
              "--d_ff", 128, "--seq_len", 64, "--batch_size", 256, "--grad_accum", 1, "--max_steps", 1, "--eval_interval", 0,
              "--threads", 1, "--no_amp", "--no_show_samples", "--auto_batch", "--train_block_sizes", "T", "--memory_slots", 2)
@@ -210,7 +212,7 @@ def test_real_lack_of_memory(text, tmp_path):  # noqa: F811
 
 # ---- the clock, the drive ---------------------------------------------------------------------------------------------
 
-def test_saving_by_the_clock_changes_no_result(text, tmp_path):  # noqa: F811
+def test_saving_by_the_clock_changes_no_result(text, tmp_path):
     quiet = ("--max_steps", 9, "--eval_interval", 0, "--save_interval", 100)
     assert fresh(text, tmp_path / "plain", *quiet) == 0
     assert fresh(text, tmp_path / "clock", *quiet, "--save_minutes", 1e-5) == 0
@@ -227,7 +229,7 @@ def flip(path):
     path.write_bytes(data)
 
 
-def test_a_run_outlives_its_machine(text, tmp_path, capsys):  # noqa: F811
+def test_a_run_outlives_its_machine(text, tmp_path, capsys):
     """Saved to the drive, the machine is gone, the newest copy has a flipped bit: the one before goes on to the same end."""
     away = ("--drive", tmp_path / "drive", "--save_interval", 2, "--eval_interval", 4)
     assert fresh(text, tmp_path / "whole/run", "--max_steps", 8, "--save_interval", 2, "--eval_interval", 4) == 0
@@ -248,7 +250,7 @@ def test_a_run_outlives_its_machine(text, tmp_path, capsys):  # noqa: F811
     assert checkpoint.verify(there / "step_000008"), "the damaged copy was replaced"
 
 
-def test_a_failing_drive_never_stops_training(text, tmp_path, capsys):  # noqa: F811
+def test_a_failing_drive_never_stops_training(text, tmp_path, capsys):
     (tmp_path / "drive").mkdir()
     (tmp_path / "drive/run").write_text("in the way")
     assert fresh(text, tmp_path / "run", "--max_steps", 4, "--save_interval", 2, "--drive", tmp_path / "drive") == 0
@@ -261,7 +263,7 @@ def test_a_failing_drive_never_stops_training(text, tmp_path, capsys):  # noqa: 
     assert list(checkpoint.list_steps(tmp_path / "drive/run")) == [2]
 
 
-def test_a_drive_that_is_not_mounted_is_a_slip(text, tmp_path, capsys):  # noqa: F811
+def test_a_drive_that_is_not_mounted_is_a_slip(text, tmp_path, capsys):
     assert fresh(text, tmp_path / "run", "--max_steps", 4, "--drive", tmp_path / "drive/MyDrive/Aria") == 2
     assert "mount" in capsys.readouterr().err and not (tmp_path / "drive").exists() and not (tmp_path / "run").exists()
 
@@ -290,7 +292,7 @@ def test_the_one_shot_goes_on_by_itself_and_judges_itself(tmp_path, monkeypatch,
     assert log(run, "resume")[0]["step"] == 4 and [e["step"] for e in log(run)] == list(range(1, 22))
     assert json.loads((run / "verdict.json").read_text(encoding="utf-8"))["criteria"][0]["ok"] is True
     assert colab_train_eco.main([*words, "--max_steps", "21"]) == 0    # nothing left to do: judged again
-    with pytest.raises(config.UserError, match="--if_exists archive"):    # the advice after an OOM, in the same folder
+    with pytest.raises(knobs.UserError, match="--if_exists archive"):    # the advice after an OOM, in the same folder
         colab_train_eco.main([*words, "--max_steps", "30", "--d_model", "32"])
     code = colab_train_eco.main([*words, "--max_steps", "20", "--if_exists", "suffix", "--min_mask_rate", "0.97"])
     told = capsys.readouterr().out
@@ -314,7 +316,7 @@ def test_the_notebook_is_clean():
     [home] = re.findall(r'"ARIA_REPO", "https://github.com/([\w-]+/[\w-]+)"', source["settings"])
     assert f"colab.research.google.com/github/{home}/blob/main/colab.ipynb" in source["title"]
     words = re.search(r'"ARIA_NOTEBOOK_ARGS", "([^"]*)"', source["settings"])[1].split()
-    config.parse(config.ColabArgs, words, "colab_train_eco")
+    cli.parse(config.ColabArgs, words, "colab_train_eco")
     assert "torch" not in source["install"]
 
 
@@ -351,5 +353,5 @@ def test_the_notebook_runs(corpus_dir, tmp_path, monkeypatch):
     (["--check_run", "nothing"], "nothing"), (["--check_run", "a", "--ckpt", "b"], "only one"), ([], "--ckpt is missing")])
 def test_slips_of_check_run(tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(config.UserError, match=told):
+    with pytest.raises(knobs.UserError, match=told):
         evaluate.main(words)

@@ -4,10 +4,10 @@
 """
 import dataclasses
 import json
+import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cli
 import config
-import shapes
 import knobs
-from config import BenchArgs, ColabArgs, EvaluateArgs, PrepareArgs, SampleArgs, TrainArgs, UserError
+import shapes
+from config import BenchArgs, ColabArgs, EvaluateArgs, PrepareArgs, SampleArgs, TrainArgs
+from knobs import UserError
 from shapes import ModelConfig
 
 FLAGS = Path(__file__).with_name("flags.txt")
@@ -27,7 +29,7 @@ FLAGS = Path(__file__).with_name("flags.txt")
 
 def parse(cls, line, prog=None, **more):
     prog = prog or next(name for name, c in config.COMMANDS.items() if c is cls)
-    return config.parse(cls, shlex.split(line) if isinstance(line, str) else line, prog, **more)
+    return cli.parse(cls, shlex.split(line) if isinstance(line, str) else line, prog, **more)
 
 
 def refused(cls, line, *words, **more):
@@ -134,7 +136,7 @@ def test_whole_order_of_precedence(tmp_path):
 
 def test_a_saved_config_reproduces_the_run(tmp_path):
     args, _ = parse(TrainArgs, "--preset tiny --lr 0.002 --dropout 0.125 --model eco")
-    (tmp_path / "config.json").write_text(json.dumps({"args": config.to_dict(args), "model": {}}))
+    (tmp_path / "config.json").write_text(json.dumps({"args": knobs.to_dict(args), "model": {}}))
     again, _ = parse(TrainArgs, ["--config", str(tmp_path / "config.json")])
     assert dataclasses.replace(again, preset="tiny", config=args.config) == args
 
@@ -245,7 +247,7 @@ WORD = st.one_of(st.sampled_from([f"--{n}" for n in knobs.flag_names(TrainArgs)]
 @given(st.lists(WORD, max_size=6), st.sampled_from(sorted(config.COMMANDS)))
 def test_no_command_line_ends_in_a_traceback(argv, prog):
     try:
-        config.parse(config.COMMANDS[prog], argv, prog)
+        cli.parse(config.COMMANDS[prog], argv, prog)
     except UserError as error:
         assert error.code == 2 and str(error)
     except SystemExit as end:
@@ -284,7 +286,7 @@ def test_run_turns_errors_into_exit_codes(capsys):
         def main(argv, error=error):
             raise error
         with pytest.raises(SystemExit) as end:
-            config.run(main)
+            cli.run(main)
         assert end.value.code == code
     assert "error: mend it" in capsys.readouterr().err
 
@@ -354,9 +356,9 @@ def test_closed_form_counts_equal_the_real_models(kind, shape):
 # ---- resume (S4) ---------------------------------------------------------------------------------------------------
 
 def resume(old_line, line):
-    old = json.loads(json.dumps(config.to_dict(parse(TrainArgs, old_line)[0])))
+    old = json.loads(json.dumps(knobs.to_dict(parse(TrainArgs, old_line)[0])))
     args, origins = parse(TrainArgs, line)
-    return (*config.resume_check(old, args, origins), origins)
+    return (*cli.resume_check(old, args, origins), origins)
 
 
 def test_resume_takes_what_was_not_typed_from_the_checkpoint():
@@ -382,24 +384,24 @@ def test_resume_with_the_runs_own_preset_keeps_what_was_changed_then():
 
 
 def test_a_tier_never_overrules_a_checkpoint():
-    saved = config.to_dict(parse(TrainArgs, "--preset nano --seq_len 32")[0])
+    saved = knobs.to_dict(parse(TrainArgs, "--preset nano --seq_len 32")[0])
     for line in ("--resume", "--resume --preset starter --model backup"):
         args, origins = parse(ColabArgs, line, tier={"seq_len": 2048, "batch_size": 3})
         if "starter" in line:
             with pytest.raises(UserError) as caught:              # the shape of the other preset, not what a tier chose
-                config.resume_check(saved, args, origins)
+                cli.resume_check(saved, args, origins)
             assert "--d_model 192 (preset starter)" in str(caught.value) and "2048" not in str(caught.value)
         else:
-            args, changes = config.resume_check(saved, args, origins)
+            args, changes = cli.resume_check(saved, args, origins)
             assert (args.seq_len, args.batch_size, args.n_layers, changes) == (32, 8, 3, [])
 
 
 def test_resume_rejects_a_config_of_another_version():
-    old = config.to_dict(TrainArgs())
+    old = knobs.to_dict(TrainArgs())
     with pytest.raises(UserError, match="lacks lr"):
-        config.resume_check({k: v for k, v in old.items() if k != "lr"}, TrainArgs(), dict.fromkeys(old, "default"))
+        cli.resume_check({k: v for k, v in old.items() if k != "lr"}, TrainArgs(), dict.fromkeys(old, "default"))
     with pytest.raises(UserError, match="unknown setting zzz"):
-        config.resume_check({**old, "zzz": 1}, TrainArgs(), dict.fromkeys(old, "default"))
+        cli.resume_check({**old, "zzz": 1}, TrainArgs(), dict.fromkeys(old, "default"))
 
 
 def test_every_knob_has_a_known_resume_rule_and_known_metadata():
@@ -521,13 +523,13 @@ def test_help_and_table_come_from_the_declarations():
 
 def test_announce_shows_origins_and_print_config_ends(capsys, tmp_path):
     args, origins = parse(TrainArgs, "--preset nano --lr 0.5")
-    config.announce(args, origins)
+    cli.announce(args, origins)
     err = capsys.readouterr().err
     assert "lr=0.5 (flag)" in err and "d_model=64 (preset nano)" in err and "weight_decay" not in err
     (tmp_path / "meta.json").write_text('{"vocab_size": 2048}')
     args, origins = parse(TrainArgs, f"--preset nano --print_config --model backup --data_dir '{tmp_path}'")
     with pytest.raises(SystemExit) as end:
-        config.announce(args, origins)
+        cli.announce(args, origins)
     out = capsys.readouterr().out
     assert end.value.code == 0 and "291,328" in out
     assert all(f"\n{f.name} " in "\n" + out for f in dataclasses.fields(args))
@@ -538,15 +540,11 @@ ENTRY = [prog for prog in config.COMMANDS if (config.ROOT / f"{prog}.py").exists
 
 @pytest.mark.parametrize("prog", ENTRY)
 def test_help_is_instant_and_needs_no_torch(prog):
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", prog, "--help"], cwd=config.ROOT, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0 and "--ckpt" in done.stdout or prog == "prepare", done.stderr
-        if min(seconds) < 0.5:
-            break
-    assert min(seconds) < 0.5
+    start = os.times()
+    done = subprocess.run([sys.executable, "-m", prog, "--help"], cwd=config.ROOT, capture_output=True, text=True)
+    end = os.times()                                               # of the processor: a busy machine is no fault of ours
+    assert done.returncode == 0 and f"usage: python -m {prog}" in done.stdout, done.stderr
+    assert end.children_user + end.children_system - start.children_user - start.children_system < 0.5
     code = f"import runpy, sys; sys.argv = ['{prog}', '--help']\n" \
            f"try: runpy.run_module('{prog}', run_name='__main__')\n" \
            "except SystemExit: pass\nassert not {'torch', 'numpy'} & set(sys.modules)"

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 import checkpoint as ck
-from config import UserError
+from knobs import UserError
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks for a small file system")

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, log
 from safetensors.torch import load_file
 
 import checkpoint
 import config
 import distributed
+import knobs
 import masking
-import prepare
 import train
 
 # 12 rows a step: alone 4 + 4 + 4, two ranks 4 + 2 each, four ranks 3 each, so no two ways add up in the same order.
@@ -35,14 +35,6 @@ SHAPE = ("--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 24, "--memo
 PRIMARY = ("--model", "primary", "--optimizer", "muon", "--loss", "masked_mean", "--lr", 1e-4)
 BACKUP = ("--model", "backup", "--optimizer", "adamw", "--exit_loss_weight", 0.3)
 FOREVER = 10 ** 6
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    prepare.main(["--source", "builtin", "--max_chars", "7000", "--tokenizer_vocab", "400",
-                  "--data_dir", str(folder), "--tokenizer", str(folder / "t.model")])
-    return folder
 
 
 def alone(*words):
@@ -76,11 +68,6 @@ class Job:
     def pid(self, rank):
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return next(int(p) for p in children if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{p}/environ").read_bytes())
-
-
-def log(run, event="train"):
-    lines = (run / "train.jsonl").read_text(encoding="utf-8").split("\n")
-    return [line for line in map(json.loads, filter(None, lines)) if line["event"] == event]
 
 
 def wait_for(run, step, job):
@@ -176,14 +163,14 @@ def test_the_parts_of_a_draw_are_the_draw(block, first, strategy):
 
 
 def test_slips_of_many_processes(text, tmp_path, monkeypatch, capsys):
-    with pytest.raises(config.UserError, match=r"4 x --grad_accum 2 = 8 .* over 3 processes"):
+    with pytest.raises(knobs.UserError, match=r"4 x --grad_accum 2 = 8 .* over 3 processes"):
         distributed.Ranks(0, 3).share(4, 2)
-    with pytest.raises(config.UserError, match="torchrun --nproc_per_node"):
+    with pytest.raises(knobs.UserError, match="torchrun --nproc_per_node"):
         alone("--data_dir", text, *SHAPE, "--fsdp", "--output_dir", tmp_path / "run")
     for words in (("--optimizer", "muon"), ("--compile",)):
-        with pytest.raises(config.UserError, match=f"{words[0]}.*--fsdp|--fsdp.*{words[0]}"):
+        with pytest.raises(knobs.UserError, match=f"{words[0]}.*--fsdp|--fsdp.*{words[0]}"):
             alone("--fsdp", *words)
-    with pytest.raises(config.UserError, match="--device cuda:1"):
+    with pytest.raises(knobs.UserError, match="--device cuda:1"):
         distributed.choose_device("cuda:1", 2, 0)
     assert not list(tmp_path.iterdir())
 

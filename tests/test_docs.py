@@ -9,6 +9,7 @@ from pathlib import Path
 import conftest  # noqa: F401  (puts the repository on the path)
 import pytest
 
+import cli
 import config
 import knobs
 
@@ -48,7 +49,7 @@ def test_every_documented_command_parses(page, line):
             continue
         module, argv = words[words.index("-m") + 1], words[words.index("-m") + 2:]
         if module in config.COMMANDS:
-            config.parse(config.COMMANDS[module], argv, module)          # a slip raises
+            cli.parse(config.COMMANDS[module], argv, module)          # a slip raises
         elif module.startswith("diffusion"):
             assert (ROOT / Path(*module.split("."))).with_suffix(".py").exists()
         else:

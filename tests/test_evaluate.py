@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import RUNS, TINY, call
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sample import RUNS, call, here  # noqa: F401  (a fixture)
 
 import checkpoint
 import estimators
@@ -242,7 +241,7 @@ def control(trained):
     return "checkpoints/ar_hi"
 
 
-def test_the_whole_report(here, control, capsys, tmp_path):  # noqa: F811
+def test_the_whole_report(here, control, capsys, tmp_path):
     out = tmp_path / "e.json"
     assert call(evaluate.main, RUNS["primary"], "--max_docs", 12, "--draws", 2, "--chain_docs", 4, "--repeats", 2,
                 "--out_json", out, "--out_png", tmp_path / "e.png", "--samples", 3, "--judge", control, "--max_new_tokens", 12,
@@ -267,7 +266,7 @@ def test_the_whole_report(here, control, capsys, tmp_path):  # noqa: F811
     assert len(re.findall(r"^(?:T|8) +(?:bound|chain rule|its bound) +all", printed, re.M)) == 6
 
 
-def test_the_control_arm_prints_its_exact_nll(here, control, capsys, tmp_path):  # noqa: F811
+def test_the_control_arm_prints_its_exact_nll(here, control, capsys, tmp_path):
     lines = tmp_path / "t.txt"
     lines.write_text("मैं घर गया।\n\nmain ghar gaya tha aur wahan bahut log the\n", encoding="utf-8")
     assert call(evaluate.main, control, "--text", lines, "--out_json", tmp_path / "e.json", "--threads", 1) == 0
@@ -287,7 +286,7 @@ def test_the_control_arm_prints_its_exact_nll(here, control, capsys, tmp_path): 
     assert r["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-4)
 
 
-def test_slips_of_evaluate(here, control, capsys, tmp_path):  # noqa: F811
+def test_slips_of_evaluate(here, control, capsys, tmp_path):
     for words, said in ((("--judge", control), "--samples 64"), (("--text", "nowhere.txt"), "--text nowhere.txt"),
                         (("--samples", 1, "--judge", RUNS["backup"], "--max_docs", 1, "--chain_docs", 1), "--objective ar")):
         assert call(evaluate.main, RUNS["primary"], *words) == 2 and said in capsys.readouterr().err

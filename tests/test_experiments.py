@@ -18,11 +18,13 @@ from conftest import ROOT, aria
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cli
 import config
-import study_report
 import run_experiments as experiments
 import shapes
-from config import ExperimentArgs, TrainArgs, UserError
+import study_report
+from config import ExperimentArgs, TrainArgs
+from knobs import UserError
 from studies import STUDIES
 
 A8 = """python -m diffusion.run_experiments \\
@@ -37,7 +39,7 @@ A8 = """python -m diffusion.run_experiments \\
 
 
 def plan(line):
-    args, origins = config.parse(ExperimentArgs, shlex.split(line), "run_experiments",
+    args, origins = cli.parse(ExperimentArgs, shlex.split(line), "run_experiments",
                                  tier=lambda typed: STUDIES[typed["study"]].base if typed.get("study") else {})
     return args, experiments.make_plan(args, origins, Path("root"))
 
@@ -55,7 +57,7 @@ def test_the_pasted_command_plans_eight_matched_runs_and_runs_none(tmp_path):
     sizes = {run["params"] for run in saved["runs"]}
     assert max(sizes) / min(sizes) < 1.01
     for run in saved["runs"]:
-        args, _ = config.parse(TrainArgs, run["args"], "train")
+        args, _ = cli.parse(TrainArgs, run["args"], "train")
         assert (args.model, args.time_mode, args.masking_strategy) == tuple(run["name"].split("_"))
         assert args.timestep_sampling == "stratified" and str(args.run_dir) == f"checkpoints/ablations/{run['name']}"
         assert args.d_ff == 1024 or args.model == "backup"                # the shape flags describe the primary
@@ -78,14 +80,14 @@ def test_a_study_changes_what_it_says_and_nothing_else(name):
         assert abs(shapes.block_params(shape) / shapes.block_params(reference) - 1) < 0.01
     assert study.variants[runs[0].variant].items() <= study.base.items(), "the reference is the base"
     for line in study.before:
-        config.parse(config.PrepareArgs, shlex.split(line)[3:], "prepare")
+        cli.parse(config.PrepareArgs, shlex.split(line)[3:], "prepare")
 
 
 @pytest.mark.parametrize("line", ["--study optimizer", "--preset nano", "--study epochs --amp on --lr 0.001953125",
                                   "--train_block_sizes T --no_show_samples --edge_profile laptop --optimizer lion"])
 def test_the_flags_of_a_run_mean_that_run(line):
     for run in plan(line)[1]:
-        parsed, _ = config.parse(TrainArgs, experiments.flags(run.args), "train")
+        parsed, _ = cli.parse(TrainArgs, experiments.flags(run.args), "train")
         assert dataclasses.replace(parsed, resume_latest=False) == run.args
 
 

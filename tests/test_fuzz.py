@@ -4,22 +4,21 @@
 
 hypothesis chooses the edits here and shrinks what fails; the benchmark makes tens of thousands with a plain generator.
 """
-import os
-import pickle
 import random
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import trap
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_train import call, fresh, text  # noqa: F401  (text is a fixture)
+from test_train import call, fresh
 
 import checkpoint
 import tokens
 from benchmarks import fuzz
-from config import UserError
+from knobs import UserError
 
 FAST = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 EDITS = st.lists(st.tuples(st.sampled_from("flip cut drop put zero".split()), st.floats(0, 1, exclude_max=True),
@@ -33,9 +32,8 @@ JSON = {"meta": ("text", "meta.json"), "manifest": ("ckpt", "MANIFEST.json"), "s
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    base = "/dev/shm" if os.path.isdir("/dev/shm") else None
     torch.set_num_threads(1)
-    with fuzz.tempfile.TemporaryDirectory(dir=base) as folder:
+    with fuzz.scratch() as folder:
         yield fuzz.Lab(folder)
 
 
@@ -118,12 +116,12 @@ def refused(*words, capsys, say):
 
 
 @pytest.fixture
-def run(text, tmp_path):  # noqa: F811
+def run(text, tmp_path):
     assert fresh(text, tmp_path / "run", "--max_steps", 2, "--eval_interval", 0) == 0
     return tmp_path / "run"
 
 
-def test_a_checkpoint_from_another_model(text, run, capsys):  # noqa: F811
+def test_a_checkpoint_from_another_model(text, run, capsys):
     from test_checkpoint import plant
     go = ("--resume", run, "--max_steps", 4, "--threads", 1)
     refused(*go, "--model", "backup", capsys=capsys, say=("--model backup", "primary"))
@@ -137,7 +135,7 @@ def test_a_checkpoint_from_another_model(text, run, capsys):  # noqa: F811
         plant(run / "step_000002", name, sound)
 
 
-def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):  # noqa: F811
+def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):
     """The ids would fit and mean other words: refused for a resume, a fork and first weights alike."""
     import prepare
     folder = tmp_path / "other"
@@ -156,7 +154,7 @@ def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):  # n
     refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("made with tokenizer",))
 
 
-def test_train_bin_of_another_dtype(text, run, tmp_path, capsys):  # noqa: F811
+def test_train_bin_of_another_dtype(text, run, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(text, data)
     ids = np.fromfile(data / "train.bin", "<u2")
@@ -172,16 +170,11 @@ def test_train_bin_of_another_dtype(text, run, tmp_path, capsys):  # noqa: F811
 
 def test_pickles_named_like_a_checkpoint(run, tmp_path, capsys):
     canary = tmp_path / "canary"
-
-    class Trap:
-        def __reduce__(self):
-            return os.mkdir, (str(canary),)
-    trap = pickle.dumps(Trap())
     for name in ("latest.pt", "best.pt", "last.ckpt", "step_000002.pt", "model.pt"):
-        (run / name).write_bytes(trap)
+        (run / name).write_bytes(trap(canary))
         refused("--resume", run / name, "--max_steps", 4, "--threads", 1, capsys=capsys, say=(name, "foreign"))
         (run / name).unlink()
-    (run / "step_000002/model.safetensors").write_bytes(trap)
+    (run / "step_000002/model.safetensors").write_bytes(trap(canary))
     refused("--resume", run / "step_000002", "--max_steps", 4, "--threads", 1, capsys=capsys, say=("model.safetensors",))
     assert not canary.exists()
 

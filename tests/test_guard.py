@@ -11,7 +11,8 @@ import shutil
 
 import pytest
 import torch
-from test_train import HARD, call, fresh, log, poison, text, weights  # noqa: F401  (text is a fixture)
+from conftest import log
+from test_train import HARD, call, fresh, poison, weights
 from torch import nn
 
 import guard
@@ -93,7 +94,7 @@ def test_off_it_changes_nothing_and_stores_nothing():
     off.load(None)
 
 
-def test_the_run_survives_overflows_and_stores_the_scale(text, tmp_path, monkeypatch):  # noqa: F811
+def test_the_run_survives_overflows_and_stores_the_scale(text, tmp_path, monkeypatch):
     """The whole loop in float16, which a CPU can do although no command asks it to: the first scale is far too large."""
     class Large(optim.LossScaler):
         def __init__(self, optimizer, device, on):
@@ -157,14 +158,14 @@ def spike(monkeypatch, at, times):
 WATCHED = (*HARD, "--max_steps", 24, "--save_interval", 8, "--eval_interval", 6, "--log_interval", 1, "--spike_factor", 6)
 
 
-def test_a_spike_is_logged(text, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_spike_is_logged(text, tmp_path, monkeypatch, capsys):
     spike(monkeypatch, 19, 1)
     assert fresh(text, tmp_path / "run", *WATCHED) == 0
     assert [line["step"] for line in log(tmp_path / "run", "warn")] == [19] and not log(tmp_path / "run", "rollback")
     assert "times the median" in capsys.readouterr().err
 
 
-def test_a_rollback_goes_on_from_the_checkpoint_with_other_text(text, tmp_path, monkeypatch):  # noqa: F811
+def test_a_rollback_goes_on_from_the_checkpoint_with_other_text(text, tmp_path, monkeypatch):
     """Steps 17.. are repeated from step 16's checkpoint, exactly as a run that had seen those windows next."""
     run, check = tmp_path / "run", tmp_path / "check"
     taken = spike(monkeypatch, 19, 1)
@@ -191,13 +192,13 @@ def reposition(folder, position):
     (folder / "MANIFEST.json").write_bytes(checkpoint.to_json(checkpoint.seal(manifest)))
 
 
-def test_at_most_three_rollbacks_then_it_goes_on(text, tmp_path, monkeypatch):  # noqa: F811
+def test_at_most_three_rollbacks_then_it_goes_on(text, tmp_path, monkeypatch):
     taken = spike(monkeypatch, 18, 99)
     assert fresh(text, tmp_path / "run", *WATCHED, "--spike_rollback") == 0
     assert taken.count(18) == 4 and len(log(tmp_path / "run", "rollback")) == 3 and log(tmp_path / "run")[-1]["step"] == 24
 
 
-def test_a_spike_before_the_first_checkpoint_is_only_logged(text, tmp_path, monkeypatch):  # noqa: F811
+def test_a_spike_before_the_first_checkpoint_is_only_logged(text, tmp_path, monkeypatch):
     spike(monkeypatch, 14, 1)
     assert fresh(text, tmp_path / "run", *WATCHED, "--save_interval", 20, "--spike_rollback") == 0
     assert len(log(tmp_path / "run", "warn")) == 1 and not log(tmp_path / "run", "rollback")
@@ -237,7 +238,7 @@ def test_the_likely_cause(net):
     assert cause(net).startswith("the learning rate: the weight") and net.training
 
 
-def test_a_rate_that_ruins_the_weights_ends_with_that_cause(text, tmp_path, capsys):  # noqa: F811
+def test_a_rate_that_ruins_the_weights_ends_with_that_cause(text, tmp_path, capsys):
     """Nothing injected: weights that are not finite are never saved, and the reason is right."""
     run = tmp_path / "run"
     assert fresh(text, run, "--max_steps", 30, "--lr", 1e38, "--optimizer", "lion", "--warmup_steps", 0, "--save_interval", 1,
@@ -248,14 +249,14 @@ def test_a_rate_that_ruins_the_weights_ends_with_that_cause(text, tmp_path, caps
     assert all(checkpoint.load(folder, parts=("model", "optimizer")) for folder in run.glob("step_*")), "saved, but not finite"
 
 
-def test_five_bad_steps_name_their_windows(text, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_five_bad_steps_name_their_windows(text, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {3, 4, 5, 6, 7}, "loss")
     assert fresh(text, tmp_path / "run", "--max_steps", 20, "--eval_interval", 0) == 1
     assert "likely cause: the data" in (error := capsys.readouterr().err) and "windows 16 to 55" in error
     assert "likely cause" in log(tmp_path / "run", "warn")[-1]["message"]
 
 
-def test_detect_anomaly_stops_at_the_operation(text, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_detect_anomaly_stops_at_the_operation(text, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {2}, "loss")
     assert fresh(text, tmp_path / "run", "--max_steps", 4, "--eval_interval", 0, "--detect_anomaly") == 1
     error = capsys.readouterr().err
@@ -293,7 +294,7 @@ def test_the_log_has_whole_lines_only(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("lines are lost") == 1
 
 
-def test_an_older_checkpoint_without_these_knobs_resumes(text, tmp_path):  # noqa: F811
+def test_an_older_checkpoint_without_these_knobs_resumes(text, tmp_path):
     import checkpoint
     run = tmp_path / "run"
     assert fresh(text, run, "--max_steps", 2, "--save_interval", 1, "--eval_interval", 0) == 0

@@ -136,7 +136,7 @@ def prepare(folder, server, *argv, code="", port=None):
     """`python -m prepare --source hindi` in a folder, talking to the stand-in."""
     env = dict(os.environ, PYTHONPATH=str(config.ROOT), HF_ENDPOINT=f"http://127.0.0.1:{port or server.server_port}",
                HF_HOME=str(folder / "hf"), HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
-    run = f"if True:\n import sys, config, hub, prepare\n hub.WAITS = (0.1,) * 4\n{code}\n config.run(prepare.main)"
+    run = f"if True:\n import sys, cli, hub, prepare\n hub.WAITS = (0.1,) * 4\n{code}\n cli.run(prepare.main)"
     words = [sys.executable, "-c", run, "--source", "hindi", "--tokenizer_vocab", "800", *map(str, argv)]
     return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8", timeout=120)
 

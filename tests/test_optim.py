@@ -9,7 +9,7 @@ from torch import nn
 import checkpoint
 import shapes
 import optim
-from config import UserError
+from knobs import UserError
 from model import build_model
 
 

@@ -21,7 +21,7 @@ import documents
 import prepare
 import spool
 import tokenizer
-from config import UserError
+from knobs import UserError
 from documents import find_files, read_documents
 from prepare import build, ensure_builtin
 from tokenizer import Tokenizer, normalise

@@ -2,11 +2,10 @@
 import json
 import re
 import shlex
-import sys
 
 import pytest
 import torch
-from conftest import aria
+from conftest import RUNS, aria, call
 
 import checkpoint
 import config
@@ -18,7 +17,6 @@ import sample
 import train
 
 MODES = {"full": (), "block": ("--blockwise",), "block_frozen": ("--blockwise", "--frozen_context")}
-RUNS = {"primary": "checkpoints/eco_hybrid_hi", "backup": "checkpoints/diffusion_hi"}
 EDGE = """python -m sample \\
   --ckpt checkpoints/eco_hybrid_hi/latest.pt \\
   --tokenizer data/tokenizer/aria_hindi.model \\
@@ -55,21 +53,6 @@ def words(document, kind="primary"):
     if kind == "backup":
         document = document.replace("eco_hybrid_hi", "diffusion_hi").replace("--model primary", "--model backup")
     return shlex.split(document.replace("\\\n", " "))[2:]
-
-
-@pytest.fixture
-def here(trained, monkeypatch):
-    monkeypatch.chdir(trained)
-    return trained
-
-
-def call(main, *arguments):
-    """An entry point in this process, as config.run would do it -> exit code."""
-    try:
-        return main([str(a) for a in arguments]) or 0
-    except config.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
 
 
 def stats(errors):
@@ -229,16 +212,12 @@ def test_every_spelling_of_a_checkpoint(here, capsys):
     assert "step_000010" in capsys.readouterr().err, "the message lists what there is"
 
 
-def test_wrong_model_and_wrong_tokenizer(here, capsys, tmp_path):
+def test_wrong_model_and_wrong_tokenizer(here, text, capsys):
     assert call(sample.main, RUNS["primary"], "--model", "backup") == 2
     assert "use --model primary" in capsys.readouterr().err
-    import prepare
-    other = tmp_path / "other.model"
-    prepare.main(["--source", "builtin", "--max_chars", "7000", "--tokenizer_vocab", "400", "--data_dir", str(tmp_path / "d"),
-                  "--tokenizer", str(other)])
-    assert call(sample.main, RUNS["primary"], "--tokenizer", other) == 2
+    assert call(sample.main, RUNS["primary"], "--tokenizer", text / "t.model") == 2
     assert "leave the flag out" in capsys.readouterr().err
-    assert call(evaluate.main, RUNS["primary"], "--data_dir", tmp_path / "d") == 2
+    assert call(evaluate.main, RUNS["primary"], "--data_dir", text) == 2
 
 
 # ---- the mode comparison ------------------------------------------------------------------------------------------------

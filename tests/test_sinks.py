@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-from conftest import aria
-from test_train import HARD, call, fresh, log, text, weights  # noqa: F401
+from conftest import aria, log
+from test_train import HARD, call, fresh, weights
 
 import knobs
 import sinks
@@ -82,7 +82,7 @@ def test_numbers_of_an_event():
 # ---- the training does not notice ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
-def test_samples_and_sinks_change_no_weight(text, tmp_path, kind, capsys):  # noqa: F811
+def test_samples_and_sinks_change_no_weight(text, tmp_path, kind, capsys):
     """With samples at every second step and TensorBoard, with neither, and with a TensorBoard that cannot write: equal bits."""
     pytest.importorskip("tensorboard")
     (tmp_path / "file").write_text("in the way")
@@ -98,7 +98,7 @@ def test_samples_and_sinks_change_no_weight(text, tmp_path, kind, capsys):  # no
     assert said[-1]["prompt"] in (tmp_path / "b/report.html").read_text(encoding="utf-8")
 
 
-def test_tensorboard_holds_the_log(text, tmp_path):  # noqa: F811
+def test_tensorboard_holds_the_log(text, tmp_path):
     """Read back by TensorBoard itself: every figure of every step; what a resume does again counts once."""
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run, logs = tmp_path / "run", ("--tensorboard", "on", "--log_dir", tmp_path / "logs")
@@ -116,7 +116,7 @@ def test_tensorboard_holds_the_log(text, tmp_path):  # noqa: F811
     assert len(spoken) == 2 and found.Tensors(spoken[0])[0].tensor_proto.string_val[0].decode().startswith(spoken[0][7:])
 
 
-def test_wandb_offline_goes_on_with_its_run(text, tmp_path):  # noqa: F811
+def test_wandb_offline_goes_on_with_its_run(text, tmp_path):
     """The real package, twice: figures in its file on the disk, and the same run after a resume. Nothing is sent."""
     pytest.importorskip("wandb")
     env = {"WANDB_MODE": "offline", "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:1"}
@@ -150,8 +150,9 @@ def test_what_is_missing_is_told_before_anything_is_loaded(tmp_path, monkeypatch
 
 
 def call_raw(words):
+    import cli
     import config
-    sinks.check(config.parse(config.TrainArgs, words, "train")[0])
+    sinks.check(cli.parse(config.TrainArgs, words, "train")[0])
 
 
 def test_wandb_flags_need_wandb():

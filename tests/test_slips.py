@@ -1,6 +1,5 @@
 """Slips: each command ends with exit code 2 and a sentence that names the way out, and leaves every file as it was."""
 import contextlib
-import hashlib
 import os
 import pickle
 import resource
@@ -8,36 +7,25 @@ import shutil
 import subprocess
 import sys
 
+import conftest
 import pytest
 from conftest import ROOT, aria
-
-import prepare
 
 RUN = "checkpoints/eco_hybrid_hi"
 TRAIN = "--d_model 16 --n_layers 1 --n_heads 2 --d_ff 32 --max_steps 20 --threads 1 --output_dir " + RUN
 
 
 def tree(folder):
-    """{file: its hash}, lock files aside."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file() and path.name.upper() not in ("LOCK", ".LOCK")}
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """Token files and a tokenizer that belong to another text."""
-    folder = tmp_path_factory.mktemp("other")
-    prepare.main(["--source", "builtin", "--max_chars", "7000", "--tokenizer_vocab", "400",
-                  "--data_dir", str(folder), "--tokenizer", str(folder / "other.model")])
-    return folder
+    """conftest's, lock files aside."""
+    return {path: value for path, value in conftest.tree(folder).items() if not path.upper().endswith(("/LOCK", "/.LOCK"))}
 
 
 @pytest.fixture
-def user(trained, other, tmp_path):
-    """A user's folder that a slip could ruin: text, tokenizer, two runs."""
+def user(trained, text, tmp_path):
+    """A user's folder that a slip could ruin: text, tokenizer, two runs, and another text with its tokenizer."""
     folder = tmp_path / "user"
     shutil.copytree(trained, folder)
-    shutil.copytree(other, folder / "other")
+    shutil.copytree(text, folder / "other")
     return folder
 
 
@@ -84,7 +72,7 @@ SLIPS = {  # what is wrong -> (what the user did to the folder, the command, wha
     "another text's tokenizer, first weights": (None, f"train {TRAIN} --ckpt {RUN} --data_dir other",
                                                 ("400", "800", "--tokenizer")),
     "weights of another width": (None, f"train {TRAIN} --ckpt {RUN}", ("does not fit", "head.weight")),
-    "another text's tokenizer, sample": (None, f"sample {RUN} --tokenizer other/other.model", ("leave the flag out",)),
+    "another text's tokenizer, sample": (None, f"sample {RUN} --tokenizer other/t.model", ("leave the flag out",)),
     "missing tokenizer": (None, f"sample {RUN} --tokenizer gone.model", ("gone.model",)),
     "missing prompts file": (None, f"sample {RUN} --prompts_file gone.txt", ("gone.txt", "No such file")),
     "prompts not UTF-8": (put("p.txt", b"\xff"), f"sample {RUN} --prompts_file p.txt", ("p.txt", "UTF-8")),

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 import tokenizer
-from config import UserError
+from knobs import UserError
 from tokenizer import BOS, EOS, LINE_BYTES, Tokenizer, normalise, script_of, sentences, train_tokenizer
 
 HINDI = "मुझे एक अच्छी कहानी सुनाओ। भारत में आज मौसम कैसा है? पिताजी ने क़लम और सड़क देखी।"
@@ -243,7 +243,7 @@ def test_mutated_models_never_kill_the_process(tok, tmp_path):
     """Byte flips and cuts, in one child: UserError or a tokenizer that works, but no signal."""
     code = """if True:
         import random, sys
-        from config import UserError
+        from knobs import UserError
         from tokenizer import Tokenizer
         data, rnd = open(sys.argv[1], "rb").read(), random.Random(5)
         for _ in range(200):

@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from conftest import ROOT, aria
+from conftest import ROOT, aria, log, tree
 
 import config
 import shapes
@@ -20,7 +21,6 @@ import knobs
 import masking
 import model as models
 import optim
-import prepare
 import train
 
 SHAPE = ("--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 32, "--memory_slots", 2, "--seq_len", 16,
@@ -29,31 +29,12 @@ SHAPE = ("--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 32, "--memo
 HARD = ("--dropout", 0.1, "--ema", 0.9, "--masking_strategy", "span", "--keep_full", 9)      # all that carries state
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Token files of a few thousand tokens, so that a few dozen steps are more than an epoch."""
-    folder = tmp_path_factory.mktemp("text")
-    prepare.main(["--source", "builtin", "--max_chars", "7000", "--tokenizer_vocab", "400",
-                  "--data_dir", str(folder), "--tokenizer", str(folder / "t.model")])
-    return folder
-
-
 def call(*words):
-    """train.main in this process, as config.run would do it -> exit code."""
-    try:
-        return train.main([str(word) for word in words])
-    except config.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+    return conftest.call(train.main, *words)
 
 
 def fresh(text, run, *more):
     return call("--data_dir", text, "--output_dir", run, *SHAPE, *more)
-
-
-def log(run, event="train"):
-    lines = [json.loads(line) for line in (run / "train.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    return [line for line in lines if line["event"] == event]
 
 
 def curve(run):
@@ -63,10 +44,6 @@ def curve(run):
 
 def weights(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
-
-
-def tree(folder):
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
