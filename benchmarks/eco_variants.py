@@ -20,6 +20,8 @@
 
 Every run is a process of its own that changes the model, then calls train or evaluate. The layers of all have equally many
 parameters, by d_ff; the numbers in the report are counted on the built model. Other words are those of run_experiments.
+The checkpoints are for this script alone: those of rotary_read, mean_read and uncapped_write have the product's very tensors, and
+would be read there as something that they are not.
 """
 import argparse
 import dataclasses
