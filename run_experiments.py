@@ -50,10 +50,22 @@ class Run(NamedTuple):
     name: str
     variant: str
     args: TrainArgs
+    via: tuple = ()              # words in front of its commands: a script that changes the model before it runs them ...
+    counted: dict | None = None  # ... and what the changed model really has, of sizes
 
     @property
     def folder(self):
         return self.args.run_dir
+
+    @property
+    def log(self):
+        return self.folder.with_name(f"{self.name}.log")
+
+    @property
+    def sizes(self):
+        c = shapes.model_config(self.args, vocabulary(self.args.data_dir))
+        return self.counted or {"params": shapes.count_params(c), "params_blocks": shapes.block_params(c),
+                                "flops_per_token": flops(c, self.args)}
 
 
 # ---- the plan ---------------------------------------------------------------------------------------------------------
@@ -146,9 +158,8 @@ def identity(a):
 def plan_file(args, runs, step_ms):
     entries = []
     for run in runs:
-        c = shapes.model_config(run.args, vocabulary(run.args.data_dir))
-        entries.append({"name": run.name, "variant": run.variant, "seed": run.args.seed, "module": "train",
-                        "args": flags(run.args), "params": shapes.count_params(c), "flops_per_token": flops(c, run.args)})
+        entries.append({"name": run.name, "variant": run.variant, "seed": run.args.seed, "module": "train", "via": run.via,
+                        "args": flags(run.args), **run.sizes})
     return {"version": 1, "study": args.study, "architectures": args.architectures, "time_modes": args.time_modes,
             "masking_strategies": args.masking_strategies, "seeds": sorted({run.args.seed for run in runs}),
             "match": args.match, "step_ms": step_ms, "runs": entries}
@@ -164,11 +175,10 @@ def tell(args, runs, root):
     print(f"{len(runs)} runs of {first.args.max_steps} steps, {tokens / 1e6:.1f}M tokens each; matched: {args.match}; plan: "
           f"{root / 'experiment_plan.json'}{'' if vocab else '; no prepared text yet, so parameters are without embedding'}")
     for run in {run.variant: run for run in runs}.values():
-        c = shapes.model_config(run.args, vocabulary(run.args.data_dir))
-        print(f"  {run.variant:28} {run.args.model}, d_ff {run.args.d_ff}, {shapes.count_params(c):,} parameters, "
-              f"{flops(c, run.args) / 1e6:.1f} MFLOP/token")
+        print(f"  {run.variant:28} {run.args.model}, d_ff {run.args.d_ff}, {run.sizes['params']:,} parameters, "
+              f"{run.sizes['flops_per_token'] / 1e6:.1f} MFLOP/token")
     for run in runs:
-        print(shlex.join(["python", "-m", "train", *flags(run.args)]))
+        print(shlex.join(["python", *(run.via or ("-m",)), "train", *flags(run.args)]))
 
 
 # ---- running one ------------------------------------------------------------------------------------------------------
@@ -195,10 +205,11 @@ def die_with_parent():
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def child(command, words, log, lock, enough=None):
-    """Run one of our commands, its output appended to log -> exit code. enough(): is it time to save and leave?"""
-    with open(log, "ab") as out:
-        process = subprocess.Popen([sys.executable, str(config.ROOT / f"{command}.py"), *words], stdin=subprocess.DEVNULL,
+def child(run, command, words, lock, enough=None):
+    """Run one of our commands, its output appended to the run's log -> exit code. enough(): is it time to save and leave?"""
+    program = [*run.via, command] if run.via else [str(config.ROOT / f"{command}.py")]
+    with open(run.log, "ab") as out:
+        process = subprocess.Popen([sys.executable, *program, *words], stdin=subprocess.DEVNULL,
                                    stdout=out, stderr=subprocess.STDOUT, pass_fds=(lock,) if fcntl else (),
                                    preexec_fn=die_with_parent if sys.platform == "linux" else None)
         told = False
@@ -234,21 +245,19 @@ def train(run, lock, until=None):
 
     if until and enough():
         return None
-    log = run.folder.with_name(f"{run.name}.log")
-    code = child("train", flags(run.args), log, lock, enough if until else None)
+    code = child(run, "train", flags(run.args), lock, enough if until else None)
     if code == 0 or until and enough():
         return None
-    return {"status": "failed", "code": code, "error": last_words(log)}
+    return {"status": "failed", "code": code, "error": last_words(run.log)}
 
 
 def evaluate(args, run, lock):
     """Score a trained run -> what went wrong, or None. All variants of a study are asked by the block rules of its base."""
-    log = run.folder.with_name(f"{run.name}.log")
-    code = child("evaluate", ["--ckpt", str(run.folder), "--blocks", args.train_block_sizes, "--batches", str(args.batches),
-                              "--draws", str(args.draws), "--chain_docs", str(args.chain_docs), "--repeats", "0",
-                              "--device", args.device, "--threads", str(args.threads),
-                              "--out_json", str(run.folder / "evaluate.json")], log, lock)
-    return None if code == 0 else {"status": "failed", "code": code, "error": last_words(log)}
+    words = ["--ckpt", str(run.folder), "--blocks", args.train_block_sizes, "--batches", str(args.batches),
+             "--draws", str(args.draws), "--chain_docs", str(args.chain_docs), "--repeats", "0", "--device", args.device,
+             "--threads", str(args.threads), "--out_json", str(run.folder / "evaluate.json")]
+    code = child(run, "evaluate", words, lock)
+    return None if code == 0 else {"status": "failed", "code": code, "error": last_words(run.log)}
 
 
 def figures(args, run, reference):
@@ -266,8 +275,7 @@ def figures(args, run, reference):
     step, tokens, seconds = curve[-1][:3]
     return {"name": run.name, "study": args.study or "matrix", "variant": run.variant, "reference": reference, "seed": a.seed,
             "match": args.match, "model": a.model, "objective": a.objective, "flags": identity(a), "d_ff": c.d_ff,
-            "params": shapes.count_params(c), "params_blocks": shapes.block_params(c), "flops_per_token": flops(c, a),
-            "steps": step, "tokens": tokens, "corpus_tokens": meta["data"]["tokens"], "seconds": seconds,
+            **run.sizes, "steps": step, "tokens": tokens, "corpus_tokens": meta["data"]["tokens"], "seconds": seconds,
             "tok_s": tokens / seconds, "bound": bound, "chain_rule": rules("chain_rule"),
             **{k: statistics.fmean(r[k] for r in bound.values()) for k in ("nats", "bits_per_byte", "bits_per_byte_se")
                if None not in [r[k] for r in bound.values()]},
@@ -313,7 +321,7 @@ class Book:
         if self.finished(run):
             say(f"{number} {run.name}: finished before")
             return self.note(run, {"status": "finished"})
-        say(f"{number} {run.name}: training, log {run.folder.with_name(run.name + '.log')}")
+        say(f"{number} {run.name}: training, log {run.log}")
         wrong = train(run, lock) or evaluate(self.args, run, lock)
         if wrong:
             say(f"{number} {run.name}: FAILED with exit code {wrong['code']}: {wrong['error']}")
@@ -371,7 +379,7 @@ def measure_speed(runs, root, lock):
     for run in {run.variant: run for run in runs}.values():
         folder = root / f"probe_{run.variant}"
         short = dataclasses.replace(run.args, output_dir=str(folder), max_steps=PROBE_STEPS, eval_interval=0, show_samples=False)
-        probe = Run(folder.name, run.variant, short)
+        probe = run._replace(name=folder.name, args=short)
         if wrong := train(probe, lock):
             raise UserError(f"the speed of {run.variant} cannot be measured: {wrong['error']}", code=1)
         by_rule = {}
@@ -419,7 +427,11 @@ def main(argv=None):
     if mine or (mine := [name for name in varied if origins[name] == "flag"]):
         raise UserError(f"--{mine[0]} is set by run_experiments itself: use {OURS.get(mine[0], 'another --study, or none')}")
     root = Path(args.output_root or ("checkpoints/studies/" + args.study if args.study else "checkpoints/ablations"))
-    runs = make_plan(args, origins, root)
+    return carry_out(args, make_plan(args, origins, root), root)
+
+
+def carry_out(args, runs, root):
+    """Tell the plan, and run or write it -> exit code."""
     tell(args, runs, root)
     if args.execute:
         return execute(args, runs, root)

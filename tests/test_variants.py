@@ -1,0 +1,185 @@
+"""The ablation of EcoHybrid's block: every changed block learns, keeps the block rule and has the size and effect that it claims.
+
+    python -m pytest tests/test_variants.py
+"""
+import itertools
+import json
+import math
+import shlex
+
+import conftest  # noqa: F401  (puts the repository on the path)
+import pytest
+import torch
+from safetensors import safe_open
+
+import run_experiments
+import shapes
+import study_report
+from benchmarks import eco_variants
+from benchmarks.eco_variants import VARIANTS
+from knobs import UserError
+from layers import rotary_table, rotate, unit_rms
+from studies import STUDIES
+
+VOCAB = 40
+SHAPE = dict(model="primary", vocab_size=VOCAB, d_model=32, n_layers=3, n_heads=4, d_ff=48, memory_slots=4, conv_kernel=5)
+STUDY = dict(model="primary", vocab_size=4000, d_model=128, n_layers=4, n_heads=4, d_ff=512, memory_slots=8)
+
+
+def tiny(name, **changes):
+    torch.manual_seed(1)
+    net = VARIANTS[name](shapes.ModelConfig(**SHAPE | changes))
+    with torch.no_grad():
+        for p in net.parameters():                     # away from the symmetric start, so that every path matters
+            p += 0.1 * torch.randn_like(p)
+    return net.eval()
+
+
+def texts(length, batch=2):
+    g = torch.Generator().manual_seed(length)
+    x0 = torch.randint(1, VOCAB, (batch, length), generator=g)
+    hidden = torch.rand(batch, length, generator=g) < 0.5
+    return x0, torch.where(hidden, VOCAB, x0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_gets_a_gradient(name):
+    """In blocks all; in one block of the whole text there is nothing that a slot could forget, and no clean stream."""
+    for block, idle in ((8, ()), (33, ("decay",))):
+        net = tiny(name)
+        x0, xt = texts(33)
+        net.logits(net.hidden_blocks(xt, x0, block))[..., 1:VOCAB].logsumexp(-1).sum().backward()
+        assert [n for n, p in net.named_parameters() if not n.endswith(idle) and (p.grad is None or not p.grad.any())] == []
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_block_rule(name):
+    """A clean token moves later blocks only, a noisy one its own block only; with padding on both sides, which nobody sees."""
+    net, block, first, length = tiny(name), 8, 5, 39
+    x0, xt = texts(length)
+    edges = [0, *range(first, length, block), length]
+    base = net.hidden_blocks(xt, x0, block, first)
+    for lo, hi in itertools.pairwise(edges):
+        for position in (lo, hi - 1):
+            other, noisy = x0.clone(), xt.clone()
+            other[:, position] = other[:, position] % 39 + 1
+            moved = (net.hidden_blocks(xt, other, block, first) - base).abs().amax(-1)
+            assert (moved[:, :hi] == 0).all()
+            assert hi == length or name == "no_memory" and position == lo or (moved[:, hi:] > 0).any()
+            noisy[:, position] = noisy[:, position] % 39 + 1
+            moved = (net.hidden_blocks(noisy, x0, block, first) - base).abs().amax(-1)
+            assert (moved[:, lo:hi] > 0).any() and (moved[:, :lo] == 0).all() and (moved[:, hi:] == 0).all()
+        cut = net.hidden_blocks(xt[:, :hi], x0[:, :hi], block, first)              # as if the text ended here
+        torch.testing.assert_close(cut, base[:, :hi], atol=1e-5, rtol=1e-5)
+    (net.head.inputs if name == "untied" else net.head.weight)[0] += 1.0           # the padding's embedding
+    torch.testing.assert_close(net.hidden_blocks(xt, x0, block, first), base, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_layers_are_of_one_size_and_counted_truly(name):
+    c = shapes.ModelConfig(**STUDY)
+    c = shapes.ModelConfig(**STUDY | dict(d_ff=eco_variants.match_d_ff(name, c)))
+    net = VARIANTS[name](c)
+    size = sum(p.numel() for p in net.layers.parameters())
+    assert abs(size / shapes.block_params(shapes.ModelConfig(**STUDY)) - 1) < 0.02
+    assert eco_variants.counts(name, c) == (sum(p.numel() for p in net.parameters()), size)
+    if name == "reference":
+        assert eco_variants.counts(name, c) == (shapes.count_params(c), shapes.block_params(c)) and c.d_ff == 512
+
+
+@pytest.mark.parametrize("block", [16, 128])
+def test_arithmetic_of_the_reference_is_the_formula(block):
+    c = shapes.ModelConfig(**STUDY)
+    counted = eco_variants.train_flops("reference", c, 128, block, 0.5)
+    assert counted == pytest.approx(shapes.train_flops(c, 128, block, 0.5), rel=0.05)
+
+
+# ---- what each changes ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_without_convolution_a_block_is_a_bag_and_a_rotary_memory_orders_it_again():
+    x0, xt = texts(16)
+    swapped = xt.clone()
+    swapped[:, 9], swapped[:, 14] = xt[:, 14], xt[:, 9]
+    gaps = {}
+    for name in ("no_conv", "no_conv_rotary"):
+        net = tiny(name)
+        a, b = net.hidden_blocks(xt, x0, 8), net.hidden_blocks(swapped, x0, 8)
+        gaps[name] = (a[:, 9] - b[:, 14]).abs().max()
+    assert gaps["no_conv"] < 1e-5 and gaps["no_conv_rotary"] > 1e-3
+
+
+@torch.no_grad()
+def test_rotary_read_is_a_sum_over_relative_places():
+    """Against loops: the state of two blocks, read by every token of the second."""
+    layer = tiny("rotary_read").layers[0]
+    H, M, E, S = 4, 4, 4, 3
+    q, v, s = torch.randn(1, 2, S, H * E), torch.randn(1, 2, S, H * E), torch.randn(1, 2, S, H * M)
+    own = layer.write(v, s)
+    found = layer.read(q, own + layer.prefix(own, S))[0, 1].view(S, H, E)
+    w = torch.exp(8 * torch.tanh(s / 8)).view(2 * S, H, M)
+    for i, h in itertools.product(range(S), range(H)):
+        num = torch.zeros(M, E)
+        for j in range(2 * S):
+            turned = rotate(v.view(2 * S, H, E)[j, h][None], rotary_table(torch.tensor([j - S - i]), E))      # (1, E)
+            num += w[j, h][:, None] * turned
+        value = unit_rms(num)
+        share = ((value + layer.slot_key[h]) @ q[0, 1].view(S, H, E)[i, h] * E ** -0.5).softmax(0)
+        torch.testing.assert_close(found[i, h], share @ value, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_mean_read_reads_means_uncapped_writes_more_and_no_decay_forgets_nothing():
+    q, v, s = torch.randn(1, 1, 16), torch.randn(1, 1, 16), torch.full((1, 1, 16), 20.0)
+    layer = tiny("mean_read").layers[0]
+    torch.testing.assert_close(layer.read(q, layer.write(v, s)), v)                # of one token: its own v
+    ratio = tiny("uncapped_write").layers[0].write(v, s) / tiny("reference").layers[0].write(v, s)
+    assert float(ratio.mean()) == pytest.approx(math.exp(20) / math.exp(8 * math.tanh(20 / 8)), rel=1e-4)
+    own = torch.randn(1, 5, 4, 4, 4)
+    torch.testing.assert_close(tiny("no_decay").layers[0].prefix(own, 8)[:, 4], own[:, :4].sum(1))
+
+
+@torch.no_grad()
+def test_attention_stands_in_every_nth_layer_and_time_is_the_blocks_own():
+    for n, layers in ((2, [False, True, False]), (3, [False, False, True])):
+        assert [hasattr(layer, "attn") for layer in tiny(f"attn_every_{n}").layers] == layers
+    head = tiny("time_conditioning").head
+    told = head(torch.tensor([[VOCAB, 5, 0, 0], [VOCAB, 5, 6, VOCAB], [7, 5, 6, 8], [5, VOCAB, VOCAB, VOCAB]]))[:, 0]
+    extra = told - head.weight[[VOCAB, VOCAB, 7, 5]]                               # (4, D): half (of what is there), half, 0, 3/4
+    torch.testing.assert_close(extra[0], extra[1])
+    assert all((extra[0] - extra[i]).abs().max() > 1e-3 for i in (2, 3))
+
+
+# ---- for real ---------------------------------------------------------------------------------------------------------
+
+WORDS = """--only attn_every_2 --seeds 7 --d_model 16 --n_layers 2 --n_heads 2 --d_ff 64 --memory_slots 2 --seq_len 32
+    --batch_size 2 --grad_accum 1 --log_interval 2 --train_block_sizes T,8 --max_steps 4 --eval_interval 2
+    --eval_batches 2 --save_interval 2 --threads 1 --batches 2 --draws 1 --chain_docs 1 --output_root variants
+    --data_dir data/processed --execute""".split()
+
+
+def test_a_study_runs_once_and_is_reported(corpus_dir, monkeypatch, capfd):
+    monkeypatch.chdir(corpus_dir)
+    monkeypatch.setitem(STUDIES, "eco_variants", None)                             # it is in the table only while it runs
+    assert eco_variants.main(WORDS) == 0, capfd.readouterr().err
+    lines = study_report.latest(corpus_dir / "variants/results.jsonl")
+    assert set(lines) == {"reference", "attn_every_2"} and not capfd.readouterr().err.count("finished before")
+    assert eco_variants.main(WORDS) == 0 and capfd.readouterr().err.count("finished before") == 2
+    for name, line in lines.items():
+        assert (line["study"], line["variant"], line["reference"], line["steps"]) == ("eco_variants", name, "reference", 4)
+        (path,) = (corpus_dir / "variants" / name).glob("step_000004/model.safetensors")
+        with safe_open(path, "pt") as f:
+            found = {key: math.prod(f.get_slice(key).get_shape()) for key in f.keys()}
+        assert line["params"] == sum(found.values()) and any("attn" in key for key in found) == (name != "reference")
+        assert line["params_blocks"] == sum(n for key, n in found.items() if key.startswith("layers"))
+        meta = json.loads((corpus_dir / "variants" / name / "train.jsonl").read_text().splitlines()[0])
+        assert meta["params_total"] == line["params"]
+    assert run_experiments.main(["--report", "variants", "--results_page", "page.md"]) == 0
+    assert (corpus_dir / "page.md").read_text().count("| attn_every_2 |") == 1
+
+
+@pytest.mark.parametrize("line", ["--model backup", "--study loss", "--match flops", "--show_samples", "--output_dir x"])
+def test_what_the_script_sets_itself_is_refused(line):
+    with pytest.raises(UserError, match=line.split()[0]):
+        eco_variants.main(shlex.split(line))
