@@ -20,26 +20,24 @@ Differences to the first arm are paired by window. Every finished run is a line 
 on after a break.
 Prints a table; writes curves.png there where matplotlib exists; the last line is one JSON document.
 """
-import argparse
 import contextlib
 import functools
 import json
 import math
-import sys
 import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch                                                     # noqa: E402
+import torch
+from common import arguments
 
-import config                                                    # noqa: E402
-import masking                                                   # noqa: E402
-import runtime                                                   # noqa: E402
-import tokens                                                    # noqa: E402
-from benchmarks import peer_models, peers                        # noqa: E402
-from estimators import bits_per_byte                             # noqa: E402
+import config
+import masking
+import runtime
+import tokens
+from benchmarks import peer_models, peers
+from estimators import bits_per_byte
 
 FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)               # times the published rate
 FIRST = 3, 4, 5                                                  # of FACTORS, tried by everybody
@@ -318,7 +316,7 @@ def compare(args):
 
 
 def parser():
-    p = argparse.ArgumentParser()
+    p = arguments(__doc__)
     p.add_argument("--peers", default="peers", help="folder of the peers, see benchmarks/peers.py")
     p.add_argument("--data_dir", default="data/processed", help="prepared text")
     p.add_argument("--out", default="logs/bound_peers", help="results.jsonl and curves.png; the same command goes on there")

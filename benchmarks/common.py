@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def arguments(doc):
+def arguments(doc, **more):
     """A parser for a script with this docstring, whose first line describes it."""
-    return argparse.ArgumentParser(description=doc.split("\n")[0])
+    return argparse.ArgumentParser(description=doc.split("\n")[0], **more)
 
 
 def in_turn(runs, rounds, clock=time.perf_counter, warm_up=True):

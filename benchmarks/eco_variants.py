@@ -23,7 +23,6 @@ parameters, by d_ff; the numbers in the report are counted on the built model. O
 The checkpoints are for this script alone: those of rotary_read, mean_read and uncapped_write have the product's very tensors, and
 would be read there as something that they are not.
 """
-import argparse
 import dataclasses
 import functools
 import importlib
@@ -31,19 +30,20 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch                                                     # noqa: E402
-import torch.nn.functional as F                                  # noqa: E402
-from torch import nn                                             # noqa: E402
+import torch
+import torch.nn.functional as F
+from common import arguments
+from torch import nn
 
-import config                                                    # noqa: E402
-import run_experiments                                           # noqa: E402
-import shapes                                                    # noqa: E402
-from attention import MultiHead, block_masks                     # noqa: E402
-from eco_hybrid import EcoHybrid, EcoLayer                       # noqa: E402
-from knobs import UserError                                      # noqa: E402
-from layers import Linear, LocalConv, RMSNorm, TiedHead, initialise, rotary_table, rotate, unit_rms       # noqa: E402
-from studies import SMALL, STUDIES, Study                        # noqa: E402
+import cli
+import config
+import run_experiments
+import shapes
+from attention import MultiHead, block_masks
+from eco_hybrid import EcoHybrid, EcoLayer
+from knobs import UserError
+from layers import Linear, LocalConv, RMSNorm, TiedHead, initialise, rotary_table, rotate, unit_rms
+from studies import SMALL, STUDIES, Study
 
 STUDY = "eco_variants"
 FIXED = ("model", "objective", "study", "match", "report", "architectures", "show_samples", *list(run_experiments.OURS)[:5])
@@ -330,17 +330,17 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--variant"]:
         return inside(argv[1], argv[2], argv[3:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    parser = arguments(__doc__, allow_abbrev=False)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="these, and the reference")
     ours, words = parser.parse_known_args(argv)
-    args, origins = config.parse(config.ExperimentArgs, words, "run_experiments", tier=SMALL)
+    args, origins = cli.parse(config.ExperimentArgs, words, "run_experiments", tier=SMALL)
     if mine := [name for name in FIXED if origins[name] == "flag"]:
         raise UserError(f"--{mine[0]} is set by this script itself: leave it out")
-    config.announce(args, origins)
+    cli.announce(args, origins)
     root = Path(args.output_root or f"checkpoints/studies/{STUDY}")
     args, runs = plan(args, origins, ours.only, root)
     return run_experiments.carry_out(args, runs, root)
 
 
 if __name__ == "__main__":
-    config.run(main)
+    cli.run(main)

@@ -12,22 +12,19 @@ a noisy neighbour hits all; figures are medians over the rounds, and the first r
 its own loop: its step is measured from the end of one step to the end of the next.
 What they have learned after equal training: bound_peers.py. Prints a table; the last line is one JSON document.
 """
-import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import tempfile
 import time
 import warnings
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch                                                     # noqa: E402
+import torch
+from common import arguments
 
-import runtime                                                   # noqa: E402
-from benchmarks import peer_models, peers                        # noqa: E402
-from benchmarks.peer_models import DTYPE, Setting                # noqa: E402
+import runtime
+from benchmarks import peer_models, peers
+from benchmarks.peer_models import DTYPE, Setting
 
 VOCAB = 8000                                                     # the mask is one more row
 SHAPES = {
@@ -140,7 +137,7 @@ def compare(shape, args):
 
 
 def main():
-    p = argparse.ArgumentParser()
+    p = arguments(__doc__)
     p.add_argument("--peers", default="peers", help="folder of the peers, see benchmarks/peers.py")
     p.add_argument("--only", nargs="+", default=["aria", *SOURCES], choices=["aria", *SOURCES])
     p.add_argument("--shapes", nargs="+", default=["d256", "d512"], choices=list(SHAPES))
