@@ -138,13 +138,13 @@ def engines(folder, net):
 # ---------------------------------------------------------------------------------------------------- measuring
 
 @torch.no_grad()
-def measure(found, net, rows, copies, repeats, tell=False):
+def measure(found, net, rows, copies, repeats, seed=0, tell=False):
     """-> [{"name", "nats" per token, "se", "variance" of a row's estimate, "forwards", "rows": per row}], engines in turn."""
     values, used = {name: [] for name in found}, Counter()
     for turn in range(repeats):
         for number, (name, engine) in enumerate(found.items()):
             before = net.rows
-            values[name].append(engine(rows, copies, 1000 * turn + number).double() / (rows.shape[1] - 1))       # (n,)
+            values[name].append(engine(rows, copies, 10**6 * seed + 1000 * turn + number).double() / (rows.shape[1] - 1))  # (n,)
             used[name] += net.rows - before
         if tell:
             print(f"turn {turn + 1}: " + ", ".join(f"{name} {float(v[-1].mean()):.4f}" for name, v in values.items()), flush=True)
@@ -298,6 +298,8 @@ def main(argv=None):
     p.add_argument("--copies", type=int, default=16, help="forwards of one row's estimate")
     p.add_argument("--repeats", type=int, default=4)
     p.add_argument("--tiny_repeats", type=int, default=40, help="of the enumerated tiny models; 0: leave them out")
+    p.add_argument("--only", nargs="+", help="with --ckpt: engines with one of these words in their name")
+    p.add_argument("--seed", type=int, default=0, help="other masks of the same rows, with --ckpt")
     p.add_argument("--threads", type=int, default=0)
     args = p.parse_args(argv)
     runtime.start(args.threads)
@@ -313,7 +315,9 @@ def main(argv=None):
         net, rows, path = held_out_rows(args.ckpt, args.data_dir, args.rows)
         net = Counted(net)
         print(f"{path}: {len(rows)} rows of {rows.shape[1]} tokens, {args.repeats} times {args.copies} forwards each", flush=True)
-        measured = measure(engines(args.peers, net), net, rows, args.copies, args.repeats, tell=True)
+        found = engines(args.peers, net)
+        found = {name: run for name, run in found.items() if not args.only or any(word in name for word in args.only)}
+        measured = measure(found, net, rows, args.copies, args.repeats, args.seed, tell=True)
         result |= {"checkpoint": path, "measured": measured, "pairs": compare(measured)}
         report(measured, result["pairs"])
     print(json.dumps({**result, "settings": vars(args), **runtime.environment(torch.device("cpu"))}))
