@@ -170,7 +170,7 @@ def compare(measured):
 
 
 def report(measured, pairs):
-    iid = next((m["variance"] for m in measured if m["name"] == "aria t iid"), 0.0)
+    iid = next((m["variance"] for m in measured if m["name"] == "aria t iid"), math.nan)
     against = {p["b"]: p for p in pairs if p["a"] == measured[0]["name"]}
     print("engine                             nats/token  forwards  row variance  t iid is      gap  allowed  paired")
     for m in measured:
