@@ -1,4 +1,4 @@
-"""The benchmarks beside public peers, as far as they are ours: cache protocols, stand-ins, equal sizes. No peer is needed.
+"""The benchmarks beside public peers, as far as they are ours: protocols, stand-ins, equal sizes. No peer is needed.
 
     python -m pytest tests/test_peers.py
 """
@@ -15,7 +15,7 @@ import torch
 import estimators
 import masking
 import shapes
-from benchmarks import bound_peers, decode_peers, peer_models, peers, train_peers
+from benchmarks import bound_peers, decode_peers, likelihood_peers, peer_models, peers, train_peers
 from model import build_model
 
 CFG = shapes.ModelConfig(model="backup", vocab_size=60, d_model=32, n_layers=3, n_heads=4, d_ff=48)
@@ -174,3 +174,104 @@ def test_a_study_of_bounds_goes_on_where_it_stopped(study, capsys):
     study.seed = 7                                                                 # other settings: nothing of it is taken over
     assert not bound_peers.Study(study).find(arm="aria ar")
     assert json.loads(results.read_text().splitlines()[-1])["kind"] == "run"
+
+
+# ---- likelihood: the same tokens of the same model, whoever asks -------------------------------------------------------
+
+ROWS = torch.cat((torch.full((3, 1), likelihood_peers.BOS), torch.arange(4, 37).view(3, 11)), dim=1)               # (3, 12)
+LLADA = """
+import torch
+from transformers import AutoModel
+def get_log_likelihood(model, prompt, answer, mc_num, batch_size, mask_id):
+    hidden = torch.cat((prompt, torch.full_like(answer, mask_id)))[None].repeat(batch_size, 1)
+    logp = model(hidden).logits[:, len(prompt):].log_softmax(-1)
+    return float(logp.gather(-1, answer.expand(batch_size, -1)[..., None]).sum() / batch_size)
+"""
+RADD = """
+import torch
+from noise_lib import LogLinearNoise
+def get_loss_fn(noise, token_dim, train, loss_type):
+    def loss(model, batch):
+        model.eval()
+        return -model(torch.full_like(batch, token_dim - 1)).gather(-1, batch[..., None])[..., 0].sum(-1)
+    return loss
+"""
+
+
+@pytest.fixture
+def engines_there(tmp_path):
+    """Files with the peers' interfaces and a known answer: the whole row hidden at once, no chance in it."""
+    for name, text in (("LLaDA/get_log_likelihood.py", LLADA), ("RADD/losses.py", RADD),
+                       ("RADD/noise_lib.py", "class LogLinearNoise:\n    pass\n")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_engines_are_given_exactly_our_logits(kind, net):
+    """Both adapters where a token is hidden: the model's own logits, and the very CE that our estimators add up."""
+    model = build_model(shapes.ModelConfig(model=kind, vocab_size=60, d_model=32, n_layers=2, n_heads=4, d_ff=48)).eval()
+    counted = likelihood_peers.Counted(model)
+    hidden = (torch.arange(36).view(3, 12) % 3 == 1) & (torch.arange(12) > 0)
+    xt = torch.where(hidden, model.cfg.mask_id, ROWS)
+    theirs = likelihood_peers.ForLLaDA(counted)(xt).logits
+    assert torch.equal(theirs[hidden], model(xt)[hidden])
+    logp = likelihood_peers.ForRADD(counted).eval()(xt[:, 1:])
+    assert torch.equal(logp[hidden[:, 1:]], model(xt).log_softmax(-1)[hidden]) and logp.shape == (3, 11, 61)
+    piece = likelihood_peers.as_piece(ROWS)
+    ours = estimators.surprise(counted, ROWS, hidden, estimators.lay_out(piece, 12))
+    assert torch.allclose(ours[hidden], -theirs.log_softmax(-1).gather(-1, ROWS[..., None])[..., 0][hidden], atol=1e-5)
+    assert counted.rows == 3 * 3
+
+
+def test_a_uniform_model_costs_ln_v_per_token(engines_there, net):
+    """Through the whole path: who is asked, which tokens count, the sums. All but the time drawn iid leave nothing to chance."""
+    net.head.weight.zero_()
+    counted = likelihood_peers.Counted(net)
+    found = likelihood_peers.measure(likelihood_peers.engines(engines_there, counted), counted, ROWS, 4, 3)
+    assert len(found) == 3 + len(likelihood_peers.RADD_LOSSES)
+    for m in found:
+        exact = m["name"] != "aria t iid"
+        assert abs(m["nats"] - math.log(59)) < (1e-4 if exact else 6 * m["se"]), m["name"]
+        assert (m["variance"] < 1e-9) == exact
+    assert {m["forwards"] for m in found} == {3 * 4 * 3}                           # rows x copies x repeats, of each engine
+
+
+def test_two_ways_to_give_bos_are_one(engines_there, net):
+    """As a prompt, and put in front by the adapter: a model that reads its context says the same, and something else without."""
+    counted = likelihood_peers.Counted(net)
+    found = likelihood_peers.engines(engines_there, counted)
+    a, b = (found[name](ROWS, 4, 0) for name in ("LLaDA get_log_likelihood", "RADD k_DCE"))
+    assert torch.allclose(a, b, rtol=1e-6) and a.dtype == torch.float64 and a.shape == (3,)
+    other = ROWS.clone()
+    other[:, 0] = 9
+    assert not torch.allclose(found["LLaDA get_log_likelihood"](other, 4, 0), a, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_our_code_and_every_mask_by_hand(kind, tmp_path, capsys):
+    """The bound of a tiny model from all 31 masks of 5 tokens: to 1e-6. Without any peer ours is still measured."""
+    rows = likelihood_peers.brute_force(tmp_path, kind, 5, 3, copies=16)
+    assert [r["name"] for r in rows] == ["aria exact count", "aria t iid"] and all(r["ours_off"] < 1e-6 for r in rows)
+    assert abs(rows[0]["nats"] - rows[0]["exact"]) < 6 * rows[0]["se"] and capsys.readouterr().out.count("skipped") == 2
+
+
+def test_the_laws_of_the_counts():
+    """Strides that are whole numbers give every count its share; halves rounded to even do not. Times cut off lose their eps."""
+    assert likelihood_peers.llada_counts(6, 3) == pytest.approx({k: 1 / 6 for k in range(1, 7)})
+    odd = likelihood_peers.llada_counts(6, 4)
+    assert sum(odd.values()) == pytest.approx(1) and odd[2] > 1.4 * odd[1]
+    assert sum(likelihood_peers.radd_times(6).values()) == pytest.approx(0.999, abs=1e-5)
+
+
+def test_a_gap_is_judged_by_both_errors():
+    def engine(name, nats, se):
+        return {"name": name, "nats": nats, "se": se, "variance": 1.0, "forwards": 1, "rows": [nats - 1, nats + 1.1]}
+    close, far = (likelihood_peers.compare([engine("a", 5.0, 0.03), engine("b", b, 0.04)])[0] for b in (5.09, 5.11))
+    assert close["inside"] and not far["inside"] and close["allowed"] == pytest.approx(0.1)
+
+
+def test_nothing_to_compare_with_is_exit_3(tmp_path, capsys):
+    assert likelihood_peers.main(["--peers", str(tmp_path)]) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 1
