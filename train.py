@@ -141,6 +141,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     if saved and ranks.main:
         checkpoint.load_into(model, saved.ema if saved.ema and not resuming else saved.model)
     model = ranks.place(model, device, dtype)
+    model.recompute = args.activation_checkpointing
     optimizer = optim.make_optimizer(model, args)
     ema = optim.EMA(model, args.ema) if args.ema else None
     scaler = optim.LossScaler(optimizer, device, on=dtype is torch.float16)
@@ -239,7 +240,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     def evaluate(step):
         model.eval()
         with torch.no_grad(), runtime.autocast(device, dtype), averaged():
-            score = held_out(model, held, blocks, 0, micro, 1)
+            score = held_out(model, held, blocks, 0, micro, 1, ranks)
         ranks.fold(model)
         nats = sum(r["nats"] for r in score.values()) / len(score)
         error = max(r["se"] for r in score.values())
@@ -247,8 +248,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         log.write("eval", step=step, val_nelbo=nats, val_ci=1.96 * error, val_bpb=bpb, best=nats < best,
                   val_masked_mean=sum(r["masked_mean"] for r in score.values()) / len(score),
                   by_block={"T" if b >= args.seq_len else str(b): r["nats"] for b, r in score.items()})
-        what = "NLL" if args.causal else "bound"
-        say(f"eval {step}/{args.max_steps} | {what} {nats:.4f} +- {1.96 * error:.4f} nats/token | {bpb:.4f} bits/byte | "
+        say(f"eval {step}/{args.max_steps} | {args.measure} {nats:.4f} +- {1.96 * error:.4f} nats/token | {bpb:.4f} bits/byte | "
             + " ".join(f"{'T' if b >= args.seq_len else b}: {r['nats']:.4f}" for b, r in score.items()))
         for prompt in config.PROMPTS[:2] if speaks else ():
             try:
