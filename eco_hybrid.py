@@ -139,6 +139,10 @@ class EcoLayer(nn.Module):
         total = own + self.prefix(context if last else own[1], x.shape[-2])        # the context is the clean stream's, twice
         return self.mix(x, gate, up, self.read(q, total))
 
+    def train_step(self, x, valid=None, last=False):
+        """One block (B, T, D), or both streams as in all_blocks: what training calls, compiles and recomputes."""
+        return self.one_block(x)[0] if x.dim() == 3 else self.all_blocks(x, valid, last)
+
     def clean_blocks(self, x, num, halo, last=False):
         """The clean stream alone, n finished blocks x (B, n, S, D) behind a frozen state -> (x, the new N, the new halo).
 
@@ -202,7 +206,7 @@ class EcoHybrid(nn.Module):
         if block >= T:
             x = self.head(xt)                                                     # (B, T, D)
             for i, layer in enumerate(self.layers, 1):
-                x = recomputed(self.recompute, layer.one_block, x)[0]
+                x = recomputed(self.recompute, layer.train_step, x)
                 if i in (early, len(self.layers)):
                     out.append(self.exits(x, i))
             return out[0] if early is None else torch.stack(out[::-1])
@@ -215,7 +219,7 @@ class EcoHybrid(nn.Module):
             valid = ((at >= 0) & (at < T)).float().view(1, -1, block, 1)           # (1, n, S, 1)
         x = self.head(ids.unflatten(2, (-1, block)))                               # (2, B, n, S, D)
         for i, layer in enumerate(self.layers, 1):
-            x = recomputed(self.recompute, layer.all_blocks, x, valid, i == len(self.layers))
+            x = recomputed(self.recompute, layer.train_step, x, valid, i == len(self.layers))
             if i in (early, len(self.layers)):
                 out.append(self.exits(x[0].flatten(1, 2)[:, before:before + T], i))             # (B, T, D)
         return out[0] if early is None else torch.stack(out[::-1])

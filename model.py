@@ -52,7 +52,7 @@ class TransformerLayer(nn.Module):
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
     def train_step(self, x, table, masks=None, last=False):
-        """x (B, T, D), or with masks (2B, T, D) -> the same; (B, T, D) behind the last layer."""
+        """x (B, T, D), or with masks (2B, T, D) -> the same; (B, T, D) behind the last layer. Training compiles it."""
         h = self.attn_norm(x)
         y = self.attn.one_block(h, table)[0] if masks is None else self.attn.all_blocks(h, table, masks, last)
         return self.add_ff(x[:len(y)] + self.dropout(y))

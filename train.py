@@ -37,18 +37,26 @@ def find_data(args, origins):
 
 
 def compile_step(model, args, shape, device):
-    """Compile the function that the loss really calls; if that fails, say why and go on uncompiled."""
+    """Compile the layers' training form; if that fails, say why and go on uncompiled.
+
+    All layers share their graphs: one for each block rule, with and without a shorter first block, the last layer apart. What
+    changes from step to step (where block 0 ends, which early exit) stays outside, so that nothing is compiled in mid-run.
+    """
     import torch
-    eager = model.hidden_blocks
-    model.hidden_blocks = torch.compile(eager, mode=args.compile_mode)
+    torch._dynamo.config.recompile_limit = 64              # beyond its own 8 graphs, PyTorch would go on in eager silently
+    for layer in model.layers:
+        layer.train_step = torch.compile(layer.train_step, mode=args.compile_mode, dynamic=False)
     started = time.perf_counter()
     try:
         ids = torch.zeros(shape, dtype=torch.long, device=device)
-        model.hidden_blocks(ids, ids, args.seq_len, args.seq_len).sum().backward()
+        for block in sorted(set(args.block_choices)):
+            for first in {block, max(1, block - 1)}:
+                model.hidden_blocks(ids, ids, block, first).sum().backward()
         model.zero_grad(set_to_none=True)
-        say(f"compile: first step in {time.perf_counter() - started:.0f} s")
+        say(f"compile: every block rule in {time.perf_counter() - started:.0f} s")
     except Exception as error:  # whatever a compiler, its C++ toolchain or its cache may raise
-        model.hidden_blocks = eager
+        for layer in model.layers:
+            del layer.train_step
         model.zero_grad(set_to_none=True)
         say(f"compile: failed, going on uncompiled: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
 

@@ -273,6 +273,30 @@ def test_compile_compiles_the_step_that_runs(text, tmp_path, monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("kind, rules", [("backup", 3), ("primary", 9)])
+def test_nothing_is_compiled_in_mid_run(kind, rules, monkeypatch, capsys):
+    """The graphs before step 1 are those of 20 steps with first blocks of any length and early exits; depth adds none."""
+    from torch._dynamo.utils import counters
+    real = torch.compile                                                # graphs are counted, so nobody needs the C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: real(f, backend="eager", dynamic=dynamic))
+    args = config.TrainArgs(model=kind, d_model=16, n_layers=3, n_heads=2, d_ff=24, memory_slots=2, seq_len=32,
+                            train_block_sizes="T,16,8", exit_loss_weight=0.1)
+    net = models.build_model(shapes.model_config(args, 50))
+    torch.compiler.reset()
+    counters.clear()
+    train.compile_step(net, args, (2, 32), "cpu")
+    assert "failed" not in capsys.readouterr().err and counters["stats"]["unique_graphs"] == rules
+    seen = set()
+    for step in range(20):
+        block, first = masking.pick_blocks(args.block_choices, 32, 0, step)
+        seen.add(first)
+        draw = masking.draw(args, 0, step, 2, 32, block, first)
+        masking.denoising_loss(net, torch.randint(4, 50, (2, 32)), draw, "elbo", 64, early=masking.pick_exit(3, 0, step),
+                               early_weight=0.1).loss.backward()
+    assert len(seen) > 5 and counters["stats"]["unique_graphs"] == rules and not counters["graph_break"]
+    torch.compiler.reset()
+
+
 def test_a_compiler_that_fails_is_named_and_training_goes_on(text, tmp_path, monkeypatch, capsys):
     def broken(function, **options):
         def fail(*args):
