@@ -278,6 +278,10 @@ def read_tensors(path):
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Damage(f"{path} is no valid tensor file: {error!r}") from None
 
+def renamed(tensors):
+    """The names that weights, and states of weights, bear today: the last norm came to be one of several exits."""
+    return {re.sub(r"(?<!exits\.)\bfinal_norm\.", "exits.final_norm.", key): t for key, t in tensors.items()}
+
 def load(path, *, parts=("model",), quarantine=False):
     """Any spelling of a checkpoint -> .path .step .config .state .tokenizer_bytes .model .ema .optimizer (or None).
 
@@ -291,7 +295,7 @@ def load(path, *, parts=("model",), quarantine=False):
             raise Damage(f"{folder / 'state.json'} is not of step {manifest['step']}")
         for part in parts:
             file = f"{part}.safetensors"
-            found[part] = read_tensors(folder / file) if file in manifest["files"] else None
+            found[part] = renamed(read_tensors(folder / file)) if file in manifest["files"] else None
         return SimpleNamespace(path=folder, step=manifest["step"], config=config, state=state,
                                tokenizer_bytes=(folder / "tokenizer.model").read_bytes(), **found)
     return first_good(path, read, quarantine)

@@ -141,6 +141,8 @@ class OptimKnobs:
     compile: bool = knob(False, "torch.compile the training step")
     compile_mode: str = knob("default", "for torch.compile", choices=("default", "reduce-overhead", "max-autotune"),
                              rare=True)
+    activation_checkpointing: bool = knob(False, "keep no activations inside the layers, compute them again: far less memory, "
+                                          "more time", rare=True, aliases=("grad_checkpoint", "gradient_checkpointing"))
     fsdp: bool = knob(False, "cut weights and optimizer up over torchrun's processes", "ignore", rare=True)
 
 
@@ -204,6 +206,11 @@ class TrainArgs(CommonKnobs, ResumeKnobs, SinkKnobs, RunKnobs, OptimKnobs, MaskK
     @property
     def causal(self):
         return self.objective == "ar"
+
+    @property
+    def measure(self):
+        """What a held-out figure is: left to right it is exact."""
+        return "NLL" if self.causal else "bound"
 
     def problems(self):
         yield from shape_problems(self)
@@ -432,4 +439,5 @@ def block_problems(name, text):
 
 # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
 ADDED = dict(auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False,
-             objective="masked", fsdp=False) | {f.name: f.default for f in dataclasses.fields(SinkKnobs)}
+             objective="masked", fsdp=False, exit_loss_weight=0.0, activation_checkpointing=False,
+             **{f.name: f.default for f in dataclasses.fields(SinkKnobs)})

@@ -45,6 +45,20 @@ class Ranks:
         mine = rows // self.world
         return slice(self.rank * mine, (self.rank + 1) * mine)
 
+    def deal(self, rows):
+        """Of so many rows those that this rank scores: as many as each other rank, some of the first ones twice if need be."""
+        each = -(-rows // self.world)
+        return [(self.rank * each + i) % rows for i in range(each)]
+
+    def collect(self, found, rows):
+        """What each rank found for the rows dealt to it (each, ...) -> (rows, ...) on every rank, each row once, in order."""
+        if self.world == 1:
+            return found
+        parts = found.new_zeros(self.world, *found.shape)
+        parts[self.rank] = found
+        dist.all_reduce(parts)                                   # to zeros: the same bits as on the rank that found them
+        return parts.flatten(0, 1)[:rows]
+
     # ---- what the ranks tell each other; small things on the CPU, whatever the device ----------------------------------
 
     def tell(self, value):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import Exits, Linear, LocalConv, RMSNorm, TiedHead, initialise, unit_rms
+from layers import Exits, Linear, LocalConv, RMSNorm, TiedHead, initialise, recomputed, unit_rms
 
 SCORE_CAP = 8.0  # |score| of a write: exp(8) = 3,000 to 1 is as selective as a write may be, and never overflows a sum
 
@@ -139,6 +139,10 @@ class EcoLayer(nn.Module):
         total = own + self.prefix(context if last else own[1], x.shape[-2])        # the context is the clean stream's, twice
         return self.mix(x, gate, up, self.read(q, total))
 
+    def train_step(self, x, valid=None, last=False):
+        """One block (B, T, D), or both streams as in all_blocks: what training calls, compiles and recomputes."""
+        return self.one_block(x)[0] if x.dim() == 3 else self.all_blocks(x, valid, last)
+
     def clean_blocks(self, x, num, halo, last=False):
         """The clean stream alone, n finished blocks x (B, n, S, D) behind a frozen state -> (x, the new N, the new halo).
 
@@ -182,6 +186,7 @@ class EcoHybrid(nn.Module):
         self.head = TiedHead(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
         self.layers = nn.ModuleList(EcoLayer(cfg) for _ in range(cfg.n_layers))
         self.exits = Exits(cfg)
+        self.recompute = False                                                     # train.py's --activation_checkpointing
         initialise(self, depth=cfg.n_layers)
 
     def hidden(self, xt, cache=None, depth=None):
@@ -201,7 +206,7 @@ class EcoHybrid(nn.Module):
         if block >= T:
             x = self.head(xt)                                                     # (B, T, D)
             for i, layer in enumerate(self.layers, 1):
-                x = layer.one_block(x)[0]
+                x = recomputed(self.recompute, layer.train_step, x)
                 if i in (early, len(self.layers)):
                     out.append(self.exits(x, i))
             return out[0] if early is None else torch.stack(out[::-1])
@@ -214,7 +219,7 @@ class EcoHybrid(nn.Module):
             valid = ((at >= 0) & (at < T)).float().view(1, -1, block, 1)           # (1, n, S, 1)
         x = self.head(ids.unflatten(2, (-1, block)))                               # (2, B, n, S, D)
         for i, layer in enumerate(self.layers, 1):
-            x = layer.all_blocks(x, valid, last=i == len(self.layers))
+            x = recomputed(self.recompute, layer.train_step, x, valid, i == len(self.layers))
             if i in (early, len(self.layers)):
                 out.append(self.exits(x[0].flatten(1, 2)[:, before:before + T], i))             # (B, T, D)
         return out[0] if early is None else torch.stack(out[::-1])

@@ -24,15 +24,18 @@ RATES = (0.15, 0.5, 0.85)     # of infilling
 
 # ---- windows of one stream, for training and for comparing settings ---------------------------------------------------
 
-def held_out(model, rows, blocks, seed, batch, draws):
-    """Held-out rows (R, T) -> {block: {"nats": bound per token, "se": standard error over rows, "masked_mean": plain CE}}."""
-    result = {}
+def held_out(model, rows, blocks, seed, batch, draws, ranks=None):
+    """Held-out rows (R, T) -> {block: {"nats": bound per token, "se": standard error over rows, "masked_mean": plain CE}}.
+
+    ranks: the processes that share the rows; each gets the figures of all of them.
+    """
+    result, part = {}, ranks.deal(len(rows)) if ranks else slice(None)
     for block in blocks:
-        parts = [masking.bound(model, rows, block, None, seed + i, batch) for i in range(draws)]
-        per_row = torch.stack([p[0] for p in parts]).mean(0)                       # (R,)
+        parts = torch.stack([masking.row_bounds(model, rows, block, None, seed + i, batch, part) for i in range(draws)], dim=1)
+        parts = ranks.collect(parts, len(rows)) if ranks else parts                # (R, draws, 3)
+        per_row, (_, plain, hidden) = parts[..., 0].mean(1), parts.sum(0).unbind(1)
         error = float(per_row.std() / math.sqrt(len(per_row))) if len(per_row) > 1 else 0.0
-        result[block] = {"nats": float(per_row.mean()), "se": error,
-                         "masked_mean": sum(p[1] for p in parts) / draws}
+        result[block] = {"nats": float(per_row.mean()), "se": error, "masked_mean": float((plain / hidden).mean())}
     return result
 
 

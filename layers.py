@@ -8,6 +8,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(on, layer, *args):
+    """layer(*args). If on, autograd keeps the arguments alone, and the backward pass computes the inside again, same dropout."""
+    if not (on and torch.is_grad_enabled()):
+        return layer(*args)
+    return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=True)
 
 
 class RMSNorm(nn.Module):

@@ -204,19 +204,26 @@ EXACT_COUNT = SimpleNamespace(mask_schedule="linear", min_mask_rate=0.0, max_mas
 
 
 @torch.no_grad()
-def bound(model, x0, block, first=None, seed=0, batch=8):
-    """The exact-count bound in nats per token for rows x0 (R, T): (means per row (R,), mean CE of hidden tokens).
+def row_bounds(model, x0, block, first=None, seed=0, batch=8, part=slice(None)):
+    """What rows x0 (R, T) cost in nats, on the CPU: (R, 3), of each its bound per token, its plain sum of CE, its hidden tokens.
 
     Linear time, so every count weighs the same; stratified over rows and blocks; masks fixed by the seed.
-    Of a causal model: the exact NLL, whatever block and seed.
+    Of a causal model: the exact NLL, whatever block and seed. part: only these rows, with the masks that they have among all.
     """
-    d = whole_rows(*x0.shape) if model.cfg.causal else draw(EXACT_COUNT, seed, 0, len(x0), x0.shape[1], block, first)
-    sums, plain, hidden = [], 0.0, 0
+    R, T = x0.shape
+    d = whole_rows(R, T, part) if model.cfg.causal else draw(EXACT_COUNT, seed, 0, R, T, block, first, part)
+    x0, found = x0[part], []
     for a in range(0, len(x0), batch):
         rows = slice(a, a + batch)
         out = denoising_loss(model, x0[rows], d, "elbo", 1, rows)
         scored = torch.zeros(out.hidden.shape, device=x0.device)
         scored[out.hidden] = out.nll
-        sums.append((scored * d.weight[rows].to(x0.device)).sum(1))
-        plain, hidden = plain + float(out.nll.sum()), hidden + len(out.nll)
-    return torch.cat(sums) / x0.shape[1], plain / hidden
+        nats = (scored * d.weight[rows].to(x0.device)).sum(1) / T
+        found.append(torch.stack((nats, scored.sum(1), out.hidden.sum(1)), dim=1).cpu().double())
+    return torch.cat(found)
+
+
+def bound(model, x0, block, first=None, seed=0, batch=8):
+    """The exact-count bound in nats per token for rows x0 (R, T): (means per row (R,), mean CE of hidden tokens)."""
+    nats, plain, hidden = row_bounds(model, x0, block, first, seed, batch).unbind(1)
+    return nats.float(), float(plain.sum() / hidden.sum())

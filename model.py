@@ -25,7 +25,7 @@ from torch import nn
 
 from attention import KVCache, MultiHead, block_masks
 from eco_hybrid import EcoHybrid
-from layers import Exits, Linear, RMSNorm, TiedHead, initialise, rotary_table
+from layers import Exits, Linear, RMSNorm, TiedHead, initialise, recomputed, rotary_table
 
 
 class FeedForward(nn.Module):
@@ -51,6 +51,12 @@ class TransformerLayer(nn.Module):
     def add_ff(self, x):
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
+    def train_step(self, x, table, masks=None, last=False):
+        """x (B, T, D), or with masks (2B, T, D) -> the same; (B, T, D) behind the last layer. Training compiles it."""
+        h = self.attn_norm(x)
+        y = self.attn.one_block(h, table)[0] if masks is None else self.attn.all_blocks(h, table, masks, last)
+        return self.add_ff(x[:len(y)] + self.dropout(y))
+
 
 class Transformer(nn.Module):
     def __init__(self, cfg):
@@ -59,6 +65,7 @@ class Transformer(nn.Module):
         self.head = TiedHead(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
         self.layers = nn.ModuleList(TransformerLayer(cfg) for _ in range(cfg.n_layers))
         self.exits = Exits(cfg)
+        self.recompute = False                                                     # train.py's --activation_checkpointing
         initialise(self, depth=cfg.n_layers)
 
     def table(self, start, length):
@@ -84,9 +91,7 @@ class Transformer(nn.Module):
         table = self.table(0, xt.shape[1])
         x = self.head(xt if whole else torch.cat((xt, x0)))                       # (B, T, D), or (2B, T, D), noisy rows first
         for i, layer in enumerate(self.layers, 1):
-            h = layer.attn_norm(x)
-            y = layer.attn.one_block(h, table)[0] if whole else layer.attn.all_blocks(h, table, masks, i == len(self.layers))
-            x = layer.add_ff(x[:len(y)] + layer.dropout(y))
+            x = recomputed(self.recompute, layer.train_step, x, table, masks, i == len(self.layers))
             if i in (early, len(self.layers)):
                 out.append(self.exits(x[:len(xt)], i))                             # (B, T, D)
         return out[0] if early is None else torch.stack(out[::-1])

@@ -136,12 +136,12 @@ def chart(title, points, to_words=short, from_zero=True, dots=False):
             f'{"".join(lines + marks)}</svg></figure>')
 
 
-def charts(train, evals):
+def charts(train, evals, measure):
     bound = [(step, y, y - ci, y + ci) for step, y in curve(evals, "val_nelbo")
              for ci in [number(evals[step].get("val_ci")) or 0.0]]
     percent = "{:.0%}".format
     yield chart("Training loss, nats/token", curve(train, "loss"), from_zero=False)
-    yield chart("Held-out bound, nats/token, with its 95 % interval", bound, "{:.4g}".format, from_zero=False, dots=True)
+    yield chart(f"Held-out {measure}, nats/token, with its 95 % interval", bound, "{:.4g}".format, from_zero=False, dots=True)
     yield chart("Gradient norm, before clipping", curve(train, "gnorm"))
     yield chart("Learning rate", curve(train, "lr"))
     yield chart("Tokens per second", curve(train, "tok_s"))
@@ -171,10 +171,10 @@ def inner(value, *keys):
     return value if isinstance(value, dict) else {}
 
 
-def tiles(events, train, evals):
+def tiles(events, train, evals, measure):
     """The figures of the whole run."""
     bounds = [y for _, y in curve(evals, "val_nelbo")]
-    yield "best held-out bound", f"{min(bounds):.4f}" if bounds else "–"
+    yield f"best held-out {measure}", f"{min(bounds):.4f}" if bounds else "–"
     for name, key, words in (("tokens seen", "tokens_seen", short), ("skipped steps", "skipped", short)):
         points = curve(train, key)
         yield name, words(points[-1][1]) if points else "–"
@@ -222,8 +222,10 @@ def render(events, name):
     told = "".join(f'<tr><th>{escaped(e.get("step", ""))}</th><td>{escaped(e.get("message", ""))}</td></tr>'
                    for e in warnings[-100:])
     sessions, argv = sum(e["event"] == "meta" for e in events), meta.get("argv")
+    measure = "NLL" if args.get("objective") == "ar" else "bound"
     model = f"{args.get('model', '?')}, {escaped(meta.get('params_total', '?'))} parameters"
-    figures = "".join(f'<div><b>{escaped(v)}</b><span class="soft">{k}</span></div>' for k, v in tiles(events, train, evals))
+    figures = "".join(f'<div><b>{escaped(v)}</b><span class="soft">{k}</span></div>'
+                      for k, v in tiles(events, train, evals, measure))
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{escaped(name)}: training report</title><style>{STYLE}</style></head><body>
@@ -231,7 +233,7 @@ def render(events, name):
 <div class="soft">step {escaped(step)} of {escaped(args.get("max_steps", "?"))}, {ending(events)}; {escaped(model)};
 {sessions} session{"s" * (sessions != 1)}</div>
 <div class="tiles">{figures}</div>
-<div class="charts">{"".join(charts(train, evals))}</div>
+<div class="charts">{"".join(charts(train, evals, measure))}</div>
 {samples(kept["sample"])}
 <h2>Warnings</h2>{f'<div class="card warn"><table>{told}</table></div>' if told else '<div class="card soft">none</div>'}
 <h2>Data</h2><div class="card">{listing(inner(meta, "data"))}</div>

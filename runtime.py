@@ -221,7 +221,7 @@ class Progress:
         self.total, self.done, self.first = args.max_steps, start, start
         self.seconds = deque(maxlen=50)      # of the last steps
         self.began, self.mean_tok_s, self.warm = time.perf_counter(), 0.0, []
-        self.bar = None
+        self.bar, self.measure = None, args.measure
 
     def __enter__(self):
         if self.live:
@@ -242,8 +242,8 @@ class Progress:
         self.tok_s = tokens / statistics.median(self.seconds)
         if self.bar is not None:
             self.bar.set_postfix_str(
-                f"loss {loss:.3f}, {f'bound {bound:.3f}, ' if bound is not None else ''}{self.tok_s:,.0f} tok/s, ETA {self.eta}, "
-                f"MFU {mfu:.0%}, gnorm {gnorm:.2f}, mask {mask:.2f}, {memory / 1024:.1f} GB", refresh=False)
+                f"loss {loss:.3f}, {f'{self.measure} {bound:.3f}, ' if bound is not None else ''}{self.tok_s:,.0f} tok/s, "
+                f"ETA {self.eta}, MFU {mfu:.0%}, gnorm {gnorm:.2f}, mask {mask:.2f}, {memory / 1024:.1f} GB", refresh=False)
             self.bar.update(done - self.bar.n)   # less than 0 after a rollback
 
     @property
@@ -269,7 +269,7 @@ def summary(args, run_dir, params, data, best, progress, tokens_seen, step):
         f"- model: {args.model}, {params:,} parameters, d_model {args.d_model}, {args.n_layers} layers, d_ff {args.d_ff}",
         f"- text: {args.data_dir}, source {data.meta['source']}{synthetic}, {data.meta['train_tokens']:,} tokens; "
         f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
-        f"- best held-out bound: {bound}",
+        f"- best held-out {args.measure}: {bound}",
         f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory {peak_memory_mb():.0f} MB",
         f"- sample: python -m sample --ckpt {shlex.quote(str(run_dir))} --prompt \"mai kal bazaar gaya tha\" "
         "--blockwise --frozen_context",

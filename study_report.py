@@ -199,6 +199,12 @@ def unit(lines):
     return "bits/byte" if all("bits_per_byte" in line for line in lines) else "nats/token"
 
 
+def measure(lines):
+    """What a held-out figure is: a bound, or left to right the exact NLL."""
+    causal = {line.get("objective") == "ar" for line in lines}
+    return "NLL" if causal == {True} else "bound (of ar: the NLL)" if True in causal else "bound"
+
+
 def curves(lines):
     """Validation by tokens and by seconds: the mean over seeds as a line, their range as a band. Without step 0."""
     figure, panels = pyplot().subplots(1, 2, figsize=(12, 4.4), sharey=True, gridspec_kw={"wspace": 0.08})
@@ -213,7 +219,7 @@ def curves(lines):
                       linestyle=("-", "--", ":")[number // 10 % 3])
             if len(own) > 1:
                 axes.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=f"C{number % 10}", alpha=0.15, linewidth=0)
-    panels[0].set(xlabel="tokens of training, millions", ylabel=f"validation bound, {unit(lines)}", title="by tokens")
+    panels[0].set(xlabel="tokens of training, millions", ylabel=f"validation {measure(lines)}, {unit(lines)}", title="by tokens")
     panels[1].set(xlabel="seconds of training", title="by seconds")
     for axes in panels:
         axes.grid(alpha=0.3)
@@ -232,8 +238,8 @@ def bars(lines):
         axes.errorbar(statistics.fmean(values), at, xerr=error, fmt="o", capsize=4, color="C0" if len(values) > 1 else "C7")
         axes.plot(values, [at] * len(values), "|", color="black", markersize=9, alpha=0.6)
     axes.axvline(statistics.fmean(map(value, first)), color="C3", linewidth=0.8, linestyle="--")
-    axes.set(yticks=range(len(groups)), yticklabels=list(groups), xlabel=f"held-out bound, {unit(lines)} (less is better)",
-             ylim=(len(groups) - 0.5, -0.5))
+    axes.set(yticks=range(len(groups)), yticklabels=list(groups),
+             xlabel=f"held-out {measure(lines)}, {unit(lines)} (less is better)", ylim=(len(groups) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
     return picture(figure)
 

@@ -39,18 +39,26 @@ def find_data(args, origins):
 
 
 def compile_step(model, args, shape, device):
-    """Compile the function that the loss really calls; if that fails, say why and go on uncompiled."""
+    """Compile the layers' training form; if that fails, say why and go on uncompiled.
+
+    All layers share their graphs: one for each block rule, with and without a shorter first block, the last layer apart. What
+    changes from step to step (where block 0 ends, which early exit) stays outside, so that nothing is compiled in mid-run.
+    """
     import torch
-    eager = model.hidden_blocks
-    model.hidden_blocks = torch.compile(eager, mode=args.compile_mode)
+    torch._dynamo.config.recompile_limit = 64              # beyond its own 8 graphs, PyTorch would go on in eager silently
+    for layer in model.layers:
+        layer.train_step = torch.compile(layer.train_step, mode=args.compile_mode, dynamic=False)
     started = time.perf_counter()
     try:
         ids = torch.zeros(shape, dtype=torch.long, device=device)
-        model.hidden_blocks(ids, ids, args.seq_len, args.seq_len).sum().backward()
+        for block in sorted(set(args.block_choices)):
+            for first in {block, max(1, block - 1)}:
+                model.hidden_blocks(ids, ids, block, first).sum().backward()
         model.zero_grad(set_to_none=True)
-        say(f"compile: first step in {time.perf_counter() - started:.0f} s")
+        say(f"compile: every block rule in {time.perf_counter() - started:.0f} s")
     except Exception as error:  # whatever a compiler, its C++ toolchain or its cache may raise
-        model.hidden_blocks = eager
+        for layer in model.layers:
+            del layer.train_step
         model.zero_grad(set_to_none=True)
         say(f"compile: failed, going on uncompiled: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
 
@@ -143,6 +151,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     if saved and ranks.main:
         checkpoint.load_into(model, saved.ema if saved.ema and not resuming else saved.model)
     model = ranks.place(model, device, dtype)
+    model.recompute = args.activation_checkpointing
     optimizer = optim.make_optimizer(model, args)
     ema = optim.EMA(model, args.ema) if args.ema else None
     scaler = optim.LossScaler(optimizer, device, on=dtype is torch.float16)
@@ -241,7 +250,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     def evaluate(step):
         model.eval()
         with torch.no_grad(), runtime.autocast(device, dtype), averaged():
-            score = held_out(model, held, blocks, 0, micro, 1)
+            score = held_out(model, held, blocks, 0, micro, 1, ranks)
         ranks.fold(model)
         nats = sum(r["nats"] for r in score.values()) / len(score)
         error = max(r["se"] for r in score.values())
@@ -249,8 +258,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         log.write("eval", step=step, val_nelbo=nats, val_ci=1.96 * error, val_bpb=bpb, best=nats < best,
                   val_masked_mean=sum(r["masked_mean"] for r in score.values()) / len(score),
                   by_block={"T" if b >= args.seq_len else str(b): r["nats"] for b, r in score.items()})
-        what = "NLL" if args.causal else "bound"
-        say(f"eval {step}/{args.max_steps} | {what} {nats:.4f} +- {1.96 * error:.4f} nats/token | {bpb:.4f} bits/byte | "
+        say(f"eval {step}/{args.max_steps} | {args.measure} {nats:.4f} +- {1.96 * error:.4f} nats/token | {bpb:.4f} bits/byte | "
             + " ".join(f"{'T' if b >= args.seq_len else b}: {r['nats']:.4f}" for b, r in score.items()))
         for prompt in config.PROMPTS[:2] if speaks else ():
             try:

@@ -2,6 +2,7 @@
 
     python benchmarks/train_speed.py                         # two shapes x two models x three block rules, about 6 minutes
     python benchmarks/train_speed.py --exits --shapes d256   # what the early-exit loss costs
+    python benchmarks/train_speed.py --compile --recompute --shapes d256     # --compile (cold, warm), --activation_checkpointing
     python benchmarks/train_speed.py --allocator             # what keeping freed memory is worth, page faults included
     python benchmarks/train_speed.py --lengths 256 512 1024 2048 4096 --blocks T 64      # tokens/s as the rows get longer
 
@@ -17,6 +18,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
@@ -31,6 +33,7 @@ import shapes
 from model import build_model
 
 VOCAB = 8000
+COMPILED, RECOMPUTED = " compiled", " recomputed"
 SHAPES = {  # name: (arguments, sequences per forward)
     "d256": (dict(d_model=256, n_layers=6, n_heads=4, d_ff=768, memory_slots=8, seq_len=256), 8),
     "d512": (dict(d_model=512, n_layers=10, n_heads=8, d_ff=1536, memory_slots=16, seq_len=512), 4),
@@ -60,7 +63,7 @@ COUNTED = {torch.ops.aten.convolution_backward: depthwise_backward,
 class Variant:
     """One model at one shape with one block rule; step() runs a whole optimizer step and returns its parts in seconds."""
 
-    def __init__(self, model, shape, block, optimizer, dtype, exit_weight=0.0):
+    def __init__(self, model, shape, block, optimizer, dtype, exit_weight=0.0, way=""):
         settings, batch = SHAPES[shape]
         args = config.TrainArgs(model=model, batch_size=batch, grad_accum=1, optimizer=optimizer, exit_loss_weight=exit_weight,
                                 **settings)
@@ -73,8 +76,26 @@ class Variant:
         self.block = args.seq_len if block == "T" else int(block)
         self.model = build_model(cfg)
         self.optimizer = optim.make_optimizer(self.model, args)
-        self.name = dict(shape=shape, model=model, block=block, optimizer=optimizer + (" + exit" if exit_weight else ""))
-        self.tokens, self.flops, self.count = batch * args.seq_len, 0, 0
+        self.name = dict(shape=shape, model=model, block=block, optimizer=optimizer + (" + exit" if exit_weight else "") + way)
+        self.tokens, self.flops, self.count, self.compile_s = batch * args.seq_len, 0, 0, {}
+        self.model.recompute = way == RECOMPUTED
+        if way == COMPILED:
+            self.compiled()
+
+    def compiled(self):
+        """Compile twice: with an empty cache on the disk, and as a second run finds it."""
+        import train
+        args = dataclasses.replace(self.args, train_block_sizes=self.name["block"])
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+            for state in ("cold", "warm"):
+                torch.compiler.reset()
+                for layer in self.model.layers:
+                    layer.__dict__.pop("train_step", None)
+                started = time.perf_counter()
+                with runtime.autocast(torch.device("cpu"), self.dtype):
+                    train.compile_step(self.model, args, (args.batch_size, args.seq_len), "cpu")
+                self.compile_s[state] = time.perf_counter() - started
 
     def step(self):
         marks = [time.perf_counter()]
@@ -104,7 +125,10 @@ class Variant:
 def measure(variants, rounds):
     for v in variants:
         v.step()
-        v.count_flops()
+        if v.name["optimizer"].endswith((COMPILED, RECOMPUTED)):
+            v.flops = next(w.flops for w in variants if all(w.name[key] == v.name[key] for key in ("model", "block")))
+        else:
+            v.count_flops()                                      # no counter sees into a graph; what is done again is no progress
         v.parts = []
     for _ in range(rounds):
         for v in variants:
@@ -121,10 +145,11 @@ def report(variants, peak):
                      "tok_per_s": v.tokens / seconds, "step_ms": 1e3 * seconds,
                      "step_ms_min": 1e3 * whole[0], "step_ms_max": 1e3 * whole[-1], "forward_ms": forward,
                      "backward_ms": backward, "optimizer_ms": update, "data_ms": data, "gflop": v.flops / 1e9,
-                     "of_peak": v.flops / seconds / peak})
+                     "of_peak": v.flops / seconds / peak, "compile_s": v.compile_s})
         print("{shape} {model:8} {block:>3} {optimizer:12} {params:>11,} {tok_per_s:8.0f} tok/s  step {step_ms:6.0f} ms "
               "({step_ms_min:.0f}-{step_ms_max:.0f}) = forward {forward_ms:.0f} + backward {backward_ms:.0f} + optimizer "
-              "{optimizer_ms:.0f} + data {data_ms:.1f}   {of_peak:.0%} of peak".format(**rows[-1]), flush=True)
+              "{optimizer_ms:.0f} + data {data_ms:.1f}   {of_peak:.0%} of peak".format(**rows[-1]),
+              *(f"{state} {s:.0f} s" for state, s in v.compile_s.items()), flush=True)
     return rows
 
 
@@ -172,6 +197,8 @@ def main():
     p.add_argument("--optimizers", nargs="+", default=["adamw"])
     p.add_argument("--lengths", nargs="+", type=int, help=f"instead: the d256 shape at these lengths, {TOKENS} tokens a step")
     p.add_argument("--exits", action="store_true", help="each variant also with the early-exit loss")
+    p.add_argument("--compile", action="store_true", help="each variant also compiled, one block rule, and how long that takes")
+    p.add_argument("--recompute", action="store_true", help="each variant also with --activation_checkpointing")
     p.add_argument("--allocator", action="store_true")
     p.add_argument("--child", action="store_true")
     args = p.parse_args()
@@ -192,8 +219,9 @@ def main():
         args.shapes = [f"d256_{n}" for n in args.lengths]
     rows = []
     for shape in args.shapes:
-        variants = [Variant(m, shape, b, o, dtype, weight) for b in args.blocks for o in args.optimizers
-                    for m in ("primary", "backup") for weight in ((0.0, 0.1) if args.exits else (0.0,))]
+        ways = ["", *[COMPILED] * args.compile, *[RECOMPUTED] * args.recompute]
+        variants = [Variant(m, shape, b, o, dtype, weight, way) for b in args.blocks for o in args.optimizers
+                    for m in ("primary", "backup") for weight in ((0.0, 0.1) if args.exits else (0.0,)) for way in ways]
         measure(variants, args.rounds)
         rows += report(variants, peak)
     print(json.dumps({"rows": rows, "exponents": exponents(rows) if args.lengths else {}, "rounds": args.rounds,

@@ -17,7 +17,9 @@ import knobs
 import masking
 import sample
 import shapes
+import study_report
 import train
+import verdict
 from decode import Settings, generate
 from model import build_model
 from optim import make_optimizer
@@ -144,6 +146,18 @@ def test_resume_and_its_rules(text, run, tmp_path, capsys):
     assert curve(half) == {step: line for step, line in curve(run).items() if step > 5}
     assert all(line[1] == 1 and line[4] == 16 for line in curve(run).values()), "every token is a question, the row one block"
     assert fresh(text, tmp_path / "p", "--objective", "ar") == 2 and "--model backup" in capsys.readouterr().err
+
+
+def test_its_held_out_figure_is_called_nll(run):
+    """The exact -log p is no bound: not in the summary, not in the report; and it is asked every token, which is no fault."""
+    for name in ("summary.md", "report.html"):
+        page = (run / name).read_text(encoding="utf-8")
+        assert "best held-out NLL" in page and "held-out bound" not in page.lower(), name
+    log = [{**e, "step": e["step"] + 10} if e["event"] == "train" else e for e in verdict.read_log(run / "train.jsonl")]
+    [mask] = [line for line in verdict.judge(log, {}, None, None) if line.name == "mask metric in range"]
+    assert mask.ok, mask.number
+    lines = [{"objective": "masked"}, {"objective": "ar"}]
+    assert [study_report.measure(part) for part in (lines[:1], lines[1:], lines)] == ["bound", "NLL", "bound (of ar: the NLL)"]
 
 
 def test_a_checkpoint_from_before_the_knob_is_masked():

@@ -4,6 +4,7 @@
 """
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -21,9 +22,12 @@ from safetensors.torch import load_file
 import checkpoint
 import config
 import distributed
+import estimators
 import knobs
 import masking
+import shapes
 import train
+from model import build_model
 
 # 12 rows a step: alone 4 + 4 + 4, two ranks 4 + 2 each, four ranks 3 each, so no two ways add up in the same order.
 # The rate is the default: AdamW divides by the gradient's own size; where that is 1e-8, a sum's order moves a weight by lr/100.
@@ -113,7 +117,7 @@ def test_two_ranks_then_one_then_two_sharded_ones_and_a_kill(runs):
     same(one, run, 4)
     assert alone("--resume", run, "--max_steps", 6, "--threads", 1, "--no_show_samples") == 0
     same(one, run, 6)
-    with Job(2, folder, "--resume", run, "--fsdp", "--max_steps", FOREVER, "--threads", 1) as job:
+    with Job(2, folder, "--resume", run, "--fsdp", "--activation_checkpointing", "--max_steps", FOREVER, "--threads", 1) as job:
         wait_for(run, 9, job)
         os.kill(job.pid(1), signal.SIGKILL)
         killed = time.monotonic()
@@ -135,7 +139,7 @@ def test_four_ranks_and_a_signal_to_one_of_them(runs):
     folder, _ = runs
     one, run = folder / "primary", folder / "four"
     shutil.copytree(one / "step_000002", run / "step_000002")
-    with Job(4, folder, "--resume", run, "--max_steps", FOREVER, "--threads", 1) as job:
+    with Job(4, folder, "--resume", run, "--activation_checkpointing", "--max_steps", FOREVER, "--threads", 1) as job:
         wait_for(run, 6, job)
         os.kill(job.pid(2), signal.SIGTERM)
         code, printed = job.end()
@@ -160,6 +164,39 @@ def test_the_parts_of_a_draw_are_the_draw(block, first, strategy):
         assert torch.equal(p.t, whole.t)
         assert masking.normaliser("elbo", p) == whole.mask.numel()
         assert masking.normaliser("masked_mean", p) == int(whole.mask.sum())
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup", "ar"])
+def test_an_evaluation_is_shared(kind, tmp_path):
+    """10 held-out rows over 2 and 4 gloo processes: each one knows the figures of one process, for 1/2 and 3/10 of its work."""
+    shape = dict(d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=2, block_size=4)
+    kind, causal = ("backup", True) if kind == "ar" else (kind, False)
+    torch.manual_seed(3)
+    net = build_model(shapes.ModelConfig(model=kind, vocab_size=50, causal=causal, **shape)).eval()
+    rows, work, real = torch.randint(4, 50, (10, 16)), [], net.hidden_blocks
+    net.hidden_blocks = lambda xt, *more: work.append(len(xt)) or real(xt, *more)
+
+    def score(rank=0, world=1):
+        if world > 1:
+            dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store{world}", rank=rank, world_size=world)
+        found = estimators.held_out(net, rows, [16, 4], 0, 4, 2, distributed.Ranks(rank, world))
+        (tmp_path / f"{world}.{rank}.json").write_text(json.dumps([found, work]))
+        return json.loads(json.dumps(found))
+
+    one, alone_work = score(), sum(work)
+    assert alone_work == 10 * 2 * 2 and all(r["se"] > 0 for r in one.values()), "10 rows, 2 draws, 2 block rules"
+    work.clear()
+    for world, share in ((2, 5), (4, 3)):
+        children = [multiprocessing.get_context("fork").Process(target=score, args=(rank, world)) for rank in range(world)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+        for rank in range(world):
+            found, theirs = json.loads((tmp_path / f"{world}.{rank}.json").read_text())
+            assert sum(theirs) == share * 2 * 2
+            for block in one:
+                assert found[block] == pytest.approx(one[block], rel=1e-6)
 
 
 def test_slips_of_many_processes(text, tmp_path, monkeypatch, capsys):

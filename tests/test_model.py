@@ -308,3 +308,52 @@ def test_the_flops_formula_counts_what_a_step_does(shape, block):
         masking.denoising_loss(net, x0, draw, "elbo", 1, early=1 if cfg.exits else None, early_weight=0.5).loss.backward()
     formula = rows * length * shapes.train_flops(cfg, length, block, draw.hidden / (rows * length))
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+# ---- --activation_checkpointing --------------------------------------------------------------------------------------
+
+def one_step(net, block, recompute, dtype=None):
+    """Loss, gradients and {storage: bytes} of what autograd keeps for the backward pass, parameters left out."""
+    torch.manual_seed(5)                                                # dropout
+    net.recompute, kept, known = recompute, {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
+    x0 = texts(48)[0]
+    draw = masking.draw(config.TrainArgs(), 1, 0, len(x0), 48, block, min(3, block))
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in known:
+            kept[t.untyped_storage().data_ptr()] = t                    # held, so that its place is not given to another
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        out = masking.denoising_loss(net, x0, draw, "elbo", 1.0, **({"early": 1, "early_weight": 0.5} if net.cfg.exits else {}))
+    net.zero_grad()
+    out.loss.backward()
+    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return float(out.loss.detach()), grads, sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.parametrize("model, exits", [("primary", True), ("backup", False)])
+@pytest.mark.parametrize("block", [48, 8])
+def test_recomputed_layers_give_the_same_gradients(model, exits, block):
+    """With dropout, whose masks have to come back: another mask would show in every gradient."""
+    net = tiny(model, dropout=0.2, exits=exits).train()
+    loss, grads, _ = one_step(net, block, False)
+    again, regrads, _ = one_step(net, block, True)
+    assert again == loss and grads.keys() == regrads.keys() and len(grads) > 10
+    for name in grads:
+        torch.testing.assert_close(regrads[name], grads[name], rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    with torch.no_grad():
+        assert not net.hidden_blocks(*texts(48), block).requires_grad, "an evaluation has nothing to recompute"
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("block", [48, 8])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_recomputed_layers_keep_their_input_alone(model, block, dtype):
+    """What each further layer keeps for the backward pass: its input, 4 bytes per token, unit of width and stream."""
+    extra = {}
+    for recompute in (False, True):
+        small, large = (one_step(tiny(model, n_layers=n, memory_slots=2), block, recompute, dtype)[2] for n in (2, 4))
+        slots = 56 if model == "primary" and block == 8 else 48                 # its short first block is padded to 8
+        extra[recompute] = (large - small) / 2 / (2 * slots * 32)                # rows x T x D
+    assert extra[True] == 4 * (1 if block == 48 else 2)
+    assert extra[True] < extra[False] / 6

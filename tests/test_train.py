@@ -78,7 +78,7 @@ def test_n_and_n_steps_are_2n_steps_across_processes(text, tmp_path, kind, optim
     more = ("--model", kind, "--optimizer", optimizer, "--lr_schedule", "constant", "--warmup_steps", 4,
             "--save_interval", 4, "--eval_interval", 5, *HARD)
     assert fresh(text, tmp_path / "a", *more, "--max_steps", 18) == 0
-    aria("train", "--data_dir", text, "--output_dir", "b", *SHAPE, *more, "--max_steps", 9, cwd=tmp_path, check=0)
+    assert fresh(text, tmp_path / "b", *more, "--max_steps", 9) == 0           # this process; the rest is another's
     done = aria("train", "--output_dir", "b", "--resume", "--max_steps", 18, "--threads", 1, cwd=tmp_path, check=0)
     assert "max_steps: 9 -> 18" in done.stderr
     assert weights(tmp_path / "a/step_000018") == weights(tmp_path / "b/step_000018")
@@ -247,6 +247,30 @@ def test_compile_compiles_the_step_that_runs(text, tmp_path, monkeypatch):
     assert sum(calls) >= 1 + 3 * 2, "the loop does not call what was compiled: 3 steps of 2 forwards"
     for step, figures in curve(tmp_path / "eager").items():
         assert figures[0] == pytest.approx(curve(tmp_path / "compiled")[step][0], abs=1e-3)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind, rules", [("backup", 3), ("primary", 5)])
+def test_nothing_is_compiled_in_mid_run(kind, rules, monkeypatch, capsys):
+    """The graphs before step 1 are those of 20 steps with first blocks of any length and early exits; depth adds none."""
+    from torch._dynamo.utils import counters
+    real = torch.compile                                                # graphs are counted, so nobody needs the C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: real(f, backend="eager", dynamic=dynamic))
+    args = config.TrainArgs(model=kind, d_model=16, n_layers=3, n_heads=2, d_ff=24, memory_slots=2, seq_len=32,
+                            train_block_sizes="T,8", exit_loss_weight=0.1)
+    net = models.build_model(shapes.model_config(args, 50))
+    torch.compiler.reset()
+    counters.clear()
+    train.compile_step(net, args, (2, 32), "cpu")
+    assert "failed" not in capsys.readouterr().err and counters["stats"]["unique_graphs"] == rules
+    seen = set()
+    for step in range(20):
+        block, first = masking.pick_blocks(args.block_choices, 32, 0, step)
+        seen.add(first)
+        draw = masking.draw(args, 0, step, 2, 32, block, first)
+        masking.denoising_loss(net, torch.randint(4, 50, (2, 32)), draw, "elbo", 64, early=masking.pick_exit(3, 0, step),
+                               early_weight=0.1).loss.backward()
+    assert len(seen) >= 5 and counters["stats"]["unique_graphs"] == rules and not counters["graph_break"]
     torch.compiler.reset()
 
 
