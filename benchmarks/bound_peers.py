@@ -16,7 +16,7 @@ An arm with more than 1 % more or fewer parameters than the backup of the shape 
 Score: the exact-count bound over whole rows (masking.draw with EXACT_COUNT) of held-out windows, all arms on the same windows
 and masks, the mask's own logit at minus infinity, in float32; of autoregressive arms the exact NLL of the same tokens.
 slm388-torchdiff and telos-ml minimise no bound, but what they learn is p(token | the visible ones), whose bound this is.
-Differences to the first arm are paired by window. Every finished run is a line of results.jsonl in --out: the same command goes
+Differences to the first arm are paired by window. Every finished run is a line of runs.jsonl in --out: the same command goes
 on after a break.
 Prints a table; writes curves.png there where matplotlib exists; the last line is one JSON document.
 """
@@ -99,7 +99,7 @@ class Study:
     """What all runs share: the text, the settings, the lines of finished runs."""
 
     def __init__(self, args):
-        self.args, self.path = args, Path(args.out) / "results.jsonl"
+        self.args, self.path = args, Path(args.out) / "runs.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         train, self.val = tokens.TokenData(args.data_dir, "train"), tokens.TokenData(args.data_dir, "val")
         self.shape = {name: getattr(args, name) for name in ("d_model", "n_layers", "n_heads", "d_ff", "memory_slots", "seq_len")}
@@ -319,7 +319,7 @@ def parser():
     p = arguments(__doc__)
     p.add_argument("--peers", default="peers", help="folder of the peers, see benchmarks/peers.py")
     p.add_argument("--data_dir", default="data/processed", help="prepared text")
-    p.add_argument("--out", default="logs/bound_peers", help="results.jsonl and curves.png; the same command goes on there")
+    p.add_argument("--out", default="logs/bound_peers", help="runs.jsonl and curves.png; the same command goes on there")
     p.add_argument("--only", nargs="+", default=list(ARMS), choices=list(ARMS))
     for name, value, what in (
             ("steps", 500, "of the whole training"), ("judge", 150, "steps after which the rates are compared"),

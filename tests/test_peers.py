@@ -161,7 +161,7 @@ def test_a_study_of_bounds_goes_on_where_it_stopped(study, capsys):
         assert rates[0] < r["rate"] < rates[-1] or r["rate"] in (rates[0], rates[-1]) and len(rates) >= 5
         assert [step for step, *_ in r["curve"]] == [2, 4, 6] and r["equal_tokens"]["steps"] == 6
         assert r["equal_seconds"]["steps"] * r["step_s"] <= budget * 1.001
-    results = bound_peers.Path(study.out) / "results.jsonl"
+    results = bound_peers.Path(study.out) / "runs.jsonl"
     before = results.read_text()
     assert bound_peers.compare(study)[0] == rows and results.read_text() == before
     assert "run:" not in capsys.readouterr().out
