@@ -72,9 +72,9 @@ class Bomb:
             for s in self.signals:
                 os.kill(os.getpid(), s)
 
-    def arm(self, pipe):
+    def arm(self, pipe, folder):
         self.pipe = pipe
-        self.disk = points(lambda name, *_: self.point(name))
+        self.disk = points(lambda name, *_: self.point(name), folder)
         self.disk.__enter__()                                     # until this process ends
         for owner, name in ((optim.Optimizers, "step"), (optim.EMA, "update")):
             setattr(owner, name, self.around(f"optim {name}", getattr(owner, name)))
@@ -157,7 +157,7 @@ class Lab:
         bomb = bomb or Bomb()
 
         def work(pipe):
-            bomb.arm(pipe)
+            bomb.arm(pipe, self.folder)
             try:
                 knobs.run(train.main, self.words(case, run))
             finally:

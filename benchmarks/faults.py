@@ -4,6 +4,7 @@ crash.py kills at them, tests/test_checkpoint.py also lets them fail; the produc
 """
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import checkpoint
 
@@ -30,14 +31,18 @@ class Halves:
 
 
 @contextmanager
-def points(at):
-    """Calls at(name of the operation, *its arguments) at every point, in this process."""
+def points(at, folder):
+    """Calls at(name of the operation, *its arguments) at every point of work in this folder, in this process.
+
+    Elsewhere is no point: libraries make cache folders when they first need them, at another time in each process.
+    """
     real, save_file = {name: getattr(os, name) for name in OPERATIONS}, checkpoint.save_file
 
     def hook(name):
-        def call(*args, **kwargs):
-            at(name, *args)
-            return real[name](*args, **kwargs)
+        def call(where, *args, **kwargs):
+            if isinstance(where, int) or Path(folder) in Path(where).absolute().parents:       # an open file, or a path
+                at(name, where, *args)
+            return real[name](where, *args, **kwargs)
         return call
 
     def watched_open(path, mode="r", *args, **kwargs):

@@ -78,7 +78,7 @@ def template(ram):
     put(run, 5, best=True)
     put(run, 10)
     copy = shutil.copytree(run, run.with_name("dry"))
-    with points(lambda *op: ops.append(op)):
+    with points(lambda *op: ops.append(op), ram):
         for step, value, more in SAVES:
             put(copy, step, value, **more, **KEEP)
     assert not leftovers(copy) and list(ck.list_steps(copy)) == [20, 30]
@@ -100,7 +100,7 @@ def test_killed_before_every_operation(template, ram, capfd):
         shutil.copytree(source, run)
         pid = os.fork()
         if pid == 0:
-            with points(die):
+            with points(die, ram):
                 for step, value, more in SAVES:
                     put(run, step, value, **more, **KEEP)
                     os.write(write, b".")
@@ -137,7 +137,7 @@ def test_every_operation_fails_once(template, ram, code, capfd):
                     raise SafetensorError(f"Error while serializing: I/O error: no luck (os error {code})")
                 raise OSError(code, os.strerror(code))
         before = value_of(run)
-        with points(fail):
+        with points(fail, ram):
             for step, value, more in SAVES:
                 try:
                     put(run, step, value, **more, **KEEP)
@@ -161,7 +161,7 @@ def test_everything_is_synced_before_it_is_published(tmp_path):
         if name == "fsync":
             args = (os.readlink(f"/proc/self/fd/{args[0]}"),)
         log.append((name, *(os.path.basename(str(a)) for a in args)))
-    with points(note):
+    with points(note, tmp_path):
         put(tmp_path / "run", 7, best=True)
     temp = f".tmp-step_000007-{os.getpid()}"
     published = log.index(("replace", temp, "step_000007"))
