@@ -40,7 +40,7 @@ def points(at, folder):
 
     def hook(name):
         def call(where, *args, **kwargs):
-            if isinstance(where, int) or Path(folder) in Path(where).absolute().parents:       # an open file, or a path
+            if isinstance(where, int) or "dir_fd" in kwargs or Path(folder) in Path(where).absolute().parents:
                 at(name, where, *args)
             return real[name](where, *args, **kwargs)
         return call
