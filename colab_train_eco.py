@@ -93,13 +93,13 @@ def main(argv=None):
     show, quiet = args.show_samples, dataclasses.replace(args, show_samples=False)
     run = Path(runs.choose(quiet, origins)[0] or args.run_dir)               # --if_exists suffix, --resume PATH: another one
     try:
-        code = train.start(quiet, origins)
+        code, stopped = train.start(quiet, origins)
     except UserError as error:
         if origins["resume_latest"] != "one-shot" or not str(error).startswith("cannot resume"):
             raise
         raise UserError(f"{error}\n  for a fresh run: --if_exists archive (the old one is kept), or --run_name NEW") from None
-    if code > 1:
-        say("stopped after saving: the same command again continues the run")
+    if stopped:
+        say("no verdict on a run that was stopped: the same command again continues it")
         return code
     return judge(run, folder, args, show) or code
 

@@ -155,7 +155,7 @@ class RunKnobs:
     save_interval: int = knob(500, "steps between checkpoints; 0 = latest only", at_least=0, aliases=("save_every",))
     save_minutes: float = knob(0.0, "also save after so many minutes; 0 = off", at_least=0)
     drive: str = knob(None, "folder for a verified copy of each checkpoint; --resume_latest finds it", "ignore", rare=True)
-    log_interval: int = knob(10, "steps between log lines", at_least=1, aliases=("log_every",))
+    log_interval: int = knob(10, "steps between printed lines; train.jsonl has every step", at_least=1, aliases=("log_every",))
     eval_interval: int = knob(500, "steps between validations; 0 = off", at_least=0, aliases=("eval_every",))
     eval_batches: int = knob(20, "batches per validation", at_least=1, aliases=("eval_iters",), rare=True)
     keep_last: int = knob(0, "numbered checkpoints kept; 0 = all", at_least=0, rare=True)

@@ -190,8 +190,10 @@ def ending(events):
     last = next((e for e in reversed(events) if e["event"] in ("meta", "end")), {})
     if last.get("event") != "end":
         return "running, or killed"
-    words = {0: "finished", 1: "failed", 130: "stopped by Ctrl-C", 143: "stopped by SIGTERM"}
-    return words.get(last.get("code"), "ended") if isinstance(last.get("code"), int) else "ended"
+    for name, words in (("SIGINT", "stopped by Ctrl-C"), ("SIGTERM", "stopped by SIGTERM")):
+        if last.get("stopped") == name:
+            return words
+    return {0: "finished", 1: "failed"}.get(last["code"], "ended") if isinstance(last.get("code"), int) else "ended"
 
 
 def samples(texts):

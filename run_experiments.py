@@ -231,6 +231,12 @@ def last_words(log):
     return next((line for line in lines[::-1] if "error" in line.lower()), lines[-1] if lines else "")[-300:]
 
 
+def stopped(run):
+    """Whether the last training was asked to save and leave, which it does with 0."""
+    ends = [e for e in study_report.read_lines(run.folder / "train.jsonl") if e["event"] == "end"]
+    return ends and ends[-1].get("stopped")
+
+
 def score_at(run, step):
     """The validation of this run at a step, or None: {block rule: nats}, bits/byte per nat."""
     for event in reversed(study_report.read_lines(run.folder / "train.jsonl")):
@@ -246,7 +252,7 @@ def train(run, lock, until=None):
     if until and enough():
         return None
     code = child(run, "train", flags(run.args), lock, enough if until else None)
-    if code == 0 or until and enough():
+    if code == 0 and not stopped(run) or until and enough():
         return None
     return {"status": "failed", "code": code, "error": last_words(run.log)}
 

@@ -196,8 +196,8 @@ class StopFlag:
         self.signal = number
 
     @property
-    def exit_code(self):
-        return 0 if self.signal is None else 128 + self.signal
+    def name(self):
+        return None if self.signal is None else signal.Signals(self.signal).name
 
 
 def finite(x):
@@ -273,7 +273,8 @@ def summary(args, run_dir, params, data, best, progress, tokens_seen, step):
         f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory {peak_memory_mb():.0f} MB",
         f"- sample: python -m sample --ckpt {shlex.quote(str(run_dir))} --prompt \"mai kal bazaar gaya tha\" "
         "--blockwise --frozen_context",
-        f"- go on: python -m train --resume {shlex.quote(str(run_dir))} --max_steps {2 * args.max_steps}", ""))
+        f"- go on: python -m train --resume {shlex.quote(str(run_dir))}" +
+        f" --max_steps {2 * args.max_steps}" * (step >= args.max_steps), ""))
 
 
 class JsonLines:

@@ -65,15 +65,16 @@ def compile_step(model, args, shape, device):
 
 def main(argv=None, pinned=None):
     args, origins = cli.parse(config.TrainArgs, argv, "train", pinned=pinned)   # --help and slips: torch is not there yet
-    return start(args, origins)
+    return start(args, origins)[0]
 
 
 def start(args, origins):
-    """Train with these arguments, as one of the processes that torchrun started or alone; -> exit code."""
+    """Train with these arguments, alone or as one of torchrun's processes; -> exit code, the signal that stopped it."""
     import distributed
     import runs
     if args.print_config:
         cli.announce(args, origins)
+    stopped = None
     with distributed.joined(args) as ranks:
         run_dir, source, resuming = ranks.tell(runs.choose(args, origins) if ranks.main else None)
         if run_dir is None:
@@ -81,8 +82,8 @@ def start(args, origins):
             ranks.code = 0
         else:
             with runs.held(Path(run_dir)) if ranks.main else contextlib.nullcontext():
-                ranks.code = train(args, origins, ranks, Path(run_dir), source, resuming)
-    return ranks.code
+                ranks.code, stopped = train(args, origins, ranks, Path(run_dir), source, resuming)
+    return ranks.code, stopped
 
 
 def train(args, origins, ranks, run_dir, source, resuming):
@@ -137,7 +138,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     first_step = saved.step if resuming else 0
     if first_step >= args.max_steps:
         say(f"nothing to do: step {first_step} of {args.max_steps}")
-        return 0
+        return 0, None
 
     # ---- model, optimizer, resume ---------------------------------------------------------------------------------------
     dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, state["precision"] if resuming else None)
@@ -377,15 +378,14 @@ def train(args, origins, ranks, run_dir, source, resuming):
             rate, memory = draw.hidden / step_tokens, runtime.peak_memory_mb(device)
             mfu = step_tokens / seconds * shapes.train_flops(cfg, args.seq_len, block, rate) / peak
             progress.step(step + 1, step_tokens, seconds, loss=loss, bound=nats, gnorm=gnorm, mask=rate, mfu=mfu, memory=memory)
-            if step + 1 <= 20 or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
-                log.write("train", step=step + 1, loss=runtime.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
-                          gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, mfu=mfu, seq_len=args.seq_len,
-                          block=block, first=first, global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds,
-                          data_ms=data_ms, mem_mb=memory, skipped=skipped, overflows=scaler.overflows)
-                if step == first_step or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
-                    progress.line(f"step {step + 1}/{args.max_steps} | loss {loss:.4f} | mask {rate:.2f} | lr {lr:.1e} | "
-                                  f"gnorm {gnorm:.2f} | tok/s {progress.tok_s:.0f} | ETA {progress.eta} | MFU {mfu:.0%} | "
-                                  f"{memory / 1024:.1f} GB")
+            log.write("train", step=step + 1, loss=runtime.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
+                      gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, mfu=mfu, seq_len=args.seq_len,
+                      block=block, first=first, global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds,
+                      data_ms=data_ms, mem_mb=memory, skipped=skipped, overflows=scaler.overflows)
+            if step == first_step or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
+                progress.line(f"step {step + 1}/{args.max_steps} | loss {loss:.4f} | mask {rate:.2f} | lr {lr:.1e} | "
+                              f"gnorm {gnorm:.2f} | tok/s {progress.tok_s:.0f} | ETA {progress.eta} | MFU {mfu:.0%} | "
+                              f"{memory / 1024:.1f} GB")
             if bad_in_a_row == NON_FINITE_LIMIT:
                 cause = guard.likely_cause(model, held[:8], blocks[-1], lambda: runtime.autocast(device, dtype), loss, gnorm,
                                            range(position - NON_FINITE_LIMIT * rows, position), args.lr)
@@ -398,8 +398,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
 
         # ---- the end ----------------------------------------------------------------------------------------------------
         stop.signal = ranks.highest(stop.signal)
-        code = code or stop.exit_code
-        log.write("end", step=step, code=code, best=None if best == math.inf else best, seconds=progress.elapsed)
+        stopped = stop.name if step < args.max_steps and not code else None
+        log.write("end", step=step, code=code, stopped=stopped, best=None if best == math.inf else best, seconds=progress.elapsed)
         summary = runtime.summary(args, run_dir, params, data, best, progress, tokens_seen, step)
         publish("summary.md", summary)
         log.close(hurry=stop.signal is not None)
@@ -409,11 +409,13 @@ def train(args, origins, ranks, run_dir, source, resuming):
     if args.drive and ranks.main and checkpoint.is_run(run_dir):
         drive.store(checkpoint.candidates(run_dir)[0], args.drive, say)            # once more, with the end of the log
     say(summary)
-    if speaks and code == 0:
+    if stopped:
+        say(f"stopped by {stopped} at step {step}" + ", saved: the same command with --resume_latest goes on" * (step > 0))
+    elif speaks and not code:
         model.eval()
         for prompt in config.PROMPTS:
             print(f"{prompt}{speak(prompt, 48)}\n---", flush=True)
-    return code
+    return code, stopped
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@
     rotary_read        what a token writes is turned by its place and turned back by the reader's: sum_j w_j R(j - i) v_j
     mean_read          slot values are weighted means N / sum w instead of N / rms(N)
     uncapped_write     w = exp(score), not exp(8 tanh(score / 8))
-    attn_every_2, _3   every second (third) layer has block-causal attention over everything in place of its memory
+    attn_every_1, 2, 3 each (second, third) layer has block-causal attention over everything in place of its memory: with 1 it is
+                       a transformer that has got the convolution
     untied             an output matrix of its own: equal layers, so more parameters in all
     time_conditioning  the embeddings are told which share of their block is hidden: half a sine and a cosine of it, projected
+    time_gently        ... a tenth as loud
 
 Every run is a process of its own that changes the model, then calls train or evaluate. The layers of all have equally many
 parameters, by d_ff; the numbers in the report are counted on the built model. Other words are those of run_experiments.
@@ -222,6 +224,7 @@ class Untied(TiedHead):
 
 class Timed(TiedHead):
     """Embeddings that know which share of their block is hidden: measured, so none of clean text, and the cache needs no time."""
+    loud = 1
 
     def __init__(self, cfg):
         super().__init__(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
@@ -231,7 +234,11 @@ class Timed(TiedHead):
     def forward(self, ids):                                                        # (..., S), a block
         share = (ids == self.mask).sum(-1, keepdim=True) / (ids != self.pad).sum(-1, keepdim=True).clamp(min=1)
         angle = math.pi * share * torch.arange(1, WAVES + 1, device=ids.device)    # (..., WAVES)
-        return super().forward(ids) + self.time_proj(torch.cat((angle.sin(), angle.cos()), dim=-1)).unsqueeze(-2)
+        return super().forward(ids) + self.time_proj(torch.cat((angle.sin(), angle.cos()), dim=-1)).unsqueeze(-2) * self.loud
+
+
+class TimedGently(Timed):
+    loud = 0.1
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------------
@@ -251,8 +258,8 @@ VARIANTS = {
     "reference": EcoHybrid, "no_conv": changed(NoConv), "no_conv_rotary": changed(NoConvRotary),
     "conv_separate": changed(ConvSeparate), "no_memory": changed(NoMemory), "no_decay": changed(NoDecay),
     "rotary_read": changed(RotaryRead), "mean_read": changed(MeanRead), "uncapped_write": changed(UncappedWrite),
-    "attn_every_2": changed(Attention, every=2), "attn_every_3": changed(Attention, every=3),
-    "untied": changed(head=Untied), "time_conditioning": changed(head=Timed)}
+    "attn_every_1": changed(Attention), "attn_every_2": changed(Attention, every=2), "attn_every_3": changed(Attention, every=3),
+    "untied": changed(head=Untied), "time_conditioning": changed(head=Timed), "time_gently": changed(head=TimedGently)}
 
 
 # ---- sizes, counted on built models -----------------------------------------------------------------------------------------

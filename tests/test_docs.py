@@ -4,7 +4,6 @@
 """
 import re
 import shlex
-import signal
 from pathlib import Path
 
 import conftest  # noqa: F401  (puts the repository on the path)
@@ -13,7 +12,6 @@ import pytest
 import cli
 import config
 import knobs
-import runtime
 
 ROOT = config.ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,12 +36,6 @@ def test_both_commands_come_first_and_say_how_long_they_take():
         assert "-r requirements.txt" in line and "-c constraints.txt" in line
     prose = " ".join(top)
     assert len(re.findall(r"\d+ (?:minutes|seconds|s\b)", prose)) >= 2, "no times"
-
-
-def test_the_readme_says_how_a_stopped_training_ends():
-    stop = runtime.StopFlag()
-    for stop.signal in (signal.SIGINT, signal.SIGTERM):
-        assert f"{stop.exit_code}" in README.partition("Ctrl-C or SIGTERM:")[2][:120]
 
 
 COMMANDS = sorted({(page, line) for page in PAGES for line in fences(page.read_text(encoding="utf-8"))}, key=str)

@@ -215,6 +215,22 @@ def test_a_failed_run_is_recorded_and_stops_no_other(folder):
     assert states["backup_continuous_token"]["status"] == "finished" and "failed with exit code 2" in done.stdout
 
 
+def test_a_training_that_somebody_stopped_is_not_finished(folder):
+    """It has saved and left with 0; the study says so, evaluates nothing, and goes on next time."""
+    words = [sys.executable, "-m", "run_experiments", *WORDS[:-1], "stopped", "--architectures", "backup", "--execute"]
+    run = folder / "stopped/backup_continuous_token"
+    with subprocess.Popen([*words, "--max_steps", "5000"], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 100
+        while not (run / "latest").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        os.kill(int((run / "LOCK").read_text().split()[0]), signal.SIGTERM)
+        said = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and "stopped by SIGTERM at step" in said and not (run / "evaluate.json").exists()
+    assert not (folder / "stopped/results.jsonl").exists()
+    assert study_report.read_lines(run / "train.jsonl")[-1]["stopped"] == "SIGTERM"
+
+
 def test_the_report_opens_in_a_browser_and_the_page_of_results_is_renewed(folder):
     sync = pytest.importorskip("playwright.sync_api")
     browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

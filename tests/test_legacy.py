@@ -127,7 +127,7 @@ def test_one_shot_picks_a_tier(folder, monkeypatch, capsys, memory, typed, wante
     monkeypatch.chdir(folder)
     monkeypatch.setattr(colab_train_eco, "gpu", lambda device: (memory and "a GPU", memory))
     seen = []
-    monkeypatch.setattr(train, "start", lambda args, origins: seen.append(args) or 0)
+    monkeypatch.setattr(train, "start", lambda args, origins: seen.append(args) or (0, None))
     monkeypatch.setattr(colab_train_eco, "judge", lambda *_: 0)                        # nothing was trained
     words = shlex.split(ONE_SHOT)[3:]
     assert colab_train_eco.main([*words, *typed]) == 0

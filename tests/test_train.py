@@ -63,11 +63,8 @@ def test_resume_equals_the_uninterrupted_run(text, tmp_path, kind, optimizer):
     files = weights(a / "step_000052")
     assert set(files) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
     assert files == weights(b / "step_000052")
-    same, one, two = 0, curve(a), curve(b)
-    for step in one.keys() & two.keys():
-        assert one[step] == two[step]
-        same += 1
-    assert same >= 5 and min(two) > 19
+    one, two = curve(a), curve(b)
+    assert list(one) == list(range(1, 53)) and two == {step: one[step] for step in range(20, 53)}, "a record per step"
     ends = [knobs.read_json(run / "step_000052" / "state.json") for run in (a, b)]
     assert all(ends[0][key] == ends[1][key] for key in ("position", "tokens_seen", "skipped", "ema_updates"))
 
@@ -109,7 +106,7 @@ def test_sigterm_saves_and_the_resume_changes_nothing(text, tmp_path, capsys):
             process.send_signal(signal.SIGCONT)
             process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 143, errors[-2000:]
+    assert process.returncode == 0 and "stopped by SIGTERM" in errors, errors[-2000:]
     stopped = knobs.read_json(b / (b / "latest").read_text().split()[0] / "state.json")["step"]
     assert 5 <= stopped < 120
     assert call("--resume", b, "--threads", 1) == 0
@@ -301,7 +298,7 @@ def test_console_and_log(text, tmp_path, capsys):
     for event, names in keys.items():
         found = log(run, event)
         assert found and all(set(names.split()) <= set(entry) for entry in found), event
-    assert [entry["step"] for entry in log(run)] == [*range(1, 21), 25]
+    assert [entry["step"] for entry in log(run)] == list(range(1, 26))
     assert [entry["step"] for entry in log(run, "eval")] == [0, 10, 20, 25]
     assert [entry["step"] for entry in log(run, "save")] == [10, 20, 25]
     assert all(0.05 < entry["mask"] < 0.95 and entry["tokens_seen"] == 128 * entry["step"] for entry in log(run))
