@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from config import ADDED, COMMANDS, PRESETS, SAMPLE_PROFILES, TRAIN_PROFILES, SampleArgs, TrainArgs
+from config import ADDED, COMMANDS, PRESETS, RATES, SAMPLE_PROFILES, TRAIN_PROFILES, SampleArgs, TrainArgs
 from knobs import UserError, checked, problems_of, read_flags, read_json, run, show
 from shapes import count_params, match_d_ff, model_config
 
@@ -53,6 +53,10 @@ def parse(cls, argv, prog, pinned=None, tier=None):
             problems.append(f"--{name} {values[name]} contradicts this command, which means --{name} {value}: "
                             f"use python -m {prog} --{name} {values[name]}")
         values[name], origins[name] = value, "command"
+    if values.get("fsdp") and origins["optimizer"] == "default":
+        values["optimizer"], origins["optimizer"] = "adamw", "as --fsdp cuts matrices up"
+    if origins.get("lr") == "default" and origins["optimizer"] != "default":
+        values["lr"], origins["lr"] = RATES[values["optimizer"]], f"{origins['optimizer']}: that of {values['optimizer']}"
     args = cls(**values)
     # a relation is judged only if each of its flags could be read
     problems += [p for p in problems_of(args) if not bad & set(re.findall(r"--(\w+)", p))]

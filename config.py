@@ -26,23 +26,27 @@ STARTER_DIR, STARTER_CHARS, STARTER_VOCAB = "data/builtin", 12_000_000, 4000    
 BENCH_PROMPTS = ("namaste", "mai kal bazaar gaya tha", "aaj mausam kaisa hai")
 
 
+# peak rates where only the optimizer is known; Muon's updates are as large as AdamW's of the same rate, and it bears a higher one
+RATES = {"muon": 1e-2, "adamw": 1e-3, "lion": 3e-4}
+
 # ---- presets and profiles: only what differs from the defaults ------------------------------------------------------
 # A preset's d_ff is the backup's; the primary's is matched to the same parameter count (see match_d_ff).
 
 PRESETS = {
     "none": {},
     "starter": dict(d_model=192, n_layers=6, n_heads=4, d_ff=576, memory_slots=8, seq_len=128, batch_size=32, grad_accum=1,
-                    optimizer="muon", lr=2e-2, sample_steps=32, max_steps=500, save_interval=250,
+                    lr=2e-2, sample_steps=32, max_steps=500, save_interval=250,
                     eval_interval=250, eval_batches=6),
     "nano": dict(d_model=64, n_layers=3, n_heads=4, d_ff=192, memory_slots=8, seq_len=64, batch_size=8, grad_accum=1,
-                 lr=1e-3, warmup_steps=50, max_steps=500, save_interval=100),
+                 optimizer="adamw", lr=1e-3, warmup_steps=50, max_steps=500, save_interval=100),
     "tiny": dict(d_model=128, n_layers=3, n_heads=4, d_ff=512, memory_slots=8, seq_len=128, batch_size=8, grad_accum=1,
-                 warmup_steps=100, max_steps=1000),
-    "micro": dict(d_ff=2048, seq_len=256, lr=5e-4, warmup_steps=500, max_steps=50_000, save_interval=1000, dropout=0.1),
+                 optimizer="adamw", lr=3e-4, warmup_steps=100, max_steps=1000),
+    "micro": dict(d_ff=2048, seq_len=256, optimizer="adamw", lr=5e-4, warmup_steps=500, max_steps=50_000, save_interval=1000,
+                  dropout=0.1),
     "medium": dict(d_model=1024, n_layers=24, n_heads=16, d_ff=2816, memory_slots=32, seq_len=1024, batch_size=1,
-                   grad_accum=32, warmup_steps=300, max_steps=20_000, save_interval=1000),
+                   grad_accum=32, optimizer="adamw", lr=3e-4, warmup_steps=300, max_steps=20_000, save_interval=1000),
     "full": dict(d_model=2048, n_layers=24, n_heads=16, d_ff=6144, memory_slots=32, seq_len=2048, batch_size=8,
-                 grad_accum=16, lr=1e-4, warmup_steps=5000, max_steps=500_000, save_interval=5000),
+                 grad_accum=16, optimizer="adamw", lr=1e-4, warmup_steps=5000, max_steps=500_000, save_interval=5000),
 }
 GPU_ONLY_PRESETS = ("full",)              # on a CPU only with an explicit --device cpu
 TRAIN_PROFILES = {
@@ -122,12 +126,12 @@ class OptimKnobs:
     batch_size: int = knob(4, "sequences per forward", at_least=1)
     grad_accum: int = knob(8, "forwards per step", at_least=1, aliases=("accumulate_grad_batches",))
     auto_batch: bool = knob(False, "out of memory: half the batch, twice the forwards; probed first", "ignore")
-    lr: float = knob(3e-4, "peak rate", above=0, aliases=("learning_rate",))
+    lr: float = knob(RATES["muon"], "peak rate; not given: 0.001 of adamw, 0.0003 of lion", above=0, aliases=("learning_rate",))
     lr_schedule: str = knob("cosine", "after the warm-up", choices=("cosine", "constant", "wsd"))
     warmup_steps: int = knob(-1, "linear warm-up; -1 = 5 % of the steps, at most 300", at_least=-1)
     min_lr_ratio: float = knob(0.1, "last rate / peak rate", at_least=0, at_most=1, rare=True)
     weight_decay: float = knob(0.05, "on matrices only", at_least=0)
-    optimizer: str = knob("adamw", "update rule", "must", choices=("adamw", "muon", "lion"))
+    optimizer: str = knob("muon", "update rule", "must", choices=tuple(RATES))
     ema: float = knob(0.0, "decay of averaged weights; 0 = off", at_least=0, below=1)
     grad_clip: float = knob(1.0, "limit of the gradient norm; 0 = off", at_least=0, rare=True)
     amp: str = knob("auto", "mixed precision", choices=("auto", "on", "off"), bare="on",

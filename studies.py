@@ -59,7 +59,8 @@ STUDIES = {
         {"7": {}, "3": dict(conv_kernel=3), "5": dict(conv_kernel=5), "11": dict(conv_kernel=11), "15": dict(conv_kernel=15)}),
     "optimizer": Study(
         "Which update rule, each at its own best rate?",
-        rates("muon", 2e-2, 1e-3, 1e-2, 4e-2) | rates("adamw", 1e-3, 2e-3, 4e-3, 8e-3, 16e-3) | rates("lion", 1e-4, 3e-4, 1e-3)),
+        rates("muon", 2e-2, 1e-3, 1e-2, 4e-2) | rates("adamw", 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+        | rates("lion", 1e-4, 3e-4, 1e-3, 3e-3)),
     "weight_decay": Study(
         "How much weight decay?",
         {"0.05": {}, "0": dict(weight_decay=0.0), "0.2": dict(weight_decay=0.2)}),

@@ -50,16 +50,16 @@ class Arm(NamedTuple):
     like: str = ""                                               # the arm whose best rate it takes, instead of asking for its own
 
 
-def ours(*how, preset="none"):
-    args = config.TrainArgs(**config.PRESETS[preset])
-    return Arm(args.lr, lambda folder, setting, rate: peer_models.ours(setting, rate, *how))
+def ours(*how, rate=3e-4):
+    return Arm(rate, lambda folder, setting, rate: peer_models.ours(setting, rate, *how))
 
 
 ARMS = {
     "aria primary": ours("primary"),
     "aria backup": ours("backup"),
     "aria primary, blocks T 64 32": ours("primary", (1 << 30, 64, 32)),
-    "aria primary, Muon": ours("primary", None, "muon", preset="starter"),
+    "aria primary, Muon": ours("primary", None, "muon", rate=config.PRESETS["starter"]["lr"]),
+    "aria primary, blocks T 64 32, Muon": ours("primary", (1 << 30, 64, 32), "muon", rate=config.PRESETS["starter"]["lr"]),
     "MDLM DiT": Arm(3e-4, peer_models.mdlm),
     "MDLM DiT, cosine": Arm(3e-4, functools.partial(peer_models.mdlm, schedule="cosine"), like="MDLM DiT"),
     "slm388-torchdiff": Arm(2.5e-4, peer_models.torchdiff),

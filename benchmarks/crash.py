@@ -44,10 +44,12 @@ SHAPE = ("--d_model 16 --n_layers 2 --n_heads 2 --d_ff 32 --memory_slots 2 --seq
          f"--max_steps {STEPS} --save_interval {STEPS // SAVES} --eval_interval 3 --keep_last 2 --keep_full 1").split()
 CASES = {name: flags.split() for name, flags in {
     "primary muon, EMA, blocks, accumulation": "--optimizer muon --ema .9 --grad_accum 2 --train_block_sizes T,8,4 --dropout .1",
-    "backup adamw, EMA, blocks, spans": "--model backup --ema .9 --grad_accum 1 --masking_strategy span --train_block_sizes T,8",
+    "backup adamw, EMA, blocks, spans": "--model backup --optimizer adamw --ema .9 --grad_accum 1 --masking_strategy span"
+    " --train_block_sizes T,8",
     "primary lion, EMA, accumulation": "--optimizer lion --ema 0.9 --grad_accum 3 --train_block_sizes T --spike_factor 9",
     "backup muon, blocks, accumulation": "--model backup --optimizer muon --grad_accum 2 --train_block_sizes 8,4 --dropout 0.1",
-    "primary adamw, discrete time": "--grad_accum 1 --train_block_sizes T,4 --time_mode discrete --timestep_sampling uniform",
+    "primary adamw, discrete time": "--optimizer adamw --grad_accum 1 --train_block_sizes T,4 --time_mode discrete"
+    " --timestep_sampling uniform",
     "backup lion, EMA, cosine": "--model backup --optimizer lion --ema 0.5 --grad_accum 2 --mask_schedule cosine",
 }.items()}
 FIGURES = ("loss", "mask", "lr", "gnorm", "block", "first")

@@ -125,7 +125,7 @@ def test_a_checkpoint_from_another_model(text, run, capsys):
     from test_checkpoint import plant
     go = ("--resume", run, "--max_steps", 4, "--threads", 1)
     refused(*go, "--model", "backup", capsys=capsys, say=("--model backup", "primary"))
-    refused(*go, "--optimizer", "lion", capsys=capsys, say=("--optimizer lion", "adamw"))
+    refused(*go, "--optimizer", "lion", capsys=capsys, say=("--optimizer lion", "muon"))
     other = run.with_name("other")                                             # its tensors, under a manifest that fits
     assert fresh(text, other, "--max_steps", 2, "--eval_interval", 0, "--model", "backup", "--optimizer", "lion") == 0
     for name, say in (("model.safetensors", "does not fit the model"), ("optimizer.safetensors", "optimizer state does not fit")):
