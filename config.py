@@ -49,11 +49,11 @@ PRESETS = {
                  grad_accum=16, optimizer="adamw", lr=1e-4, warmup_steps=5000, max_steps=500_000, save_interval=5000),
 }
 GPU_ONLY_PRESETS = ("full",)              # on a CPU only with an explicit --device cpu
-TRAIN_PROFILES = {
+TRAIN_PROFILES = {                        # hiding spans, as the older guides do, costs 0.14 bits/byte (docs/results.md)
     "none": {},
     "tiny": dict(d_model=256, n_layers=6, n_heads=4, d_ff=768, memory_slots=8, timesteps=16, sample_steps=8,
-                 seq_len=384, masking_strategy="span"),
-    "laptop": dict(d_model=320, d_ff=960, memory_slots=12, timesteps=24, sample_steps=10, masking_strategy="span"),
+                 seq_len=384),
+    "laptop": dict(d_model=320, d_ff=960, memory_slots=12, timesteps=24, sample_steps=10),
 }
 # all tokens that the model is sure of, at least one a forward: a fixed number of steps costs what the model is not sure of
 SURE = dict(sampler="threshold", steps=64, top_k=0, blockwise=True, block_size=64, frozen_context=True)

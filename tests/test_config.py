@@ -473,7 +473,7 @@ def test_values_of_documented_commands():
     args, _ = parse(TrainArgs, "--edge_profile laptop --model eco_hybrid")
     assert (args.d_model, args.n_layers, args.n_heads, args.d_ff, args.memory_slots) == (320, 8, 8, 960, 12)
     assert (args.timesteps, args.sample_steps, args.seq_len, args.time_mode) == (24, 10, 512, "continuous")
-    assert (args.timestep_sampling, args.masking_strategy, args.mean_span_length) == ("stratified", "span", 3.0)
+    assert (args.timestep_sampling, args.masking_strategy, args.mean_span_length) == ("stratified", "token", 3.0)
     args, _ = parse(SampleArgs, "x --edge_profile max --steps 9")
     assert (args.steps, args.temperature, args.temperature_end, args.top_k, args.block_size) == (9, 0, None, 0, 64)
     assert (args.sampler, args.threshold, args.blockwise, args.frozen_context) == ("threshold", 0.9, True, True)
