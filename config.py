@@ -105,7 +105,8 @@ class MaskKnobs:
     "Objective"
     objective: str = knob("masked", "masked diffusion, or its control: ar, autoregressive, left to right; backup only", "must",
                           choices=("masked", "ar"))
-    loss: str = knob("elbo", "the bound, or the mean over masked tokens", choices=("elbo", "masked_mean"))
+    loss: str = knob("masked_mean", "mean over masked tokens, or elbo: the bound, which is what validation always prints",
+                     choices=("elbo", "masked_mean"))
     mask_schedule: str = knob("linear", "mask rate as a function of time", choices=("cosine", "linear"))
     min_mask_rate: float = knob(0.0, "lowest mask rate", at_least=0, at_most=1, rare=True)
     max_mask_rate: float = knob(1.0, "highest mask rate; decoding starts at 1", at_least=0, at_most=1, rare=True)

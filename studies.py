@@ -40,7 +40,7 @@ VOCABULARIES = (8000, 2000, 4000, 16000)
 STUDIES = {
     "loss": Study(
         "Which loss, schedule and draw of times?",
-        dict(elbo={}, cosine=dict(mask_schedule="cosine"), masked_mean=dict(loss="masked_mean"),
+        dict(masked_mean={}, elbo=dict(loss="elbo"), cosine=dict(mask_schedule="cosine"),
              uniform_times=dict(timestep_sampling="uniform"))),
     "blocks": Study(
         "Which block rules should training draw from, and what does each cost?",
