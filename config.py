@@ -127,7 +127,8 @@ class OptimKnobs:
     batch_size: int = knob(4, "sequences per forward", at_least=1)
     grad_accum: int = knob(8, "forwards per step", at_least=1, aliases=("accumulate_grad_batches",))
     auto_batch: bool = knob(False, "out of memory: half the batch, twice the forwards; probed first", "ignore")
-    lr: float = knob(RATES["muon"], "peak rate; not given: 0.002 of adamw, 0.0003 of lion", above=0, aliases=("learning_rate",))
+    lr: float = knob(RATES["muon"], f"peak rate; not given: {RATES['adamw']} of adamw, {RATES['lion']} of lion", above=0,
+                     aliases=("learning_rate",))
     lr_schedule: str = knob("cosine", "after the warm-up", choices=("cosine", "constant", "wsd"))
     warmup_steps: int = knob(-1, "linear warm-up; -1 = 5 % of the steps, at most 300", at_least=-1)
     min_lr_ratio: float = knob(0.1, "last rate / peak rate", at_least=0, at_most=1, rare=True)

@@ -469,6 +469,17 @@ def test_documented_commands_parse(line):
         assert args.ckpt == next(w for w in words[1:] if w != "--ckpt")
 
 
+@pytest.mark.parametrize("line, optimizer, rate", [
+    ("", "muon", config.RATES["muon"]), ("--edge_profile laptop", "muon", config.RATES["muon"]),
+    ("--optimizer lion", "lion", config.RATES["lion"]), ("--fsdp --optimizer lion", "lion", config.RATES["lion"]),
+    ("--fsdp", "adamw", config.RATES["adamw"]), ("--optimizer adamw --lr 0.5", "adamw", 0.5),
+    ("--preset tiny --optimizer muon", "muon", config.PRESETS["tiny"]["lr"])])
+def test_an_optimizer_brings_its_own_rate(line, optimizer, rate):
+    """Unless a rate was given; --fsdp takes what works on cut matrices, unless told otherwise."""
+    args, _ = parse(TrainArgs, line)
+    assert (args.optimizer, args.lr) == (optimizer, rate)
+
+
 def test_values_of_documented_commands():
     args, _ = parse(TrainArgs, "--edge_profile laptop --model eco_hybrid")
     assert (args.d_model, args.n_layers, args.n_heads, args.d_ff, args.memory_slots) == (320, 8, 8, 960, 12)
