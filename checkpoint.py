@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 
 import knobs
 from config import TrainArgs
-from shapes import ModelConfig, count_params
-from knobs import UserError, say
+from shapes import ModelConfig, count_params, weight_name
+from knobs import Damage, UserError, file_sha256, say
 from model import build_model
 from tokenizer import Tokenizer
 
@@ -34,12 +34,9 @@ except ImportError:  # Windows has no flock: there a second trainer goes unnotic
     fcntl = None
 
 FORMAT = "aria-checkpoint-1"
-MODEL, EMA, OPTIMIZER, MANIFEST = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "MANIFEST.json"
-REQUIRED = {MODEL, "state.json", "config.json", "tokenizer.model"}
+PARTS, MANIFEST = ("model", "ema", "optimizer"), "MANIFEST.json"
+SMALL = {"state.json", "config.json", "tokenizer.model"}
 STRAY = {".DS_Store", "desktop.ini", "Thumbs.db"}  # file managers leave these anywhere; nothing reads them
-
-class Damage(UserError):
-    """A checkpoint that must not be used; the message names the file."""
 
 # ---------------------------------------------------------------------------------------------------- disk work
 
@@ -115,18 +112,20 @@ def run_lock(run_dir):
 
 # ---------------------------------------------------------------------------------------------------- save
 
-def save(run_dir, step, *, model_state, state, config, tokenizer_bytes, ema_state=None, optimizer_state=None,
+def save(run_dir, step, *, state, config, tokenizer_bytes, model_state=None, ema_state=None, optimizer_state=None, shards=None,
          best=False, keep_last=TrainArgs.keep_last, keep_full=TrainArgs.keep_full):
     """Write checkpoint `step`, point (`best` and) `latest` at it, prune; returns its folder.
+
+    shards(folder) -> {file: its entry} writes the tensors instead, where several processes have a part of each (shards.py).
 
     FloatingPointError: a tensor is not finite, nothing was touched. OSError (disk full, ...): what was there is intact
     and nothing half-written bears a checkpoint's name. Saving a step that exists replaces it.
     """
-    assert model_state, "a checkpoint without weights"
+    assert model_state or shards, "a checkpoint without weights"
     run, name = Path(run_dir), step_name(step)
     temp, final, old = run / f".tmp-{name}-{os.getpid()}", run / name, run / f".old-{name}"
-    tensors = {file: pack(part, file) for file, part in
-               ((MODEL, model_state), (EMA, ema_state), (OPTIMIZER, optimizer_state)) if part}
+    tensors = {f"{part}.safetensors": pack(found, part) for part, found in
+               zip(PARTS, (model_state, ema_state, optimizer_state), strict=True) if found}
     small = {"state.json": to_json({**state, "format": FORMAT, "step": step}), "config.json": to_json(config),
              "tokenizer.model": tokenizer_bytes}
     run.mkdir(parents=True, exist_ok=True)
@@ -137,7 +136,8 @@ def save(run_dir, step, *, model_state, state, config, tokenizer_bytes, ema_stat
             write_file(temp / file, data)
         for file, (part, tied) in tensors.items():
             write_tensors(temp / file, part, tied)
-        files = {f: {"size": (temp / f).stat().st_size, "sha256": sha256(temp / f)} for f in (*small, *tensors)}
+        files = {f: {"size": (temp / f).stat().st_size, "sha256": file_sha256(temp / f)} for f in (*small, *tensors)}
+        files |= shards(temp) if shards else {}
         write_file(temp / MANIFEST, to_json(seal({
             "format": FORMAT, "step": step, "files": files, "tokenizer_sha256": files["tokenizer.model"]["sha256"],
             "config_sha256": files["config.json"]["sha256"]})))
@@ -162,14 +162,14 @@ def save(run_dir, step, *, model_state, state, config, tokenizer_bytes, ema_stat
         say(f"warning: old checkpoints in {run} could not be removed: {error}")
     return final
 
-def pack(tensors, file):
+def pack(tensors, part):
     """Tensors -> (what safetensors takes: on the CPU, dense, each storage once; {name tied to another: that one})."""
     kept, tied, seen = {}, {}, {}
     for key, t in tensors.items():
         assert "_orig_mod." not in key, f"{key}: save the bare module, not its compiled wrapper"
-        assert t.numel(), f"{file}: {key} is empty"
+        assert t.numel(), f"{part}: {key} is empty"
         if t.is_floating_point() and not torch.isfinite(t).all():
-            raise FloatingPointError(f"{file}: {key} holds NaN or infinity; nothing was saved")
+            raise FloatingPointError(f"{part}: {key} holds NaN or infinity; nothing was saved")
         first = seen.setdefault((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype), key)
         if first != key:
             tied[key] = first
@@ -195,23 +195,17 @@ def prune(run, step, keep_last, keep_full):
         folder = steps[s]
         if keep_last and rank >= keep_last and s not in (step, read_pointer(run, "best")[0]):
             discard(folder)
-        elif rank >= keep_full and (folder / OPTIMIZER).exists():
+        elif rank >= keep_full and (moments := [path for path in folder.iterdir() if part_of(path.name) == "optimizer"]):
             try:
                 manifest = read_manifest(folder)
             except UserError:
                 continue  # damaged: somebody may want to look at it as it is
-            if manifest["files"].pop(OPTIMIZER, None):  # manifest first; after a kill in between, the file is ignored
-                replace_file(folder / MANIFEST, to_json(seal({**manifest, "dropped": OPTIMIZER})), run)
-            (folder / OPTIMIZER).unlink()
+            if any([manifest["files"].pop(path.name, None) for path in moments]):  # a kill leaves files that count no more
+                replace_file(folder / MANIFEST, to_json(seal({**manifest, "dropped": "optimizer.safetensors"})), run)
+            for path in moments:
+                path.unlink()
 
 # ---------------------------------------------------------------------------------------------------- load
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 def to_json(value):
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -239,7 +233,8 @@ def read_manifest(folder):
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} has the format {manifest.get('format')!r}, but this Aria reads {FORMAT}")
     files, step = manifest.get("files"), manifest.get("step")
-    known = isinstance(files, dict) and REQUIRED <= set(files) <= REQUIRED | {EMA, OPTIMIZER}
+    known = isinstance(files, dict) and set(files) >= SMALL and "model" in parts_of(folder, files) and all(
+        file in SMALL or part_of(file) for file in files)
     if not known or type(step) is not int:
         raise Damage(f"{path} is incomplete")
     if re.fullmatch(r"step_[0-9]+", folder.name) and folder.name != step_name(step):
@@ -253,12 +248,13 @@ def verify(folder):
         try:
             found = {"size": (folder / file).stat().st_size}
             if isinstance(entry, dict) and found["size"] == entry.get("size"):
-                found["sha256"] = sha256(folder / file)
+                found["sha256"] = file_sha256(folder / file)
         except OSError as error:
             raise Damage(f"{folder / file} cannot be read: {error.strerror}") from None
         if found != entry:
             raise Damage(f"{folder / file} is not what was saved: {found} instead of {entry}")
-    extra = set(os.listdir(folder)) - {MANIFEST, *manifest["files"], manifest.get("dropped") and OPTIMIZER, *STRAY}
+    extra = set(os.listdir(folder)) - {MANIFEST, *manifest["files"], *STRAY}
+    extra = {file for file in extra if not (manifest.get("dropped") and part_of(file) == "optimizer")}
     if extra:
         raise Damage(f"{folder / min(extra)} does not belong to this checkpoint: move it away")
     return manifest
@@ -278,25 +274,30 @@ def read_tensors(path):
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Damage(f"{path} is no valid tensor file: {error!r}") from None
 
-def renamed(tensors):
-    """The names that weights, and states of weights, bear today: the last norm came to be one of several exits."""
-    return {re.sub(r"(?<!exits\.)\bfinal_norm\.", "exits.final_norm.", key): t for key, t in tensors.items()}
+def read_part(files):
+    """One part of a checkpoint, whole, from the one file that holds it or from those of several processes."""
+    if len(files) == 1 and files[0].stem in PARTS:
+        tensors = read_tensors(files[0])
+    else:
+        import shards
+        tensors = shards.read_whole(files)
+    return {weight_name(key): t for key, t in tensors.items()}
 
 def load(path, *, parts=("model",), quarantine=False):
-    """Any spelling of a checkpoint -> .path .step .config .state .tokenizer_bytes .model .ema .optimizer (or None).
+    """Any spelling of a checkpoint -> .path .step .config .state .tokenizer_bytes .files .model .ema .optimizer (or None).
 
     All files are verified, the tensors of `parts` are read. A damaged `latest` falls back to the one before, loudly;
     with quarantine (for the holder of the lock) it is renamed .corrupt-*. Damage in a step that was named raises.
     """
     def read(folder):
-        manifest, found = verify(folder), dict.fromkeys(("model", "ema", "optimizer"))
+        manifest, found = verify(folder), dict.fromkeys(PARTS)
         state, config = read_json(folder / "state.json"), read_json(folder / "config.json")
         if (state.get("format"), state.get("step")) != (FORMAT, manifest["step"]):
             raise Damage(f"{folder / 'state.json'} is not of step {manifest['step']}")
+        files = parts_of(folder, manifest["files"])
         for part in parts:
-            file = f"{part}.safetensors"
-            found[part] = renamed(read_tensors(folder / file)) if file in manifest["files"] else None
-        return SimpleNamespace(path=folder, step=manifest["step"], config=config, state=state,
+            found[part] = read_part(files[part]) if part in files else None
+        return SimpleNamespace(path=folder, step=manifest["step"], config=config, state=state, files=files,
                                tokenizer_bytes=(folder / "tokenizer.model").read_bytes(), **found)
     return first_good(path, read, quarantine)
 
@@ -341,6 +342,16 @@ def load_into(model, tensors):
     model.load_state_dict(tensors)
 
 # ---------------------------------------------------------------------------------------------------- names
+
+def part_of(file):
+    """"model.safetensors", or "model-00001-of-00004.safetensors" -> "model"; None of another name."""
+    match = re.fullmatch(rf"({'|'.join(PARTS)})(-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors", file)
+    return match and match[1]
+
+def parts_of(folder, files):
+    """{part: the paths of its files} of those that there are."""
+    found = {part: [folder / file for file in sorted(files) if part_of(file) == part] for part in PARTS}
+    return {part: paths for part, paths in found.items() if paths}
 
 def step_name(step):
     return f"step_{step:06d}"

@@ -3,9 +3,10 @@
     torchrun --nproc_per_node 8 -m train --preset medium             # docs/SCALING.md: nodes, FSDP, what a run costs
 
 Used by train.py; nothing here runs by itself. Without torchrun there is one rank, and every method is the identity. Notable:
-* rank 0 alone reads checkpoints, writes and prints; the others hear from it, as JSON or as tensors, never as pickle;
+* rank 0 alone prints, logs and writes what is small; the others hear from it, as JSON or as tensors;
 * what can differ between machines (a signal, a full disk, a measured precision) is agreed upon, all else is computed alike;
-* a checkpoint holds whole tensors, so it resumes on any number of ranks, sharded or not.
+* DistributedDataParallel sums gradients, FSDP2 cuts weights up, and torch.distributed.checkpoint saves what is cut (shards.py);
+* a checkpoint of any number of ranks resumes on any other, sharded or not.
 """
 import atexit
 import contextlib
@@ -21,12 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import shards
 from knobs import UserError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")      # what it tells each process
 TIMEOUT = timedelta(minutes=30)    # of one wait: rank 0 may be writing a large checkpoint. A dead process shows at once
 PATIENCE = 2                       # seconds in which rank 0 speaks first, and torchrun ends the others
-BUCKET = 1 << 24                   # gradients of one all-reduce
 
 
 class Ranks:
@@ -109,71 +110,69 @@ class Ranks:
         return tensors
 
     def hear(self, saved):
-        """The checkpoint that rank 0 has loaded, on every rank; its weights stay there until place()."""
+        """The checkpoint that rank 0 has loaded, on every rank; its weights stay there. Sharded: only what is small."""
         if self.world == 1:
             return saved
-        small = self.tell({"path": str(saved.path), "step": saved.step, "config": saved.config, "state": saved.state}
+        small = self.tell({"step": saved.step, "config": saved.config, "state": saved.state, "path": str(saved.path),
+                           "files": {part: [f.name for f in files] for part, files in saved.files.items()}}
                           if self.main else None)
-        large = {part: self.spread(getattr(saved, part) if self.main else None) for part in ("ema", "optimizer")}
-        return SimpleNamespace(**{**small, "path": Path(small["path"])}, **large, model=saved.model if self.main else None,
+        large = {part: None if self.sharded else self.spread(getattr(saved, part) if self.main else None)
+                 for part in ("ema", "optimizer")}
+        path = Path(small.pop("path"))
+        files = {part: [path / name for name in names] for part, names in small.pop("files").items()}
+        return SimpleNamespace(path=path, files=files, **small, **large, model=saved.model if self.main else None,
                                tokenizer_bytes=saved.tokenizer_bytes if self.main else None)
 
     # ---- weights, gradients, optimizer state ---------------------------------------------------------------------------
 
-    def place(self, model, device, dtype):
-        """The model with rank 0's weights, on its device; with --fsdp only this rank's part of them."""
-        if self.world > 1:
-            for p in model.parameters():
-                dist.broadcast(p.detach(), 0)
-        return shard(model, device, dtype, self.world) if self.sharded else model.to(device)
+    def place(self, model, device, dtype, source=None):
+        """The model on its device; with --fsdp only this rank's part, filled from the checkpoint files `source` if given."""
+        if not self.sharded:
+            return model.to(device)
+        for p in model.parameters():
+            dist.broadcast(p.detach(), 0)
+        model = shard(model, device, dtype, self.world)
+        if source:
+            shards.read_into(source, model)
+        return model
 
-    def sum_gradients(self, model):
-        """Each rank's gradients, already divided by the whole step's count -> their sum, the same bits on every rank.
+    def replicate(self, loss):
+        """The module whose forward is the loss -> the same, its gradients summed over the ranks while backward runs.
 
-        Once per step, after the accumulation. DistributedDataParallel would hide it behind the last backward, but wants a wrapper
-        around the loss and a search for parameters without a gradient; where wires are the limit, --fsdp overlaps by itself.
+        Each rank's gradients are already divided by the whole step's count. Weights become rank 0's. A step may leave some
+        weights without gradient (one block rule each), the same ones everywhere, and they stay without.
         """
         if self.world == 1 or self.sharded:
-            return
-        grads = [p.grad for p in model.parameters() if p.grad is not None]      # the same ones everywhere: one block rule a step
-        while grads:
-            count, size = 0, 0
-            while count < len(grads) and (not count or size + grads[count].numel() <= BUCKET):
-                count, size = count + 1, size + grads[count].numel()
-            bucket, grads = grads[:count], grads[count:]
-            flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
-            parts = flat.split([g.numel() for g in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+            return loss
+        replica = nn.parallel.DistributedDataParallel(loss, find_unused_parameters=True, gradient_as_bucket_view=True)
+        replica.register_comm_hook(None, summed)
+        return replica
+
+    def accumulate(self, replica):
+        """Inside, backward leaves the gradients of this rank as they are: all forwards of a step but the last."""
+        return replica.no_sync() if isinstance(replica, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
 
     def fold(self, model):
         """After a forward without backward: the gathered copy of the root's weights is stale as soon as they change."""
         if self.sharded:
             model.reshard()
 
-    def whole(self, tensors):
-        """What is to be saved: full tensors, on rank 0's CPU. Every rank has to call it, as each holds a part."""
-        if not self.sharded or tensors is None:
-            return tensors
-        full = {}
-        for name, t in tensors.items():
-            t = t.full_tensor() if hasattr(t, "full_tensor") else t
-            if self.main:
-                full[name] = t.detach().cpu()
-        return full
+    def save(self, write, **parts):
+        """write(**tensors) on rank 0 -> its result; sharded it gets a function instead, by which all ranks write theirs."""
+        if self.sharded:
+            return shards.save(self, {part: tensors for part, tensors in parts.items() if tensors}, write)
+        return self.tell(self.main and write(**{f"{part}_state": tensors for part, tensors in parts.items()}))
 
-    def cut(self, tensors, model):
-        """The reverse, for what was saved beside the weights: each tensor cut as the parameter in its name is."""
-        if not self.sharded or not tensors:
-            return tensors
-        from torch.distributed.tensor import distribute_tensor
-        params, parts = dict(model.named_parameters()), {}
-        for name, t in tensors.items():
-            p = params.get(name, params.get(name.partition(".")[2].rpartition(".")[0]))     # its name, or adamw.<name>.exp_avg
-            if p is not None and p.shape == t.shape:
-                t = distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None)  # each rank has all of t
-            parts[name] = t
-        return parts
+    def beside(self, saved, part, model):
+        """What was saved beside the weights (ema, optimizer): whole, or sharded as the weights are. None: it was not."""
+        if self.sharded:
+            return shards.read_beside(saved.files[part], model) if part in saved.files else None
+        return getattr(saved, part)
+
+
+def summed(_, bucket):
+    """DDP's hook for a bucket of gradients that is complete: their sum, where its own would make it a mean."""
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
 def shard(model, device, dtype, world):

@@ -43,8 +43,11 @@ def attempt(work, micro):
         return None, (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def backing_off(work, micro, rows, args, undo, say):
-    """work(micro), with fewer rows per forward each time that memory runs out -> (its result, the rows that fit)."""
+def backing_off(work, micro, rows, args, undo, say, alone=True):
+    """work(micro), with fewer rows per forward each time that memory runs out -> (its result, the rows that fit).
+
+    Not alone, when other processes are in the midst of adding up their gradients, nobody can do the step again.
+    """
     while True:
         result, trouble = attempt(work, micro)
         if not trouble:
@@ -53,7 +56,7 @@ def backing_off(work, micro, rows, args, undo, say):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        less = fewer(micro, rows) if args.auto_batch else None
+        less = fewer(micro, rows) if args.auto_batch and alone else None
         if less is None:
             raise UserError(f"{advice(args, micro)}\n  ({trouble})", code=1)
         say(f"notice: out of memory with {micro} x {args.seq_len} tokens per forward: from here on {less} rows, {rows // less} "

@@ -8,6 +8,7 @@ and `--x True` next to a positional. No torch and no numpy here: --help has to b
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import operator
@@ -24,6 +25,10 @@ class UserError(Exception):
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
+
+
+class Damage(UserError):
+    """A file that must not be used, as it is not what was written; the message names it."""
 
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
@@ -245,6 +250,14 @@ def read_json(path):
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_json(path, value, fix=""):

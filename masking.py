@@ -194,6 +194,17 @@ def denoising_loss(model, x0, draw, kind, normaliser, rows=slice(None), chunk=51
     return Loss(total / normaliser, ce.detach(), mask)
 
 
+class DenoisingLoss(torch.nn.Module):
+    """denoising_loss of one model, as a module: what can be replicated."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return denoising_loss(self.model, *args, **kwargs)
+
+
 def normaliser(kind, draw):
     """What one optimizer step's sum is divided by: all its tokens for the bound, its hidden tokens for the plain mean."""
     return len(draw.t) * draw.mask.shape[1] if kind == "elbo" else draw.hidden

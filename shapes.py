@@ -6,6 +6,7 @@
     shapes.match_d_ff(cfg, target)                       # the primary's d_ff that gives it the backup's size
 """
 import dataclasses
+import re
 from dataclasses import dataclass
 
 from knobs import UserError, again, checked, knob
@@ -103,6 +104,11 @@ def block_params(c):
 def count_params(c):
     """The true number of parameters: tied embedding with the mask's row, layers, a norm for each exit."""
     return c.rows * c.d_model + block_params(c) + c.d_model * (c.n_layers if c.exits else 1)
+
+
+def weight_name(name):
+    """What a weight, or a state of a weight, is called today: the last norm came to be one of several exits."""
+    return re.sub(r"(?<!exits\.)\bfinal_norm\.", "exits.final_norm.", name)
 
 
 def train_flops(c, length, block, hidden):

@@ -7,7 +7,6 @@ Used by train and evaluate:
 Notable: nothing is guessed and nothing clipped, a file that does not fit its meta.json is refused with both numbers.
 The order is a seeded permutation computed on the fly: no list of indices, the state is one integer.
 """
-import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
@@ -37,8 +36,7 @@ def token_dtype(vocab_size):
 
 def file_sha256(path):
     try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        return knobs.file_sha256(path)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
 

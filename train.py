@@ -112,7 +112,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     saved, notes = None, []
     if source:
         saved = ranks.hear(checkpoint.load(
-            source, parts=("model", "ema", "optimizer"),
+            source, parts=() if args.fsdp else checkpoint.PARTS,
             quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir) if ranks.main else None)
     if resuming:
         args, changes = cli.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
@@ -146,12 +146,14 @@ def train(args, origins, ranks, run_dir, source, resuming):
     if args.fsdp and dtype is torch.float16:
         raise UserError("--fsdp works in bf16 or float32: add --no_amp, or use GPUs with bf16")
     runtime.seed_everything(args.seed)
-    if saved and ranks.main:
+    weights = saved and ("ema" if "ema" in saved.files and not resuming else "model")       # a fork takes the averaged ones
+    if saved and ranks.main and not args.fsdp:
         checkpoint.may_fit(cfg, saved.model)
     model = build_model(cfg)
-    if saved and ranks.main:
-        checkpoint.load_into(model, saved.ema if saved.ema and not resuming else saved.model)
-    model = ranks.place(model, device, dtype)
+    if saved and ranks.main and not args.fsdp:
+        checkpoint.load_into(model, getattr(saved, weights))
+    model = ranks.place(model, device, dtype, saved and saved.files[weights])
+    loss_of = ranks.replicate(masking.DenoisingLoss(model))
     model.recompute = args.activation_checkpointing
     optimizer = optim.make_optimizer(model, args)
     ema = optim.EMA(model, args.ema) if args.ema else None
@@ -162,9 +164,9 @@ def train(args, origins, ranks, run_dir, source, resuming):
         """Everything but the weights -> best, skipped, position, tokens_seen, rollbacks."""
         state = checkpoint.counters(saved)
         if with_optimizer:
-            optimizer.load_state_tensors(ranks.cut(saved.optimizer, model))
-        if ema and saved.ema:
-            ema.load(ranks.cut(saved.ema, model), state["ema_updates"])
+            optimizer.load_state_tensors(ranks.beside(saved, "optimizer", model))
+        if ema and "ema" in saved.files:
+            ema.load(ranks.beside(saved, "ema", model), state["ema_updates"])
         scaler.load(state["scaler"])
         spikes.losses.clear()
         spikes.losses.extend(state["losses"])
@@ -173,7 +175,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
 
     best, skipped, position, tokens_seen, rollbacks = math.inf, 0, 0, 0, 0
     if resuming:
-        kept = bool(saved.optimizer) and not args.reset_optimizer
+        kept = "optimizer" in saved.files and not args.reset_optimizer
         best, skipped, position, tokens_seen, rollbacks = restore(saved, kept)
         best = best if in_place else math.inf
         notes += [] if kept else ["the optimizer starts fresh"]
@@ -200,27 +202,27 @@ def train(args, origins, ranks, run_dir, source, resuming):
             return masking.whole_rows(rows, args.seq_len, mine)
         return masking.draw(args, args.seed, step, rows, args.seq_len, block, first, mine)
 
-    def gradients(x0, draw, step, micro):                   # of these rows, micro of them per forward -> their loss
+    def gradients(x0, draw, step, micro, last=True):        # of these rows, micro per forward -> their loss; last: ranks add up
         total, loss = masking.normaliser(args.loss, draw), 0.0
         early = masking.pick_exit(args.n_layers, args.seed, step) if cfg.exits and args.n_layers > 1 else None
         for a in range(0, len(x0), micro):
             part = slice(a, a + micro)
-            with runtime.autocast(device, dtype):
-                out = masking.denoising_loss(model, x0[part], draw, args.loss, total, part, early=early,
-                                             early_weight=args.exit_loss_weight)
-            try:
-                scaler.scale(out.loss).backward()
-            except RuntimeError as error:
-                if not args.detect_anomaly or "returned nan" not in str(error):
-                    raise
-                raise UserError(f"step {step + 1}: {error} (--detect_anomaly; the forward call is shown above)", 1) from None
+            with contextlib.nullcontext() if last and a + micro >= len(x0) else ranks.accumulate(loss_of):
+                with runtime.autocast(device, dtype):
+                    out = loss_of(x0[part], draw, args.loss, total, part, early=early, early_weight=args.exit_loss_weight)
+                try:
+                    scaler.scale(out.loss).backward()
+                except RuntimeError as error:
+                    if not args.detect_anomaly or "returned nan" not in str(error):
+                        raise
+                    raise UserError(f"step {step + 1}: {error} (--detect_anomaly; the forward call is shown above)", 1) from None
             loss += float(out.loss.detach())
         return loss
 
     def probe(micro):                                       # one real forward and backward for each block rule
         for block in blocks:
             draw = questions(0, block)
-            gradients(windows.batch(position + mine.start, micro).to(device), draw, 0, micro)
+            gradients(windows.batch(position + mine.start, micro).to(device), draw, 0, micro, last=False)
 
     micro = args.batch_size                                 # rows per forward that fit into memory
     if args.auto_batch:
@@ -269,10 +271,10 @@ def train(args, origins, ranks, run_dir, source, resuming):
         return nats
 
     def save(step, is_best):
-        parts = [ranks.whole(part) for part in (model.state_dict(), ema.state() if ema else None, optimizer.state_tensors())]
-        return ranks.tell(ranks.main and write(step, is_best, *parts))
+        return ranks.save(functools.partial(write, step, is_best), model=model.state_dict(), ema=ema.state() if ema else None,
+                          optimizer=optimizer.state_tensors())
 
-    def write(step, is_best, model_state, ema_state, optimizer_state):
+    def write(step, is_best, **tensors):
         state = {"tokens_seen": tokens_seen, "position": position, "skipped": skipped, "best": None if best == math.inf else best,
                  "ema_updates": ema.updates if ema else 0, "model": args.model,
                  "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
@@ -281,9 +283,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         started = time.perf_counter()
         try:
             folder = checkpoint.save(
-                run_dir, step, model_state=model_state, ema_state=ema_state, optimizer_state=optimizer_state,
-                state=state, config=saved_args,
-                tokenizer_bytes=tokenizer.model_bytes, best=is_best,
+                run_dir, step, **tensors, state=state, config=saved_args, tokenizer_bytes=tokenizer.model_bytes, best=is_best,
                 keep_last=args.keep_last if args.save_interval else 1, keep_full=args.keep_full)
         except (OSError, FloatingPointError) as error:   # disk full, NaN: what was saved before is intact, training goes on
             log.write("warn", step=step, message=f"save failed: {error}")
@@ -341,8 +341,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             x0 = windows.batch(position + mine.start, mine.stop - mine.start).to(device)      # (rows of this rank, T)
             data_ms = 1e3 * (time.perf_counter() - started)
             work = functools.partial(gradients, x0, draw, step)
-            loss, micro = fit.backing_off(work, micro, len(x0), args, optimizer.zero_grad, say)
-            ranks.sum_gradients(model)
+            loss, micro = fit.backing_off(work, micro, len(x0), args, optimizer.zero_grad, say, ranks.world == 1)
             loss = ranks.total(loss)
             scaler.unscale()
             gnorm = float(optim.clip_grad_norm(model, args.grad_clip))

@@ -17,13 +17,12 @@ import time
 from pathlib import Path
 
 from common import ROOT, arguments
-from safetensors.torch import load_file
 
 import checkpoint
 
 os.environ["PYTHONPATH"] = str(ROOT)
 SHAPE = ("--d_model", 32, "--n_layers", 2, "--n_heads", 2, "--d_ff", 48, "--memory_slots", 4, "--seq_len", 32, "--batch_size", 4,
-         "--grad_accum", 3, "--train_block_sizes", "T,8", "--block_size", 8, "--lr_schedule", "constant", "--warmup_steps", 2,
+         "--grad_accum", 3, "--train_block_sizes", "T,8", "--block_size", 8, "--lr", 3e-4, "--lr_schedule", "constant", "--warmup_steps", 2,
          "--ema", 0.9, "--eval_batches", 1, "--eval_interval", 3, "--keep_full", 10 ** 6, "--log_interval", 1, "--threads", 1,
          "--no_show_samples", "--live", "off", "--data_dir", "text")
 GRID = [(2, "primary", "muon", ()), (2, "backup", "adamw", ()), (4, "primary", "adamw", ()), (4, "backup", "muon", ()),
@@ -51,7 +50,7 @@ def apart(one, other, step):
     """Largest differences: tensors of each file, losses and gradient norms."""
     out = {}
     for name in ("model", "ema", "optimizer"):
-        a, b = (load_file(r / f"step_{step:06d}" / f"{name}.safetensors") for r in (one, other))
+        a, b = (getattr(checkpoint.load(r / f"step_{step:06d}", parts=(name,)), name) for r in (one, other))
         out[name] = max(float((a[key] - b[key]).abs().max()) for key in a)
     a, b = log(one), log(other)
     return out | {key: max(abs(a[s][key] - b[s][key]) for s in a) for key in ("loss", "gnorm")}
@@ -81,10 +80,11 @@ def main():
             print(f"{name:38} " + "  ".join(f"{k} {v:.1e}" for k, v in row.items() if k != "job"), flush=True)
 
         words = (*SHAPE, "--model", "primary", "--optimizer", "adamw", "--no_amp", "--save_interval", 2)
-        for turn in range(kills):
-            before = max(log(folder / "killed"), default=0) if turn else 0
+        for turn in range(kills):                                # DDP and FSDP in turn: each goes on from the other's files
+            before, cut = max(log(folder / "killed"), default=0) if turn else 0, ("--fsdp",) * (turn // 2 % 2)
             with open(folder / "out", "wb") as out:
-                job = subprocess.Popen(command(2, *words, "--output_dir", "killed", "--resume_latest", "--max_steps", 10 ** 6),
+                job = subprocess.Popen(command(2, *words, *cut, "--output_dir", "killed", "--resume_latest", "--max_steps",
+                                               10 ** 6),
                                        cwd=folder, stdout=out, stderr=out)
             while job.poll() is None and not ((folder / "killed/latest").exists() and max(log(folder / "killed")) >= before + 3):
                 time.sleep(0.02)
@@ -94,7 +94,8 @@ def main():
             killed = time.perf_counter()
             code = job.wait()
             saved = checkpoint.load(folder / "killed", parts=("model", "ema", "optimizer"))
-            row = {"rank": turn % 2, "code": code, "seconds": round(time.perf_counter() - killed, 2), "step": saved.step,
+            row = {"rank": turn % 2, "fsdp": bool(cut), "code": code, "step": saved.step,
+                   "seconds": round(time.perf_counter() - killed, 2),
                    "said": "another process of this run has ended" in (folder / "out").read_text(errors="replace")}
             result["kills"].append(row)
             print("kill", row, flush=True)

@@ -90,7 +90,7 @@ def forged(lab, name, data):
     sound = (lab.step / "MANIFEST.json").read_bytes()
     manifest = json.loads(sound)
     put(lab, f"ckpt/{name}", data)
-    manifest["files"][name] = {"size": len(data), "sha256": checkpoint.sha256(folder / name)}
+    manifest["files"][name] = {"size": len(data), "sha256": checkpoint.file_sha256(folder / name)}
     put(lab, "ckpt/MANIFEST.json", checkpoint.to_json(checkpoint.seal(manifest)))
     try:
         checkpoint.load_model(folder, "cpu")

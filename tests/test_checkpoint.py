@@ -280,7 +280,7 @@ def reseal(folder, change):
 def plant(folder, name, data):
     """A file with a correct entry in the manifest: what a forger would do."""
     (folder / name).write_bytes(data)
-    reseal(folder, lambda m: m["files"].update({name: {"size": len(data), "sha256": ck.sha256(folder / name)}}))
+    reseal(folder, lambda m: m["files"].update({name: {"size": len(data), "sha256": ck.file_sha256(folder / name)}}))
 
 
 def header(entries, data=b""):
@@ -442,12 +442,12 @@ def test_what_is_kept(tmp_path):
     for step in range(1, 8):
         put(tmp_path, step, best=step == 2, keep_last=3, keep_full=2)
     assert list(ck.list_steps(tmp_path)) == [2, 5, 6, 7]
-    full = [s for s, folder in ck.list_steps(tmp_path).items() if (folder / ck.OPTIMIZER).exists()]
+    full = [s for s, folder in ck.list_steps(tmp_path).items() if (folder / "optimizer.safetensors").exists()]
     assert full == [6, 7]
     for folder in ck.list_steps(tmp_path).values():
         ck.verify(folder)
     assert ck.load(tmp_path / "step_000005", parts=PARTS).optimizer is None
-    (tmp_path / "step_000005" / ck.OPTIMIZER).write_bytes(b"from a kill between the manifest and the file")
+    (tmp_path / "step_000005" / "optimizer.safetensors").write_bytes(b"from a kill between the manifest and the file")
     assert ck.load(tmp_path / "step_000005", parts=PARTS).optimizer is None
     put(tmp_path, 3, keep_last=2)                     # rewound: what was just saved stays, and counts as the newest
     assert list(ck.list_steps(tmp_path)) == [2, 3] and value_of(tmp_path)[0] == 3
@@ -467,7 +467,7 @@ def test_tied_shared_and_unusual_tensors(tmp_path):
     assert saved["a"] is saved["tied"]
     alone = ck.save(tmp_path, 2, model_state={k: v for k, v in model.items() if k != "tied"}, state={}, config={},
                     tokenizer_bytes=b"")
-    sizes = [(f / ck.MODEL).stat().st_size for f in (folder, alone)]
+    sizes = [(f / "model.safetensors").stat().st_size for f in (folder, alone)]
     assert sizes[0] - sizes[1] < base.nbytes
     saved["a"].zero_()                                # no map of the file
     ck.verify(folder)

@@ -58,7 +58,7 @@ def test_retention_never_deletes_the_only_good_one(tmp_path, monkeypatch, seed):
     for _ in range(25):
         good, best = good_steps(tmp_path), ck.read_pointer(tmp_path, "best")[0]
         if len(good) > 1 and rng.random() < 0.3:                       # damage, but never to all
-            file = tmp_path / ck.step_name(hurt := rng.choice(sorted(good))) / ck.MODEL
+            file = tmp_path / ck.step_name(hurt := rng.choice(sorted(good))) / "model.safetensors"
             file.write_bytes(file.read_bytes()[:-1] + b"x")
             good.discard(hurt)
         step = rng.choice(sorted(good)) if good and rng.random() < 0.2 else step + rng.randint(1, 3)

@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, log
-from safetensors.torch import load_file
 
 import checkpoint
 import config
@@ -87,7 +86,7 @@ def wait_for(run, step, job):
 def same(one, other, step, within=1e-5):
     """Weights, averages and optimizer state of two runs at a step, and their logs up to there."""
     for name in ("model", "ema", "optimizer"):
-        a, b = (load_file(run / f"step_{step:06d}" / f"{name}.safetensors") for run in (one, other))
+        a, b = (getattr(checkpoint.load(run / f"step_{step:06d}", parts=(name,)), name) for run in (one, other))
         assert a.keys() == b.keys()
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=within, msg=lambda m, what=(name, key): f"{what}: {m}")
@@ -107,9 +106,9 @@ def runs(text, tmp_path_factory):
         return folder, job.end()
 
 
-def test_two_ranks_then_one_then_two_sharded_ones_and_a_kill(runs):
-    """Each checkpoint equals the uninterrupted single process; --fsdp takes up and leaves behind ordinary ones, and what a
-    killed rank leaves behind is whole."""
+def test_two_ranks_then_one_then_two_sharded_ones_and_a_kill_then_four(runs):
+    """Each checkpoint equals the uninterrupted single process; --fsdp takes up whole tensors and leaves behind a part for each
+    rank, four ranks or one go on from the parts of two, and what a killed rank leaves behind is sound."""
     folder, (code, printed) = runs
     one, run = folder / "backup", folder / "two"
     assert code == 0, printed[-3000:]
@@ -129,9 +128,16 @@ def test_two_ranks_then_one_then_two_sharded_ones_and_a_kill(runs):
     evals = [{line["step"]: line["val_nelbo"] for line in log(r, "eval") if line["step"] in (3, 6)} for r in (one, run)]
     assert len(evals[0]) == 2 and evals[0] == pytest.approx(evals[1], abs=1e-5), "the averaged weights were scored wrongly"
     last = checkpoint.load(run, parts=("model", "ema", "optimizer"))      # every file against its hash
-    assert alone("--resume", run, "--max_steps", last.step + 1, "--threads", 1, "--no_show_samples") == 0
-    assert not list(run.glob(".tmp-*"))
-    checkpoint.load_model(run, torch.device("cpu"))                       # what sample does
+    assert [f.name for f in last.files["model"]] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    with Job(4, folder, "--resume", run, "--fsdp", "--max_steps", last.step + 1, "--threads", 1) as job:
+        code, printed = job.end()
+    assert code == 0 and not list(run.glob(".tmp-*")), printed[-3000:]
+    assert len(checkpoint.load(run, parts=()).files["optimizer"]) == 4
+    for r in (one, run):
+        assert alone("--resume", r, "--max_steps", last.step + 2, "--threads", 1, "--no_show_samples") == 0
+    same(one, run, last.step + 2)
+    model, _, four = checkpoint.load_model(run / f"step_{last.step + 1:06d}", torch.device("cpu"))     # what sample does
+    assert all(torch.equal(t, four.ema[name]) for name, t in model.state_dict().items())
 
 
 def test_four_ranks_and_a_signal_to_one_of_them(runs):
@@ -212,17 +218,3 @@ def test_slips_of_many_processes(text, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_buckets_lose_no_gradient(monkeypatch):
-    """A group of one process, whose sum is what was there: every gradient comes back to its place, None stays None."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        monkeypatch.setattr(distributed, "BUCKET", 10)
-        net = torch.nn.ParameterList([torch.zeros(shape) for shape in ((3, 3), (1,), (5, 5), (), (4,), (7,))])
-        for i, p in enumerate(net):
-            p.grad = torch.randn(p.shape) if i != 4 else None
-        before = [p.grad if p.grad is None else p.grad.clone() for p in net]
-        distributed.Ranks(0, 2).sum_gradients(net)
-        assert all(p.grad is None if b is None else torch.equal(p.grad, b) for p, b in zip(net, before, strict=True))
-        assert before[4] is None
-    finally:
-        dist.destroy_process_group()

@@ -189,7 +189,7 @@ def reposition(folder, position):
     (folder / "state.json").write_bytes(checkpoint.to_json({**state, "position": position}))
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     manifest["files"]["state.json"] = {"size": (folder / "state.json").stat().st_size,
-                                       "sha256": checkpoint.sha256(folder / "state.json")}
+                                       "sha256": checkpoint.file_sha256(folder / "state.json")}
     (folder / "MANIFEST.json").write_bytes(checkpoint.to_json(checkpoint.seal(manifest)))
 
 
@@ -315,7 +315,7 @@ def test_an_older_checkpoint_without_these_knobs_resumes(text, tmp_path):
         save_file(tensors, folder / name)
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     for name in manifest["files"]:
-        manifest["files"][name] = {"size": (folder / name).stat().st_size, "sha256": checkpoint.sha256(folder / name)}
+        manifest["files"][name] = {"size": (folder / name).stat().st_size, "sha256": checkpoint.file_sha256(folder / name)}
     manifest["config_sha256"] = manifest["files"]["config.json"]["sha256"]
     (folder / "MANIFEST.json").write_bytes(checkpoint.to_json(checkpoint.seal(manifest)))
     model = checkpoint.load_model(run, torch.device("cpu"))[0]

@@ -18,9 +18,9 @@ ROOT = config.ROOT
 RANKS = {
     "knobs": 0, "lexicon": 0, "frames": 0, "layers": 0, "masking": 0, "terminal": 0, "samplers": 0, "judge": 0,
     "shapes": 1, "documents": 1, "romanise": 1, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1, "hub": 1,
-    "guard": 1, "estimators": 1, "distributed": 1, "study_report": 1, "sinks": 1,
-    "studies": 2, "model": 2,
-    "config": 3,
+    "guard": 1, "estimators": 1, "study_report": 1, "sinks": 1,
+    "studies": 2, "shards": 2, "model": 2,
+    "config": 3, "distributed": 3,
     "cli": 4, "corpus": 4, "runtime": 4, "tokenizer": 4,
     "tokens": 5, "clean": 5, "spool": 5, "checkpoint": 5, "fast": 5, "fit": 5,
     "prepare": 6, "drive": 6, "verdict": 6,

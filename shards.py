@@ -1,0 +1,161 @@
+"""Checkpoints of weights that --fsdp has cut up: torch.distributed.checkpoint (DCP), a safetensors file per process and part.
+
+    step_000500/model-00001-of-00004.safetensors ...    beside them the same manifest, JSON and tokenizer as always
+
+Used by checkpoint.py (read_whole) and distributed.py (save, read_into); nothing here runs by itself. Notable:
+* each process writes and hashes its own part, so no machine has to hold, or to wait for, the whole model;
+* a file says where its parts lie (saved_offsets), so any number of processes reads what any other number wrote;
+* DCP's own metadata file is a pickle, its safetensors format needs none: none is written, none is read.
+"""
+import errno
+import os
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+
+from knobs import Damage, UserError, file_sha256
+from shapes import weight_name
+
+
+# ---- save: every rank calls it ---------------------------------------------------------------------------------------
+
+def save(ranks, parts, write):
+    """write(shards) is rank 0's save, which calls shards(folder) in its midst, where the others join. -> its result."""
+    joined = False
+
+    def everybody(folder):
+        nonlocal joined
+        joined = True
+        return write_parts(ranks, Path(ranks.tell(str(folder))), parts)
+
+    if ranks.main:
+        done = write(shards=everybody)
+        if not joined:                                           # it failed before there was a folder
+            ranks.tell(None)
+        return ranks.tell(done)
+    folder = ranks.tell(None)
+    if folder:
+        try:
+            write_parts(ranks, Path(folder), parts)
+        except (OSError, FloatingPointError):
+            pass                                                 # rank 0 has the same one, and says it
+    return ranks.tell(None)
+
+
+def write_parts(ranks, folder, parts):
+    """{part: {name: tensor}} into the folder -> {file: its manifest entry} of all ranks; what fails on one, fails on all."""
+    bad = [f"{part}: {name}" for part, tensors in parts.items() for name, t in tensors.items() if not finite(t)]
+    if ranks.highest(len(bad)):
+        raise FloatingPointError(f"{bad[0] if bad else 'another process'} holds NaN or infinity; nothing was saved")
+    mine, failed = {}, None
+    for part, tensors in parts.items():
+        try:
+            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(folder / part, save_distributed=True))
+        except dcp.CheckpointException as error:                 # on every rank, whoever's disk is full
+            raise cause(error) from None
+        try:
+            for written in (folder / part).glob(f"shard-{ranks.rank + 1:05d}-*"):
+                name = f"{part}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors"
+                os.replace(written, folder / name)
+                mine[name] = {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+        except OSError as error:
+            failed = failed or str(error)
+    told = [None] * ranks.world
+    dist.all_gather_object(told, (mine, failed))
+    failed = next((why for _, why in told if why), None)
+    if failed:
+        raise OSError(errno.EIO, failed)
+    if ranks.main:
+        for part in parts:
+            os.rmdir(folder / part)
+    return {name: entry for files, _ in told for name, entry in files.items()}
+
+
+def finite(t):
+    t = t.to_local() if hasattr(t, "to_local") else t
+    return not t.is_floating_point() or bool(torch.isfinite(t).all())
+
+
+def cause(error):
+    """What DCP says of all ranks -> the OSError that one of them met."""
+    for why, _ in error.failures.values():
+        if isinstance(why, OSError):
+            return why
+    return OSError(errno.EIO, " ".join(str(error).split())[-300:])
+
+
+# ---- read ------------------------------------------------------------------------------------------------------------
+
+class Reader(dcp.HuggingFaceStorageReader):
+    """Of these files, those that the manifest vouches for, and of nothing else that may lie beside them."""
+
+    def __init__(self, files):
+        super().__init__(files[0].parent)
+        self.fs.ls = lambda _: [str(file) for file in files]
+
+
+def contents(files):
+    """{name in the files: (shape, dtype)}; parts that do not make up whole tensors are damage."""
+    try:
+        found = Reader(files).read_metadata().state_dict_metadata
+        for name, tensor in found.items():
+            held = sum(chunk.sizes.numel() for chunk in tensor.chunks)
+            if held != tensor.size.numel() or not all(0 < side < 1 << 32 for side in tensor.size):
+                raise ValueError(f"{name} is not whole: {held} values of the shape {tuple(tensor.size)}")
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise Damage(f"{files[0]} and its like are no valid tensor files: {error!r}") from None
+    return {name: (tensor.size, tensor.properties.dtype) for name, tensor in found.items()}
+
+
+def read(files, targets, alone):
+    """Fill the targets, {name in the files: tensor}, each process its own part of them; alone: without asking the others."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)         # it wonders whether one process is what was meant
+            dcp.load(targets, storage_reader=Reader(files), no_dist=alone)
+    except (dcp.CheckpointException, SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise Damage(f"{files[0]} and its like cannot be read: {' '.join(str(error).split())[-300:]}") from None
+    for name, t in targets.items():
+        if not finite(t):
+            raise Damage(f"{files[0]} and its like: {name} holds NaN or infinity")
+
+
+def read_whole(files):
+    """{name: tensor}, put together on this one process."""
+    whole = {name: blank(shape, dtype) for name, (shape, dtype) in contents(files).items()}
+    read(files, whole, alone=True)
+    return {weight_name(name): t for name, t in whole.items()}
+
+
+def blank(shape, dtype):
+    """To be filled: a gap between parts would stay NaN, and be found."""
+    return torch.full(shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype)
+
+
+def read_into(files, model):
+    """The weights in the files, whole or cut up on any number of ranks -> the model's own parts of them. Every rank calls it."""
+    own, found = model.state_dict(), {weight_name(name): (name, shape) for name, (shape, _) in contents(files).items()}
+    for name in (*own, *found):
+        theirs, ours = tuple(found[name][1]) if name in found else "missing", tuple(own[name].shape) if name in own else "missing"
+        if theirs != ours:
+            raise UserError(f"the checkpoint does not fit the model: {name} is {theirs} there and {ours} here")
+    read(files, {found[name][0]: t.detach() for name, t in own.items()}, alone=False)
+
+
+def read_beside(files, model):
+    """What was saved beside the weights -> {name: tensor}, cut as the parameter in its name is. Every rank calls it."""
+    from torch.distributed.tensor import zeros
+    params, targets = dict(model.named_parameters()), {}
+    for name, (shape, dtype) in contents(files).items():
+        own = weight_name(name)
+        p = params.get(own, params.get(own.partition(".")[2].rpartition(".")[0]))       # its name, or adamw.<name>.exp_avg
+        if p is not None and p.shape == shape:
+            targets[name] = zeros(shape, dtype=dtype, device_mesh=p.device_mesh, placements=p.placements)
+        else:
+            targets[name] = blank(shape, dtype)
+    read(files, targets, alone=False)
+    return {weight_name(name): t for name, t in targets.items()}
