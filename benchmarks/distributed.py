@@ -22,9 +22,9 @@ import checkpoint
 
 os.environ["PYTHONPATH"] = str(ROOT)
 SHAPE = ("--d_model", 32, "--n_layers", 2, "--n_heads", 2, "--d_ff", 48, "--memory_slots", 4, "--seq_len", 32, "--batch_size", 4,
-         "--grad_accum", 3, "--train_block_sizes", "T,8", "--block_size", 8, "--lr", 3e-4, "--lr_schedule", "constant", "--warmup_steps", 2,
-         "--ema", 0.9, "--eval_batches", 1, "--eval_interval", 3, "--keep_full", 10 ** 6, "--log_interval", 1, "--threads", 1,
-         "--no_show_samples", "--live", "off", "--data_dir", "text")
+         "--grad_accum", 3, "--train_block_sizes", "T,8", "--block_size", 8, "--lr", 3e-4, "--lr_schedule", "constant",
+         "--warmup_steps", 2, "--ema", 0.9, "--eval_batches", 1, "--eval_interval", 3, "--keep_full", 10 ** 6,
+         "--log_interval", 1, "--threads", 1, "--no_show_samples", "--live", "off", "--data_dir", "text")
 GRID = [(2, "primary", "muon", ()), (2, "backup", "adamw", ()), (4, "primary", "adamw", ()), (4, "backup", "muon", ()),
         (2, "primary", "lion", ()), (2, "primary", "adamw", ("--fsdp",)), (2, "backup", "adamw", ("--fsdp",)),
         (4, "primary", "lion", ("--fsdp",)), (4, "backup", "adamw", ("--fsdp",)), (2, "primary", "adamw", ("--amp",)),

@@ -1,6 +1,6 @@
 """Malformed files and texts by the ten thousand: each is refused with a reason or read as what it says, and nothing else.
 
-    python benchmarks/fuzz.py                      # about 25,000 inputs, some minutes; a failure prints its target and seed
+    python benchmarks/fuzz.py                      # about 30,000 inputs, some minutes; a failure prints its target and seed
     python benchmarks/fuzz.py --target meta --seed 123 --count 1
 
 A target takes the bytes of one damaged file (or a text), puts them where they belong and reads them the way the commands do.
@@ -25,6 +25,7 @@ from common import arguments, scratch, tiny_text
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import cli
@@ -38,7 +39,8 @@ from tokenizer import Tokenizer, normalise
 from tokens import TokenData, Windows
 
 COUNTS = {"raw": 3000, "train.bin": 2000, "meta": 5000, "manifest": 2000, "state": 2500, "config": 2500, "header": 2500,
-          "tokenizer": 600, "prompt": 3000, "prompts_file": 1000, "documents": 1500, "config_file": 1500}
+          "shard": 2500, "tokenizer": 600, "prompt": 3000, "prompts_file": 1000, "documents": 1500, "config_file": 1500}
+SHARD = "model-00002-of-00002.safetensors"
 GUARDED = ("raw", "train.bin")             # a changed byte must not go unnoticed
 SECONDS, MEGABYTES = 5, 200
 SHAPE = ("--d_model 16 --n_layers 1 --n_heads 2 --d_ff 16 --memory_slots 2 --seq_len 16 --batch_size 2 --grad_accum 1 --ema 0.9 "
@@ -61,6 +63,9 @@ class Lab:
         self.tokenizer = Tokenizer(self.text / "t.model")
         shutil.copytree(self.text, self.spot / "text")
         shutil.copytree(self.step, self.spot / "ckpt")
+        self.cut = Path(folder) / "cut" / self.step.name
+        cut_in_two(self.step, self.cut)
+        shutil.copytree(self.cut, self.spot / "cut")
         (self.spot / "in").mkdir()
 
     def seed(self, target, rng):
@@ -70,7 +75,8 @@ class Lab:
             return name, (self.step / name).read_bytes()
         where = {"train.bin": "text/train.bin", "meta": "text/meta.json", "tokenizer": "text/t.model",
                  "manifest": "run/step_000002/MANIFEST.json", "state": "run/step_000002/state.json",
-                 "header": "run/step_000002/model.safetensors", "config": "run/step_000002/config.json"}
+                 "header": "run/step_000002/model.safetensors",
+                 "shard": f"cut/step_000002/{SHARD}", "config": "run/step_000002/config.json"}
         if target.removesuffix("_file") in where:
             return None, (self.run.parent / where[target.removesuffix("_file")]).read_bytes()
         return None, {"documents": '{"text": "नमस्ते दुनिया", "prompt": "कहो"}\n\nmai kal gaya tha\n{"text": 1}\n',
@@ -84,14 +90,34 @@ def put(lab, name, data):
     return lab.spot / name
 
 
-def forged(lab, name, data):
+def vouched(folder, *names):
+    """The manifest names these files as they are, and no tensors that are not there."""
+    manifest = json.loads((folder / "MANIFEST.json").read_bytes())
+    files = {name: entry for name, entry in manifest["files"].items() if (folder / name).exists()}
+    for name in names:
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": checkpoint.file_sha256(folder / name)}
+    (folder / "MANIFEST.json").write_bytes(checkpoint.to_json(checkpoint.seal({**manifest, "files": files})))
+
+
+def cut_in_two(step, target):
+    """A checkpoint whose weights lie in two files, as two ranks of --fsdp leave them."""
+    shutil.copytree(step, target)
+    tensors, names = load_file(target / "model.safetensors"), [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for i, name in enumerate(names):
+        parts = {key: t.tensor_split(2)[i].contiguous() for key, t in tensors.items()}
+        start = {key: {"saved_offsets": [i * len(t.tensor_split(2)[0])] + [0] * (t.ndim - 1)} for key, t in tensors.items()}
+        save_file(parts, target / name, metadata={"DCP_SHARDING_INFO": json.dumps(start)})
+    (target / "model.safetensors").unlink()
+    vouched(target, *names)
+    assert all(torch.equal(t, tensors[key]) for key, t in checkpoint.load(target).model.items())
+
+
+def forged(lab, name, data, source="ckpt"):
     """A checkpoint with this file and a manifest that fits it, as a forger would leave it; read as train and sample do."""
-    folder = lab.spot / "ckpt"
-    sound = (lab.step / "MANIFEST.json").read_bytes()
-    manifest = json.loads(sound)
-    put(lab, f"ckpt/{name}", data)
-    manifest["files"][name] = {"size": len(data), "sha256": checkpoint.file_sha256(folder / name)}
-    put(lab, "ckpt/MANIFEST.json", checkpoint.to_json(checkpoint.seal(manifest)))
+    folder, step = lab.spot / source, lab.cut if source == "cut" else lab.step
+    sound = (step / "MANIFEST.json").read_bytes()
+    put(lab, f"{source}/{name}", data)
+    vouched(folder, name)
     try:
         checkpoint.load_model(folder, "cpu")
         saved = checkpoint.load(folder, parts=("model", "ema", "optimizer"))
@@ -101,8 +127,8 @@ def forged(lab, name, data):
         checkpoint.may_fit(cfg, saved.model)
         checkpoint.counters(saved)
     finally:
-        put(lab, f"ckpt/{name}", (lab.step / name).read_bytes())
-        put(lab, "ckpt/MANIFEST.json", sound)
+        put(lab, f"{source}/{name}", (step / name).read_bytes())
+        put(lab, f"{source}/MANIFEST.json", sound)
 
 
 def raw(lab, name, data):
@@ -177,7 +203,8 @@ TARGETS = {"raw": raw, "train.bin": lambda lab, data: prepared(lab, "train.bin",
            "meta": lambda lab, data: prepared(lab, "meta.json", data), "manifest": manifest,
            "state": lambda lab, data: forged(lab, "state.json", data),
            "config": lambda lab, data: forged(lab, "config.json", data),
-           "header": lambda lab, data: forged(lab, "model.safetensors", data), "tokenizer": tokenizer, "prompt": prompt,
+           "header": lambda lab, data: forged(lab, "model.safetensors", data),
+           "shard": lambda lab, data: forged(lab, SHARD, data, "cut"), "tokenizer": tokenizer, "prompt": prompt,
            "prompts_file": prompts_file, "documents": documents, "config_file": config_file}
 
 
@@ -234,11 +261,21 @@ def odd_header(data, rng):
     return struct.pack("<Q", said) + head + data[8 + size:]
 
 
+def odd_offsets(data, rng):
+    """A part of a model whose header says that it lies elsewhere."""
+    size = struct.unpack("<Q", data[:8])[0]
+    head = json.loads(data[8:8 + size])
+    head["__metadata__"]["DCP_SHARDING_INFO"] = odd_json(head["__metadata__"]["DCP_SHARDING_INFO"], rng).decode()
+    head = json.dumps(head).encode()
+    return struct.pack("<Q", len(head)) + head + data[8 + size:]
+
+
 def make(lab, target, seed):
     """-> the arguments of the target for this seed."""
     rng = random.Random(f"{target} {seed}")
     name, data = lab.seed(target, rng)
-    shaped = dict.fromkeys(("meta", "manifest", "state", "config", "config_file"), odd_json) | {"header": odd_header}
+    shaped = dict.fromkeys(("meta", "manifest", "state", "config", "config_file"), odd_json)
+    shaped |= {"header": odd_header, "shard": odd_offsets if rng.random() < .5 else odd_header}
     if target == "prompt":
         data = "".join(rng.choice(ALPHABET) for _ in range(rng.choice((0, 1, 30, 3000)))).encode("utf-8", "surrogatepass")
         if rng.random() < .5:

@@ -50,8 +50,8 @@ def edited(data, edits):
     return bytes(out)
 
 
-@pytest.mark.parametrize("target", ["train.bin", "meta", "manifest", "state", "config", "header", "tokenizer", "documents",
-                                    "prompts_file", "config_file"])
+@pytest.mark.parametrize("target", ["train.bin", "meta", "manifest", "state", "config", "header", "shard", "tokenizer",
+                                    "documents", "prompts_file", "config_file"])
 def test_damaged_bytes(lab, target):
     sound = lab.seed(target, random.Random(0))[1]
 
