@@ -23,7 +23,9 @@ from torch import nn
 
 from layers import Exits, Linear, LocalConv, RMSNorm, TiedHead, initialise, recomputed, unit_rms
 
-SCORE_CAP = 8.0  # |score| of a write: exp(8) = 3,000 to 1 is as selective as a write may be, and never overflows a sum
+FEW_BLOCKS = 16  # up to so many, one product adds up all pairs of blocks
+SCORE_CAP = 8.0  # |score| of a write: exp(8) = 3,000 to 1 is as selective as a write may be
+SHARED = -6.0    # added to all scores: N / rms(N) does not notice, and a float16 sum over thousands of tokens stays finite
 
 
 class EcoCache:
@@ -73,7 +75,7 @@ class EcoLayer(nn.Module):
     def write(self, v, s, valid=None):
         """The sums of one block: v (..., S, H*E), s (..., S, H*M) -> N (..., H, M, E), float32."""
         # exp(C tanh(s / C)), with the sigmoid instead, as it takes a third of tanh's time on a CPU
-        w = torch.exp(2 * SCORE_CAP * torch.sigmoid(s.float() * (2 / SCORE_CAP)) - SCORE_CAP)    # (..., S, H*M)
+        w = torch.exp(2 * SCORE_CAP * torch.sigmoid(s.float() * (2 / SCORE_CAP)) - SCORE_CAP + SHARED)     # (..., S, H*M)
         if valid is not None:
             w = w * valid
         w = w.to(v.dtype).unflatten(-1, (self.H, self.M)).movedim(-3, -1)          # (..., H, M, S)
@@ -81,25 +83,41 @@ class EcoLayer(nn.Module):
         return torch.matmul(w, v).float()
 
     def read(self, q, num):
-        """q (..., S, H*E) attends over the M slot values N / rms(N) -> (..., S, H*E)."""
-        value = unit_rms(num).to(q.dtype)                                          # (..., H, M, E)
+        """q (..., S, H*E) attends over the M slot values N / rms(N) -> (..., S, H*E).
+
+        The quotient is never made: with a block of one token N is as large as all activations of a layer.
+        """
+        if q.dtype is torch.float16:                                               # whose range N leaves; bf16 has float32's
+            num = unit_rms(num)
         q = q.unflatten(-1, (self.H, -1)).transpose(-3, -2)                        # (..., H, S, E)
-        key = (value + self.slot_key.to(q.dtype)) * q.shape[-1] ** -0.5            # (..., H, M, E)
-        share = torch.matmul(q, key.mT).softmax(-1)                                # (..., H, S, M)
-        return torch.matmul(share.to(q.dtype), value).transpose(-3, -2).flatten(-2)             # (..., S, H*E)
+        E, num = q.shape[-1], num.to(q.dtype)                                      # (..., H, M, E)
+        norm = torch.linalg.vector_norm(num, dim=-1, dtype=torch.float32)          # (..., H, M)
+        scale = (E ** 0.5 / norm.clamp(min=1e-10)).unsqueeze(-2)                   # 1 / rms(N), (..., H, 1, M)
+        score = torch.matmul(q, num.mT) * scale + torch.matmul(q, self.slot_key.to(q.dtype).mT)
+        share = (score * E ** -0.5).softmax(-1) * scale                            # (..., H, S, M)
+        return torch.matmul(share.to(q.dtype), num).transpose(-3, -2).flatten(-2)               # (..., S, H*E)
 
     def keep(self, tokens):
         """What a slot still holds after so many further tokens: exp(-tokens / length) -> (H, M, 1)."""
         return torch.exp(-tokens * torch.exp(-self.decay.float())).unsqueeze(-1)
 
     def prefix(self, own, block):
-        """Sums over earlier blocks: own (B, n, H, M, E) -> same shape, block b holds the decayed total of blocks < b."""
+        """Sums over earlier blocks: own (B, n, H, M, E) -> same shape, block b holds the decayed total of blocks < b.
+
+        Many blocks are added up in groups of c, then the groups: n c + (n / c)^2 products instead of n^2.
+        """
         n = own.shape[1]
-        age = torch.arange(n, device=own.device)
-        age = (age[:, None] - age[None, :] - 1) * block                            # (n, n) tokens between end of c and start of b
-        keep = torch.exp(-age.clamp(min=0) * torch.exp(-self.decay.float())[..., None, None])    # (H, M, n, n)
-        keep = keep * (age >= 0)
-        return torch.einsum("hmbc,zchme->zbhme", keep, own)
+        c = n if n <= FEW_BLOCKS else round(n ** 0.5)
+        own = F.pad(own, (0, 0) * 3 + (0, -n % c)).unflatten(1, (-1, c))           # (B, g, c, H, M, E)
+        at = torch.arange(c + 1, device=own.device)
+        age = (at[:, None] - at[None, :c] - 1) * block                             # (c + 1, c) tokens from the end of j to i
+        keep = torch.exp(-age.clamp(min=0) * torch.exp(-self.decay.float())[..., None, None])    # (H, M, c + 1, c)
+        own = torch.einsum("hmij,zgjhme->zgihme", keep * (age >= 0), own)          # (B, g, c + 1, H, M, E)
+        own, ends = own.split([c, 1], dim=2)                                       # of each block, and at a group's end
+        if n > c:
+            keep = torch.stack([self.keep(i * block) for i in range(c)])           # (c, H, M, 1) of what came before the group
+            own = own + keep * self.prefix(ends[:, :, 0], c * block)[:, :, None]
+        return own.flatten(1, 2)[:, :n]
 
     def split(self, h):
         wide, slim = self.in_proj(h).split([2 * self.ff, 2 * self.dm + self.H * self.M], dim=-1)

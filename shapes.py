@@ -129,8 +129,16 @@ def train_flops(c, length, block, hidden):
         stream = writes + 2 * d * (2 * ff + dm) + 2 * d * (ff + dm) + 4 * c.memory_slots * dm
         layers = c.n_layers * stream
         if two:                           # and the sums over earlier blocks
-            layers += (c.n_layers - 1) * stream + writes + c.n_layers * 2 * c.memory_slots * dm * length / block**2
+            layers += (c.n_layers - 1) * stream + writes
+            layers += c.n_layers * 2 * c.memory_slots * dm * prefix_products(-(-length // block)) / length
     return 3 * (layers + (2 if c.exits and c.n_layers > 1 else 1) * hidden * 2 * d * c.rows)
+
+
+def prefix_products(n):
+    """Pairs of blocks, or of groups of blocks, that EcoLayer.prefix multiplies for n blocks."""
+    size = n if n <= 16 else round(n ** 0.5)
+    groups = -(-n // size)
+    return groups * size * (size + 1) + (prefix_products(groups) if n > size else 0)
 
 
 def flops_per_token(c, length, blocks, asked):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import config
 import masking
 import shapes
-from layers import rotary_table
+from layers import LocalConv, rotary_table
 from model import build_model
 
 MODELS = ("primary", "backup")
@@ -222,6 +222,52 @@ def test_early_exits_see_what_decoding_at_that_depth_sees(model, block):
         assert net.exits.early_norm.grad[depth - 1].abs().sum() > 0
 
 
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 40, 64, 300])
+@torch.no_grad()
+def test_prefixes_in_groups_are_prefixes(n):
+    """The sums over earlier blocks, however many there are, against a loop."""
+    layer = tiny("primary").layers[0]
+    own, before = torch.randn(2, n, 4, 4, 4), torch.zeros(2, 4, 4, 4)
+    found = layer.prefix(own, 3)
+    for b in range(n):
+        torch.testing.assert_close(found[:, b], before, atol=1e-4, rtol=1e-4)
+        before = before * layer.keep(3) + own[:, b]
+
+
+@torch.no_grad()
+def test_a_slot_is_read_by_its_direction():
+    """softmax(q.(u + name) / sqrt E) u with u = N / rms(N): the same for N of any size, also in float16, and 0 reads as 0."""
+    layer = tiny("primary").layers[0]
+    q, num = torch.randn(2, 3, 16), torch.randn(2, 4, 4, 4)
+    u, z = num / num.square().mean(-1, keepdim=True).sqrt(), q.unflatten(-1, (4, 4)).transpose(1, 2)
+    share = ((z @ (u + layer.slot_key).mT) / 2).softmax(-1)
+    expected = (share @ u).transpose(1, 2).flatten(2)
+    for size in (1e-6, 1.0, 1e6):
+        torch.testing.assert_close(layer.read(q, num * size), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer.read(q.half(), num * size), expected.half(), atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(layer.read(q.bfloat16(), num * size), expected.bfloat16(), atol=1e-1, rtol=1e-1)
+    assert not layer.read(q, torch.zeros_like(num)).any()
+
+
+@torch.no_grad()
+def test_sums_stay_within_float16():
+    """4,096 tokens that all write with the largest weight: finite, where e^8 each would not be (--amp_dtype fp16)."""
+    layer = tiny("primary").layers[0]
+    total = layer.write(torch.ones(1, 4096, 16).half(), torch.full((1, 4096, 16), 99.0).half())
+    assert torch.isfinite(total).all() and total.max() > 1e4
+
+
+@pytest.mark.parametrize("reach", [1, 3])
+@torch.no_grad()
+def test_one_token_is_convolved_as_in_a_sequence(reach):
+    conv = LocalConv(8, 2 * reach + 1)
+    torch.nn.init.normal_(conv.weight)
+    x = torch.randn(5, reach + 2, 8)
+    two = conv(x[:, reach:], x[:, :reach])                             # of a block of two tokens, without the second one
+    one = conv(x[:, reach:reach + 1], x[:, :reach])
+    torch.testing.assert_close(one[:, 0], two[:, 0] - x[:, reach + 1] * conv.weight[:, reach + 1])
+
+
 @pytest.mark.parametrize("block", [1, 2, 5, 16])
 def test_commit_and_hidden_is_commit_then_hidden(block):
     """One pass for a finished block and the first forward of the next: same hidden states, same cache, from an empty one too."""
@@ -293,7 +339,8 @@ def depthwise_backward(grad, x, w, *_, **__):
     return 2 * 2 * math.prod(grad) * math.prod(w[1:])    # torch's own formula counts every channel with every other
 
 
-@pytest.mark.parametrize("shape, block", [(dict(model="primary"), 128), (dict(model="primary"), 16), (dict(model="backup"), 128),
+@pytest.mark.parametrize("shape, block", [(dict(model="primary"), 128), (dict(model="primary"), 16), (dict(model="primary"), 4),
+                                          (dict(model="primary"), 1), (dict(model="backup"), 128),
                                           (dict(model="backup"), 16), (dict(model="backup", causal=True), 128),
                                           (dict(model="primary", exits=True), 32)], ids=str)
 def test_the_flops_formula_counts_what_a_step_does(shape, block):
