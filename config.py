@@ -116,7 +116,7 @@ class MaskKnobs:
     masking_strategy: str = knob("token", "what is hidden in training", choices=("token", "span"))
     mean_span_length: float = knob(3.0, "tokens per span", above=0, rare=True)
     sample_steps: int = knob(12, "stored default of sample --steps", at_least=1, rare=True)
-    train_block_sizes: str = knob("T,64,32", "block rules drawn per step: T (whole sequence) or numbers")
+    train_block_sizes: str = knob("T,32,4,1", "block rules drawn per step: T (whole sequence) or numbers")
 
 
 @dataclass

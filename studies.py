@@ -44,10 +44,9 @@ STUDIES = {
              uniform_times=dict(timestep_sampling="uniform"))),
     "blocks": Study(
         "Which block rules should training draw from, and what does each cost?",
-        {"T_64_32": {}, "T": dict(train_block_sizes="T"), "64": dict(train_block_sizes="64"),
-         "32": dict(train_block_sizes="32"), "T_64": dict(train_block_sizes="T,64"),
-         "T_128_64_32_16": dict(train_block_sizes="T,128,64,32,16")},
-        "bound in T, 64 and 32 of every variant, whatever it was trained with; tokens/s"),
+        {"T_32_4_1": {}} | {rules.replace(",", "_"): dict(train_block_sizes=rules) for rules in (
+            "T,64,32", "T", "32", "4", "1", "T,4", "T,2", "T,4,1", "T,32,4", "T,16,4,1")},
+        "bound in T, 32, 4 and 1 of every variant, whatever it was trained with; tokens/s"),
     "memory_slots": Study(
         "How many memory slots?",
         {"16": {}, "8": dict(memory_slots=8), "32": dict(memory_slots=32), "64": dict(memory_slots=64)}),

@@ -245,8 +245,10 @@ def train(args, origins, ranks, run_dir, source, resuming):
     speaks = args.show_samples and ranks.main and not args.fsdp             # a sharded model cannot speak by itself
 
     def speak(prompt, length):                              # with randomness of its own, so that the training does not notice
-        settings = Settings(max_new_tokens=length, steps=length, mode="block_frozen" if blocks[-1] < args.seq_len else "full",
-                            block_size=min(args.block_size, *blocks), temperature=0.5, top_k=50, eos_id=tokenizer.eos_id)
+        frozen = next((block for block in blocks if block < args.seq_len), None)      # the largest that was trained
+        settings = Settings(max_new_tokens=length, steps=length, mode="block_frozen" if frozen else "full",
+                            block_size=min(args.block_size, frozen or args.block_size), temperature=0.5, top_k=50,
+                            eos_id=tokenizer.eos_id)
         with averaged():
             return tokenizer.decode(generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed]).rows[0])
 

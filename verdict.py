@@ -78,9 +78,10 @@ def judge(log, folders, latest, samples):
     bad, skipped = sum(e["loss"] is None for e in early), max((e["skipped"] for e in early), default=0)
     add(20, "loss finite", True, not bad and not skipped,
         f"{len(early) - bad} of {len(early)} losses finite, {skipped} steps skipped", "finite")
-    masks = [e["mask"] for e in early] or [math.nan]
+    all_asked = meta.get("objective") == "ar" or bool(early) and all(e.get("block") == 1 for e in early)     # left to right
+    masks = [e["mask"] for e in early if all_asked or e.get("block") != 1] or [math.nan]
     low, high = min(masks), max(masks)
-    allowed = (1.0, 1.0) if meta.get("objective") == "ar" else MASK_RANGE          # left to right, every token is asked
+    allowed = (1.0, 1.0) if all_asked else MASK_RANGE
     add(20, "mask metric in range", True, allowed[0] <= low and high <= allowed[1],
         f"{low:.2f} to {high:.2f}; allowed {allowed[0]} to {allowed[1]}", "mask")
     times = [e["step_ms"] for s, e in train.items() if 5 <= s <= 20] or [math.nan]

@@ -66,6 +66,7 @@ BROKEN = {          # what is broken -> the criteria that have to fail, and no o
     "a step that was skipped": (spoil(20, skipped=1), ["loss finite"]),
     "a mask too low": (spoil(3, mask=0.14), ["mask metric in range"]),
     "a mask too high": (spoil(3, mask=0.91), ["mask metric in range"]),
+    "a step of blocks, all hidden": (spoil(3, mask=1.0, block=4), ["mask metric in range"]),
     "three slow steps": (lambda run: [spoil(s, step_ms=301)(run) for s in (6, 9, 12)], ["throughput stable"]),
     "a rising loss": (lambda run: run["log"].reverse() or run.update(log=[
         {**e, "loss": 9 + e["step"] / 500} if e["event"] == "train" else e for e in run["log"]]),
@@ -111,6 +112,10 @@ def test_a_short_run_is_neither_good_nor_bad():
     assert {line.step for line in lines if line.ok} == {20} and {line.ok for line in lines if line.step > 20} == {None}
     again = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 0.99}]        # done again after a resume: the later counts
     assert failed(verdict.judge(again, {}, None, None)) == ["mask metric in range"]
+    single = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 1.0, "block": 1}]     # a block of one token is all hidden
+    assert not failed(verdict.judge(single, {}, None, None))
+    single = [e | {"mask": 1.0, "block": 1} if e["event"] == "train" else e for e in single]
+    assert not failed(verdict.judge(single, {}, None, None))
 
 
 def test_check_run_reads_a_real_run(trained, tmp_path, capsys, monkeypatch):
