@@ -32,21 +32,22 @@ RATES = {"muon": 1e-2, "adamw": 2e-3, "lion": 3e-4}
 # ---- presets and profiles: only what differs from the defaults ------------------------------------------------------
 # A preset's d_ff is the backup's; the primary's is matched to the same parameter count (see match_d_ff).
 
+LARGE = dict(optimizer="adamw", train_block_sizes="T,64,32")      # single tokens with 32 slots each take twice the memory
 PRESETS = {
     "none": {},
     "starter": dict(d_model=192, n_layers=6, n_heads=4, d_ff=576, memory_slots=8, seq_len=128, batch_size=32, grad_accum=1,
                     lr=2e-2, sample_steps=32, max_steps=500, save_interval=250,
-                    eval_interval=250, eval_batches=6),
+                    eval_interval=250, eval_batches=6, train_block_sizes="T,64,32"),      # faster, and enough for a grammar
     "nano": dict(d_model=64, n_layers=3, n_heads=4, d_ff=192, memory_slots=8, seq_len=64, batch_size=8, grad_accum=1,
                  optimizer="adamw", lr=1e-3, warmup_steps=50, max_steps=500, save_interval=100),
     "tiny": dict(d_model=128, n_layers=3, n_heads=4, d_ff=512, memory_slots=8, seq_len=128, batch_size=8, grad_accum=1,
                  optimizer="adamw", lr=3e-4, warmup_steps=100, max_steps=1000),
     "micro": dict(d_ff=2048, seq_len=256, optimizer="adamw", lr=5e-4, warmup_steps=500, max_steps=50_000, save_interval=1000,
                   dropout=0.1),
-    "medium": dict(d_model=1024, n_layers=24, n_heads=16, d_ff=2816, memory_slots=32, seq_len=1024, batch_size=1,
-                   grad_accum=32, optimizer="adamw", lr=3e-4, warmup_steps=300, max_steps=20_000, save_interval=1000),
-    "full": dict(d_model=2048, n_layers=24, n_heads=16, d_ff=6144, memory_slots=32, seq_len=2048, batch_size=8,
-                 grad_accum=16, optimizer="adamw", lr=1e-4, warmup_steps=5000, max_steps=500_000, save_interval=5000),
+    "medium": dict(d_model=1024, n_layers=24, n_heads=16, d_ff=2816, memory_slots=32, seq_len=1024, batch_size=1, grad_accum=32,
+                   lr=3e-4, warmup_steps=300, max_steps=20_000, save_interval=1000) | LARGE,
+    "full": dict(d_model=2048, n_layers=24, n_heads=16, d_ff=6144, memory_slots=32, seq_len=2048, batch_size=8, grad_accum=16,
+                 lr=1e-4, warmup_steps=5000, max_steps=500_000, save_interval=5000) | LARGE,
 }
 GPU_ONLY_PRESETS = ("full",)              # on a CPU only with an explicit --device cpu
 TRAIN_PROFILES = {                        # hiding spans, as the older guides do, costs 0.14 bits/byte (docs/results.md)
