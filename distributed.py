@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import shards
 from knobs import UserError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")      # what it tells each process
@@ -129,6 +128,7 @@ class Ranks:
         """The model on its device; with --fsdp only this rank's part, filled from the checkpoint files `source` if given."""
         if not self.sharded:
             return model.to(device)
+        import shards                                            # a second of imports that only --fsdp needs
         for p in model.parameters():
             dist.broadcast(p.detach(), 0)
         model = shard(model, device, dtype, self.world)
@@ -160,12 +160,14 @@ class Ranks:
     def save(self, write, **parts):
         """write(**tensors) on rank 0 -> its result; sharded it gets a function instead, by which all ranks write theirs."""
         if self.sharded:
+            import shards
             return shards.save(self, {part: tensors for part, tensors in parts.items() if tensors}, write)
         return self.tell(self.main and write(**{f"{part}_state": tensors for part, tensors in parts.items()}))
 
     def beside(self, saved, part, model):
         """What was saved beside the weights (ema, optimizer): whole, or sharded as the weights are. None: it was not."""
         if self.sharded:
+            import shards
             return shards.read_beside(saved.files[part], model) if part in saved.files else None
         return getattr(saved, part)
 
