@@ -26,6 +26,7 @@ STARTER_DIR, STARTER_CHARS, STARTER_VOCAB = "data/builtin", 12_000_000, 4000    
 BENCH_PROMPTS = ("namaste", "mai kal bazaar gaya tha", "aaj mausam kaisa hai")
 
 
+AR_FADE = 0.8             # docs/experiments.md, 2026-11-22
 # peak rates where only the optimizer is known; Muon's updates are as large as AdamW's of the same rate, and it bears a higher one
 RATES = {"muon": 1e-2, "adamw": 2e-3, "lion": 3e-4}
 
@@ -118,6 +119,8 @@ class MaskKnobs:
     mean_span_length: float = knob(3.0, "tokens per span", above=0, rare=True)
     sample_steps: int = knob(12, "stored default of sample --steps", at_least=1, rare=True)
     train_block_sizes: str = knob("T,32,4,1", "block rules drawn per step: T (whole sequence) or numbers")
+    ar_fade: float = knob(-1.0, "begin autoregressive, with blocks of one token, which over this share of the steps give way to "
+                          "--train_block_sizes; 0 = off, -1 = 0.8 if 1 is among them", at_least=-1, at_most=1, rare=True)
 
 
 @dataclass
@@ -211,6 +214,21 @@ class TrainArgs(CommonKnobs, ResumeKnobs, SinkKnobs, RunKnobs, OptimKnobs, MaskK
         return [self.seq_len] if self.causal else block_sizes(self.train_block_sizes, self.seq_len)
 
     @property
+    def fade(self):
+        """The share of the steps that --ar_fade takes."""
+        asked = AR_FADE if 1 in self.block_choices and len(set(self.block_choices)) > 1 else 0.0
+        return 0.0 if self.causal else asked if self.ar_fade < 0 else self.ar_fade
+
+    def single_chance(self, step):
+        """How likely this step has blocks of one token, whatever --train_block_sizes says."""
+        return max(0.0, 1 - step / (self.fade * self.max_steps)) if self.fade else 0.0
+
+    @property
+    def block_rules(self):
+        """All block rules that a run may see, the largest first."""
+        return sorted({*self.block_choices, *([1] if self.fade else [])}, reverse=True)
+
+    @property
     def causal(self):
         return self.objective == "ar"
 
@@ -222,6 +240,8 @@ class TrainArgs(CommonKnobs, ResumeKnobs, SinkKnobs, RunKnobs, OptimKnobs, MaskK
     def problems(self):
         yield from shape_problems(self)
         yield from block_problems("train_block_sizes", self.train_block_sizes)
+        if -1 < self.ar_fade < 0:
+            yield f"--ar_fade {self.ar_fade:g}: must be -1 or 0 to 1"
         if self.min_mask_rate >= self.max_mask_rate:
             yield f"--min_mask_rate {self.min_mask_rate:g} must be below --max_mask_rate {self.max_mask_rate:g}"
         if self.amp_dtype == "fp16" and self.device in ("cpu", "mps"):
@@ -447,4 +467,4 @@ def block_problems(name, text):
 # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
 ADDED = dict(auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False,
              objective="masked", fsdp=False, exit_loss_weight=0.0, activation_checkpointing=False,
-             **{f.name: f.default for f in dataclasses.fields(SinkKnobs)})
+             ar_fade=0.0, **{f.name: f.default for f in dataclasses.fields(SinkKnobs)})

@@ -104,11 +104,14 @@ def draw(args, seed, step, rows, length, block, first=None, part=slice(None)):
     return Draw(mask[:, real], weight[:, real], t, block, first, int(count.sum()))  # (R, n, S)[:, real] -> (R, T)
 
 
-def pick_blocks(sizes, length, seed, step):
+def pick_blocks(sizes, length, seed, step, single=0.0):
     """The block structure of this step: a size from the list, and for half of the steps a shorter first block.
 
     A prompt rarely ends on a multiple of the block; the shorter first block makes that a trained case.
+    single: the chance that, whatever the list says, the blocks have one token.
     """
+    if single and torch.rand((), generator=step_generator(seed, step, "single")) < single:
+        return 1, 1
     g = step_generator(seed, step, "blocks")
     block = min(sizes[int(torch.randint(len(sizes), (), generator=g))], length)
     short = torch.rand((), generator=g) < 0.5 and block < length

@@ -90,7 +90,7 @@ def vocabulary(data_dir):
 
 
 def flops(c, a):
-    return shapes.flops_per_token(c, a.seq_len, a.block_choices, asked(a))
+    return shapes.flops_per_token(c, a.seq_len, a.block_choices, asked(a), a.fade / 2)
 
 
 def settings(args):

@@ -51,7 +51,7 @@ def compile_step(model, args, shape, device):
     started = time.perf_counter()
     try:
         ids = torch.zeros(shape, dtype=torch.long, device=device)
-        for block in sorted(set(args.block_choices)):
+        for block in args.block_rules:
             for first in {block, max(1, block - 1)}:
                 model.hidden_blocks(ids, ids, block, first).sum().backward()
         model.zero_grad(set_to_none=True)
@@ -190,6 +190,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
     say(f"data: {data_dir} ({data.meta['source']}), {data.meta['train_tokens']:,} tokens, {cfg.vocab_size} pieces; "
         f"{args.max_steps} steps of {rows} x {args.seq_len} = {args.max_steps * step_tokens / 1e6:.1f}M tokens, "
         f"{args.max_steps * step_tokens / data.meta['train_tokens']:.2f} epochs; run folder {run_dir}")
+    if args.fade:
+        say(f"blocks: of one token at first, fading into {args.train_block_sizes} until step {round(args.fade * args.max_steps)}")
     held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len).to(device)
     blocks = sorted(set(args.block_choices), reverse=True)
     saved_args = {"args": knobs.to_dict(args, config.TrainArgs), "model": cfg.to_dict()}
@@ -338,7 +340,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             lr = optim.lr_at(step, args.max_steps, args.lr, args.warmup, args.lr_schedule, args.min_lr_ratio)
             optimizer.set_lr(lr)
             torch.manual_seed(masking.step_generator(args.seed, step, "drop").initial_seed() + ranks.rank)    # dropout
-            block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step)
+            block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step, args.single_chance(step))
             draw = questions(step, block, first)
             x0 = windows.batch(position + mine.start, mine.stop - mine.start).to(device)      # (rows of this rank, T)
             data_ms = 1e3 * (time.perf_counter() - started)

@@ -57,9 +57,10 @@ def ours(*how, rate=3e-4):
 ARMS = {
     "aria primary": ours("primary"),
     "aria backup": ours("backup"),
-    "aria primary, blocks T 64 32": ours("primary", (1 << 30, 64, 32)),
+    "aria primary, blocks T 64 32": ours("primary", "T,64,32"),
     "aria primary, Muon": ours("primary", None, "muon", rate=config.PRESETS["starter"]["lr"]),
-    "aria primary, blocks T 64 32, Muon": ours("primary", (1 << 30, 64, 32), "muon", rate=config.PRESETS["starter"]["lr"]),
+    "aria primary, blocks T 64 32, Muon": ours("primary", "T,64,32", "muon", rate=config.PRESETS["starter"]["lr"]),
+    "aria primary, blocks T 32 4 1, Muon": ours("primary", "T,32,4,1", "muon", rate=config.PRESETS["starter"]["lr"]),
     "MDLM DiT": Arm(3e-4, peer_models.mdlm),
     "MDLM DiT, cosine": Arm(3e-4, functools.partial(peer_models.mdlm, schedule="cosine"), like="MDLM DiT"),
     "slm388-torchdiff": Arm(2.5e-4, peer_models.torchdiff),

@@ -300,10 +300,9 @@ def train_flops(name, c, length, block, hidden):
 
 
 def sizes(name, c, a):
-    blocks = a.block_choices
-    asked = run_experiments.asked(a)
     return {"params": counts(name, c)[0], "params_blocks": counts(name, c)[1],
-            "flops_per_token": round(sum(train_flops(name, c, a.seq_len, b, asked) for b in blocks) / len(blocks))}
+            "flops_per_token": shapes.flops_per_token(c, a.seq_len, a.block_choices, run_experiments.asked(a), a.fade / 2,
+                                                      functools.partial(train_flops, name))}
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ Each has the width, depth and heads of the shape and is brought to our backup's 
 A step: masks, forward, loss, backward, clipping to 1, update; under bf16 autocast where this CPU has bf16 units, float32
 otherwise; no dropout, nothing compiled. Warm-up is ours for all: 5 % of the steps, at most 300.
 
-    ours       AdamW or Muon, cosine to a tenth; the bound over whole rows or over a mixture of blocks; or autoregressive
+    ours       AdamW or Muon, cosine to a tenth; masked over whole rows or a mixture of blocks (with single tokens: fading); or
+               autoregressive
     nanogpt    GPT, configure_optimizers, its loss; cosine to a tenth, as its train.py. Reads a start symbol (the mask's id) and
                all but the last token, so that it answers for as many tokens as everybody
     mdlm       DiT and Diffusion._loss (SUBS, log-linear noise, antithetic t, no time conditioning), AdamW without decay, averaged
@@ -125,10 +126,11 @@ def rates(optimizer, setting, rate, schedule):
 # ---------------------------------------------------------------------------------------------------- ours
 
 def ours(setting, rate, kind, blocks=None, optimizer="adamw"):
-    """kind: primary, backup or ar. blocks: the block sizes that its steps draw from; None: the whole row."""
+    """kind: primary, backup or ar. blocks: --train_block_sizes; None: the whole row."""
     s, causal, T = setting, kind == "ar", setting.length
     args = config.TrainArgs(model="backup" if causal else kind, batch_size=s.rows, grad_accum=1, lr=rate, optimizer=optimizer,
-                            objective="ar" if causal else "masked", max_steps=s.steps, seed=s.seed, **s.shape)
+                            objective="ar" if causal else "masked", max_steps=s.steps, seed=s.seed,
+                            train_block_sizes=blocks or "T", **s.shape)
     cfg = shapes.model_config(args, s.vocab)
     if kind == "primary":
         cfg = dataclasses.replace(cfg, d_ff=shapes.match_d_ff(cfg, target(s)))
@@ -137,7 +139,7 @@ def ours(setting, rate, kind, blocks=None, optimizer="adamw"):
 
     def step(x, n):
         moving.set_lr(optim.lr_at(n, args.max_steps, args.lr, args.warmup, args.lr_schedule, args.min_lr_ratio))
-        block, first = masking.pick_blocks(blocks or (T,), T, s.seed, n)
+        block, first = masking.pick_blocks(args.block_choices, T, s.seed, n, args.single_chance(n))
         draw = masking.whole_rows(*x.shape) if causal else masking.draw(args, s.seed, n, len(x), T, block, first)
         with runtime.autocast(CPU, DTYPE):
             out = masking.denoising_loss(net, x, draw, args.loss, masking.normaliser(args.loss, draw))

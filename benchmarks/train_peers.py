@@ -52,8 +52,8 @@ def timed(student, setting):
 
 # ---------------------------------------------------------------------------------------------------- who
 
-OURS = {"aria primary": ("primary", None), "aria backup": ("backup", None), "aria primary, blocks of 64": ("primary", (64,)),
-        "aria backup, blocks of 64": ("backup", (64,)), "aria ar": ("ar", None)}
+OURS = {"aria primary": ("primary", None), "aria backup": ("backup", None), "aria primary, blocks of 64": ("primary", "64"),
+        "aria backup, blocks of 64": ("backup", "64"), "aria ar": ("ar", None)}
 
 def hf(folder, shape, masked):
     peers.packages(folder, "hf")

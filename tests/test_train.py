@@ -46,6 +46,37 @@ def weights(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
 
 
+# ---- block rules ------------------------------------------------------------------------------------------------------
+
+def test_single_tokens_come_first_and_fade_out(text, tmp_path, capsys):
+    """A run's own log: at first every block is one token, after half of the steps none is; before and after a resume."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    words = ("--max_steps", 60, "--eval_interval", 0, "--save_interval", 17, "--keep_full", 9, "--train_block_sizes",
+             "T,8", "--ar_fade", 0.5)
+    assert fresh(text, whole, *words) == 0
+    ones = [line["block"] == 1 for line in log(whole)]
+    assert all(ones[:2]) and 11 <= sum(ones[:30]) <= 20 and not any(ones[30:]), "evenly: half of 30, three deviations around"
+    assert all(line["mask"] == 1 for line, one in zip(log(whole), ones, strict=True) if one)
+    shutil.copytree(whole / "step_000017", cut / "step_000017")
+    assert call("--resume", cut / "step_000017", "--no_show_samples") == 0
+    assert curve(cut) == {step: value for step, value in curve(whole).items() if step > 17}
+    assert "fading into T,8 until step 30" in capsys.readouterr().err
+    assert fresh(text, tmp_path / "off", "--max_steps", 1) == 0 and "fading" not in capsys.readouterr().err
+
+
+def test_who_fades():
+    def args(**changes):
+        return config.TrainArgs(max_steps=100, **changes)
+
+    assert args().fade == config.AR_FADE and args(train_block_sizes="T,64,32").fade == 0 and args(train_block_sizes="1").fade == 0
+    assert args(ar_fade=0.0).fade == 0 and args(train_block_sizes="T", ar_fade=0.5).fade == 0.5
+    assert args(objective="ar", model="backup", ar_fade=0.5).fade == 0
+    assert args(train_block_sizes="T", ar_fade=0.5).block_rules == [512, 1]
+    assert [args(ar_fade=0.5).single_chance(step) for step in (0, 25, 50, 99)] == [1, 0.5, 0, 0]
+    assert [masking.pick_blocks([512, 32], 512, 0, s) for s in range(50)] == [
+        masking.pick_blocks([512, 32], 512, 0, s, 1e-9) for s in range(50)], "the other draws stay what they were"
+
+
 # ---- resume ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
