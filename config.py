@@ -26,7 +26,7 @@ STARTER_DIR, STARTER_CHARS, STARTER_VOCAB = "data/builtin", 12_000_000, 4000    
 BENCH_PROMPTS = ("namaste", "mai kal bazaar gaya tha", "aaj mausam kaisa hai")
 
 
-AR_FADE = 0.8             # docs/experiments.md, 2026-11-22
+AR_FADE = 0.6             # docs/experiments.md, 2026-11-22
 # peak rates where only the optimizer is known; Muon's updates are as large as AdamW's of the same rate, and it bears a higher one
 RATES = {"muon": 1e-2, "adamw": 2e-3, "lion": 3e-4}
 
@@ -120,7 +120,7 @@ class MaskKnobs:
     sample_steps: int = knob(12, "stored default of sample --steps", at_least=1, rare=True)
     train_block_sizes: str = knob("T,32,4,1", "block rules drawn per step: T (whole sequence) or numbers")
     ar_fade: float = knob(-1.0, "begin autoregressive, with blocks of one token, which over this share of the steps give way to "
-                          "--train_block_sizes; 0 = off, -1 = 0.8 if 1 is among them", at_least=-1, at_most=1, rare=True)
+                          "--train_block_sizes; 0 = off, -1 = 0.6 if 1 is among them", at_least=-1, at_most=1, rare=True)
 
 
 @dataclass

@@ -28,8 +28,9 @@ class Study(NamedTuple):
     seeds: tuple = SEEDS
 
 
-# each at the rate of Muon at which it learned best (study rates, docs/results.md)
-ARMS = dict(primary=dict(lr=2e-2), backup=dict(model="backup", lr=5e-3), ar=dict(model="backup", objective="ar", lr=1e-2))
+# each at the rate of Muon at which it learned best (study rates, docs/results.md); blocks of one token are autoregression
+ARMS = dict(primary=dict(lr=2e-2), backup=dict(model="backup", lr=5e-3), ar=dict(model="backup", objective="ar", lr=1e-2),
+            eco_ar=dict(lr=2e-2, train_block_sizes="1"))
 
 
 def rates(optimizer, *peaks):
@@ -45,7 +46,7 @@ STUDIES = {
     "blocks": Study(
         "Which block rules should training draw from, and what does each cost?",
         {"T_32_4_1": {}, "no_fade": dict(ar_fade=0.0), "fade_1": dict(ar_fade=1.0), "fade_then_T_32_4": dict(
-            train_block_sizes="T,32,4", ar_fade=0.8)} | {rules.replace(",", "_"): dict(train_block_sizes=rules) for rules in (
+            train_block_sizes="T,32,4", ar_fade=0.6)} | {rules.replace(",", "_"): dict(train_block_sizes=rules) for rules in (
             "T,64,32", "T", "32", "4", "1")},
         "bound in T, 32, 4 and 1 of every variant, whatever it was trained with; tokens/s"),
     "memory_slots": Study(
@@ -78,6 +79,11 @@ STUDIES = {
         "Hide tokens or spans?",
         dict(token={}, span_3=dict(masking_strategy="span"), span_6=dict(masking_strategy="span", mean_span_length=6.0)),
         "bound; it always hides single tokens"),
+    "mask_rates": Study(
+        "Which shares should be hidden in training? Decoding begins with all.",
+        {"0_to_1": {}, "0_to_0.8": dict(max_mask_rate=0.8), "0.2_to_0.9": dict(min_mask_rate=0.2, max_mask_rate=0.9),
+         "0.3_to_1": dict(min_mask_rate=0.3)},
+        "bound, which weighs every share alike"),
     "rates": Study(
         "At which rate does each arm learn best? Before the arms are compared, each at its own.",
         {f"{arm}_{peak:g}": diff | dict(lr=peak) for arm, diff in ARMS.items()

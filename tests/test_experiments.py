@@ -131,6 +131,16 @@ def test_halving_keeps_the_better_half_and_whoever_is_within_the_noise(scores):
     assert set(experiments.keep({"a": [1.0, 1.5], "b": [1.1, 1.6]})) == {"a", "b"}, "indistinguishable"
 
 
+def test_who_learned_single_tokens_alone_is_asked_by_that_rule(monkeypatch):
+    """Its bound in other blocks says nothing, as it never saw them: its figure is its exact NLL, as that of ar."""
+    asked = {}
+    monkeypatch.setattr(experiments, "child", lambda run, command, words, lock: asked.update(
+        {run.variant: words[words.index("--blocks") + 1]}) or 0)
+    args, runs = plan("--study objective --seeds 1")
+    assert [experiments.evaluate(args, run, None) for run in runs] == [None] * 4
+    assert asked == {"primary": "T,32,4,1", "backup": "T,32,4,1", "ar": "T,32,4,1", "eco_ar": "1"}
+
+
 def test_a_curve_counts_a_repeated_step_once():
     train = [{"event": "train", "step": s, "step_ms": 100, "tokens_seen": 10 * s} for s in (1, 2, 4, 6, 8)]
     again = [{"event": "train", "step": s, "step_ms": 200, "tokens_seen": 10 * s} for s in (6, 8)]
