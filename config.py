@@ -26,7 +26,7 @@ STARTER_DIR, STARTER_CHARS, STARTER_VOCAB = "data/builtin", 12_000_000, 4000    
 BENCH_PROMPTS = ("namaste", "mai kal bazaar gaya tha", "aaj mausam kaisa hai")
 
 
-AR_FADE = 0.6             # docs/experiments.md, 2026-11-22
+AR_FADE, MOST_HIDDEN = 0.6, 0.8      # docs/experiments.md, 2026-11-22
 # peak rates where only the optimizer is known; Muon's updates are as large as AdamW's of the same rate, and it bears a higher one
 RATES = {"muon": 1e-2, "adamw": 2e-3, "lion": 3e-4}
 
@@ -111,7 +111,8 @@ class MaskKnobs:
                      choices=("elbo", "masked_mean"))
     mask_schedule: str = knob("linear", "mask rate as a function of time", choices=("cosine", "linear"))
     min_mask_rate: float = knob(0.0, "lowest mask rate", at_least=0, at_most=1, rare=True)
-    max_mask_rate: float = knob(1.0, "highest mask rate; decoding starts at 1", at_least=0, at_most=1, rare=True)
+    max_mask_rate: float = knob(-1.0, "highest mask rate; -1 = 1, or 0.8 of masked_mean with single tokens among the blocks, "
+                                "which are hidden whole", at_least=-1, at_most=1, rare=True)
     time_mode: str = knob("continuous", "times: any, or levels", choices=("continuous", "discrete"), rare=True)
     timestep_sampling: str = knob("stratified", "draw of times", choices=("stratified", "uniform"), rare=True)
     timesteps: int = knob(32, "levels of discrete time", at_least=2, rare=True)
@@ -224,6 +225,12 @@ class TrainArgs(CommonKnobs, ResumeKnobs, SinkKnobs, RunKnobs, OptimKnobs, MaskK
         return max(0.0, 1 - step / (self.fade * self.max_steps)) if self.fade else 0.0
 
     @property
+    def most_hidden(self):
+        """The highest mask rate. Decoding starts at 1: that is learned from whole rows, or from blocks of one token."""
+        mixed = self.loss == "masked_mean" and 1 in self.block_choices
+        return self.max_mask_rate if self.max_mask_rate >= 0 else MOST_HIDDEN if mixed else 1.0
+
+    @property
     def block_rules(self):
         """All block rules that a run may see, the largest first."""
         return sorted({*self.block_choices, *([1] if self.fade else [])}, reverse=True)
@@ -239,11 +246,13 @@ class TrainArgs(CommonKnobs, ResumeKnobs, SinkKnobs, RunKnobs, OptimKnobs, MaskK
 
     def problems(self):
         yield from shape_problems(self)
-        yield from block_problems("train_block_sizes", self.train_block_sizes)
+        yield from (blocks := list(block_problems("train_block_sizes", self.train_block_sizes)))
         if -1 < self.ar_fade < 0:
             yield f"--ar_fade {self.ar_fade:g}: must be -1 or 0 to 1"
-        if self.min_mask_rate >= self.max_mask_rate:
-            yield f"--min_mask_rate {self.min_mask_rate:g} must be below --max_mask_rate {self.max_mask_rate:g}"
+        if -1 < self.max_mask_rate < 0:
+            yield f"--max_mask_rate {self.max_mask_rate:g}: must be -1 or 0 to 1"
+        elif not blocks and self.min_mask_rate >= self.most_hidden:
+            yield f"--min_mask_rate {self.min_mask_rate:g} must be below --max_mask_rate {self.most_hidden:g}"
         if self.amp_dtype == "fp16" and self.device in ("cpu", "mps"):
             yield f"--amp_dtype fp16 works only on CUDA, not with --device {self.device}"
         if 0 < self.spike_factor <= 1:

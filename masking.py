@@ -88,7 +88,7 @@ def draw(args, seed, step, rows, length, block, first=None, part=slice(None)):
     real = ((at >= 0) & (at < length)).view(n, block)                    # (n, S)
     size = real.sum(-1)                                                            # (n,) tokens of each block
     u = strata(rows * n, args.timestep_sampling, g).view(rows, n)            # (R, n)
-    bounds = args.mask_schedule, args.min_mask_rate, args.max_mask_rate
+    bounds = args.mask_schedule, args.min_mask_rate, args.most_hidden
     if args.time_mode == "discrete":                    # levels 1..N; the slope is the step's own difference quotient
         level = torch.floor(u * args.timesteps)
         t, before = (level + 1) / args.timesteps, level / args.timesteps
@@ -99,7 +99,7 @@ def draw(args, seed, step, rows, length, block, first=None, part=slice(None)):
     count = torch.ceil((1 - alpha(t, *bounds)) * size - 1e-9).long().clamp(min=1)  # (R, n)
     span = args.mean_span_length if args.masking_strategy == "span" else 1.0
     mask = hide(count, real.expand(rows, n, block), span, g, part)                 # (R, n, S)
-    weight = -slope / (args.max_mask_rate - args.min_mask_rate) * size / count     # (R, n)
+    weight = -slope / (args.most_hidden - args.min_mask_rate) * size / count     # (R, n)
     weight = weight.float()[part][..., None].expand(mask.shape)
     return Draw(mask[:, real], weight[:, real], t, block, first, int(count.sum()))  # (R, n, S)[:, real] -> (R, T)
 
@@ -213,7 +213,7 @@ def normaliser(kind, draw):
     return len(draw.t) * draw.mask.shape[1] if kind == "elbo" else draw.hidden
 
 
-EXACT_COUNT = SimpleNamespace(mask_schedule="linear", min_mask_rate=0.0, max_mask_rate=1.0, time_mode="continuous",
+EXACT_COUNT = SimpleNamespace(mask_schedule="linear", min_mask_rate=0.0, most_hidden=1.0, time_mode="continuous",
                               timestep_sampling="stratified", masking_strategy="token")
 
 

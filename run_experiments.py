@@ -81,7 +81,7 @@ def variants(args):
 def asked(a):
     """The mean share of tokens that are hidden in training."""
     mean = {"linear": 1 / 2, "cosine": 2 / math.pi}[a.mask_schedule]
-    return 1.0 if a.causal else a.min_mask_rate + mean * (a.max_mask_rate - a.min_mask_rate)
+    return 1.0 if a.causal else a.min_mask_rate + mean * (a.most_hidden - a.min_mask_rate)
 
 
 def vocabulary(data_dir):

@@ -1,6 +1,7 @@
 """The mathematics: schedules and their weights, exact counts, strata, the bound, normalisation over micro-batches."""
 import itertools
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from torch import nn
 
 import masking
+from config import TrainArgs
 from shapes import ModelConfig
 from model import build_model
 
-BASE = dict(mask_schedule="linear", min_mask_rate=0.0, max_mask_rate=1.0, time_mode="continuous",
+BASE = dict(mask_schedule="linear", min_mask_rate=0.0, most_hidden=1.0, time_mode="continuous",
             timestep_sampling="stratified", timesteps=16, masking_strategy="token", mean_span_length=3.0)
 
 
@@ -57,7 +59,7 @@ def test_uniform_predictor_scores_ln_v(schedule, mode, strategy, low, high):
     """Every schedule, mode and range: a uniform guess over the V allowed answers costs ln V nats per token."""
     vocab, rows = 50, 256
     net = Uniform(vocab)
-    args = knobs(mask_schedule=schedule, time_mode=mode, masking_strategy=strategy, min_mask_rate=low, max_mask_rate=high)
+    args = knobs(mask_schedule=schedule, time_mode=mode, masking_strategy=strategy, min_mask_rate=low, most_hidden=high)
     x0 = torch.randint(1, vocab, (rows, 24))
     d = masking.draw(args, 7, 3, rows, 24, 24)
     loss = masking.denoising_loss(net, x0, d, "elbo", masking.normaliser("elbo", d)).loss
@@ -152,8 +154,15 @@ def test_strata_cut_the_variance():
 
 
 def test_fully_masked_rows_are_trained():
+    """Decoding starts from them. By default they come in blocks of one token; a mixture without those hides whole rows."""
     full = sum(int(masking.draw(knobs(), 0, step, 16, 16, 16).mask.all(1).sum()) for step in range(100))
     assert full > 50                                    # k = L is one of 16 equally likely counts
+    for changes, rules in ({}, {1}), (dict(train_block_sizes="T,8"), {16}), (dict(loss="elbo", ar_fade=0.0), {1, 16}):
+        args, found = TrainArgs(seq_len=16, max_steps=1000, **changes), Counter()
+        for step in range(1000):
+            block, first = masking.pick_blocks(args.block_choices, 16, 0, step, args.single_chance(step))
+            found[block] += int(masking.draw(args, 0, step, 2, 16, block, first).mask.all(1).sum())
+        assert {block for block in found if found[block] > 5} >= rules and found.total() > 50, found
 
 
 def test_corruption_is_a_function_of_seed_and_step():
