@@ -19,6 +19,7 @@ from pathlib import Path
 import cli
 import config
 import knobs
+import objective
 from knobs import UserError, say
 
 PROMPT = 16           # tokens of a held-out beginning, or half of a shorter document
@@ -295,7 +296,7 @@ def main(argv=None):
         raise UserError(f"{args.text or data_dir} holds no held-out text")
     chosen = choose(documents, length, args.batches * batch, args.max_docs)
     blocks = [length] if model.cfg.causal else sorted(
-        set(config.block_sizes(args.blocks or trained["train_block_sizes"], length)), reverse=True)
+        set(objective.block_sizes(args.blocks or trained["train_block_sizes"], length)), reverse=True)
     say(f"{saved.path}  step {saved.step}  {len(chosen)} of {len(documents)} documents, {sum(map(len, chosen)):,} tokens in "
         f"windows of {length}, {args.draws} draws each, uniform guess {math.log(model.cfg.vocab_size - 1):.3f} nats")
     result = score(model, chosen, tokenizer, blocks, args, length, batch)

@@ -258,15 +258,11 @@ def train(run, lock, until=None):
 
 
 def evaluate(args, run, lock):
-    """Score a trained run -> what went wrong, or None.
-
-    All variants of a study are asked by the block rules of its base; who has learned single tokens alone, by that rule.
-    """
+    """Score a trained run, by its base's block rules unless it learned single tokens alone -> what went wrong, or None."""
     rules = "1" if set(run.args.block_choices) == {1} else args.train_block_sizes
-    words = ["--ckpt", str(run.folder), "--blocks", rules, "--batches", str(args.batches),
-             "--draws", str(args.draws), "--chain_docs", str(args.chain_docs), "--repeats", "0", "--device", args.device,
-             "--threads", str(args.threads), "--out_json", str(run.folder / "evaluate.json")]
-    code = child(run, "evaluate", words, lock)
+    words = ["--ckpt", str(run.folder), "--blocks", rules, "--batches", str(args.batches), "--draws", str(args.draws),
+             "--repeats", "0", "--chain_docs", str(args.chain_docs), "--device", args.device, "--threads", str(args.threads)]
+    code = child(run, "evaluate", [*words, "--out_json", str(run.folder / "evaluate.json")], lock)
     return None if code == 0 else {"status": "failed", "code": code, "error": last_words(run.log)}
 
 

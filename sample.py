@@ -15,6 +15,7 @@ from pathlib import Path
 import cli
 import config
 import knobs
+import objective
 import shapes
 from knobs import UserError, say
 
@@ -71,7 +72,7 @@ def decode_settings(args, saved, mode, eos_id):
 def cannot_freeze(saved):
     """Why this checkpoint's context cannot be frozen; empty if it can."""
     trained = saved.config["args"]
-    blocks = config.block_sizes(trained["train_block_sizes"], trained["seq_len"])
+    blocks = objective.block_sizes(trained["train_block_sizes"], trained["seq_len"])
     if min(blocks) < trained["seq_len"] or saved.config["model"].get("causal"):
         return ""
     return (f"{saved.path} was not trained in blocks (--train_block_sizes {trained['train_block_sizes']}), "

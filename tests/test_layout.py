@@ -18,7 +18,7 @@ ROOT = config.ROOT
 RANKS = {
     "knobs": 0, "lexicon": 0, "frames": 0, "layers": 0, "masking": 0, "terminal": 0, "samplers": 0, "judge": 0,
     "shapes": 1, "documents": 1, "romanise": 1, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1, "hub": 1,
-    "guard": 1, "estimators": 1, "study_report": 1, "sinks": 1,
+    "guard": 1, "objective": 1, "estimators": 1, "study_report": 1, "sinks": 1,
     "studies": 2, "shards": 2, "model": 2,
     "config": 3, "distributed": 3,
     "cli": 4, "corpus": 4, "runtime": 4, "tokenizer": 4,
@@ -29,9 +29,9 @@ RANKS = {
     "evaluate": 9,
     "edge_benchmark": 10, "colab_train_eco": 10, "run_experiments": 10,
 }
-NEEDS_NO_TORCH = ("knobs", "shapes", "lexicon", "frames", "config", "cli", "documents", "hub", "clean", "spool", "tokenizer",
-                  "corpus", "tokens", "prepare", "train", "sample", "evaluate", "edge_benchmark", "colab_train_eco", "romanise",
-                  "studies", "study_report", "run_experiments", "sinks", "report") # at import: --help is instant
+NEEDS_NO_TORCH = ("knobs", "shapes", "objective", "lexicon", "frames", "config", "cli", "documents", "hub", "clean", "spool",
+                  "tokenizer", "corpus", "tokens", "prepare", "train", "sample", "evaluate", "edge_benchmark", "colab_train_eco",
+                  "romanise", "studies", "study_report", "run_experiments", "sinks", "report") # at import: --help is instant
 LINES = 450                   # of one file; a table of sentences is not code
 SOURCES = sorted(ROOT.glob("*.py"))
 TREES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in SOURCES}
