@@ -46,8 +46,8 @@ STUDIES = {
     "blocks": Study(
         "Which block rules should training draw from, and what does each cost?",
         {"T_32_4_1": {}, "no_fade": dict(ar_fade=0.0), "fade_1": dict(ar_fade=1.0), "fade_then_T_32_4": dict(
-            train_block_sizes="T,32,4", ar_fade=0.6)} | {rules.replace(",", "_"): dict(train_block_sizes=rules) for rules in (
-            "T,64,32", "T", "32", "4", "1")},
+            train_block_sizes="T,32,4", ar_fade=0.6, max_mask_rate=0.8)} | {      # or it would be 1 without single tokens
+            rules.replace(",", "_"): dict(train_block_sizes=rules, max_mask_rate=0.8) for rules in ("T,64,32", "T", "32", "4", "1")},
         "bound in T, 32, 4 and 1 of every variant, whatever it was trained with; tokens/s"),
     "memory_slots": Study(
         "How many memory slots?",
@@ -81,8 +81,8 @@ STUDIES = {
         "bound; it always hides single tokens"),
     "mask_rates": Study(
         "Which shares should be hidden in training? Decoding begins with all.",
-        {"0_to_1": {}, "0_to_0.8": dict(max_mask_rate=0.8), "0.2_to_0.9": dict(min_mask_rate=0.2, max_mask_rate=0.9),
-         "0.3_to_1": dict(min_mask_rate=0.3)},
+        {"0_to_0.8": {}, "0_to_1": dict(max_mask_rate=1.0), "0.2_to_0.9": dict(min_mask_rate=0.2, max_mask_rate=0.9),
+         "0.3_to_1": dict(min_mask_rate=0.3, max_mask_rate=1.0), "0_to_0.6": dict(max_mask_rate=0.6)},
         "bound, which weighs every share alike"),
     "rates": Study(
         "At which rate does each arm learn best? Before the arms are compared, each at its own.",
