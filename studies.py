@@ -46,8 +46,9 @@ STUDIES = {
     "blocks": Study(
         "Which block rules should training draw from, and what does each cost?",
         {"T_32_4_1": {}, "no_fade": dict(ar_fade=0.0), "fade_1": dict(ar_fade=1.0), "fade_then_T_32_4": dict(
-            train_block_sizes="T,32,4", ar_fade=0.6, max_mask_rate=0.8)} | {      # or it would be 1 without single tokens
-            rules.replace(",", "_"): dict(train_block_sizes=rules, max_mask_rate=0.8) for rules in ("T,64,32", "T", "32", "4", "1")},
+            train_block_sizes="T,32,4", ar_fade=0.6, max_mask_rate=0.8)} | {      # 1 by itself without single tokens
+            rules.replace(",", "_"): dict(train_block_sizes=rules, max_mask_rate=0.8)
+            for rules in ("T,64,32", "T", "32", "4", "1")},
         "bound in T, 32, 4 and 1 of every variant, whatever it was trained with; tokens/s"),
     "memory_slots": Study(
         "How many memory slots?",
