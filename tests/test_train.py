@@ -69,7 +69,8 @@ def test_who_fades():
     def args(**changes):
         return config.TrainArgs(max_steps=100, **changes)
 
-    assert args().fade == objective.AR_FADE and args(train_block_sizes="T,64,32").fade == 0 and args(train_block_sizes="1").fade == 0
+    assert args().fade == objective.AR_FADE
+    assert args(train_block_sizes="T,64,32").fade == 0 and args(train_block_sizes="1").fade == 0
     assert args(ar_fade=0.0).fade == 0 and args(train_block_sizes="T", ar_fade=0.5).fade == 0.5
     assert args(objective="ar", model="backup", ar_fade=0.5).fade == 0
     assert args(train_block_sizes="T", ar_fade=0.5).block_rules == [512, 1]
