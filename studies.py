@@ -16,6 +16,8 @@ from shapes import OLD_MODELS
 # about 5M parameters in the layers. 3,000 steps of 4,096 tokens; evaluation is part of the curve, so it comes often
 SMALL = dict(d_model=256, n_layers=6, n_heads=4, d_ff=1024, memory_slots=16, seq_len=256, batch_size=16, grad_accum=1,
              optimizer="muon", lr=2e-2, max_steps=3000, eval_interval=250, save_interval=500, show_samples=False)
+# about 15M, for what matters
+LARGE = SMALL | dict(d_model=448, n_layers=8, n_heads=8, d_ff=1120)
 SEEDS = ("1337", "1338", "1339")
 
 
@@ -91,6 +93,9 @@ STUDIES = {
          for peak in (2e-2, 1e-2, 4e-2 if arm == "primary" else 5e-3)}),
     "objective": Study(
         "What does diffusion cost against left to right, and EcoHybrid against the transformer?", ARMS),
+    "objective_15m": Study(
+        "The same at 15M in the layers, where EcoHybrid learns best at half the rate.",
+        ARMS | {arm: ARMS[arm] | dict(lr=1e-2) for arm in ("primary", "eco_ar")}, base=LARGE),
     "epochs": Study(
         "Many passes over a small corpus: does diffusion overtake?",
         {k: ARMS[k] for k in ("primary", "ar")} | dict(ar_dropout=ARMS["ar"] | dict(dropout=0.1), backup=ARMS["backup"]),
