@@ -17,7 +17,7 @@ from shapes import OLD_MODELS
 SMALL = dict(d_model=256, n_layers=6, n_heads=4, d_ff=1024, memory_slots=16, seq_len=256, batch_size=16, grad_accum=1,
              optimizer="muon", lr=2e-2, max_steps=3000, eval_interval=250, save_interval=500, show_samples=False)
 # about 15M, for what matters
-LARGE = SMALL | dict(d_model=448, n_layers=8, n_heads=8, d_ff=1120)
+LARGE = SMALL | dict(d_model=448, n_layers=8, n_heads=8, d_ff=1120, lr=1e-2)
 SEEDS = ("1337", "1338", "1339")
 
 
@@ -94,8 +94,8 @@ STUDIES = {
     "objective": Study(
         "What does diffusion cost against left to right, and EcoHybrid against the transformer?", ARMS),
     "objective_15m": Study(
-        "The same at 15M in the layers, where EcoHybrid learns best at half the rate.",
-        ARMS | {arm: ARMS[arm] | dict(lr=1e-2) for arm in ("primary", "eco_ar")}, base=LARGE),
+        "The same at 15M in the layers. A width where EcoHybrid learns best at half the rate.",
+        ARMS | dict(primary={}, eco_ar=dict(train_block_sizes="1")), base=LARGE),
     "epochs": Study(
         "Many passes over a small corpus: does diffusion overtake?",
         {k: ARMS[k] for k in ("primary", "ar")} | dict(ar_dropout=ARMS["ar"] | dict(dropout=0.1), backup=ARMS["backup"]),
