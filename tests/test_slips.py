@@ -127,3 +127,11 @@ def test_a_python_without_the_packages(tmp_path, command):
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 3 and "lacks torch, numpy" in done.stderr and "activate" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.glob("**/*.*"))
+
+
+def test_a_reader_that_has_seen_enough():
+    """`| head -1`: no traceback."""
+    with subprocess.Popen([sys.executable, "-m", "run_experiments", "--help_all"], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as command:
+        command.stdout.close()          # before it has written anything
+        assert command.wait() == 141 and command.stderr.read() == b""
