@@ -62,9 +62,16 @@ class MaskKnobs:
         return self.max_mask_rate if self.max_mask_rate >= 0 else MOST_HIDDEN if mixed else 1.0
 
     @property
+    def rule_shares(self):
+        """{block rule: the share of a run's steps that have it}, the largest first."""
+        choices, single = self.block_choices, self.fade / 2
+        rules = sorted({*choices, *([1] if single else [])}, reverse=True)
+        return {b: (1 - single) * choices.count(b) / len(choices) + single * (b == 1) for b in rules}
+
+    @property
     def block_rules(self):
         """All block rules that a run may see, the largest first."""
-        return sorted({*self.block_choices, *([1] if self.fade else [])}, reverse=True)
+        return list(self.rule_shares)
 
 
 def mask_problems(args):

@@ -13,172 +13,36 @@ In the output root: experiment_plan.json, results.jsonl (a line per finished run
 import contextlib
 import ctypes
 import dataclasses
-import itertools
 import math
-import shlex
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import cli
 import config
 import knobs
-import study_report
 import shapes
+import study_plan
+import study_report
 from config import TrainArgs
 from knobs import UserError, say
 from studies import STUDIES
+from study_plan import flags, make_plan, rounds, scoring, terms, variants
 
 try:
     import fcntl
 except ImportError:  # Windows: there a second one goes unnoticed
     fcntl = None
 
-PROBE_STEPS = 12      # of --match time; the first two do not count
-ROUNDS = 3            # of --halving at most: an eighth, a quarter, half
+PROBE_STEPS = 6       # of --match time for each block rule; the first two do not count
 PATIENCE = 60         # seconds that a training of a killed run_experiments may take to save
 OURS = {"output_dir": "--output_root", "run_name": "--output_root", "resume": "nothing: every run goes on where it stopped",
         "ckpt": "train itself", "drive": "train itself", "model": "--architectures", "time_mode": "--time_modes",
         "masking_strategy": "--masking_strategies"}
-
-
-class Run(NamedTuple):
-    name: str
-    variant: str
-    args: TrainArgs
-    via: tuple = ()              # words in front of its commands: a script that changes the model before it runs them ...
-    counted: dict | None = None  # ... and what the changed model really has, of sizes
-
-    @property
-    def folder(self):
-        return self.args.run_dir
-
-    @property
-    def log(self):
-        return self.folder.with_name(f"{self.name}.log")
-
-    @property
-    def sizes(self):
-        c = shapes.model_config(self.args, vocabulary(self.args.data_dir))
-        return self.counted or {"params": shapes.count_params(c), "params_blocks": shapes.block_params(c),
-                                "flops_per_token": flops(c, self.args)}
-
-
-# ---- the plan ---------------------------------------------------------------------------------------------------------
-
-def variants(args):
-    """name -> the settings that make it."""
-    if args.study:
-        return STUDIES[args.study].variants
-    return {f"{m}_{t}_{k}": dict(model=m, time_mode=t, masking_strategy=k) for m, t, k in
-            itertools.product(args.architectures, args.time_modes, args.masking_strategies)}
-
-
-def asked(a):
-    """The mean share of tokens that are hidden in training."""
-    mean = {"linear": 1 / 2, "cosine": 2 / math.pi}[a.mask_schedule]
-    return 1.0 if a.causal else a.min_mask_rate + mean * (a.most_hidden - a.min_mask_rate)
-
-
-def vocabulary(data_dir):
-    meta = Path(data_dir, "meta.json")
-    return knobs.read_json(meta).get("vocab_size", 0) if meta.exists() else 0
-
-
-def flops(c, a):
-    return shapes.flops_per_token(c, a.seq_len, a.block_choices, asked(a), a.fade / 2)
-
-
-def settings(args):
-    """variant -> its TrainArgs, the size matched to that of the first."""
-    base = TrainArgs(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainArgs)})
-    base = dataclasses.replace(base, preset="none", edge_profile="none", config=None)       # their values are in it
-    found, problems, vocab = {}, [], vocabulary(base.data_dir)
-    for name, diff in variants(args).items():
-        a = found[name] = dataclasses.replace(base, **diff)
-        problems += [f"{name}: {p}" for p in knobs.problems_of(a)]
-        if args.match == "tokens" or problems:
-            continue
-        first = next(iter(found.values()))
-        cost = shapes.block_params if args.match != "flops" else lambda c, a=a: flops(c, a)
-        goal = flops(shapes.model_config(first, vocab), first) if args.match == "flops" else \
-            shapes.block_params(shapes.model_config(first, vocab))
-        shape = shapes.model_config(a, vocab)
-        if cost(shape) != goal:
-            a.d_ff = shapes.match_d_ff(shape, goal, cost)
-            if abs(gap := cost(shapes.model_config(a, vocab)) / goal - 1) > 0.01:
-                say(f"notice: {name} has {gap:+.1%} of the {args.match} of {next(iter(found))}, even with --d_ff {a.d_ff}")
-    if problems:
-        raise UserError("\n  ".join(problems))
-    return found
-
-
-def seeds_of(args, origins):
-    given = args.seeds or (STUDIES[args.study].seeds if args.study and origins["seed"] == "default" else (str(args.seed),))
-    return list(dict.fromkeys(map(int, given)))
-
-
-def make_plan(args, origins, root):
-    """-> [Run], seed by seed, so that what has run so far can be compared."""
-    seeds, found = seeds_of(args, origins), settings(args)
-    if args.halving:
-        unit = args.max_steps >> rounds(len(found))
-        if not unit:
-            raise UserError(f"--halving of {len(found)} variants needs more than --max_steps {args.max_steps}")
-        for a in found.values():
-            a.eval_interval = unit
-    return [Run(name, variant, dataclasses.replace(a, seed=seed, output_dir=str(root / name)))
-            for seed in seeds for variant, a in found.items() for name in [variant + f"_s{seed}" * (len(seeds) > 1)]]
-
-
-def rounds(count):
-    return min(ROUNDS, math.ceil(math.log2(count))) if count > 1 else 0
-
-
-def flags(a):
-    """TrainArgs as the flags that make them: what differs from the defaults, presets resolved."""
-    words = []
-    for f in dataclasses.fields(TrainArgs):
-        value = getattr(a, f.name)
-        if f.name == "resume_latest" or value == f.default:
-            continue
-        words += [f"--{f.name}" if value else f"--no_{f.name}"] if f.type is bool else [f"--{f.name}", str(value)]
-    return [*words, "--resume_latest"]
-
-
-def identity(a):
-    """What makes a run the one that it is: its flags, but for where it lies."""
-    return flags(dataclasses.replace(a, output_dir=None, device=TrainArgs.device, threads=TrainArgs.threads))
-
-
-def plan_file(args, runs, step_ms):
-    entries = []
-    for run in runs:
-        entries.append({"name": run.name, "variant": run.variant, "seed": run.args.seed, "module": "train", "via": run.via,
-                        "args": flags(run.args), **run.sizes})
-    return {"version": 1, "study": args.study, "architectures": args.architectures, "time_modes": args.time_modes,
-            "masking_strategies": args.masking_strategies, "seeds": sorted({run.args.seed for run in runs}),
-            "match": args.match, "step_ms": step_ms, "runs": entries}
-
-
-def tell(args, runs, root):
-    """The plan for people, on stdout: shapes, then commands."""
-    if args.study:
-        study = STUDIES[args.study]
-        print(f"study {args.study}: {study.question}\nmeasured: {study.measure}")
-    first, vocab = runs[0], vocabulary(runs[0].args.data_dir)
-    tokens = first.args.max_steps * first.args.batch_size * first.args.grad_accum * first.args.seq_len
-    print(f"{len(runs)} runs of {first.args.max_steps} steps, {tokens / 1e6:.1f}M tokens each; matched: {args.match}; plan: "
-          f"{root / 'experiment_plan.json'}{'' if vocab else '; no prepared text yet, so parameters are without embedding'}")
-    for run in {run.variant: run for run in runs}.values():
-        print(f"  {run.variant:28} {run.args.model}, d_ff {run.args.d_ff}, {run.sizes['params']:,} parameters, "
-              f"{run.sizes['flops_per_token'] / 1e6:.1f} MFLOP/token")
-    for run in runs:
-        print(shlex.join(["python", *(run.via or ("-m",)), "train", *flags(run.args)]))
 
 
 # ---- running one ------------------------------------------------------------------------------------------------------
@@ -227,8 +91,10 @@ def child(run, command, words, lock, enough=None):
 
 
 def last_words(log):
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return next((line for line in lines[::-1] if "error" in line.lower()), lines[-1] if lines else "")[-300:]
+    """Its last error, with the lines below it that say which."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    at = next((i for i in range(len(lines) - 1, -1, -1) if "error" in lines[i].lower()), len(lines) - 1)
+    return " ".join(lines[max(at, 0):])[:300]
 
 
 def stopped(run):
@@ -244,24 +110,36 @@ def score_at(run, step):
             return event["by_block"], (event["val_bpb"] or event["val_nelbo"]) / event["val_nelbo"]
 
 
+def occupied(run):
+    """What is wrong with the run's folder, or None: what lies there has to be the beginning of this very run."""
+    meta = [e for e in study_report.read_lines(run.folder / "train.jsonl") if e["event"] == "meta"]
+    if meta and (other := study_plan.unlike(study_plan.trained(meta[-1]["config"]["args"]), run.args)):
+        return {"status": "failed", "code": 2, "error": f"{run.folder} holds a run with " + ", ".join(
+            f"--{name} {value}" for name, value in other.items()) + ": move it away, or name another --output_root"}
+
+
 def train(run, lock, until=None):
     """Train to the end, or for --halving until the validation of a step is there -> what went wrong, or None."""
     def enough():
         return score_at(run, until) is not None
 
+    if wrong := occupied(run):
+        return wrong
     if until and enough():
         return None
     code = child(run, "train", flags(run.args), lock, enough if until else None)
-    if code == 0 and not stopped(run) or until and enough():
+    if code == 0 and not stopped(run) and not until or until and enough():
         return None
+    if code == 0 and not stopped(run):
+        return {"status": "failed", "code": 2, "error": f"it was trained without a validation at step {until}: move {run.folder} "
+                                                        "away, or leave out --halving"}
     return {"status": "failed", "code": code, "error": last_words(run.log)}
 
 
 def evaluate(args, run, lock):
-    """Score a trained run, by its base's block rules unless it learned single tokens alone -> what went wrong, or None."""
-    rules = "1" if set(run.args.block_choices) == {1} else args.train_block_sizes
-    words = ["--ckpt", str(run.folder), "--blocks", rules, "--batches", str(args.batches), "--draws", str(args.draws),
-             "--repeats", "0", "--chain_docs", str(args.chain_docs), "--device", args.device, "--threads", str(args.threads)]
+    """Score a trained run -> what went wrong, or None."""
+    words = ["--ckpt", str(run.folder), "--repeats", "0", "--device", args.device, "--threads", str(args.threads)]
+    words += [word for name, value in scoring(args, run).items() for word in (f"--{name}", str(value))]
     code = child(run, "evaluate", [*words, "--out_json", str(run.folder / "evaluate.json")], lock)
     return None if code == 0 else {"status": "failed", "code": code, "error": last_words(run.log)}
 
@@ -274,19 +152,21 @@ def figures(args, run, reference):
     length, a = run.args.seq_len, run.args
     c = shapes.ModelConfig.from_dict(meta["config"]["model"])
 
+    def named(part):
+        return {"T" if b == "T" or int(b) >= length else b: found for b, found in part.items()}
+
     def rules(part):
-        return {"T" if int(b) >= length else b: {k: r[k] for k in ("nats", "se", "bits_per_byte", "bits_per_byte_se")}
-                for b, r in found[part].items()}
+        return {b: {k: r[k] for k in ("nats", "se", "bits_per_byte", "bits_per_byte_se")} for b, r in named(found[part]).items()}
     bound, texts, curve = rules("bound"), found["documents"], study_report.curve(events)
     step, tokens, seconds = curve[-1][:3]
     return {"name": run.name, "study": args.study or "matrix", "variant": run.variant, "reference": reference, "seed": a.seed,
-            "match": args.match, "model": a.model, "objective": a.objective, "flags": identity(a), "d_ff": c.d_ff,
-            **run.sizes, "steps": step, "tokens": tokens, "corpus_tokens": meta["data"]["tokens"], "seconds": seconds,
+            "match": args.match, "model": a.model, "objective": a.objective, "flags": flags(a), "terms": terms(a),
+            "scoring": scoring(args, run), "d_ff": c.d_ff, **run.sizes, "steps": step, "tokens": tokens,
+            "corpus_tokens": meta["data"]["tokens"], "seconds": seconds,
             "tok_s": tokens / seconds, "bound": bound, "chain_rule": rules("chain_rule"),
             **{k: statistics.fmean(r[k] for r in bound.values()) for k in ("nats", "bits_per_byte", "bits_per_byte_se")
                if None not in [r[k] for r in bound.values()]},
-            "documents": {"bytes": texts["bytes"],
-                          "nats": [statistics.fmean(nats) for nats in zip(*texts["nats"].values(), strict=True)]},
+            "documents": {"bytes": texts["bytes"], "nats": named(texts["nats"])},
             "curve": curve, "data_sha256": meta["data"]["sha256"], "precision": meta["precision"],
             **{k: meta[k] for k in ("commit", "torch", "python", "device", "device_name", "threads")},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
@@ -302,10 +182,10 @@ class Book:
         self.state, self.rungs, self.bad, self.new = {run.name: {"status": "planned"} for run in runs}, [], False, False
 
     def finished(self, run):
-        """Its line, if there is one with these settings and this text."""
-        line = study_report.latest(self.root / "results.jsonl").get(run.name)
+        """Its line, if there is one with these settings, this scoring and this text."""
+        line = study_report.by_seed(self.root / "results.jsonl").get((run.variant, run.args.seed), {})
         meta = Path(run.args.data_dir, "meta.json")
-        same = line and line["flags"] == identity(run.args)
+        same = "terms" in line and not study_plan.unlike(line["terms"], run.args) and line["scoring"] == scoring(self.args, run)
         if same and meta.exists() and knobs.read_json(meta)["train_sha256"] != line["data_sha256"]:
             return None
         return line if same else None
@@ -313,9 +193,10 @@ class Book:
     def note(self, run, state):
         self.state[run.name] = state
         self.bad = self.bad or state["status"] == "failed"
-        lines = [line for r in self.runs if (line := self.finished(r))]
-        states = {r.name: {"status": "finished"} if self.finished(r) else self.state[r.name] for r in self.runs}
-        brief = {line["name"]: {k: v for k, v in line.items() if k not in ("curve", "flags", "documents")} for line in lines}
+        found = {r.name: line for r in self.runs if (line := self.finished(r))}
+        states = {r.name: {"status": "finished"} if r.name in found else self.state[r.name] for r in self.runs}
+        lines, long = list(found.values()), ("name", "curve", "flags", "terms", "documents")
+        brief = {name: {k: v for k, v in line.items() if k not in long} for name, line in found.items()}
         knobs.write_json(self.root / "results.json", {
             "version": 1, "study": self.args.study, "match": self.args.match, "halving": self.rungs,
             "runs": [{"name": name, **state, **brief.get(name, {})} for name, state in states.items()]})
@@ -380,19 +261,20 @@ def keep(scores):
 
 
 def measure_speed(runs, root, lock):
-    """--match time: milliseconds of a step of every variant, from a short training with the same draws."""
+    """--match time: {variant: milliseconds of a step}, from a short training by each of its block rules, weighed as a run is."""
     found = {}
     for run in {run.variant: run for run in runs}.values():
-        folder = root / f"probe_{run.variant}"
-        short = dataclasses.replace(run.args, output_dir=str(folder), max_steps=PROBE_STEPS, eval_interval=0, show_samples=False)
-        probe = run._replace(name=folder.name, args=short)
-        if wrong := train(probe, lock):
-            raise UserError(f"the speed of {run.variant} cannot be measured: {wrong['error']}", code=1)
-        by_rule = {}
-        for e in study_report.read_lines(folder / "train.jsonl"):
-            if e["event"] == "train" and e["step"] > 2:
-                by_rule.setdefault(e["block"], []).append(e["step_ms"])
-        found[run.variant] = statistics.fmean(map(statistics.median, by_rule.values()))
+        found[run.variant] = 0.0
+        for block, share in run.args.rule_shares.items():
+            folder = root / f"probe_{run.variant}_{block}"
+            shutil.rmtree(folder, ignore_errors=True)          # an old probe was of another day, or of another shape
+            probe = run._replace(name=folder.name, args=dataclasses.replace(
+                run.args, output_dir=str(folder), max_steps=PROBE_STEPS, eval_interval=0, show_samples=False,
+                train_block_sizes=str(block), ar_fade=0.0))
+            if wrong := train(probe, lock):
+                raise UserError(f"the speed of {run.variant} cannot be measured: {wrong['error']}", code=1)
+            steps = [e for e in study_report.read_lines(folder / "train.jsonl") if e["event"] == "train" and e["step"] > 2]
+            found[run.variant] += share * statistics.median(e["step_ms"] for e in steps)
         say(f"probe {run.variant}: {found[run.variant]:.0f} ms a step")
     return found
 
@@ -406,12 +288,13 @@ def execute(args, runs, root):
     with alone(root) as lock:
         path, step_ms = root / "experiment_plan.json", {}
         if args.match == "time":
-            old = knobs.read_json(path).get("step_ms", {}) if path.exists() else {}
-            step_ms = old if {run.variant for run in runs} <= set(old) else measure_speed(runs, root, lock)
+            old = knobs.read_json(path) if path.exists() else {}
+            asked = {run.variant: terms(run.args) for run in runs}
+            step_ms = old["step_ms"] if old.get("probed") == asked else measure_speed(runs, root, lock)
             share = {v: step_ms[runs[0].variant] / ms for v, ms in step_ms.items()}
             for run in runs:
                 run.args.max_steps = max(1, round(run.args.max_steps * share[run.variant]))
-        knobs.write_json(path, plan_file(args, runs, step_ms))
+        knobs.write_json(path, study_plan.as_json(args, runs, step_ms) | ({"probed": asked} if step_ms else {}))
         book = Book(args, runs, root)
         chosen = halve(book, lock) if args.halving else runs
         for number, run in enumerate(chosen, 1):
@@ -438,11 +321,11 @@ def main(argv=None):
 
 def carry_out(args, runs, root):
     """Tell the plan, and run or write it -> exit code."""
-    tell(args, runs, root)
+    study_plan.tell(args, runs, root)
     if args.execute:
         return execute(args, runs, root)
     if not (root / "results.json").exists():       # a finished matrix keeps the plan that it was run by
-        knobs.write_json(root / "experiment_plan.json", plan_file(args, runs, {}))
+        knobs.write_json(root / "experiment_plan.json", study_plan.as_json(args, runs, {}))
     return 0
 
 

@@ -7,7 +7,6 @@
 """
 import dataclasses
 import re
-import statistics
 from dataclasses import dataclass
 
 from knobs import UserError, again, checked, knob
@@ -142,16 +141,15 @@ def prefix_products(n):
     return groups * size * (size + 1) + (prefix_products(groups) if n > size else 0)
 
 
-def flops_per_token(c, length, blocks, asked, single=0.0, flops=None):
-    """The mean of train_flops, or of another formula, over a run's steps.
+def flops_per_token(c, length, shares, asked, flops=None):
+    """The mean of train_flops, or of another formula, over a run's steps; shares: {block rule: its share of them}.
 
-    asked: the share of tokens that are hidden; a small block has more, as one of its tokens always is. single: the share of
-    the steps that have blocks of one token beside those of the list.
+    asked: the share of tokens that are hidden; a small block has more, as one of its tokens always is.
     """
     def cost(block):
-        return (flops or train_flops)(c, length, min(block, length), min(1.0, asked + 1 / (2 * block)))
+        return (flops or train_flops)(c, length, block, min(1.0, max(1 / block, asked + 1 / (2 * block))))
 
-    return round(single * cost(1) + (1 - single) * statistics.fmean(map(cost, blocks)))
+    return round(sum(share * cost(block) for block, share in shares.items()))
 
 
 def match_d_ff(c, target, cost=count_params):

@@ -35,7 +35,7 @@ def read_lines(path):
     """JSON lines -> list; what is not there is empty, and a last line that a kill tore does not count."""
     try:
         text = Path(path).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]
 
@@ -43,6 +43,11 @@ def read_lines(path):
 def latest(path):
     """name -> its last line."""
     return {line["name"]: line for line in read_lines(path)}
+
+
+def by_seed(path):
+    """(variant, seed) -> its last line: the same run may have borne two names."""
+    return {(line["variant"], line["seed"]): line for line in read_lines(path)}
 
 
 def append(path, line):
@@ -88,9 +93,15 @@ def curve(events):
     return [rows[s] for s in sorted(rows)] + ([] if at[-1] in rows else [[*end, None, None]])
 
 
-def value(line):
-    """The figure that variants are compared by: bits/byte, and where no bytes are known nats/token."""
-    return line.get("bits_per_byte", line["nats"])
+def value(line, rules=()):
+    """The figure that variants are compared by, over these block rules or all: bits/byte, where no bytes are known nats/token."""
+    key = "bits_per_byte" if "bits_per_byte" in line else "nats"
+    return statistics.fmean(line["bound"][rule][key] for rule in rules or line["bound"])
+
+
+def common(lines):
+    """The block rules that all of them were scored by."""
+    return [rule for rule in lines[0]["bound"] if all(rule in line["bound"] for line in lines)]
 
 
 def said(line):
@@ -115,21 +126,30 @@ def spread(values, digits=4):
 
 def paired(own, base):
     """Two runs over the same documents: the standard error of their difference in bits/byte over documents, or None."""
-    size, n = own["documents"]["bytes"], len(own["documents"]["bytes"])
+    size, n, rules = own["documents"]["bytes"], len(own["documents"]["bytes"]), common([own, base])
     if n < 2 or size != base["documents"]["bytes"]:
         return None
-    gaps = [(x - y) / math.log(2) for x, y in zip(own["documents"]["nats"], base["documents"]["nats"], strict=True)]
+
+    def nats(line):
+        found = line["documents"]["nats"]
+        if isinstance(found, list):                  # of an older line: the mean over its rules
+            return found if rules == list(line["bound"]) else None
+        return [statistics.fmean(some) for some in zip(*(found[rule] for rule in rules or found), strict=True)]
+    if None in (pair := (nats(own), nats(base))):
+        return None
+    gaps = [(x - y) / math.log(2) for x, y in zip(*pair, strict=True)]
     mean = sum(gaps) / sum(size)
     return math.sqrt(sum((g - mean * b) ** 2 for g, b in zip(gaps, size, strict=True)) * n / (n - 1)) / sum(size)
 
 
 def difference(own, reference):
-    """Mean over common seeds of own - reference with its standard error: over seeds, of one seed over documents."""
+    """Mean over common seeds of own - reference, by the block rules of both: with its standard error over seeds, or documents."""
     base = {line["seed"]: line for line in reference}
     pairs = [(line, base[line["seed"]]) for line in own if line["seed"] in base]
     if own is reference or not pairs:
         return "reference" if own is reference else "-"
-    gaps = [value(line) - value(other) for line, other in pairs]
+    rules = common([*own, *reference])
+    gaps = [value(line, rules) - value(other, rules) for line, other in pairs]
     error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else paired(*pairs[0])
     return f"{statistics.fmean(gaps):+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
@@ -140,7 +160,7 @@ def rows(lines):
     reference = next(iter(groups.values()), [])
     for variant, own in groups.items():
         first = own[0]
-        rules = [f"{rule} {spread([line['bound'][rule]['nats'] for line in own], 3)}" for rule in first["bound"]]
+        rules = [f"{rule} {spread([line['bound'][rule]['nats'] for line in own], 3)}" for rule in common(own)]
         chain = [statistics.fmean(r["bits_per_byte"] for r in line["chain_rule"].values()) for line in own if line["chain_rule"]]
         yield (variant, str(len(own)), f"{first['params']:,}", f"{first['params_blocks']:,}",
                f"{first['flops_per_token'] / 1e6:.1f}", f"{first['tokens'] / 1e6:.2f}M", spread([x["tok_s"] for x in own], 0),
@@ -158,9 +178,10 @@ def origin(lines):
     seeds = ", ".join(map(str, sorted({line["seed"] for line in lines})))
     return (f"{len(lines)} runs, seeds {seeds}; matched by {all_of('match')}; commit {all_of('commit')}; "
             f"{all_of('device_name')}, {all_of('threads')} threads, torch {all_of('torch')}, {all_of('precision')}; last one "
-            f"finished {max(line['finished'] for line in lines)}. ± is the standard deviation over seeds; to the reference: the "
-            "standard error of the difference, over seeds, or of one seed over documents. Bound: of held-out documents, its "
-            "bits/byte the mean over block rules; chain rule: of fewer documents. Speeds: of the machine as busy as it was.")
+            f"finished {max(line['finished'] for line in lines)}. ± is the standard deviation over seeds; to the reference: over "
+            "the block rules of both, with the standard error of the difference over seeds, or of one seed over documents. "
+            "Bound: of held-out documents, its bits/byte the mean over block rules; chain rule: of fewer documents. Speeds: of "
+            "the machine as busy as it was.")
 
 
 def markdown(title, lines, states=None, rungs=()):
@@ -249,7 +270,7 @@ def bars(lines):
 def sections(folder):
     """Folder -> [(its name, lines)] of its results.jsonl and of those one level below."""
     paths = [folder / "results.jsonl", *sorted(folder.glob("*/results.jsonl"))]
-    return [(path.resolve().parent.name, lines) for path in paths if (lines := list(latest(path).values()))]
+    return [(path.resolve().parent.name, lines) for path in paths if (lines := list(by_seed(path).values()))]
 
 
 def build(folder, path):

@@ -41,6 +41,7 @@ import cli
 import config
 import run_experiments
 import shapes
+import study_plan
 from attention import MultiHead, block_masks
 from eco_hybrid import EcoHybrid, EcoLayer
 from knobs import UserError
@@ -301,7 +302,7 @@ def train_flops(name, c, length, block, hidden):
 
 def sizes(name, c, a):
     return {"params": counts(name, c)[0], "params_blocks": counts(name, c)[1],
-            "flops_per_token": shapes.flops_per_token(c, a.seq_len, a.block_choices, run_experiments.asked(a), a.fade / 2,
+            "flops_per_token": shapes.flops_per_token(c, a.seq_len, a.rule_shares, study_plan.asked(a),
                                                       functools.partial(train_flops, name))}
 
 
@@ -318,7 +319,7 @@ def inside(name, command, words):
 
 def plan(args, origins, names, root):
     """-> [Run], seed by seed, the reference first."""
-    vocab = run_experiments.vocabulary(args.data_dir)
+    vocab = study_plan.vocabulary(args.data_dir)
     if not vocab:
         raise UserError(f"{args.data_dir} holds no prepared text; first: python -m prepare --data_dir {args.data_dir}")
     c, own = shapes.model_config(args, vocab), {}
@@ -329,7 +330,7 @@ def plan(args, origins, names, root):
     by_hand = dataclasses.replace(args, match="tokens")          # sizes are equal already
     return args, [run._replace(via=(str(Path(__file__).resolve()), "--variant", run.variant),
                                counted=sizes(run.variant, shapes.model_config(run.args, vocab), run.args))
-                  for run in run_experiments.make_plan(by_hand, origins, root)]
+                  for run in study_plan.make_plan(by_hand, origins, root)]
 
 
 def main(argv=None):

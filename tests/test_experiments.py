@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 import cli
 import config
+import knobs
 import run_experiments as experiments
 import shapes
+import study_plan
 import study_report
 from config import ExperimentArgs, TrainArgs
 from knobs import UserError
@@ -41,7 +43,7 @@ A8 = """python -m diffusion.run_experiments \\
 def plan(line):
     args, origins = cli.parse(ExperimentArgs, shlex.split(line), "run_experiments",
                                  tier=lambda typed: STUDIES[typed["study"]].base if typed.get("study") else {})
-    return args, experiments.make_plan(args, origins, Path("root"))
+    return args, study_plan.make_plan(args, origins, Path("root"))
 
 
 # ---- the plan ---------------------------------------------------------------------------------------------------------
@@ -84,11 +86,65 @@ def test_a_study_changes_what_it_says_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("line", ["--study optimizer", "--preset nano", "--study epochs --amp on --lr 0.001953125",
+                                  "--optimizer adamw --lr 0.01", "--wandb --wandb_tags a b", "--study rates --optimizer lion",
                                   "--train_block_sizes T --no_show_samples --edge_profile laptop --optimizer lion"])
 def test_the_flags_of_a_run_mean_that_run(line):
     for run in plan(line)[1]:
-        parsed, _ = cli.parse(TrainArgs, experiments.flags(run.args), "train")
+        parsed, _ = cli.parse(TrainArgs, study_plan.flags(run.args), "train")
         assert dataclasses.replace(parsed, resume_latest=False) == run.args
+
+
+def test_what_makes_a_run_the_one_that_it_is():
+    """What -1 means is written down, so that a default which changes later is another run; where and how often is not."""
+    a = TrainArgs(max_steps=200)
+    saved = json.loads(json.dumps(study_plan.terms(a)))
+    assert saved["max_mask_rate"] == 0.8 and saved["ar_fade"] == 0.6 and saved["warmup_steps"] == 10
+    other = dataclasses.replace(a, output_dir="x", threads=1, eval_interval=7, save_interval=3, show_samples=False, wandb=True)
+    assert study_plan.unlike(saved, other) == {} == study_plan.unlike(saved, dataclasses.replace(a, ar_fade=0.6))
+    assert study_plan.unlike(saved | {"max_mask_rate": 1.0}, a) == {"max_mask_rate": 1.0}
+    assert study_plan.unlike(saved, dataclasses.replace(a, lr=0.5, train_block_sizes="T")) == {
+        "lr": 0.01, "train_block_sizes": "T,32,4,1", "ar_fade": 0.6, "max_mask_rate": 0.8}
+    old = {key: value for key, value in knobs.to_dict(a).items() if key not in ("ar_fade", "wandb")}
+    assert study_plan.unlike(study_plan.trained(old | {"max_mask_rate": 1.0}), a) == {"ar_fade": 0.0, "max_mask_rate": 1.0}
+
+
+def test_time_is_matched_by_every_block_rule_at_its_share(tmp_path, monkeypatch):
+    """Each rule is measured by itself, so none is missing and none counts more than it will."""
+    def train(probe, lock):
+        cost, steps = {256: 10, 32: 20, 4: 40, 1: 80}[int(probe.args.train_block_sizes)], range(1, probe.args.max_steps + 1)
+        probe.folder.mkdir(parents=True)
+        assert probe.args.fade == 0 and probe.args.model == "primary"
+        (probe.folder / "train.jsonl").write_text("".join(json.dumps(
+            {"event": "train", "step": s, "step_ms": cost if s > 2 else 9e9}) + "\n" for s in steps))
+    monkeypatch.setattr(experiments, "train", train)
+    _, runs = plan("--study conv_kernel --seeds 1")
+    (tmp_path / "probe_7_256").mkdir()                    # of another day
+    found = experiments.measure_speed(runs[:1], tmp_path, None)
+    assert found == {"7": pytest.approx(0.3 * 80 + 0.7 * (10 + 20 + 40 + 80) / 4)}
+
+
+def line_of(variant, seed, **bound):
+    rules = {rule: {"nats": n, "se": 0.1, "bits_per_byte": n / 4, "bits_per_byte_se": 0.01} for rule, n in bound.items()}
+    return {"name": f"{variant}_{seed}", "variant": variant, "reference": "a", "seed": seed, "bound": rules, "chain_rule": {},
+            "params": 1, "params_blocks": 1, "flops_per_token": 1, "tokens": 1, "tok_s": 1, "bits_per_byte": 9.0, "nats": 9.0,
+            "documents": {"bytes": [10, 30], "nats": {rule: [n * 10, n * 30 + seed] for rule, n in bound.items()}}}
+
+
+def test_variants_are_compared_by_the_block_rules_that_both_were_scored_by():
+    """One that knows single tokens alone is not ahead by what whole rows cost the other."""
+    a, b = line_of("a", 1, T=5.2, B1=4.8), line_of("b", 1, B1=4.4)
+    table = {row[0]: row for row in study_report.rows([a, b])}
+    assert table["b"][9].startswith("-0.1000 ± ") and table["a"][9] == "reference" and table["b"][7] == "B1 4.400"
+    assert study_report.paired(b, a) == pytest.approx(0, abs=1e-12), "the same gap per byte in every document"
+    old = a | {"documents": {"bytes": [10, 30], "nats": [50.0, 150.0]}}
+    assert study_report.paired(b, old) is None, "the mean over other rules"
+
+
+def test_a_run_under_two_names_counts_once(tmp_path):
+    lines = [line_of("a", 1, T=5.0), line_of("a", 1, T=5.1) | {"name": "a"}, line_of("a", 2, T=5.2)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [(_, found)] = study_report.sections(tmp_path)
+    assert sorted(line["bound"]["T"]["nats"] for line in found) == [5.1, 5.2]
 
 
 @pytest.mark.parametrize("match, cost", [("params", shapes.block_params), ("flops", None), ("tokens", None)])
@@ -97,7 +153,7 @@ def test_what_is_matched(match, cost):
     found = {}
     for run in runs:
         c = shapes.model_config(run.args, 8000)
-        found[run.args.model] = (cost(c) if cost else experiments.flops(c, run.args), run.args.d_ff)
+        found[run.args.model] = (cost(c) if cost else study_plan.flops(c, run.args), run.args.d_ff)
     (p, p_ff), (b, b_ff) = found["primary"], found["backup"]
     assert p_ff == 1024 and (b_ff == 1024 if match == "tokens" else b_ff != 1024 and abs(b / p - 1) < 0.01)
 
@@ -211,6 +267,27 @@ def test_without_halving_the_dropped_one_is_finished_from_where_it_stopped(folde
     ends = [e["step"] for e in events if e["event"] == "end"]             # stopped at 20, or too fast for that
     resumed = [e["step"] for e in events if e["event"] == "resume"]
     assert ends[-1] == 40 and resumed == ends[:-1] and not list((folder / "out" / dropped).glob("previous_*")), "it began again"
+
+
+def test_a_folder_with_another_run_is_neither_gone_on_with_nor_relabelled(folder, monkeypatch):
+    """Nothing is trained: the settings are in the line and in the run's own log, and so is how it was scored."""
+    before = (folder / "out/results.jsonl").read_bytes()
+    done = aria("run_experiments", *WORDS, "--weight_decay", "0.5", "--execute", cwd=folder, check=1)
+    assert done.stderr.count("holds a run with --weight_decay 0.05: move it away") == 2
+    assert (folder / "out/results.jsonl").read_bytes() == before
+    args, origins = cli.parse(ExperimentArgs, [*WORDS, "--batches", "3"], "run_experiments")
+    runs = study_plan.make_plan(args, origins, folder / "out")
+    monkeypatch.chdir(folder)
+    assert [experiments.Book(args, runs, folder / "out").finished(run) for run in runs] == [None, None]
+    args.batches = 2
+    assert all(experiments.Book(args, runs, folder / "out").finished(run) for run in runs)
+
+
+def test_halving_needs_the_validations_of_its_rounds(folder, monkeypatch):
+    monkeypatch.setattr(experiments, "child", lambda *a: 0)                        # "nothing to do"
+    _, runs = plan(" ".join(WORDS))
+    run = runs[0]._replace(args=dataclasses.replace(runs[0].args, output_dir=str(folder / "out" / runs[0].name)))
+    assert experiments.train(run, None, until=20) is None and "--halving" in experiments.train(run, None, until=13)["error"]
 
 
 def test_a_failed_run_is_recorded_and_stops_no_other(folder):

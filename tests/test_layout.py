@@ -21,7 +21,7 @@ RANKS = {
     "guard": 1, "objective": 1, "estimators": 1, "study_report": 1, "sinks": 1,
     "studies": 2, "shards": 2, "model": 2,
     "config": 3, "distributed": 3,
-    "cli": 4, "corpus": 4, "runtime": 4, "tokenizer": 4,
+    "cli": 4, "study_plan": 4, "corpus": 4, "runtime": 4, "tokenizer": 4,
     "tokens": 5, "clean": 5, "spool": 5, "checkpoint": 5, "fast": 5, "fit": 5,
     "prepare": 6, "drive": 6, "verdict": 6,
     "runs": 7, "report": 7,
@@ -31,7 +31,7 @@ RANKS = {
 }
 NEEDS_NO_TORCH = ("knobs", "shapes", "objective", "lexicon", "frames", "config", "cli", "documents", "hub", "clean", "spool",
                   "tokenizer", "corpus", "tokens", "prepare", "train", "sample", "evaluate", "edge_benchmark", "colab_train_eco",
-                  "romanise", "studies", "study_report", "run_experiments", "sinks", "report") # at import: --help is instant
+                  "romanise", "studies", "study_plan", "study_report", "run_experiments", "sinks", "report")   # --help is instant
 LINES = 450                   # of one file; a table of sentences is not code
 SOURCES = sorted(ROOT.glob("*.py"))
 TREES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in SOURCES}

@@ -357,6 +357,20 @@ def test_the_flops_formula_counts_what_a_step_does(shape, block):
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
+def test_the_mean_flops_of_a_run_are_those_of_its_steps():
+    """Blocks of one token are hidden whole, and are drawn more often while they fade."""
+    cfg = shapes.ModelConfig(model="primary", vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=96, memory_slots=8)
+    args = config.TrainArgs(seq_len=128, max_steps=1000, ar_fade=0.5, train_block_sizes="T,4,1")
+    total = 0
+    for step in range(args.max_steps):
+        block, first = masking.pick_blocks(args.block_choices, 128, 1, step, args.single_chance(step))
+        total += shapes.train_flops(cfg, 128, block, masking.draw(args, 1, step, 4, 128, block, first).hidden / (4 * 128))
+    counted = shapes.flops_per_token(cfg, 128, args.rule_shares, 0.4)
+    assert counted == pytest.approx(total / args.max_steps, rel=0.02)
+    alone = shapes.flops_per_token(cfg, 128, {1: 1.0}, 0.4)
+    assert alone == round(shapes.train_flops(cfg, 128, 1, 1.0))
+
+
 # ---- --activation_checkpointing --------------------------------------------------------------------------------------
 
 def one_step(net, block, recompute, dtype=None):
