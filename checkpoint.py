@@ -301,25 +301,6 @@ def load(path, *, parts=("model",), quarantine=False):
                                tokenizer_bytes=(folder / "tokenizer.model").read_bytes(), **found)
     return first_good(path, read, quarantine)
 
-COUNTERS = {  # what a run resumes from in state.json -> the smallest value of a number, or a type
-    "position": 0, "tokens_seen": 0, "skipped": 0, "ema_updates": 0, "rollbacks": 0, "data_sha256": str, "precision": str,
-    "losses": list, "best": (float, int, type(None)), "scaler": (dict, type(None)), "wandb_id": (str, type(None))}
-SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker", "overflows"}
-
-def counters(saved):
-    """state.json as train needs it; the keys that older runs lack get what those runs meant."""
-    state = {"rollbacks": 0, "losses": [], "scaler": None, "wandb_id": None} | saved.state
-    for key, rule in COUNTERS.items():
-        value = state.get(key, ...)
-        fits = type(value) is int and rule <= value < 2 ** 63 if isinstance(rule, int) else isinstance(value, rule)
-        if not fits or isinstance(value, bool):
-            raise Damage(f"{saved.path / 'state.json'}: {key} is {str(value)[:60]!r}, from which nothing can go on")
-    scaler = state["scaler"] or dict.fromkeys(SCALER, 1)
-    numbers = *state["losses"], *scaler.values()
-    if set(scaler) != SCALER or not all(type(number) in (int, float) and 0 <= number < 2 ** 128 for number in numbers):
-        raise Damage(f"{saved.path / 'state.json'}: losses or scaler are no numbers, from which nothing can go on")
-    return state
-
 def section(saved, name):
     """config.json's "model" or "args"."""
     if not isinstance(saved.config.get(name), dict):

@@ -71,7 +71,7 @@ def room(device):
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def measured(probe, rows, args, device, later, undo, say):
+def measured(probe, micro, rows, args, device, later, undo, say):
     """--auto_batch, before the first step: probe(micro) is a real forward and backward -> the rows per forward that fit.
 
     later: bytes that the optimizer will take at its first step and that the probe cannot see.
@@ -87,7 +87,7 @@ def measured(probe, rows, args, device, later, undo, say):
             raise MemoryError(f"{need / 1e9:.1f} GB needed, {limit / 1e9:.1f} GB there")
         return need
 
-    need, micro = backing_off(work, args.batch_size, rows, args, undo, say)
+    need, micro = backing_off(work, micro, rows, args, undo, say)
     undo()
     say(f"memory: {micro} x {args.seq_len} tokens per forward, {rows // micro} forwards per step: {need / 1e9:.2f} GB at most"
         + (f" of {limit / 1e9:.1f} GB" if limit < float("inf") else ", all of this process"))

@@ -18,16 +18,26 @@ ROLLBACKS = 3    # times that a run goes back at most; later spikes are only log
 
 
 class SpikeWatch:
-    """A loss above factor x the median of the last finite ones is a spike; factor 0 sees none. `losses` is the whole state."""
+    """A loss above factor x the median of the last finite ones of its block rule is a spike; factor 0 sees none.
+
+    By rule, as whole rows cost nearly twice what single tokens cost, and a fade brings them in mid-run.
+    """
 
     def __init__(self, factor):
-        self.factor, self.losses = factor, deque(maxlen=WINDOW)
+        self.factor, self.losses = factor, {}
 
-    def spike(self, loss):
+    def spike(self, loss, block):
         """-> the median that this loss is far above, or None; remembers the loss."""
-        usual = statistics.median(self.losses) if len(self.losses) >= ENOUGH else math.inf
-        self.losses.append(loss)
+        losses = self.losses.setdefault(block, deque(maxlen=WINDOW))
+        usual = statistics.median(losses) if len(losses) >= ENOUGH else math.inf
+        losses.append(loss)
         return usual if self.factor and loss > self.factor * usual else None
+
+    def state(self):
+        return {str(block): list(losses) for block, losses in self.losses.items()}
+
+    def load(self, state):
+        self.losses = {int(block): deque(losses, maxlen=WINDOW) for block, losses in state.items()}
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ class Exits(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.final_norm = RMSNorm(cfg.d_model)
-        self.early_norm = nn.Parameter(torch.ones(cfg.n_layers - 1, cfg.d_model)) if cfg.exits else None
+        self.early_norm = nn.Parameter(torch.ones(cfg.n_layers - 1, cfg.d_model)) if cfg.exits and cfg.n_layers > 1 else None
         self.depth = cfg.n_layers
 
     def forward(self, x, depth=None):

@@ -1,13 +1,20 @@
-"""The run folder of a training: which one, whether it is free, and that only one process writes to it.
+"""The run folder of a training: which one, whether it is free, that only one process writes to it, and where it resumes.
 
 Used by train.py; nothing here runs by itself.
 """
 import contextlib
+import re
 from pathlib import Path
 
 import checkpoint
 import drive
-from knobs import UserError, say
+from knobs import Damage, UserError, say
+
+COUNTERS = {  # what a run resumes from in state.json -> the smallest value of a number, or a type
+    "position": 0, "tokens_seen": 0, "skipped": 0, "ema_updates": 0, "rollbacks": 0, "data_sha256": str, "precision": str,
+    "losses": (dict, list), "wandb_id": (str, type(None)), "scaler": (dict, type(None)),
+    **dict.fromkeys(("best", "kept"), (float, int, type(None)))}
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker", "overflows"}
 
 
 def choose(args, origins):
@@ -73,3 +80,21 @@ def archive(run_dir):
         if p.name != "LOCK" and not p.name.startswith("previous_"):
             p.rename(aside / p.name)
     say(f"notice: the earlier run in {run_dir} was moved to {aside}")
+
+
+def counters(saved):
+    """state.json as train needs it; the keys that older runs lack get what those runs meant."""
+    state = {"rollbacks": 0, "losses": {}, "scaler": None, "wandb_id": None, "kept": saved.state.get("best")} | saved.state
+    for key, rule in COUNTERS.items():
+        value = state.get(key, ...)
+        fits = type(value) is int and rule <= value < 2 ** 63 if isinstance(rule, int) else isinstance(value, rule)
+        if not fits or isinstance(value, bool):
+            raise Damage(f"{saved.path / 'state.json'}: {key} is {str(value)[:60]!r}, from which nothing can go on")
+    scaler = state["scaler"] or dict.fromkeys(SCALER, 1)
+    losses = state["losses"]
+    losses = state["losses"] = losses if isinstance(losses, dict) else {"0": losses}          # once of all block rules in one
+    if set(scaler) != SCALER or not all(re.fullmatch("[0-9]{1,9}", block) for block in losses) or not all(
+            isinstance(some, list) and all(type(n) in (int, float) and 0 <= n < 2 ** 128 for n in some)
+            for some in (list(scaler.values()), *losses.values())):
+        raise Damage(f"{saved.path / 'state.json'}: losses or scaler are no numbers, from which nothing can go on")
+    return state

@@ -23,6 +23,7 @@ from knobs import UserError, say
 
 NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
 SAVE_LIMIT = 3           # saves in a row that failed, then the run stops
+VALIDATION = ("train_block_sizes", "batch_size", "eval_batches")    # two figures of a run compare while these stay
 
 
 def find_data(args, origins):
@@ -131,7 +132,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         raise UserError(f"{data_dir} has a tokenizer of {cfg.vocab_size} pieces ({tokenizer.sha256[:12]}), the checkpoint's has "
                         f"{old.vocab_size} ({old.sha256[:12]}): prepare it with --tokenizer {saved.path / 'tokenizer.model'}")
     in_place = resuming and run_dir == saved.path.parent
-    state = checkpoint.counters(saved) if resuming else None
+    state = runs.counters(saved) if resuming else None
     if in_place and state["data_sha256"] != data.meta["train_sha256"]:
         raise UserError(f"{data_dir} has changed since this run began (sha256 {data.meta['train_sha256'][:12]}, the checkpoint "
                         f"{state['data_sha256'][:12]}): give the old text, or fork with --run_name NEW")
@@ -161,24 +162,24 @@ def train(args, origins, ranks, run_dir, source, resuming):
     spikes = guard.SpikeWatch(args.spike_factor)
 
     def restore(saved, with_optimizer=True):
-        """Everything but the weights -> best, skipped, position, tokens_seen, rollbacks."""
-        state = checkpoint.counters(saved)
+        """Everything but the weights -> best validation, that of `best`, skipped, position, tokens_seen, rollbacks."""
+        state = runs.counters(saved)
         if with_optimizer:
             optimizer.load_state_tensors(ranks.beside(saved, "optimizer", model))
         if ema and "ema" in saved.files:
             ema.load(ranks.beside(saved, "ema", model), state["ema_updates"])
         scaler.load(state["scaler"])
-        spikes.losses.clear()
-        spikes.losses.extend(state["losses"])
-        best = math.inf if state["best"] is None else state["best"]
-        return best, *(state[key] for key in ("skipped", "position", "tokens_seen", "rollbacks"))
+        spikes.load(state["losses"])
+        alike = all(saved.config["args"].get(key) == getattr(args, key) for key in VALIDATION)
+        bests = [math.inf if state[key] is None or not alike else state[key] for key in ("best", "kept")]
+        return *bests, *(state[key] for key in ("skipped", "position", "tokens_seen", "rollbacks"))
 
-    best, skipped, position, tokens_seen, rollbacks = math.inf, 0, 0, 0, 0
+    best, kept, skipped, position, tokens_seen, rollbacks = math.inf, math.inf, 0, 0, 0, 0
+    fresh = not resuming or "optimizer" not in saved.files or args.reset_optimizer
     if resuming:
-        kept = "optimizer" in saved.files and not args.reset_optimizer
-        best, skipped, position, tokens_seen, rollbacks = restore(saved, kept)
-        best = best if in_place else math.inf
-        notes += [] if kept else ["the optimizer starts fresh"]
+        best, kept, skipped, position, tokens_seen, rollbacks = restore(saved, not fresh)
+        best, kept = (best, kept) if in_place else (math.inf, math.inf)
+        notes += ["the optimizer starts fresh"] if fresh else []
     run_id = sinks.wandb_id(args, state["wandb_id"] if in_place else None)
     rows = args.batch_size * args.grad_accum                # sequences of one optimizer step
     step_tokens = rows * args.seq_len
@@ -190,7 +191,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     say(f"data: {data_dir} ({data.meta['source']}), {data.meta['train_tokens']:,} tokens, {cfg.vocab_size} pieces; "
         f"{args.max_steps} steps of {rows} x {args.seq_len} = {args.max_steps * step_tokens / 1e6:.1f}M tokens, "
         f"{args.max_steps * step_tokens / data.meta['train_tokens']:.2f} epochs; run folder {run_dir}")
-    if args.fade:
+    if first_step < args.fade * args.max_steps:
         say(f"blocks: of one token at first, fading into {args.train_block_sizes} until step {round(args.fade * args.max_steps)}")
     held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len).to(device)
     blocks = sorted(set(args.block_choices), reverse=True)
@@ -222,14 +223,14 @@ def train(args, origins, ranks, run_dir, source, resuming):
         return loss
 
     def probe(micro):                                       # one real forward and backward for each block rule
-        for block in blocks:
+        for block in args.block_rules:
             draw = questions(0, block)
             gradients(windows.batch(position + mine.start, micro).to(device), draw, 0, micro, last=False)
 
-    micro = args.batch_size                                 # rows per forward that fit into memory
+    micro = min(args.batch_size, mine.stop - mine.start)    # rows per forward that fit into memory
     if args.auto_batch:
-        later = 0 if first_step else 8 * params             # the optimizer's state comes with the first step
-        micro = fit.measured(probe, mine.stop - mine.start, args, device, later, optimizer.zero_grad, say)
+        later = 8 * params if fresh else 0                  # the optimizer's state comes with the first step
+        micro = fit.measured(probe, micro, mine.stop - mine.start, args, device, later, optimizer.zero_grad, say)
     if ranks.main and not in_place and runs.is_used(run_dir):    # last: the arguments have proved to be sound
         runs.archive(run_dir)
     if args.compile:
@@ -265,7 +266,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
         log.write("eval", step=step, val_nelbo=nats, val_ci=1.96 * error, val_bpb=bpb, best=nats < best,
                   val_masked_mean=sum(r["masked_mean"] for r in score.values()) / len(score),
                   by_block={"T" if b >= args.seq_len else str(b): r["nats"] for b, r in score.items()})
-        say(f"eval {step}/{args.max_steps} | {args.measure} {nats:.4f} +- {1.96 * error:.4f} nats/token | {bpb:.4f} bits/byte | "
+        say(f"eval {step}/{args.max_steps} | {args.measure} {nats:.4f} +- {1.96 * error:.4f} nats/token | "
+            + (f"{bpb:.4f} bits/byte | " if bpb is not None else "")
             + " ".join(f"{'T' if b >= args.seq_len else b}: {r['nats']:.4f}" for b, r in score.items()))
         for prompt in config.PROMPTS[:2] if speaks else ():
             try:
@@ -279,11 +281,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
                           optimizer=optimizer.state_tensors())
 
     def write(step, is_best, **tensors):
-        state = {"tokens_seen": tokens_seen, "position": position, "skipped": skipped, "best": None if best == math.inf else best,
-                 "ema_updates": ema.updates if ema else 0, "model": args.model,
+        state = {"tokens_seen": tokens_seen, "position": position, "skipped": skipped, "best": runtime.finite(best),
+                 "kept": nats if is_best else runtime.finite(kept), "ema_updates": ema.updates if ema else 0, "model": args.model,
                  "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
                  "environment": environment, "compiled": args.compile, "precision": str(dtype),
-                 "scaler": scaler.state(), "losses": list(spikes.losses), "rollbacks": rollbacks, "wandb_id": run_id}
+                 "scaler": scaler.state(), "losses": spikes.state(), "rollbacks": rollbacks, "wandb_id": run_id}
         started = time.perf_counter()
         try:
             folder = checkpoint.save(
@@ -313,22 +315,24 @@ def train(args, origins, ranks, run_dir, source, resuming):
         for note in notes:
             say(f"notice: {note}")
         publish("config.json", checkpoint.to_json(saved_args).decode())
-        bad_in_a_row, unsaved, is_best, code, saved_at = 0, 0, False, 0, time.monotonic()
+        bad_in_a_row, unsaved, code, saved_at = 0, 0, 0, time.monotonic()
         step, held_step, nats = first_step, first_step if resuming else -1, None
         while True:
             last = step == args.max_steps
             turn = step > held_step                               # a resume does not repeat what its checkpoint already holds
-            if turn and args.eval_interval and (last or step % args.eval_interval == 0):
+            scored = turn and args.eval_interval and (last or step % args.eval_interval == 0)
+            if scored:
                 nats = evaluate(step)
-                is_best = is_best or nats < best
                 best = min(best, nats)
             every = args.save_interval or 500
             late = args.save_minutes and ranks.tell(time.monotonic() - saved_at >= 60 * args.save_minutes)
             signal = ranks.highest(stop.signal)                   # one rank's is everybody's
             if turn and step and (last or signal is not None or step % every == 0 or late):
-                saved_at = time.monotonic()
-                unsaved = 0 if save(step, is_best) else unsaved + 1
-                is_best = is_best and unsaved > 0
+                saved_at, is_best = time.monotonic(), scored and nats < kept       # `best`: of what was scored and saved
+                if save(step, is_best):
+                    unsaved, kept = 0, nats if is_best else kept
+                else:
+                    unsaved += 1
             if unsaved == SAVE_LIMIT or unsaved and (last or signal is not None):
                 code = 1
                 break
@@ -349,19 +353,19 @@ def train(args, origins, ranks, run_dir, source, resuming):
             loss = ranks.total(loss)
             scaler.unscale()
             gnorm = float(optim.clip_grad_norm(model, args.grad_clip))
-            overflow, usual = scaler.update(loss, gnorm), spikes.spike(loss) if math.isfinite(loss) else None
+            overflow, usual = scaler.update(loss, gnorm), spikes.spike(loss, block) if math.isfinite(loss) else None
             position, tokens_seen = position + rows, tokens_seen + step_tokens
             if usual:
-                message = f"loss {loss:.4f} is {loss / usual:.1f} times the median of the last steps, {usual:.4f}"
+                message = f"loss {loss:.4f} is {loss / usual:.1f} times the median of the last such steps, {usual:.4f}"
                 log.write("warn", step=step + 1, message=message)
                 say(f"warning: step {step + 1}: {message}")
                 if args.spike_rollback and rollbacks < guard.ROLLBACKS and checkpoint.is_run(run_dir):
                     saved = checkpoint.load(run_dir, parts=("model", "ema", "optimizer"), quarantine=True)
                     checkpoint.load_into(model, saved.model)
-                    best, skipped, _, tokens_seen, _ = restore(saved, bool(saved.optimizer))   # on: other text
+                    best, kept, skipped, _, tokens_seen, _ = restore(saved, bool(saved.optimizer))   # on: other text
                     log.write("rollback", step=step + 1, to=saved.step, position=position)
                     say(f"notice: back to step {saved.step}, and on with the text after window {position}")
-                    rollbacks, bad_in_a_row, is_best = rollbacks + 1, 0, False
+                    rollbacks, bad_in_a_row = rollbacks + 1, 0
                     step = held_step = saved.step
                     optimizer.zero_grad()
                     continue

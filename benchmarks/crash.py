@@ -53,7 +53,7 @@ CASES = {name: flags.split() for name, flags in {
     "backup lion, EMA, cosine": "--model backup --optimizer lion --ema 0.5 --grad_accum 2 --mask_schedule cosine",
 }.items()}
 FIGURES = ("loss", "mask", "lr", "gnorm", "block", "first")
-COUNTERS = ("position", "tokens_seen", "skipped", "ema_updates", "best", "losses", "rollbacks", "data_sha256")
+COUNTERS = ("position", "tokens_seen", "skipped", "ema_updates", "best", "kept", "losses", "rollbacks", "data_sha256")
 
 
 # ---- in the child ---------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import cli
 import config
+import runs
 import sample
 import shapes
 import train
@@ -125,7 +126,7 @@ def forged(lab, name, data, source="ckpt"):
         args, _ = cli.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
         cfg = shapes.model_config(args, lab.tokenizer.vocab_size)
         checkpoint.may_fit(cfg, saved.model)
-        checkpoint.counters(saved)
+        runs.counters(saved)
     finally:
         put(lab, f"{source}/{name}", (step / name).read_bytes())
         put(lab, f"{source}/MANIFEST.json", sound)

@@ -194,7 +194,7 @@ def test_the_probe_counts_what_comes_later(monkeypatch, capsys):
     monkeypatch.setattr(fit.runtime, "peak_memory_mb", lambda device: now["rows"] * 1e9 / 2 ** 20)
     args, now, said = config.ColabArgs(batch_size=8, grad_accum=4), {}, []
     for later, wanted in ((0, 8), (2e9, 4), (7e9, 2)):
-        micro = fit.measured(lambda n: now.update(rows=n), 32, args, torch.device("cpu"), later, lambda: None, said.append)
+        micro = fit.measured(lambda n: now.update(rows=n), 8, 32, args, torch.device("cpu"), later, lambda: None, said.append)
         assert micro == wanted and f"{32 // wanted} forwards per step" in said[-1]
 
 

@@ -145,7 +145,8 @@ def test_four_ranks_and_a_signal_to_one_of_them(runs):
     folder, _ = runs
     one, run = folder / "primary", folder / "four"
     shutil.copytree(one / "step_000002", run / "step_000002")
-    with Job(4, folder, "--resume", run, "--activation_checkpointing", "--max_steps", FOREVER, "--threads", 1) as job:
+    with Job(4, folder, "--resume", run, "--activation_checkpointing", "--auto_batch", "--max_steps", FOREVER,
+             "--threads", 1) as job:
         wait_for(run, 6, job)
         os.kill(job.pid(2), signal.SIGTERM)
         code, printed = job.end()

@@ -132,11 +132,15 @@ def test_amp_dtype_on_a_gpu(monkeypatch, asked, has_bf16, want):
 
 def test_a_spike_is_far_above_the_median_of_the_window():
     watch = guard.SpikeWatch(3)
-    assert not any(watch.spike(9.0 ** n) for n in range(guard.ENOUGH)), "too few losses to know what is usual"
+    assert not any(watch.spike(9.0 ** n, 64) for n in range(guard.ENOUGH)), "too few losses to know what is usual"
     watch.losses.clear()
-    assert not any(watch.spike(1.0 + n % 3) for n in range(200)) and len(watch.losses) == guard.WINDOW
-    assert watch.spike(5.9) is None and watch.spike(6.1) == 2.0
-    assert not any(guard.SpikeWatch(0).spike(x) for x in [1.0] * 60 + [1e9])
+    assert not any(watch.spike(1.0 + n % 3, 64) for n in range(200)) and len(watch.losses[64]) == guard.WINDOW
+    assert watch.spike(5.9, 64) is None and watch.spike(6.1, 64) == 2.0
+    assert not any(watch.spike(9.0, 128) for _ in range(60)), "whole rows may cost more than blocks: a rule is judged by itself"
+    other = guard.SpikeWatch(3)
+    other.load(json.loads(json.dumps(watch.state())))
+    assert other.losses == watch.losses and other.spike(6.2, 64) == watch.spike(6.2, 64)
+    assert not any(guard.SpikeWatch(0).spike(x, 64) for x in [1.0] * 60 + [1e9])
 
 
 def spike(monkeypatch, at, times):
@@ -156,7 +160,8 @@ def spike(monkeypatch, at, times):
     return taken
 
 
-WATCHED = (*HARD, "--max_steps", 24, "--save_interval", 8, "--eval_interval", 6, "--log_interval", 1, "--spike_factor", 6)
+WATCHED = (*HARD, "--max_steps", 24, "--save_interval", 8, "--eval_interval", 6, "--log_interval", 1, "--spike_factor", 6,
+           "--train_block_sizes", 8)
 
 
 def test_a_spike_is_logged(text, tmp_path, monkeypatch, capsys):

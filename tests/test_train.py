@@ -2,6 +2,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import re
 import shutil
 import signal
@@ -45,6 +46,65 @@ def curve(run):
 
 def weights(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+
+
+# ---- the best checkpoint ----------------------------------------------------------------------------------------------
+
+def state(folder):
+    return json.loads((folder / "state.json").read_text())
+
+
+def test_best_is_the_best_of_what_was_both_scored_and_saved(text, tmp_path):
+    """Scored every 4 steps, saved every 6: a save between two validations bears nobody's figure, step 0's least of all."""
+    run = tmp_path / "run"
+    assert fresh(text, run, "--max_steps", 36, "--eval_interval", 4, "--save_interval", 6, "--keep_last", 0) == 0
+    nats = {line["step"]: line["val_nelbo"] for line in log(run, "eval")}
+    saves = {line["step"]: line["best"] for line in log(run, "save")}
+    best = math.inf
+    for step, is_best in saves.items():
+        assert is_best == (nats.get(step, math.inf) < best), step
+        best = min(best, nats[step]) if is_best else best
+        assert state(run / f"step_{step:06d}")["kept"] == (None if best == math.inf else best)
+    assert {step for step, is_best in saves.items() if is_best} <= {12, 24, 36} and best == min(nats[s] for s in (12, 24, 36))
+    assert (run / "best").read_text().startswith(f"step_{min((12, 24, 36), key=nats.get):06d}")
+
+
+def test_another_validation_has_another_best(text, tmp_path):
+    """Other held-out windows are another question: their first figure is the best so far, whatever the earlier ones said."""
+    run = tmp_path / "run"
+    words = ("--eval_interval", 5, "--save_interval", 5, "--keep_full", 9)
+    assert fresh(text, run, *words, "--max_steps", 10, "--train_block_sizes", 4) == 0
+    before = state(run / "step_000010")["best"]
+    assert call("--resume", run, "--max_steps", 15, "--eval_batches", 2, "--no_show_samples") == 0
+    now = {line["step"]: line["val_nelbo"] for line in log(run, "eval")}[15]
+    after = state(run / "step_000015")
+    assert after["best"] == after["kept"] == now and before is not None
+    assert (run / "best").read_text().startswith("step_000015")
+    assert call("--resume", run, "--max_steps", 16, "--lr", 1e-9, "--no_show_samples") == 0
+    assert state(run / "step_000016")["best"] <= now, "the rate is no part of the question"
+
+
+def test_text_of_unknown_size_is_scored_in_nats(text, tmp_path, capsys):
+    shutil.copytree(text, tmp_path / "data")
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta | {"val_bytes": 0}))
+    assert fresh(tmp_path / "data", tmp_path / "run", "--max_steps", 1) == 0
+    assert "bits/byte" not in re.findall("^eval .*", capsys.readouterr().err, re.M)[0]
+
+
+def test_one_layer_has_no_early_exit(text, tmp_path):
+    """There is none before the last: the run is saved, and says so in no file."""
+    assert fresh(text, tmp_path / "run", "--n_layers", 1, "--exit_loss_weight", 0.1, "--max_steps", 2) == 0
+    assert (tmp_path / "run/latest").exists()
+
+
+def test_the_probe_for_memory_tries_every_block_rule(text, tmp_path, monkeypatch):
+    """Those of the fade, too: blocks of one token take the most, and come first."""
+    asked, draw = [], masking.draw
+    monkeypatch.setattr(masking, "draw", lambda *a, **k: asked.append(a[5]) or draw(*a, **k))
+    words = ("--train_block_sizes", "T,8", "--ar_fade", 0.5, "--max_steps", 1, "--eval_interval", 0)
+    assert fresh(text, tmp_path / "run", *words, "--auto_batch") == 0
+    assert asked[:3] == [16, 8, 1]
 
 
 # ---- block rules ------------------------------------------------------------------------------------------------------
