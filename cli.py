@@ -37,17 +37,20 @@ def parse(cls, argv, prog, pinned=None, tier=None):
     elif path and not path.endswith(".json"):
         problems.append(f"--config {path}: neither a preset ({', '.join(PRESETS)}) nor a FILE.json")
     elif path:
-        saved = checked(cls, read_json(path), path)
+        saved = read_json(path)
+        older = ADDED if isinstance(saved.get("args"), dict) and cls is TrainArgs else {}          # a whole run's
+        saved = older | checked(cls, saved, path)
         file = {name: v for name, v in saved.items() if cls.__dataclass_fields__[name].metadata["resume"] != "ignore"}
     if callable(tier):
         tier = {} if problems else tier(typed)
     preset, profile = typed.get("preset", "none"), typed.get("edge_profile", "none")
     profiles = SAMPLE_PROFILES if cls is SampleArgs else TRAIN_PROFILES
-    values, origins = {}, {f.name: "default" for f in dataclasses.fields(cls)}
+    values, origins, rate_of = {}, {f.name: "default" for f in dataclasses.fields(cls)}, TrainArgs.optimizer
     for origin, layer in (("tier", tier or {}), (f"preset {preset}", PRESETS[preset]),
                           (f"profile {profile}", profiles[profile]), (f"config {path}", file), ("flag", typed)):
         values |= layer
         origins |= dict.fromkeys(layer, origin)
+        rate_of = values.get("optimizer", TrainArgs.optimizer) if "lr" in layer else rate_of
     for name, value in (pinned or {}).items():
         if values.get(name, value) != value:
             problems.append(f"--{name} {values[name]} contradicts this command, which means --{name} {value}: "
@@ -55,7 +58,7 @@ def parse(cls, argv, prog, pinned=None, tier=None):
         values[name], origins[name] = value, "command"
     if values.get("fsdp") and origins["optimizer"] == "default":
         values["optimizer"], origins["optimizer"] = "adamw", "as --fsdp cuts matrices up"
-    if origins.get("lr") == "default" and origins["optimizer"] != "default":
+    if "lr" in origins and origins["lr"] != "flag" and values.get("optimizer", rate_of) != rate_of:    # that of another one
         values["lr"], origins["lr"] = RATES[values["optimizer"]], f"{origins['optimizer']}: that of {values['optimizer']}"
     args = cls(**values)
     # a relation is judged only if each of its flags could be read

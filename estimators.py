@@ -208,7 +208,7 @@ def infilling(model, pieces, seed=0, batch=8):
     """Hide a share of every window, both sides known -> {share: (best guesses that are right (D,), hidden tokens (D,))}."""
     found = {}
     for rate in RATES:
-        g, right, asked = step_generator(seed, 0, f"in{rate}"), [], []
+        g, right, asked = step_generator(seed, 0, f"{rate:.2f}"), [], []
         for piece in pieces:
             layout = lay_out(piece, piece.x0.shape[1])
             size = int(layout.scored.sum())

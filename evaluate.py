@@ -9,8 +9,9 @@ bound       the exact-count bound on -log p in each block rule (for an autoregre
 chain rule  -log p of writing left to right, one token at a time; of fewer documents (--chain_docs), as it costs a forward per
             token of a block; "its bound" is the bound of the same fewer documents
 Both in nats/token, bits/byte (UTF-8 bytes of the normalised text) and bits/char, with standard errors over documents, per
-script. estimators.py says how documents are cut. Masks are fixed by the seed and documents by the text, so two checkpoints
-answer the same questions. A uniform guess scores ln V. Compare bits/byte only within one script.
+script. estimators.py says how documents are cut. Masks are fixed by the seed, documents by the text and by how many windows
+--batches are, so two checkpoints of one --seq_len and --batch_size answer the same questions. A uniform guess scores
+ln V. Compare bits/byte only within one script.
 """
 import dataclasses
 import math

@@ -40,8 +40,11 @@ def weight(t, *bounds):
 
 
 def step_generator(seed, step, purpose):
-    """Randomness is a function of (seed, step, purpose), never of history: a resumed run sees the masks it would have seen."""
-    mixed = (seed * 1_000_003 + step) * 1_000_003 + sum(ord(c) << (8 * i) for i, c in enumerate(purpose[:6]))
+    """Randomness is a function of (seed, step, purpose), never of history: a resumed run sees the masks it would have seen.
+
+    Two purposes differ in their first four letters, as PyTorch's generator on a CPU takes 32 bits of a seed.
+    """
+    mixed = (seed * 1_000_003 + step) * 1_000_003 + sum(ord(c) << (8 * i) for i, c in enumerate(purpose[:4]))
     return torch.Generator().manual_seed(mixed % (2 ** 63))
 
 

@@ -40,6 +40,9 @@ def settings(args, origins, saved, tokenizer):
             mode = "block"
     elif args.frozen_context:
         say("notice: --frozen_context needs --blockwise; the whole text is decoded in one piece")
+    elif (largest := max(trained_blocks(saved))) < saved.config["args"]["seq_len"]:
+        say(f"notice: {saved.path} never saw a whole text, only blocks of {largest} tokens and their past: what is written in "
+            "one piece will be poor; --blockwise --frozen_context is what it learned")
     return decode_settings(args, saved, mode, None if args.ignore_eos else tokenizer.eos_id)
 
 
@@ -60,7 +63,7 @@ def decode_settings(args, saved, mode, eos_id):
     if args.remask and args.sampler in ADAPTIVE:
         raise UserError(f"--remask {args.remask:g} needs a schedule, --sampler {args.sampler} has none: use confidence, margin, "
                         "random or ancestral")
-    block = args.block_size or saved.config["model"]["block_size"]
+    block = args.block_size or min(saved.config["model"]["block_size"], max(trained_blocks(saved)))
     longest = args.max_new_tokens if mode == "full" else block       # an adaptive rule stops by itself
     steps = args.steps or (longest if args.sampler in ADAPTIVE else saved.config["args"]["sample_steps"])
     names = ("max_new_tokens", "sampler", "reveal", "threshold", "alg_temp", "remask", "remask_rule", "temperature",
@@ -69,11 +72,15 @@ def decode_settings(args, saved, mode, eos_id):
                     **{name: getattr(args, name) for name in names})
 
 
+def trained_blocks(saved):
+    trained = saved.config["args"]
+    return objective.block_sizes(trained["train_block_sizes"], trained["seq_len"])
+
+
 def cannot_freeze(saved):
     """Why this checkpoint's context cannot be frozen; empty if it can."""
     trained = saved.config["args"]
-    blocks = objective.block_sizes(trained["train_block_sizes"], trained["seq_len"])
-    if min(blocks) < trained["seq_len"] or saved.config["model"].get("causal"):
+    if min(trained_blocks(saved)) < trained["seq_len"] or saved.config["model"].get("causal"):
         return ""
     return (f"{saved.path} was not trained in blocks (--train_block_sizes {trained['train_block_sizes']}), "
             "so its context cannot be frozen")
@@ -115,7 +122,9 @@ def fill_text(args, model, tokenizer, s, watch):
         ids += tokenizer.encode(part[:-1] if size and part.endswith(" ") else part)
         gaps.append(slice(len(ids), len(ids) + size))
         ids += [tokenizer.vocab_size] * size
-    s = dataclasses.replace(s, mode="full", eos_id=None, steps=args.steps or sum(sizes))
+    if s.guidance_scale != 1:
+        say("notice: --guidance_scale is for text that follows a context; a gap has all of its text around it")
+    s = dataclasses.replace(s, mode="full", eos_id=None, steps=args.steps or sum(sizes), guidance_scale=1.0)
     for seed in range(args.seed, args.seed + args.num_samples):
         result = infill(model, ids, s, [seed], watch)
         answers = [tokenizer.decode(result.rows[0][gap]) for gap in gaps]

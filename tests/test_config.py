@@ -112,13 +112,22 @@ def test_explicit_flags_beat_presets_and_profiles(cls, flag, name, diff):
             for argv in ([*typed, f"--{flag}", name], [f"--{flag}={name}", *typed]):
                 args, origins = parse(cls, base + argv)
                 assert getattr(args, key) == default and origins[key] == "flag"
-                others = {k: v for k, v in diff.items() if k != key}
+                others = {k: v for k, v in diff.items() if k != key and (key, k) != ("optimizer", "lr")}     # a rate is of one
                 assert {k: getattr(args, k) for k in others} == others
     args, origins = parse(cls, [*base, f"--{flag}", name])
     word = {"preset": "preset", "edge_profile": "profile"}[flag]
     assert all(origins[key] == f"{word} {name}" for key in diff)
     defaults = {k: cls.__dataclass_fields__[k].default for k in (*diff, flag)}
     assert parse(cls, base)[0] == dataclasses.replace(args, **defaults)
+
+
+def test_the_config_of_an_older_run_means_what_it_meant(tmp_path):
+    """Its blocks held single tokens before there was a fade; a file by hand names what it changes."""
+    file = tmp_path / "config.json"
+    blocks = {"train_block_sizes": "T,4,1"}
+    for content, fade in (({"args": blocks}, 0), (blocks, 0.6)):
+        file.write_text(json.dumps(content))
+        assert parse(TrainArgs, ["--config", str(file)])[0].fade == fade
 
 
 def test_whole_order_of_precedence(tmp_path):
@@ -473,9 +482,10 @@ def test_documented_commands_parse(line):
     ("", "muon", config.RATES["muon"]), ("--edge_profile laptop", "muon", config.RATES["muon"]),
     ("--optimizer lion", "lion", config.RATES["lion"]), ("--fsdp --optimizer lion", "lion", config.RATES["lion"]),
     ("--fsdp", "adamw", config.RATES["adamw"]), ("--optimizer adamw --lr 0.5", "adamw", 0.5),
-    ("--preset tiny --optimizer muon", "muon", config.PRESETS["tiny"]["lr"])])
+    ("--preset tiny", "adamw", config.PRESETS["tiny"]["lr"]), ("--preset tiny --optimizer muon", "muon", config.RATES["muon"]),
+    ("--preset starter --optimizer lion", "lion", config.RATES["lion"]), ("--preset starter --fsdp --lr 0.5", "adamw", 0.5)])
 def test_an_optimizer_brings_its_own_rate(line, optimizer, rate):
-    """Unless a rate was given; --fsdp takes what works on cut matrices, unless told otherwise."""
+    """Unless a rate was given with it; --fsdp takes what works on cut matrices, unless told otherwise."""
     args, _ = parse(TrainArgs, line)
     assert (args.optimizer, args.lr) == (optimizer, rate)
 

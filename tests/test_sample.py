@@ -2,12 +2,14 @@
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import RUNS, aria, call
+from conftest import RUNS, TINY, aria, call
 
 import checkpoint
+import cli
 import config
 import decode
 import edge_benchmark
@@ -275,6 +277,24 @@ def test_figures_by_hand():
     assert edge_benchmark.agreement([1, 2, 3], [1, 5, 3, 4]) == 0.5 and edge_benchmark.agreement([], []) == 1
     assert judge.distinct([[1, 2, 1, 2], [2, 1]], 2) == 0.5 and judge.distinct([[1], []], 2) is None
     assert judge.repeat_rate([[1, 2, 3, 4] * 2, [1, 2, 3, 4]]) == 1 / 6 and judge.repeat_rate([[1]]) == 0
+
+
+@pytest.mark.parametrize("blocks, size, whole", [("1", 1, False), ("4,2", 4, False), ("T,1", 8, True)])
+def test_a_checkpoint_is_decoded_as_it_was_trained(here, capsys, tmp_path, blocks, size, whole):
+    """In blocks no larger than those it knows; whoever asks for a whole text of one that never saw any is told."""
+    run = tmp_path / "run"
+    assert call(train.main, "--data_dir", "data/processed", "--output_dir", run, *TINY, "--max_steps", 1, "--eval_interval", 0,
+                "--train_block_sizes", blocks, "--no_show_samples") == 0
+    saved = checkpoint.load(run)
+    for given, wanted in (([], size), (["--block_size", "2"], 2)):
+        args, origins = cli.parse(config.SampleArgs, ["--ckpt", str(run), "--blockwise", "--frozen_context", *given], "sample")
+        s = sample.settings(args, origins, saved, SimpleNamespace(eos_id=3))
+        assert (s.mode, s.block_size) == ("block_frozen", wanted)
+    capsys.readouterr()
+    for words in (["--prompt", "namaste", "--max_new_tokens", 4], ["--text", "mai ____ gaya", "--guidance_scale", 2]):
+        assert call(sample.main, "--ckpt", run, *words) == 0
+        said = capsys.readouterr().err
+        assert ("never saw a whole text" in said) != whole and ("--guidance_scale is for" in said) == ("--text" in words)
 
 
 def test_a_checkpoint_without_blocks(here, capsys, tmp_path):
