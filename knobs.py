@@ -265,14 +265,31 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
+def read_lines(path):
+    """JSON lines -> their objects. What is not there is empty, and a line that a kill or a full disk tore is none."""
+    found = []
+    try:
+        lines = Path(path).read_bytes().split(b"\n")                  # not splitlines: a text may hold other line ends
+    except (FileNotFoundError, NotADirectoryError):
+        return found
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict)]
+
+
 def write_json(path, value, fix=""):
-    """A JSON file written aside, synced, renamed, so a reader finds the old one or the new one. `fix` ends the message."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False), fix)
+
+
+def write_text(path, text, fix=""):
+    """Written aside, synced, renamed, so a reader finds the old file or the new one. `fix` ends the message."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "w", encoding="utf-8") as f:
-            json.dump(value, f, ensure_ascii=False, indent=1, allow_nan=False)
+        with open(aside, "w", encoding="utf-8", newline="") as f:
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)

@@ -99,20 +99,20 @@ def last_words(log):
 
 def stopped(run):
     """Whether the last training was asked to save and leave, which it does with 0."""
-    ends = [e for e in study_report.read_lines(run.folder / "train.jsonl") if e["event"] == "end"]
+    ends = [e for e in knobs.read_lines(run.folder / "train.jsonl") if e["event"] == "end"]
     return ends and ends[-1].get("stopped")
 
 
 def score_at(run, step):
     """The validation of this run at a step, or None: {block rule: nats}, bits/byte per nat."""
-    for event in reversed(study_report.read_lines(run.folder / "train.jsonl")):
+    for event in reversed(knobs.read_lines(run.folder / "train.jsonl")):
         if event["event"] == "eval" and event["step"] == step:
             return event["by_block"], (event["val_bpb"] or event["val_nelbo"]) / event["val_nelbo"]
 
 
 def occupied(run):
     """What is wrong with the run's folder, or None: what lies there has to be the beginning of this very run."""
-    meta = [e for e in study_report.read_lines(run.folder / "train.jsonl") if e["event"] == "meta"]
+    meta = [e for e in knobs.read_lines(run.folder / "train.jsonl") if e["event"] == "meta"]
     if meta and (other := study_plan.unlike(study_plan.trained(meta[-1]["config"]["args"]), run.args)):
         return {"status": "failed", "code": 2, "error": f"{run.folder} holds a run with " + ", ".join(
             f"--{name} {value}" for name, value in other.items()) + ": move it away, or name another --output_root"}
@@ -146,7 +146,7 @@ def evaluate(args, run, lock):
 
 def figures(args, run, reference):
     """What a finished run has to say: its line of results.jsonl."""
-    events = study_report.read_lines(run.folder / "train.jsonl")
+    events = knobs.read_lines(run.folder / "train.jsonl")
     meta = [e for e in events if e["event"] == "meta"][-1]
     found = knobs.read_json(run.folder / "evaluate.json")
     length, a = run.args.seq_len, run.args
@@ -201,7 +201,7 @@ class Book:
             "version": 1, "study": self.args.study, "match": self.args.match, "halving": self.rungs,
             "runs": [{"name": name, **state, **brief.get(name, {})} for name, state in states.items()]})
         title = f"Study {self.args.study}: {STUDIES[self.args.study].question}" if self.args.study else "Matrix"
-        study_report.publish(self.root / "summary.md", study_report.markdown(title, lines, states, self.rungs))
+        knobs.write_text(self.root / "summary.md", study_report.markdown(title, lines, states, self.rungs))
 
     def complete(self, run, lock, number):
         """Train and evaluate what is not finished."""
@@ -273,7 +273,7 @@ def measure_speed(runs, root, lock):
                 train_block_sizes=str(block), ar_fade=0.0))
             if wrong := train(probe, lock):
                 raise UserError(f"the speed of {run.variant} cannot be measured: {wrong['error']}", code=1)
-            steps = [e for e in study_report.read_lines(folder / "train.jsonl") if e["event"] == "train" and e["step"] > 2]
+            steps = [e for e in knobs.read_lines(folder / "train.jsonl") if e["event"] == "train" and e["step"] > 2]
             found[run.variant] += share * statistics.median(e["step_ms"] for e in steps)
         say(f"probe {run.variant}: {found[run.variant]:.0f} ms a step")
     return found

@@ -15,8 +15,8 @@ import os
 import re
 import statistics
 import sys
-from pathlib import Path
 
+import knobs
 from knobs import UserError, need, say
 
 HEAD = ("variant", "runs", "parameters", "in the layers", "MFLOP/token", "tokens", "tokens/s", "bound, nats/token", "bits/byte",
@@ -31,23 +31,14 @@ th{background:#f6f8fa}th:first-child,td:first-child{text-align:left}p.note{color
 
 # ---- lines ------------------------------------------------------------------------------------------------------------
 
-def read_lines(path):
-    """JSON lines -> list; what is not there is empty, and a last line that a kill tore does not count."""
-    try:
-        text = Path(path).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]
-
-
 def latest(path):
     """name -> its last line."""
-    return {line["name"]: line for line in read_lines(path)}
+    return {line["name"]: line for line in knobs.read_lines(path)}
 
 
 def by_seed(path):
     """(variant, seed) -> its last line: the same run may have borne two names."""
-    return {(line["variant"], line["seed"]): line for line in read_lines(path)}
+    return {(line["variant"], line["seed"]): line for line in knobs.read_lines(path)}
 
 
 def append(path, line):
@@ -58,14 +49,6 @@ def append(path, line):
         f.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
         f.flush()
         os.fsync(f.fileno())
-
-
-def publish(path, text):
-    """Written aside, then renamed: a reader finds the old text or the new one."""
-    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def curve(events):
@@ -289,9 +272,10 @@ def build(folder, path):
                      'reference.</p>'
                      f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{table}</tbody></table></div>'
                      f'<p class="note">{html.escape(origin(lines))}</p>')
-    publish(path, '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-                  f"<title>Aria: experiments</title><style>{STYLE}</style></head><body><h1>Experiments</h1>{''.join(parts)}"
-                  "</body></html>\n")
+    knobs.write_text(path, (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Aria: experiments</title><style>{STYLE}</style></head><body><h1>Experiments</h1>{''.join(parts)}"
+        "</body></html>\n"))
     say(f"report: {path}")
 
 
@@ -307,6 +291,6 @@ def rebuild(folder, page):
         body = f"{start}\n{markdown(name, lines)}{end}"
         old = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
         text = old.sub(lambda _, body=body: body, text) if old.search(text) else f"{text.rstrip()}\n\n{body}\n"
-    publish(page, text)
+    knobs.write_text(page, text)
     print(f"{page}: {', '.join(name for name, _ in found)}", file=sys.stderr)
     return 0

@@ -6,7 +6,6 @@
 It says "it works", not "it is good": a model at step 500 is not fluent. Hard criteria decide the exit code; soft ones (speed on
 a shared machine, the 20 % target) are told and do not. What a shorter run has not reached is neither passed nor failed.
 """
-import json
 import math
 import statistics
 from collections import Counter
@@ -126,14 +125,8 @@ def judge(log, folders, latest, samples):
 
 
 def read_log(path):
-    """The events of a train.jsonl; a last line that a killed run left half-written is not one."""
-    events = []
-    for line in path.read_bytes().split(b"\n"):                      # not splitlines: a text may hold other line ends
-        try:
-            events.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-    return [e for e in events if isinstance(e, dict) and "event" in e]
+    """The events of a train.jsonl."""
+    return [e for e in knobs.read_lines(path) if "event" in e]
 
 
 def write_samples(path, device):

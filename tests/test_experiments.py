@@ -209,7 +209,7 @@ def test_a_torn_line_is_neither_read_nor_kept(tmp_path):
     path.write_bytes(b'{"name": "a", "x": 1}\n{"name": "b", "x"')
     assert study_report.latest(path) == {"a": {"name": "a", "x": 1}}
     study_report.append(path, {"name": "a", "x": 2})
-    assert study_report.latest(path) == {"a": {"name": "a", "x": 2}} and len(study_report.read_lines(path)) == 2
+    assert study_report.latest(path) == {"a": {"name": "a", "x": 2}} and len(knobs.read_lines(path)) == 2
 
 
 # ---- for real ---------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_halving_goes_on_after_a_sigkill_and_drops_one(folder):
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = aria("run_experiments", *WORDS, "--halving", "--execute", cwd=folder, check=0)
-    events = study_report.read_lines(run / "train.jsonl")
+    events = knobs.read_lines(run / "train.jsonl")
     resumed = [e["step"] for e in events if e["event"] == "resume"]
     assert resumed and resumed[0] >= 5 and not list(run.glob("previous_*")), "it began again"
     states = {r["name"]: r for r in json.loads((folder / "out/results.json").read_text())["runs"]}
@@ -263,7 +263,7 @@ def test_without_halving_the_dropped_one_is_finished_from_where_it_stopped(folde
         assert line["params"] > line["params_blocks"] > 0 and line["tok_s"] * line["seconds"] == pytest.approx(40 * 64)
         assert [row[0] for row in line["curve"]] == [0, 20, 40] and set(line["chain_rule"]) == {"T", "8"}
     dropped, = set(lines) - {json.loads(before)["name"]}
-    events = study_report.read_lines(folder / "out" / dropped / "train.jsonl")
+    events = knobs.read_lines(folder / "out" / dropped / "train.jsonl")
     ends = [e["step"] for e in events if e["event"] == "end"]             # stopped at 20, or too fast for that
     resumed = [e["step"] for e in events if e["event"] == "resume"]
     assert ends[-1] == 40 and resumed == ends[:-1] and not list((folder / "out" / dropped).glob("previous_*")), "it began again"
@@ -315,7 +315,7 @@ def test_a_training_that_somebody_stopped_is_not_finished(folder):
         said = process.communicate(timeout=100)[1]
     assert process.returncode == 1 and "stopped by SIGTERM at step" in said and not (run / "evaluate.json").exists()
     assert not (folder / "stopped/results.jsonl").exists()
-    assert study_report.read_lines(run / "train.jsonl")[-1]["stopped"] == "SIGTERM"
+    assert knobs.read_lines(run / "train.jsonl")[-1]["stopped"] == "SIGTERM"
 
 
 def test_the_report_opens_in_a_browser_and_the_page_of_results_is_renewed(folder):
