@@ -24,7 +24,7 @@ class ModelKnobs:
     n_heads: int = knob(8, "heads", "must", at_least=1, aliases=("n_head",))
     d_ff: int = knob(1536, "feed-forward width", "must", at_least=1)
     memory_slots: int = knob(16, "memory slots per head; primary only", "must", at_least=2)
-    conv_kernel: int = knob(7, "odd width of the convolution; primary only", "must", at_least=3, rare=True,
+    conv_kernel: int = knob(3, "odd width of the convolution; primary only", "must", at_least=3, rare=True,
                             aliases=("conv_kernel_size",))
     d_mem: int = knob(0, "width of the memory, 0 = half of d_model; primary only", "must", at_least=0, rare=True)
     dropout: float = knob(0.0, "share of activations dropped", at_least=0, below=1, rare=True)

@@ -60,7 +60,7 @@ STUDIES = {
         {"half": {}, "quarter": dict(d_mem=64), "full": dict(d_mem=256)}),
     "conv_kernel": Study(
         "How far should the convolution reach?",
-        {"7": {}, "3": dict(conv_kernel=3), "5": dict(conv_kernel=5), "11": dict(conv_kernel=11), "15": dict(conv_kernel=15)}),
+        {"3": {}} | {f"{k}": dict(conv_kernel=k) for k in (5, 7, 11)}),
     "optimizer": Study(
         "Which update rule, each at its own best rate?",
         rates("muon", 2e-2, 1e-3, 1e-2, 4e-2) | rates("adamw", 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)

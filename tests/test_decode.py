@@ -362,7 +362,7 @@ def test_full_depth_is_bit_for_bit_no_early_exit(model):
 def small(model, seed=3, exits=False):
     torch.manual_seed(seed)
     net = build_model(shapes.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=2, n_heads=2, d_ff=48,
-                                         memory_slots=4, exits=exits)).eval()
+                                         memory_slots=4, exits=exits, conv_kernel=7)).eval()
     with torch.no_grad():
         for p in net.parameters():
             p += 0.2 * torch.randn_like(p)

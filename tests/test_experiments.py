@@ -118,9 +118,9 @@ def test_time_is_matched_by_every_block_rule_at_its_share(tmp_path, monkeypatch)
             {"event": "train", "step": s, "step_ms": cost if s > 2 else 9e9}) + "\n" for s in steps))
     monkeypatch.setattr(experiments, "train", train)
     _, runs = plan("--study conv_kernel --seeds 1")
-    (tmp_path / "probe_7_256").mkdir()                    # of another day
+    (tmp_path / "probe_3_256").mkdir()                    # of another day
     found = experiments.measure_speed(runs[:1], tmp_path, None)
-    assert found == {"7": pytest.approx(0.3 * 80 + 0.7 * (10 + 20 + 40 + 80) / 4)}
+    assert found == {"3": pytest.approx(0.3 * 80 + 0.7 * (10 + 20 + 40 + 80) / 4)}
 
 
 def line_of(variant, seed, **bound):

@@ -273,7 +273,7 @@ def test_commit_and_hidden_is_commit_then_hidden(block):
     """One pass for a finished block and the first forward of the next: same hidden states, same cache, from an empty one too."""
     torch.manual_seed(0)
     net = build_model(shapes.ModelConfig(model="primary", vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48,
-                                         memory_slots=4)).eval()
+                                         memory_slots=4, conv_kernel=7)).eval()
     one, two = net.new_cache(2), net.new_cache(2)
     with torch.no_grad():
         for _ in range(4):
