@@ -216,7 +216,7 @@ def profiles(names):
 def price(name, results):
     """What a profile costs and gives, against the careful way -> its figures, told on stderr."""
     fast, slow = (next(r for key, r in results.items() if key.endswith(end)) for end in (" " + name, " " + name + CAREFUL))
-    if "skipped" in fast or fast["judge_nats"] is None:
+    if "skipped" in fast or None in (fast["judge_nats"], slow["judge_nats"]):      # no judge, or a text that ended at once
         return None
     found = {"judged": fast["judge_nats"] / slow["judge_nats"] - 1, "faster": fast["mean_tok_s"] / slow["mean_tok_s"]}
     print(f"profile {name}: {found['judged']:+.1%} judged nats/token (limit +{LIMIT:.0%}), repeated 4-grams "
