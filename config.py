@@ -389,6 +389,7 @@ class EvaluateArgs(DecodeKnobs, CheckpointKnobs, CommonKnobs):
 
 @dataclass
 class ExperimentArgs(TrainArgs, ExperimentKnobs):
+    "Scoring"
     max_steps: int = again(OptimKnobs, "max_steps", 2000)
     d_model: int = again(ModelKnobs, "d_model", 384)
     d_ff: int = again(ModelKnobs, "d_ff", 1024)

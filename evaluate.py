@@ -157,10 +157,10 @@ def infilling(model, pieces, texts, args, batch):
 
 
 def compared(model, pieces, blocks, args, length, batch):
-    """The estimators side by side, on the largest and the smallest block rule."""
+    """The estimators side by side, on the largest and the smallest block rule of those that leave something to chance."""
     import estimators
-    result = {}
-    for block in sorted({blocks[0], blocks[-1]}, reverse=True):
+    result, by_chance = {}, [block for block in blocks if block > 1]                 # a block of one token is hidden whole
+    for block in sorted({*by_chance[:1], *by_chance[-1:]}, reverse=True):
         found = result[str(block)] = estimators.compare(model, pieces, block, args.repeats, args.seed, batch)
         exact = found.pop("exact count")
         print(f"block {'T' if block >= length else block}, {args.repeats} passes of each estimator over "

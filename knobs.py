@@ -37,7 +37,15 @@ PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 def say(text):
     """A line for people, on stderr and above a progress bar if there is one."""
     from tqdm import tqdm
-    tqdm.write(text, file=sys.stderr)
+    try:
+        tqdm.write(text, file=sys.stderr)
+    except OSError:
+        mute(sys.stderr)
+
+
+def mute(stream):
+    """Nobody reads this any more (`| head`, a closed terminal): what comes goes nowhere, and the work goes on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def check_packages():
@@ -64,13 +72,14 @@ def run(main, argv=None):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         code = main(argv) or 0
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
     except BrokenPipeError:      # `| head` has read enough; the interpreter's last flush goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        mute(sys.stdout)
         sys.exit(141)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from config import ROOT
+import knobs
 from knobs import UserError
 
 
@@ -175,14 +176,15 @@ def environment(device):
 
 
 class StopFlag:
-    """SIGINT and SIGTERM ask the loop to save and leave; a second SIGINT leaves at once."""
+    """SIGINT, SIGTERM and a closed terminal ask the loop to save and leave; a second SIGINT leaves at once."""
 
     def __init__(self):
         self.signal = None
         self.before = {}
 
     def __enter__(self):
-        for s in (signal.SIGINT, signal.SIGTERM):
+        hangup = getattr(signal, "SIGHUP", None)                 # Windows has none; nohup has said that it does not matter
+        for s in (signal.SIGINT, signal.SIGTERM, *([hangup] if hangup and signal.getsignal(hangup) is signal.SIG_DFL else [])):
             self.before[s] = signal.signal(s, self.catch)
         return self
 
@@ -244,7 +246,10 @@ class Progress:
             self.bar.set_postfix_str(
                 f"loss {loss:.3f}, {f'{self.measure} {bound:.3f}, ' if bound is not None else ''}{self.tok_s:,.0f} tok/s, "
                 f"ETA {self.eta}, MFU {mfu:.0%}, gnorm {gnorm:.2f}, mask {mask:.2f}, {memory / 1024:.1f} GB", refresh=False)
-            self.bar.update(done - self.bar.n)   # less than 0 after a rollback
+            try:
+                self.bar.update(done - self.bar.n)               # less than 0 after a rollback
+            except OSError:
+                knobs.mute(sys.stderr)
 
     @property
     def eta(self):
@@ -256,7 +261,7 @@ class Progress:
         return time.perf_counter() - self.began
 
     def line(self, text):
-        tqdm.write(text, file=sys.stderr)
+        knobs.say(text)
 
 
 def summary(args, run_dir, params, data, best, progress, tokens_seen, step):

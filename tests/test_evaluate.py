@@ -241,6 +241,15 @@ def control(trained):
     return "checkpoints/ar_hi"
 
 
+@pytest.mark.parametrize("blocks, compared", [("T,1", {"32"}), ("1", set())])
+def test_blocks_of_one_token_leave_nothing_to_compare(here, capsys, tmp_path, blocks, compared):
+    """They are hidden whole: the exact count has no variance there, by which another could be divided."""
+    assert call(evaluate.main, RUNS["primary"], "--blocks", blocks, "--max_docs", 4, "--draws", 1, "--chain_docs", 1, "--repeats", 2,
+                "--out_json", tmp_path / "e.json", "--threads", 1) == 0
+    found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    assert set(found["compared"]) == compared and "1" in found["bound"]
+
+
 def test_the_whole_report(here, control, capsys, tmp_path):
     out = tmp_path / "e.json"
     assert call(evaluate.main, RUNS["primary"], "--max_docs", 12, "--draws", 2, "--chain_docs", 4, "--repeats", 2,

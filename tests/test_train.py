@@ -48,6 +48,26 @@ def weights(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
 
 
+# ---- nobody listens -------------------------------------------------------------------------------------------------
+
+def test_a_closed_pipe_or_terminal_costs_no_work(text, tmp_path):
+    """Whoever read the output has gone: the training goes on. SIGHUP, a closed terminal, is a stop that saves."""
+    for name, number in (("pipe", None), ("hangup", signal.SIGHUP)):
+        words = ["--data_dir", text, *SHAPE, "--max_steps", 5000 if number else 30, "--save_interval", 0,
+                 "--log_interval", 1, "--eval_interval", 0, "--output_dir", tmp_path / name]
+        with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, words)], stderr=subprocess.PIPE,
+                              stdout=subprocess.DEVNULL, cwd=tmp_path) as process:
+            while b"step 1/" not in process.stderr.readline():
+                assert process.poll() is None
+            process.stderr.close()
+            if number:
+                process.send_signal(number)
+            assert process.wait(timeout=60) == 0
+        end = log(tmp_path / name, "end")[-1]
+        assert end["stopped"] == ("SIGHUP" if number else None) and (tmp_path / name / "latest").exists()
+        assert end["step"] == 30 or number and end["step"] < 5000
+
+
 # ---- the best checkpoint ----------------------------------------------------------------------------------------------
 
 def state(folder):
