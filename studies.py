@@ -95,7 +95,7 @@ STUDIES = {
         "What does diffusion cost against left to right, and EcoHybrid against the transformer?", ARMS),
     "objective_15m": Study(
         "The same at 15M in the layers. A width where EcoHybrid learns best at half the rate.",
-        ARMS | dict(primary={}, eco_ar=dict(train_block_sizes="1")), base=LARGE),
+        ARMS | dict(primary={}, ar=ARMS["ar"] | dict(lr=5e-3), eco_ar=dict(train_block_sizes="1")), base=LARGE),
     "epochs": Study(
         "Many passes over a small corpus: does diffusion overtake?",
         {k: ARMS[k] for k in ("primary", "ar")} | dict(ar_dropout=ARMS["ar"] | dict(dropout=0.1), backup=ARMS["backup"]),

@@ -244,8 +244,8 @@ def control(trained):
 @pytest.mark.parametrize("blocks, compared", [("T,1", {"32"}), ("1", set())])
 def test_blocks_of_one_token_leave_nothing_to_compare(here, capsys, tmp_path, blocks, compared):
     """They are hidden whole: the exact count has no variance there, by which another could be divided."""
-    assert call(evaluate.main, RUNS["primary"], "--blocks", blocks, "--max_docs", 4, "--draws", 1, "--chain_docs", 1, "--repeats", 2,
-                "--out_json", tmp_path / "e.json", "--threads", 1) == 0
+    assert call(evaluate.main, RUNS["primary"], "--blocks", blocks, "--max_docs", 4, "--draws", 1, "--chain_docs", 1,
+                "--repeats", 2, "--out_json", tmp_path / "e.json", "--threads", 1) == 0
     found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
     assert set(found["compared"]) == compared and "1" in found["bound"]
 
