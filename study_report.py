@@ -31,11 +31,6 @@ th{background:#f6f8fa}th:first-child,td:first-child{text-align:left}p.note{color
 
 # ---- lines ------------------------------------------------------------------------------------------------------------
 
-def latest(path):
-    """name -> its last line."""
-    return {line["name"]: line for line in knobs.read_lines(path)}
-
-
 def by_seed(path):
     """(variant, seed) -> its last line: the same run may have borne two names."""
     return {(line["variant"], line["seed"]): line for line in knobs.read_lines(path)}

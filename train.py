@@ -328,7 +328,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             late = args.save_minutes and ranks.tell(time.monotonic() - saved_at >= 60 * args.save_minutes)
             signal = ranks.highest(stop.signal)                   # one rank's is everybody's
             if turn and step and (last or signal is not None or step % every == 0 or late):
-                saved_at, is_best = time.monotonic(), scored and nats < kept       # `best`: of what was scored and saved
+                saved_at, is_best = time.monotonic(), bool(scored and nats < kept)      # `best`: of what was scored and saved
                 if save(step, is_best):
                     unsaved, kept = 0, nats if is_best else kept
                 else:

@@ -83,6 +83,11 @@ def corpus_dir(tmp_path_factory):
     return folder
 
 
+def latest(path):
+    """results.jsonl -> name: its last line."""
+    return {line["name"]: line for line in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())}
+
+
 TINY = ("--d_model", 32, "--n_layers", 2, "--n_heads", 2, "--d_ff", 64, "--memory_slots", 4, "--seq_len", 32, "--batch_size", 4,
         "--grad_accum", 2, "--train_block_sizes", "T,8", "--block_size", 8, "--eval_batches", 2, "--lr", 3e-3, "--threads", 1)
 RUNS = {"primary": "checkpoints/eco_hybrid_hi", "backup": "checkpoints/diffusion_hi"}

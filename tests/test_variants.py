@@ -7,14 +7,13 @@ import json
 import math
 import shlex
 
-import conftest  # noqa: F401  (puts the repository on the path)
 import pytest
 import torch
+from conftest import latest
 from safetensors import safe_open
 
 import run_experiments
 import shapes
-import study_report
 from benchmarks import eco_variants
 from benchmarks.eco_variants import VARIANTS
 from knobs import UserError
@@ -164,7 +163,7 @@ def test_a_study_runs_once_and_is_reported(corpus_dir, monkeypatch, capfd):
     monkeypatch.chdir(corpus_dir)
     monkeypatch.setitem(STUDIES, "eco_variants", None)                             # it is in the table only while it runs
     assert eco_variants.main(WORDS) == 0, capfd.readouterr().err
-    lines = study_report.latest(corpus_dir / "variants/results.jsonl")
+    lines = latest(corpus_dir / "variants/results.jsonl")
     assert set(lines) == {"reference", "attn_every_2"} and not capfd.readouterr().err.count("finished before")
     assert eco_variants.main(WORDS) == 0 and capfd.readouterr().err.count("finished before") == 2
     for name, line in lines.items():
