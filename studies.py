@@ -119,6 +119,7 @@ class ExperimentKnobs:
     match: str = knob("params", "what all share beside the tokens: params or flops, by their d_ff; tokens: nothing; time: "
                       "parameters and seconds", choices=("params", "flops", "tokens", "time"), values={"none": "tokens"})
     seeds: tuple = knob((), "a run for each; none = --seed, of a study its three", many="several")
+    only: tuple = knob((), "these variants and the first, to which they are compared; none = all", many="several")
     halving: bool = knob(False, "go on with the better half at an eighth, a quarter, ... of the steps")
     report: str = knob(None, "instead: rebuild report.html and the page of results from the results.jsonl below this folder")
     results_page: str = knob("docs/results.md", "whose generated part --report renews", rare=True)

@@ -48,11 +48,14 @@ class Run(NamedTuple):
 
 
 def variants(args):
-    """name -> the settings that make it."""
-    if args.study:
-        return STUDIES[args.study].variants
-    return {f"{m}_{t}_{k}": dict(model=m, time_mode=t, masking_strategy=k) for m, t, k in
-            itertools.product(args.architectures, args.time_modes, args.masking_strategies)}
+    """name -> the settings that make it; with --only the first, which is the reference, and those."""
+    found = STUDIES[args.study].variants if args.study else {
+        f"{m}_{t}_{k}": dict(model=m, time_mode=t, masking_strategy=k) for m, t, k in
+        itertools.product(args.architectures, args.time_modes, args.masking_strategies)}
+    if unknown := [name for name in args.only if name not in found]:
+        raise UserError(f"--only {unknown[0]}: there are {', '.join(found)}")
+    first = next(iter(found))
+    return {name: diff for name, diff in found.items() if not args.only or name == first or name in args.only}
 
 
 def asked(a):

@@ -32,9 +32,9 @@ import math
 import sys
 from pathlib import Path
 
+import common  # noqa: F401  (puts the repository on the path)
 import torch
 import torch.nn.functional as F
-from common import arguments
 from torch import nn
 
 import cli
@@ -317,14 +317,13 @@ def inside(name, command, words):
     return importlib.import_module(command).main(words)
 
 
-def plan(args, origins, names, root):
+def plan(args, origins, root):
     """-> [Run], seed by seed, the reference first."""
     vocab = study_plan.vocabulary(args.data_dir)
     if not vocab:
         raise UserError(f"{args.data_dir} holds no prepared text; first: python -m prepare --data_dir {args.data_dir}")
-    c, own = shapes.model_config(args, vocab), {}
-    for name in dict.fromkeys(["reference", *names]):
-        own[name] = dict(d_ff=match_d_ff(name, c))
+    c = shapes.model_config(args, vocab)
+    own = {name: dict(d_ff=match_d_ff(name, c)) for name in VARIANTS}
     STUDIES[STUDY] = Study("What is each choice in EcoHybrid's block worth?", own, base=SMALL)
     args = dataclasses.replace(args, study=STUDY, show_samples=False)
     by_hand = dataclasses.replace(args, match="tokens")          # sizes are equal already
@@ -337,15 +336,12 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--variant"]:
         return inside(argv[1], argv[2], argv[3:])
-    parser = arguments(__doc__, allow_abbrev=False)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="these, and the reference")
-    ours, words = parser.parse_known_args(argv)
-    args, origins = cli.parse(config.ExperimentArgs, words, "run_experiments", tier=SMALL)
+    args, origins = cli.parse(config.ExperimentArgs, argv, "run_experiments", tier=SMALL)
     if mine := [name for name in FIXED if origins[name] == "flag"]:
         raise UserError(f"--{mine[0]} is set by this script itself: leave it out")
     cli.announce(args, origins)
     root = Path(args.output_root or f"checkpoints/studies/{STUDY}")
-    args, runs = plan(args, origins, ours.only, root)
+    args, runs = plan(args, origins, root)
     return run_experiments.carry_out(args, runs, root)
 
 

@@ -159,11 +159,19 @@ def test_what_is_matched(match, cost):
     assert p_ff == 1024 and (b_ff == 1024 if match == "tokens" else b_ff != 1024 and abs(b / p - 1) < 0.01)
 
 
+def test_only_keeps_the_reference_and_the_sizes():
+    _, some = plan("--study memory_slots --only 64 --seeds 3 4")
+    _, all_ = plan("--study memory_slots --seeds 3 4")
+    assert [run.name for run in some] == ["16_s3", "64_s3", "16_s4", "64_s4"]
+    assert [run for run in all_ if run.variant in ("16", "64")] == some
+
+
 @pytest.mark.parametrize("line, word", [
     ("--model backup", "--architectures"), ("--output_dir x", "--output_root"), ("--time_mode discrete", "--time_modes"),
     ("--study loss --mask_schedule cosine", "--mask_schedule"), ("--seeds one", "--seeds one"), ("--ckpt x", "train itself"),
     ("--report x --execute", "--execute"), ("--halving --match time", "--match time"), ("--objective ar", "--model backup"),
-    ("--study losses", "loss"), ("--halving --max_steps 7", "--max_steps 7"), ("--report nowhere", "results.jsonl")])
+    ("--study losses", "loss"), ("--halving --max_steps 7", "--max_steps 7"), ("--report nowhere", "results.jsonl"),
+    ("--study loss --only elbo cosines", "uniform_times")])
 def test_slips_name_the_way_out(line, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
