@@ -264,6 +264,7 @@ def main(argv=None):
     import runtime
     import sample
     allocator = runtime.start(args.threads)
+    knobs.can_write(args, "out_json")
     device = runtime.pick_device(args.device)
     prompts = sample.read_prompts(args) if args.prompt or args.prompts_file else list(config.BENCH_PROMPTS)
     models, weights, precisions, saved = {}, {}, {}, None
@@ -312,7 +313,7 @@ def main(argv=None):
         print(card(name, r, max(map(len, results))))
     if args.profiles:
         document["profiles"] = {name: price(name, results) for name in args.profiles}
-    knobs.write_json(args.out_json, document, fix=": name another --out_json")
+    knobs.write_json(args.out_json, document)
     if args.grid:
         draw(Path(args.out_json).with_suffix(".png"), results, document["judge_nats_of_held_out_text"])
     print(json.dumps(document, ensure_ascii=False, allow_nan=False))

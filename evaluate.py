@@ -222,8 +222,8 @@ def ar_judge(path, device, tokenizer, longest):
     return nats
 
 
-def sample_quality(model, documents, tokenizer, saved, args, data_dir, device):
-    """Continue held-out beginnings; every figure of the samples beside that of the text that really followed."""
+def sample_quality(model, documents, tokenizer, saved, args, data_dir, judge):
+    """Continue held-out beginnings; every figure of the samples beside that of the text that really followed. judge: or None."""
     import numpy as np
 
     import sample
@@ -234,8 +234,8 @@ def sample_quality(model, documents, tokenizer, saved, args, data_dir, device):
     train = TokenData(data_dir, "train")
     same_tokenizer(train, tokenizer, saved)
     judges = {"ngram": NGram(train.tokens, train.vocab_size).nats}
-    if args.judge:
-        judges["ar"] = ar_judge(args.judge, device, tokenizer, PROMPT + args.max_new_tokens)
+    if judge:
+        judges["ar"] = judge
     known, ids = set(), np.asarray(train.tokens)
     for part in np.split(ids, np.flatnonzero(ids == train.meta["bos_id"])[1:]):
         known.update(words(tokenizer.decode(part.tolist())))
@@ -284,11 +284,13 @@ def main(argv=None):
     import checkpoint
     import runtime
     runtime.start(args.threads)
+    knobs.can_write(args, "out_json", "out_png")
     if args.check_run:
         import verdict
         return 0 if verdict.passed(verdict.check(args.check_run, args)) else 1
     device = runtime.pick_device(args.device)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device)
+    judge = ar_judge(args.judge, device, tokenizer, PROMPT + args.max_new_tokens) if args.judge else None
     trained = saved.config["args"]
     length, batch = trained["seq_len"], trained["batch_size"]
     data_dir = args.data_dir or trained["data_dir"]
@@ -304,11 +306,10 @@ def main(argv=None):
     if args.out_png:
         draw_curves(args.out_png, result["curve"], length, f"{Path(saved.path).parent.name}, step {saved.step}")
     if args.samples:
-        result["samples"] = sample_quality(model, documents, tokenizer, saved, args, data_dir, device)
+        result["samples"] = sample_quality(model, documents, tokenizer, saved, args, data_dir, judge)
     if args.out_json:
         knobs.write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed,
-                                         "objective": "ar" if model.cfg.causal else "masked", **result},
-                         fix=": name another --out_json")
+                                         "objective": "ar" if model.cfg.causal else "masked", **result})
 
 
 if __name__ == "__main__":

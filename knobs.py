@@ -287,25 +287,43 @@ def read_lines(path):
     return [value for value in found if isinstance(value, dict)]
 
 
-def write_json(path, value, fix=""):
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False), fix)
+def write_json(path, value):
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
 
 
-def write_text(path, text, fix=""):
-    """Written aside, synced, renamed, so a reader finds the old file or the new one. `fix` ends the message."""
+@contextlib.contextmanager
+def written_aside(path, fix=""):
+    """Yields a name beside the path, whose folder is made. What goes wrong there is said of the path; `fix` ends the message."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}){fix}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Written aside, synced, renamed, so a reader finds the old file or the new one."""
+    with written_aside(path) as aside:
         with open(aside, "w", encoding="utf-8", newline="") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}){fix}") from None
+
+
+def can_write(args, *names):
+    """Dies before long work, and not after it, if a file that these knobs name cannot be written."""
+    for name in names:
+        if path := getattr(args, name):
+            with written_aside(path, f": name another --{name}") as aside:
+                aside.touch()
+                if Path(path).is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
 def checked(cls, saved, where):

@@ -195,6 +195,10 @@ class StopFlag:
     def catch(self, number, _frame):
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.signal is None:                                  # a step may take minutes: no silence until its end
+            word = signal.Signals(number).name
+            with contextlib.suppress(OSError):                   # of a terminal that is gone
+                os.write(2, f"\n{word}: saving after this step{', once more leaves at once' * (word == 'SIGINT')}\n".encode())
         self.signal = number
 
     @property

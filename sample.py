@@ -189,6 +189,7 @@ def main(argv=None, pinned=None):
     import runtime
     from terminal import Watch, printable
     runtime.start(args.threads)
+    knobs.can_write(args, "out_json")
     device = runtime.pick_device(args.device)
     prompts = read_prompts(args)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
@@ -220,7 +221,7 @@ def main(argv=None, pinned=None):
         say("[stats] new={new_tokens} before_eos={tokens_before_eos} forwards={forwards} context={context_passes} "
             "seconds={seconds:.3f} tok/s={tok_per_s:.1f} seed={seed} mode={mode}".format(**r))
     if args.out_json:
-        knobs.write_json(args.out_json, {"checkpoint": str(saved.path), "samples": records}, fix=": name another --out_json")
+        knobs.write_json(args.out_json, {"checkpoint": str(saved.path), "samples": records})
 
 
 if __name__ == "__main__":

@@ -81,6 +81,10 @@ SLIPS = {  # what is wrong -> (what the user did to the folder, the command, wha
     "no checkpoint named": (None, "sample", ("--ckpt",)),
     "a result where none can be": (put("taken", b"mine"), f"edge_benchmark {RUN} --max_new_tokens 2 --runs_per_prompt 1 "
                                    "--out_json taken/b.json", ("taken/b.json", "--out_json")),
+    "a result where none can be, known before the work": (put("taken", b"mine"), f"evaluate {RUN} --out_json taken/e.json",
+                                                          ("taken/e.json", "--out_json")),
+    "a folder in place of a picture": (None, f"evaluate {RUN} --out_png data", ("data", "Is a directory", "--out_png")),
+    "a judge that is not there": (None, f"evaluate {RUN} --samples 4 --judge gone", ("gone",)),
     "no GPU for the one-shot": (None, "colab_train_eco", ("--allow_cpu",)),
     "one-shot without text": (remove("data/processed/meta.json"), "colab_train_eco --allow_cpu --skip_setup",
                               ("--skip_setup", "python -m prepare")),
