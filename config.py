@@ -375,7 +375,8 @@ class EvaluateArgs(DecodeKnobs, CheckpointKnobs, CommonKnobs):
     repeats: int = knob(8, "passes of each estimator when they are compared; below 2 = not compared", at_least=0, rare=True)
     max_new_tokens: int = knob(64, "length of a sample", at_least=1)
     samples: int = knob(0, "continue so many held-out beginnings and judge the text", at_least=0)
-    judge: str = knob(None, "an autoregressive checkpoint that judges them beside the n-gram model")
+    judge: str = knob(None, "an autoregressive checkpoint that judges them beside the n-gram model of the training text")
+    judge_text: str = knob(None, "text that the model has not read, .txt or .jsonl: its n-gram model judges them, too")
     out_json: str = knob(None, "write the numbers")
     out_png: str = knob(None, "draw the cross-entropy by mask rate")
 
@@ -383,8 +384,9 @@ class EvaluateArgs(DecodeKnobs, CheckpointKnobs, CommonKnobs):
         yield from block_problems("blocks", self.blocks or "T")
         if self.ckpt and self.check_run:
             yield "--ckpt asks for the bound, --check_run for the verdict: give only one of them"
-        if self.judge and not self.samples:
-            yield f"--judge {self.judge} judges samples: add --samples 64"
+        for name in ("judge", "judge_text"):
+            if getattr(self, name) and not self.samples:
+                yield f"--{name} {getattr(self, name)} judges samples: add --samples 64"
 
 
 @dataclass

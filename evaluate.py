@@ -2,7 +2,7 @@
 
     python -m evaluate --ckpt checkpoints/eco_hybrid_hi                                # the run's own validation text
     python -m evaluate --ckpt checkpoints/eco_hybrid_hi --text my.txt --chain_docs 0 --out_json e.json --out_png e.png
-    python -m evaluate --ckpt checkpoints/eco_hybrid_hi --samples 64 --judge checkpoints/ar_hi
+    python -m evaluate --ckpt checkpoints/eco_hybrid_hi --samples 64 --judge checkpoints/ar_hi --judge_text unread.jsonl
     python -m evaluate --check_run checkpoints/eco_hybrid_hi                           # instead: does the run work? (verdict.py)
 
 bound       the exact-count bound on -log p in each block rule (for an autoregressive checkpoint: NLL, the exact -log p)
@@ -24,23 +24,29 @@ import objective
 from knobs import UserError, say
 
 PROMPT = 16           # tokens of a held-out beginning, or half of a shorter document
+READ_BEFORE = 0.01    # of a judge's text, that the judged model may know
 LEAST_WINDOWS = 8     # of a long document, before --batches spreads over others
 ROW = "{:<6} {:<11} {:<11} {:>5} {:>20} {:>20} {:>20}"
+
+
+def read_text(option, path, tokenizer):
+    """The documents of a user's file as lists of ids, BOS first."""
+    import documents
+    from tokenizer import normalise
+    path = Path(path)
+    if not path.is_file() or not documents.kind_of(path):
+        raise UserError(f"--{option} {path}: name a .txt or .jsonl file (also .gz, .xz)")
+    texts = [normalise(text).strip() for text in documents.read_documents(path, say)]
+    return [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts if text]
 
 
 def read_documents(args, data_dir, tokenizer, saved):
     """Held-out documents as lists of ids, BOS first."""
     import numpy as np
 
-    import documents
-    from tokenizer import normalise
     from tokens import TokenData
     if args.text:
-        path = Path(args.text)
-        if not path.is_file() or not documents.kind_of(path):
-            raise UserError(f"--text {path}: name a .txt or .jsonl file (also .gz, .xz)")
-        texts = [normalise(text).strip() for text in documents.read_documents(path, say)]
-        return [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts if text]
+        return read_text("text", args.text, tokenizer)
     data = TokenData(data_dir, "val")
     same_tokenizer(data, tokenizer, saved)
     starts = np.flatnonzero(data.tokens == data.meta["bos_id"])
@@ -196,8 +202,8 @@ def draw_curves(path, curves, length, name):
 
 # ---- samples ----------------------------------------------------------------------------------------------------------
 
-def ar_judge(path, device, tokenizer, longest):
-    """A checkpoint of --objective ar as a judge: f(rows, contexts) -> nats per token of the rows."""
+def ar_judge(path, device, tokenizer, longest, judged):
+    """A checkpoint of --objective ar as a judge of another one: f(rows, contexts) -> nats per token of the rows."""
     import torch
 
     import checkpoint
@@ -209,6 +215,9 @@ def ar_judge(path, device, tokenizer, longest):
         raise UserError(f"--judge {path} has another tokenizer than the checkpoint: train it on the same prepared text")
     if (trained := saved.config["args"]["seq_len"]) < longest:
         say(f"notice: the judge {path} was trained on {trained} positions and reads up to {longest}: its figures mean less there")
+
+    if saved.state["data_sha256"] == judged.state["data_sha256"]:
+        say(f"notice: the judge {path} has learned from the same text: it likes what both have read")
 
     @torch.no_grad()
     def nats(rows, contexts):
@@ -222,18 +231,27 @@ def ar_judge(path, device, tokenizer, longest):
     return nats
 
 
-def sample_quality(model, documents, tokenizer, saved, args, data_dir, judge):
-    """Continue held-out beginnings; every figure of the samples beside that of the text that really followed. judge: or None."""
+def sample_quality(model, documents, tokenizer, saved, args, data_dir, judge, unread):
+    """Continue held-out beginnings; every figure of the samples beside that of the text that really followed.
+
+    judge: of ar_judge, or None. unread: documents of --judge_text, or none.
+    """
     import numpy as np
 
     import sample
     from decode import generate
-    from judge import NGram, Text, quality, words
+    from judge import NGram, Text, quality, shared, words
     from tokenizer import script_of
     from tokens import TokenData
     train = TokenData(data_dir, "train")
     same_tokenizer(train, tokenizer, saved)
-    judges = {"ngram": NGram(train.tokens, train.vocab_size).nats}
+    judges, found = {"ngram": NGram(train.tokens, train.vocab_size).nats}, {}
+    if unread:
+        ids = np.concatenate(unread)
+        judges["unread"], known_part = NGram(ids, train.vocab_size).nats, shared(ids, train.tokens)
+        found["judge_text"] = {"path": args.judge_text, "tokens": len(ids), "in_training_text": known_part}
+        say(f"judge: {len(ids):,} tokens of {args.judge_text}, of which {known_part:.1%} stand in the training text, too"
+            + ": this judge is not independent" * (known_part > READ_BEFORE))
     if judge:
         judges["ar"] = judge
     known, ids = set(), np.asarray(train.tokens)
@@ -256,7 +274,6 @@ def sample_quality(model, documents, tokenizer, saved, args, data_dir, judge):
         part = prompts[a:a + 16]
         made += generate(model, part, s, [args.seed + a + i for i in range(len(part))]).full_rows
     real = [d[len(p):len(p) + s.max_new_tokens] for d, p in zip(usable, prompts, strict=True)]
-    found = {}
     for name, rows in (("samples", made), ("held_out", real)):
         texts = [Text(tokenizer.decode(p), tokenizer.decode(row), p, row, row[-1:] == [tokenizer.eos_id])
                  for p, row in zip(prompts, rows, strict=True)]
@@ -265,14 +282,15 @@ def sample_quality(model, documents, tokenizer, saved, args, data_dir, judge):
     how = "one token at a time" if model.cfg.causal else f"{s.mode}, {s.steps} forwards a block"
     print(f"{len(made)} continuations of held-out beginnings ({PROMPT} tokens at most), up to {s.max_new_tokens} tokens, {how}, "
           f"temperature {s.temperature:g}, top_k {s.top_k}, top_p {s.top_p:g}; a low NLL alone is no praise")
-    print(f"{'':26} {'samples':>9} {'real text':>10}")
+    print(f"{'':28} {'samples':>9} {'real text':>10}")
     for key, value in found["samples"].items():
         both = ("-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in (value, found["held_out"][key]))
-        print("{:26} {:>9} {:>10}".format(NAMES.get(key, key), *both))
+        print("{:28} {:>9} {:>10}".format(NAMES.get(key, key), *both))
     return found
 
 
-NAMES = {"ngram_nats": "NLL, n-gram judge", "ar_nats": "NLL, autoregressive judge", "unigram_entropy": "unigram entropy, nats",
+NAMES = {"ngram_nats": "NLL, n-gram of training text", "unread_nats": "NLL, n-gram of --judge_text",
+         "ar_nats": "NLL, autoregressive judge", "unigram_entropy": "unigram entropy, nats",
          "repeat_rate": "repeated 4-grams", "real_words": "words of the training text",
          "script_kept": "script of the prompt kept", "ended": "ended by EOS", "mean_tokens": "tokens per text, mean",
          "median_tokens": "tokens per text, median"}
@@ -290,7 +308,8 @@ def main(argv=None):
         return 0 if verdict.passed(verdict.check(args.check_run, args)) else 1
     device = runtime.pick_device(args.device)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device)
-    judge = ar_judge(args.judge, device, tokenizer, PROMPT + args.max_new_tokens) if args.judge else None
+    judge = ar_judge(args.judge, device, tokenizer, PROMPT + args.max_new_tokens, saved) if args.judge else None
+    unread = read_text("judge_text", args.judge_text, tokenizer) if args.judge_text else []
     trained = saved.config["args"]
     length, batch = trained["seq_len"], trained["batch_size"]
     data_dir = args.data_dir or trained["data_dir"]
@@ -306,7 +325,7 @@ def main(argv=None):
     if args.out_png:
         draw_curves(args.out_png, result["curve"], length, f"{Path(saved.path).parent.name}, step {saved.step}")
     if args.samples:
-        result["samples"] = sample_quality(model, documents, tokenizer, saved, args, data_dir, judge)
+        result["samples"] = sample_quality(model, documents, tokenizer, saved, args, data_dir, judge, unread)
     if args.out_json:
         knobs.write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed,
                                          "objective": "ar" if model.cfg.causal else "masked", **result})

@@ -1,7 +1,8 @@
-"""An independent judge of samples: an n-gram model of the training text, and the repetition that a judge alone would reward.
+"""Independent judges of samples: n-gram models, and the repetition that a judge alone would reward.
 
     judge = NGram(tokens, vocab_size); judge.nats(rows)        # mean -log p per token
     quality(texts, script_of, known_words, {"ngram": judge.nats})              # all figures of sample quality, never one alone
+    shared(judge_tokens, training_tokens)        # how much of its text the judged model has read: of an independent one nothing
 
 Knows no network, so a network cannot flatter itself. A low value alone is no praise: repeating a common phrase scores well
 too. Read it beside distinct_n and repeat_rate, and beside the value of held-out text. Interpolated absolute discounting:
@@ -15,6 +16,7 @@ import numpy as np
 
 EDGE = "0123456789_.,;:!?।॥\"'()[]{}<>“”‘’«»…–—-*/|=+~`^%$#@&\\"
 DISCOUNT = 0.75
+PASSAGE = 13        # tokens: what is as long as that and the same was copied
 LONGEST = 4         # words of the longest n-gram, as far as 63 bits hold them
 
 
@@ -67,6 +69,18 @@ class NGram:
                 total -= float(np.log(self.probabilities([*context, *row])[len(context):]).sum())
                 count += len(row)
         return total / count if count else None
+
+
+def shared(ids, others, n=PASSAGE):
+    """The share of all n-token passages of ids that stand in others, too."""
+    def marks(ids):
+        ids = np.asarray(ids).astype(np.uint64)
+        key = np.zeros(max(0, len(ids) - n + 1), dtype=np.uint64)
+        for i in range(n):                  # a hash: two passages in 2^64 agree by chance
+            key = key * np.uint64(0x9E3779B97F4A7C15) + ids[i:len(ids) - n + 1 + i]
+        return key
+    own = marks(ids)
+    return float(np.isin(own, marks(others)).mean()) if len(own) else 0.0
 
 
 def ngrams(row, n):

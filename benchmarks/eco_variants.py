@@ -186,6 +186,56 @@ class RotaryRead(EcoLayer):
         return self.turn(torch.matmul(share, value).transpose(-3, -2).flatten(-2), back=True)             # (..., S, H*E)
 
 
+class Cells(EcoLayer):
+    """Inside a block, too, slots forget with distance, to both sides, in cells of c tokens."""
+    c = 8
+
+    def around(self, own):
+        """own (N, m, H, M, E), sums of a block's cells -> same shape, what each cell has around it, itself included."""
+        ahead = self.prefix(own.flip(1), self.c).flip(1)
+        return own + self.prefix(own, self.c) + ahead
+
+    def cells(self, *parts):
+        return [part.unflatten(-2, (-1, self.c)) for part in parts]
+
+    def one_block(self, x):
+        if x.shape[1] <= self.c or x.shape[1] % self.c:
+            return super().one_block(x)
+        gate, up, q, v, s = self.split(self.conv(self.norm(x)))
+        q, v, s = self.cells(q, v, s)                                              # (B, m, c, ...)
+        return (self.mix(x, gate, up, self.read(q, self.around(self.write(v, s))).flatten(1, 2)),)
+
+    def all_blocks(self, x, valid=None, last=False):
+        S, c = x.shape[-2], self.c
+        if S <= c or S % c:
+            return super().all_blocks(x, valid, last)
+        m = S // c
+        h = self.norm(x)
+        if valid is not None:
+            h = h * valid
+            valid = valid.unflatten(-2, (-1, c))                                   # (1, n, m, c, 1)
+        h = self.conv_blocks(h, h.new_zeros(x.shape[1], self.conv.reach, x.shape[-1]))          # (2, B, n, S, D)
+        if last:
+            clean = self.write(*self.cells(*self.split_write(h[1])), valid)        # (B, n, m, H, M, E)
+            x, h = x[:1], h[:1]
+        gate, up, q, v, s = self.split(h)
+        q, v, s = self.cells(q, v, s)                                              # (K, B, n, m, c, ...)
+        own = self.write(v, s, valid)                                              # (K, B, n, m, H, M, E)
+        before = self.prefix((clean if last else own[1]).flatten(1, 2), c)[:, ::m]              # (B, n, H, M, E)
+        fade = torch.stack([self.keep(i * c) for i in range(m)])                   # (m, H, M, 1)
+        near = self.around(own.flatten(0, 2)).view(own.shape)
+        total = near + before[:, :, None] * fade
+        return self.mix(x, gate, up, self.read(q, total).flatten(-3, -2))
+
+
+class Cells4(Cells):
+    c = 4
+
+
+class Cells16(Cells):
+    c = 16
+
+
 class NoConvRotary(RotaryRead, NoConv):
     pass
 
@@ -260,7 +310,8 @@ VARIANTS = {
     "conv_separate": changed(ConvSeparate), "no_memory": changed(NoMemory), "no_decay": changed(NoDecay),
     "rotary_read": changed(RotaryRead), "mean_read": changed(MeanRead), "uncapped_write": changed(UncappedWrite),
     "attn_every_1": changed(Attention), "attn_every_2": changed(Attention, every=2), "attn_every_3": changed(Attention, every=3),
-    "untied": changed(head=Untied), "time_conditioning": changed(head=Timed), "time_gently": changed(head=TimedGently)}
+    "cells_4": changed(Cells4), "cells_8": changed(Cells), "cells_16": changed(Cells16), "untied": changed(head=Untied),
+    "time_conditioning": changed(head=Timed), "time_gently": changed(head=TimedGently)}
 
 
 # ---- sizes, counted on built models -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import RUNS, TINY, call
@@ -21,6 +22,7 @@ import train
 from estimators import cut, ratio, windows
 from model import build_model
 from tokenizer import script_of
+from tokens import TokenData
 
 V, T = 9, 6
 TEXT = torch.tensor([2, 5, 7, 4, 8, 5])
@@ -220,6 +222,16 @@ def test_quality_by_hand():
     assert found["unigram_entropy"] == pytest.approx(-sum(q * math.log(q) for q in p)) and found["mean_tokens"] == 3
 
 
+def test_how_much_of_a_judges_text_was_read_before():
+    rng = np.random.default_rng(0)
+    text, other = rng.integers(5, 400, 5000), rng.integers(5, 400, 3000)
+    assert judge.shared(other, text) == 0 and judge.shared(text[100:900], text) == 1 and judge.shared([1, 2], text) == 0
+    mixed = np.concatenate([other, text[:1000]])                                    # a passage across the seam is nobody's
+    assert judge.shared(mixed, text) == pytest.approx((1000 - 12) / (4000 - 12))
+    text[::13] = 1                                                                  # a change in every passage
+    assert judge.shared(mixed, text) == 0
+
+
 def test_a_loop_that_pleases_the_judge_is_caught():
     ids = [3 + i % 4 for i in range(400)]
     ngram = judge.NGram(ids, 20)
@@ -251,11 +263,15 @@ def test_blocks_of_one_token_leave_nothing_to_compare(here, capsys, tmp_path, bl
 
 
 def test_the_whole_report(here, control, capsys, tmp_path):
-    out = tmp_path / "e.json"
+    out, unread = tmp_path / "e.json", tmp_path / "unread.txt"
+    data, tokenizer = TokenData("data/processed", "train"), checkpoint.load_model(RUNS["primary"], torch.device("cpu"))[1]
+    unread.write_text(tokenizer.decode(data.tokens[:200].tolist()) + "\n\nyeh kahani kisi ne kabhi nahi padhi thi\n" * 9, "utf-8")
     assert call(evaluate.main, RUNS["primary"], "--max_docs", 12, "--draws", 2, "--chain_docs", 4, "--repeats", 2,
-                "--out_json", out, "--out_png", tmp_path / "e.png", "--samples", 3, "--judge", control, "--max_new_tokens", 12,
-                "--threads", 1) == 0
-    printed, found = capsys.readouterr().out, json.loads(out.read_text(encoding="utf-8"))
+                "--out_json", out, "--out_png", tmp_path / "e.png", "--samples", 3, "--judge", control, "--judge_text", unread,
+                "--max_new_tokens", 12, "--threads", 1) == 0
+    said = capsys.readouterr()
+    assert "has learned from the same text" in said.err and "is not independent" in said.err
+    printed, found = said.out, json.loads(out.read_text(encoding="utf-8"))
     assert (tmp_path / "e.png").read_bytes()[:4] == b"\x89PNG"
     assert set(found["bound"]) == set(found["chain_rule"]) == set(found["compared"]) == {"32", "8"}
     for block, r in found["bound"].items():
@@ -266,6 +282,8 @@ def test_the_whole_report(here, control, capsys, tmp_path):
         assert sum(s["documents"] for s in scripts.values()) == 24 and r["bits_per_byte_se"] > 0
         assert r["nats"] * r["tokens"] == pytest.approx(sum(s["nats"] * s["tokens"] for n, s in scripts.items() if n != "all"))
         assert len(found["curve"][block]) >= 5 and found["chain_rule"][block]["documents"] == 4
+    assert "n-gram of --judge_text" in printed and 0 < found["samples"]["judge_text"]["in_training_text"] < 1
+    assert found["samples"]["samples"]["unread_nats"] != found["samples"]["samples"]["ngram_nats"]
     assert set(found["infilling"]) == {"0.15", "0.50", "0.85"}
     figures = set(found["samples"]["samples"])
     assert figures == set(found["samples"]["held_out"]) and {
@@ -296,6 +314,8 @@ def test_the_control_arm_prints_its_exact_nll(here, control, capsys, tmp_path):
 
 
 def test_slips_of_evaluate(here, control, capsys, tmp_path):
-    for words, said in ((("--judge", control), "--samples 64"), (("--text", "nowhere.txt"), "--text nowhere.txt"),
+    for words, said in ((("--judge", control), "--samples 64"), (("--judge_text", "t.txt"), "--samples 64"),
+                        (("--samples", 1, "--judge_text", "nowhere.txt"), "--judge_text nowhere.txt"),
+                        (("--text", "nowhere.txt"), "--text nowhere.txt"),
                         (("--samples", 1, "--judge", RUNS["backup"], "--max_docs", 1, "--chain_docs", 1), "--objective ar")):
         assert call(evaluate.main, RUNS["primary"], *words) == 2 and said in capsys.readouterr().err
