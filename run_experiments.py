@@ -3,7 +3,7 @@
     python -m run_experiments                                           # the plan of 8 runs and their commands, nothing else
     python -m run_experiments --max_steps 2000 --execute                # run what is not finished; one failure stops no other
     python -m run_experiments --study memory_slots --halving --execute  # studies.py; only the better half goes on
-    python -m run_experiments --report checkpoints/ablations            # report.html and docs/results.md, from results.jsonl
+    python -m run_experiments --report docs/studies                     # report.html and docs/results.md, from results.jsonl
 
 Every run is `python -m train --resume_latest` and then `python -m evaluate`, each in a process of its own. Whatever stops this
 program, the same command again goes on: a finished run is one with a line in results.jsonl that has the same settings.

@@ -112,7 +112,7 @@ def make_plan(args, origins, root):
         for a in found.values():
             a.eval_interval = unit
     return [Run(name, variant, dataclasses.replace(a, seed=seed, output_dir=str(root / name)))
-            for seed in seeds for variant, a in found.items() for name in [variant + f"_s{seed}" * (len(seeds) > 1)]]
+            for seed in seeds for variant, a in found.items() for name in [variant + f"_s{seed}" * (seed != TrainArgs.seed)]]
 
 
 def rounds(count):

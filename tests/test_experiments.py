@@ -166,6 +166,12 @@ def test_only_keeps_the_reference_and_the_sizes():
     assert [run for run in all_ if run.variant in ("16", "64")] == some
 
 
+def test_a_seed_has_its_folder_whatever_else_is_asked():
+    """One seed today and two more tomorrow, in one output root."""
+    today, tomorrow = (plan(f"--study memory_slots --only 64 {words}")[1] for words in ("--seeds 1337", "--seeds 1338 1337"))
+    assert [run.name for run in today] == ["16", "64"] and [run.name for run in tomorrow] == ["16_s1338", "64_s1338", "16", "64"]
+
+
 @pytest.mark.parametrize("line, word", [
     ("--model backup", "--architectures"), ("--output_dir x", "--output_root"), ("--time_mode discrete", "--time_modes"),
     ("--study loss --mask_schedule cosine", "--mask_schedule"), ("--seeds one", "--seeds one"), ("--ckpt x", "train itself"),

@@ -164,14 +164,14 @@ def test_a_study_runs_once_and_is_reported(corpus_dir, monkeypatch, capfd):
     monkeypatch.setitem(STUDIES, "eco_variants", None)                             # it is in the table only while it runs
     assert eco_variants.main(WORDS) == 0, capfd.readouterr().err
     lines = latest(corpus_dir / "variants/results.jsonl")
-    assert set(lines) == {"reference", "attn_every_2"} and not capfd.readouterr().err.count("finished before")
+    assert set(lines) == {"reference_s7", "attn_every_2_s7"} and not capfd.readouterr().err.count("finished before")
     assert eco_variants.main(WORDS) == 0 and capfd.readouterr().err.count("finished before") == 2
     for name, line in lines.items():
-        assert (line["study"], line["variant"], line["reference"], line["steps"]) == ("eco_variants", name, "reference", 4)
+        assert (line["study"], line["variant"], line["reference"], line["steps"]) == ("eco_variants", name[:-3], "reference", 4)
         (path,) = (corpus_dir / "variants" / name).glob("step_000004/model.safetensors")
         with safe_open(path, "pt") as f:
             found = {key: math.prod(f.get_slice(key).get_shape()) for key in f.keys()}
-        assert line["params"] == sum(found.values()) and any("attn" in key for key in found) == (name != "reference")
+        assert line["params"] == sum(found.values()) and any("attn" in key for key in found) == (line["variant"] != "reference")
         assert line["params_blocks"] == sum(n for key, n in found.items() if key.startswith("layers"))
         meta = json.loads((corpus_dir / "variants" / name / "train.jsonl").read_text().splitlines()[0])
         assert meta["params_total"] == line["params"]
