@@ -98,7 +98,8 @@ STUDIES = {
         ARMS | dict(primary={}, ar=ARMS["ar"] | dict(lr=5e-3), eco_ar=dict(train_block_sizes="1")), base=LARGE),
     "epochs": Study(
         "Many passes over a small corpus: does diffusion overtake?",
-        {k: ARMS[k] for k in ("primary", "ar")} | dict(ar_dropout=ARMS["ar"] | dict(dropout=0.1), backup=ARMS["backup"]),
+        {k: ARMS[k] for k in ("primary", "ar")} | dict(
+            ar_dropout=ARMS["ar"] | dict(dropout=0.1), backup=ARMS["backup"], no_single=dict(lr=2e-2, train_block_sizes="T,64,32")),
         "the curve over the passes (tokens / tokens of the corpus), its lowest point and its end",
         base=SMALL | dict(data_dir="data/small", max_steps=4000),
         before=("python -m prepare --source files --input hindi.jsonl --max_chars 2000000 --tokenizer_vocab 4000 "

@@ -12,6 +12,7 @@ import pytest
 import cli
 import config
 import knobs
+import study_report
 
 ROOT = config.ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,6 +81,14 @@ def test_named_functions_exist():
 
 def test_the_page_of_flags_is_generated():
     assert (ROOT / "docs/flags.md").read_text(encoding="utf-8") == flags_page(), "run python tests/test_docs.py"
+
+
+def test_the_tables_of_results_are_made_of_the_lines_beside_them():
+    """docs/studies/NAME/results.jsonl, a line for each run. python -m run_experiments --report docs/studies makes them again."""
+    page, found = (ROOT / "docs/results.md").read_text(encoding="utf-8"), study_report.sections(ROOT / "docs/studies")
+    for name, lines in found:
+        assert f"<!-- begin {name} -->\n{study_report.markdown(name, lines)}<!-- end {name} -->" in page, name
+    assert len(found) >= 5 and {len(line["documents"]["bytes"]) for _, lines in found for line in lines} > {1}
 
 
 if __name__ == "__main__":
