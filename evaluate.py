@@ -24,7 +24,7 @@ import objective
 from knobs import UserError, say
 
 PROMPT = 16           # tokens of a held-out beginning, or half of a shorter document
-READ_BEFORE = 0.01    # of a judge's text, that the judged model may know
+READ_BEFORE = 0.05    # of a judge's text, that the judged model may know
 LEAST_WINDOWS = 8     # of a long document, before --batches spreads over others
 ROW = "{:<6} {:<11} {:<11} {:>5} {:>20} {:>20} {:>20}"
 
