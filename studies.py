@@ -74,8 +74,8 @@ STUDIES = {
     "vocabulary": Study(
         "How many pieces?",
         {f"{v}": dict(data_dir=f"data/pieces_{v}") for v in VOCABULARIES},
-        "bits/byte: nats/token of two vocabularies cannot be compared; layers of equal size, so the embedding differs",
-        base=SMALL | dict(data_dir=f"data/pieces_{VOCABULARIES[0]}"),
+        "bits/byte of all held-out text, as each cuts its windows elsewhere, and by script; layers of equal size, so embeddings differ",
+        base=SMALL | dict(data_dir=f"data/pieces_{VOCABULARIES[0]}", batches=1000),
         before=tuple(f"python -m prepare --source files --input hindi.jsonl hinglish.jsonl --tokenizer_vocab {v} "
                      f"--tokenizer data/tokenizer/pieces_{v}.model --data_dir data/pieces_{v}" for v in VOCABULARIES)),
     "masking": Study(
