@@ -74,7 +74,7 @@ STUDIES = {
     "vocabulary": Study(
         "How many pieces?",
         {f"{v}": dict(data_dir=f"data/pieces_{v}") for v in VOCABULARIES},
-        "bits/byte of all held-out text, as each cuts its windows elsewhere, and by script; layers of equal size, so embeddings differ",
+        "bits/byte of all held-out text, as each cuts its windows elsewhere; layers of equal size, so the embedding differs",
         base=SMALL | dict(data_dir=f"data/pieces_{VOCABULARIES[0]}", batches=1000),
         before=tuple(f"python -m prepare --source files --input hindi.jsonl hinglish.jsonl --tokenizer_vocab {v} "
                      f"--tokenizer data/tokenizer/pieces_{v}.model --data_dir data/pieces_{v}" for v in VOCABULARIES)),
@@ -99,7 +99,8 @@ STUDIES = {
     "epochs": Study(
         "Many passes over a small corpus: does diffusion overtake?",
         {k: ARMS[k] for k in ("primary", "ar")} | dict(
-            ar_dropout=ARMS["ar"] | dict(dropout=0.1), backup=ARMS["backup"], no_single=dict(lr=2e-2, train_block_sizes="T,64,32")),
+            ar_dropout=ARMS["ar"] | dict(dropout=0.1), backup=ARMS["backup"],
+            no_single=dict(lr=2e-2, train_block_sizes="T,64,32")),
         "the curve over the passes (tokens / tokens of the corpus), its lowest point and its end",
         base=SMALL | dict(data_dir="data/small", max_steps=4000),
         before=("python -m prepare --source files --input hindi.jsonl --max_chars 2000000 --tokenizer_vocab 4000 "
