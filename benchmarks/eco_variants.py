@@ -228,14 +228,6 @@ class Cells(EcoLayer):
         return self.mix(x, gate, up, self.read(q, total).flatten(-3, -2))
 
 
-class Cells4(Cells):
-    c = 4
-
-
-class Cells16(Cells):
-    c = 16
-
-
 class NoConvRotary(RotaryRead, NoConv):
     pass
 
@@ -310,8 +302,8 @@ VARIANTS = {
     "conv_separate": changed(ConvSeparate), "no_memory": changed(NoMemory), "no_decay": changed(NoDecay),
     "rotary_read": changed(RotaryRead), "mean_read": changed(MeanRead), "uncapped_write": changed(UncappedWrite),
     "attn_every_1": changed(Attention), "attn_every_2": changed(Attention, every=2), "attn_every_3": changed(Attention, every=3),
-    "cells_4": changed(Cells4), "cells_8": changed(Cells), "cells_16": changed(Cells16), "untied": changed(head=Untied),
-    "time_conditioning": changed(head=Timed), "time_gently": changed(head=TimedGently)}
+    "cells_8": changed(Cells), "untied": changed(head=Untied), "time_conditioning": changed(head=Timed),
+    "time_gently": changed(head=TimedGently)}
 
 
 # ---- sizes, counted on built models -----------------------------------------------------------------------------------------

@@ -140,6 +140,20 @@ def test_mean_read_reads_means_uncapped_writes_more_and_no_decay_forgets_nothing
     torch.testing.assert_close(tiny("no_decay").layers[0].prefix(own, 8)[:, 4], own[:, :4].sum(1))
 
 
+@pytest.mark.parametrize("block, first", [(64, None), (32, None), (32, 5), (16, 9), (8, None), (1, None)])
+@torch.no_grad()
+def test_cells_differ_by_what_their_slots_forget(block, first):
+    """Slots that forget nothing see a block's cells as one bag, as the reference does; else the nearer cell counts more."""
+    nets, (x0, xt) = [tiny(name) for name in ("cells_8", "reference")], texts(64)
+    for layer in nets[1].layers:
+        layer.decay.fill_(60.0)
+    nets[0].load_state_dict(nets[1].state_dict())
+    torch.testing.assert_close(*[net.hidden_blocks(xt, x0, block, first) for net in nets], atol=2e-5, rtol=1e-4)
+    cells = tiny("cells_8").layers[0]
+    around = cells.around(torch.eye(5).view(5, 5, 1, 1, 1).expand(5, 5, 4, 4, 4))[2, :, 0, 0, 0]       # of the third of five
+    assert around[2] == around[1] == around[3] == 1 and around[0] == around[4] == float(cells.keep(8)[0, 0, 0]) < 1
+
+
 @torch.no_grad()
 def test_attention_stands_in_every_nth_layer_and_time_is_the_blocks_own():
     for n, layers in ((2, [False, True, False]), (3, [False, False, True])):
