@@ -339,6 +339,10 @@ class SampleArgs(GenerateKnobs, CommonKnobs):
     def problems(self):
         if self.stream and self.json:
             yield "--stream prints text while it grows, --json prints objects: give only one of them"
+        if self.text is not None and (self.prompt or self.prompts_file):
+            yield "--text fills gaps, --prompt and --prompts_file are continued: give only one of them"
+        if self.text == "":
+            yield "--text is empty: write ____ or [MASK] where text is missing"
 
 
 @dataclass

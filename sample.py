@@ -90,11 +90,14 @@ def read_prompts(args):
     prompts = list(args.prompt)
     if args.prompts_file:
         try:
-            prompts += [line for line in Path(args.prompts_file).read_text(encoding="utf-8").split("\n") if line.strip()]
+            found = [line for line in Path(args.prompts_file).read_text(encoding="utf-8").split("\n") if line.strip()]
         except OSError as error:
             raise UserError(f"--prompts_file {args.prompts_file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"--prompts_file {args.prompts_file} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        if not found:
+            raise UserError(f"--prompts_file {args.prompts_file} holds no prompt: write one on each line, or leave the flag out")
+        prompts += found
     return prompts or [""]
 
 
