@@ -23,6 +23,7 @@ from knobs import UserError, say
 
 NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
 SAVE_LIMIT = 3           # saves in a row that failed, then the run stops
+MANY_EPOCHS = 8          # docs/experiments.md, 2026-11-27: from there on single tokens are learned by heart
 VALIDATION = ("train_block_sizes", "batch_size", "eval_batches")    # two figures of a run compare while these stay
 
 
@@ -188,11 +189,16 @@ def train(args, origins, ranks, run_dir, source, resuming):
     say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads"
         f"{f', {ranks.world} processes' if ranks.world > 1 else ''}{', sharded' if args.fsdp else ''}; "
         f"precision {why}; memory: {allocator}")
+    planned = args.max_steps * step_tokens
+    epochs = planned / data.meta["train_tokens"]
     say(f"data: {data_dir} ({data.meta['source']}), {data.meta['train_tokens']:,} tokens, {cfg.vocab_size} pieces; "
-        f"{args.max_steps} steps of {rows} x {args.seq_len} = {args.max_steps * step_tokens / 1e6:.1f}M tokens, "
-        f"{args.max_steps * step_tokens / data.meta['train_tokens']:.2f} epochs; run folder {run_dir}")
+        f"{args.max_steps} steps of {rows} x {args.seq_len} = {planned / 1e6:.1f}M tokens, {epochs:.2f} epochs; "
+        f"run folder {run_dir}")
     if first_step < args.fade * args.max_steps:
         say(f"blocks: of one token at first, fading into {args.train_block_sizes} until step {round(args.fade * args.max_steps)}")
+    if args.fade and epochs > MANY_EPOCHS:
+        say(f"notice: {epochs:.0f} passes over this text: single tokens unlearn after some five, --train_block_sizes T,64,32 "
+            "learns on")
     held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len).to(device)
     blocks = sorted(set(args.block_choices), reverse=True)
     saved_args = {"args": knobs.to_dict(args, config.TrainArgs), "model": cfg.to_dict()}
@@ -309,7 +315,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
                   config=saved_args, params_total=params, params_blocks=shapes.block_params(cfg),
                   data={"source": data.meta["source"], "tokens": data.meta["train_tokens"], "sha256": data.meta["train_sha256"]},
-                  planned_tokens=args.max_steps * step_tokens, precision=why, allocator=allocator, peak_flops=peak, **environment)
+                  planned_tokens=planned, precision=why, allocator=allocator, peak_flops=peak, **environment)
         if resuming:
             log.write("resume", step=first_step, checkpoint=str(saved.path), notes=notes)
         for note in notes:

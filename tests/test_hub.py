@@ -175,8 +175,8 @@ def test_a_killed_download_goes_on(tmp_path, server):
     code = """ import os, signal, json
  hub.SYNC_ROWS = 40
  write = hub.knobs.write_json
- def killing(path, value, fix=''):
-  write(path, value, fix)
+ def killing(path, value):
+  write(path, value)
   if value.get('rows', 0) >= 120: os.kill(os.getpid(), signal.SIGKILL)
  hub.knobs.write_json = killing"""
     done = prepare(tmp_path, server, "--max_chars", 400_000, code=code)

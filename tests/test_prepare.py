@@ -368,9 +368,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
         import knobs, prepare, spool
         spool.BATCH_CHARS, prepare.SYNC_BYTES = 2000, 4000
         write, left = knobs.write_json, 4
-        def counted(path, value, fix=""):
+        def counted(path, value):
             global left
-            write(path, value, fix)
+            write(path, value)
             left -= "encode" in str(path)
             if not left:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -56,7 +56,8 @@ def test_a_closed_pipe_or_terminal_costs_no_work(text, tmp_path):
         words = ["--data_dir", text, *SHAPE, "--max_steps", 5000 if number else 30, "--save_interval", 0,
                  "--log_interval", 1, "--eval_interval", 0, "--output_dir", tmp_path / name]
         with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, words)], stderr=subprocess.PIPE,
-                              stdout=subprocess.DEVNULL, cwd=tmp_path) as process:
+                              stdout=subprocess.DEVNULL, cwd=tmp_path,     # whatever a nohup around the tests has said
+                              preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) as process:
             while b"step 1/" not in process.stderr.readline():
                 assert process.poll() is None
             process.stderr.close()
@@ -129,8 +130,9 @@ def test_the_probe_for_memory_tries_every_block_rule(text, tmp_path, monkeypatch
 
 # ---- block rules ------------------------------------------------------------------------------------------------------
 
-def test_single_tokens_come_first_and_fade_out(text, tmp_path, capsys):
+def test_single_tokens_come_first_and_fade_out(text, tmp_path, capsys, monkeypatch):
     """A run's own log: at first every block is one token, after half of the steps none is; before and after a resume."""
+    monkeypatch.setattr(train, "MANY_EPOCHS", 1)                                   # these are one and a half
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = ("--max_steps", 60, "--eval_interval", 0, "--save_interval", 17, "--keep_full", 9, "--train_block_sizes",
              "T,8", "--ar_fade", 0.5)
@@ -141,8 +143,12 @@ def test_single_tokens_come_first_and_fade_out(text, tmp_path, capsys):
     shutil.copytree(whole / "step_000017", cut / "step_000017")
     assert call("--resume", cut / "step_000017", "--no_show_samples") == 0
     assert curve(cut) == {step: value for step, value in curve(whole).items() if step > 17}
-    assert "fading into T,8 until step 30" in capsys.readouterr().err
-    assert fresh(text, tmp_path / "off", "--max_steps", 1) == 0 and "fading" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "fading into T,8 until step 30" in said and "2 passes over this text: single tokens unlearn" in said
+    assert fresh(text, tmp_path / "off", "--max_steps", 60, "--eval_interval", 0) == 0
+    assert not {"fading", "unlearn"} & set(re.findall(r"\w+", capsys.readouterr().err))
+    monkeypatch.setattr(train, "MANY_EPOCHS", 8)
+    assert fresh(text, tmp_path / "few", *words) == 0 and "unlearn" not in capsys.readouterr().err
 
 
 def test_who_fades():
