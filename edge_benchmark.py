@@ -137,7 +137,7 @@ def measure(tokenizer, prompts, variants, reference, args, frozen, device):
             "cache_bytes": max(r.cache_bytes for r in results), "peak_rss_mb": memory[name],
             "nll_per_token": sum(scores) / count if count else None, "distinct_2": distinct(rows, 2),
             "repeat_rate": repeat_rate(rows), "agree_with_full": statistics.mean(map(agreement, rows, model_rows)),
-            "texts": [tokenizer.decode(row) for row in rows]}
+            "texts": [tokenizer.written(row) for row in rows]}
     return figures
 
 

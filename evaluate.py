@@ -275,7 +275,7 @@ def sample_quality(model, documents, tokenizer, saved, args, data_dir, judge, un
         made += generate(model, part, s, [args.seed + a + i for i in range(len(part))]).full_rows
     real = [d[len(p):len(p) + s.max_new_tokens] for d, p in zip(usable, prompts, strict=True)]
     for name, rows in (("samples", made), ("held_out", real)):
-        texts = [Text(tokenizer.decode(p), tokenizer.decode(row), p, row, row[-1:] == [tokenizer.eos_id])
+        texts = [Text(tokenizer.decode(p), tokenizer.written(row), p, row, row[-1:] == [tokenizer.eos_id])
                  for p, row in zip(prompts, rows, strict=True)]
         found[name] = quality(texts, script_of, known, judges)
         found[f"{name}_texts"] = [[t.prompt, t.new] for t in texts]

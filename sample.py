@@ -166,7 +166,7 @@ def continue_prompts(args, model, tokenizer, s, prompts, watch):
                 def grow(canvas, lo, hi, stream=stream, prompt=prompt, ids=ids):
                     new = canvas.ids[0, len(ids):hi].tolist()
                     new = new[:new.index(s.eos_id)] if s.eos_id in new else new
-                    stream.grow(prompt + tokenizer.decode(new))
+                    stream.grow(prompt + tokenizer.written(new))
                 if stream and number:
                     print("---")
                 started = time.perf_counter()
@@ -174,10 +174,10 @@ def continue_prompts(args, model, tokenizer, s, prompts, watch):
                 if timed:
                     times.append(time.perf_counter() - started)
                 if stream:
-                    stream.grow(prompt + tokenizer.decode(result.rows[0]), final=True)
+                    stream.grow(prompt + tokenizer.written(result.rows[0]), final=True)
             for i, seed in enumerate(seeds):
                 number += 1
-                yield record(args, prompt, prompt + tokenizer.decode(result.rows[i]), seed, result, i, len(result.rows[i]), s)
+                yield record(args, prompt, prompt + tokenizer.written(result.rows[i]), seed, result, i, len(result.rows[i]), s)
             if args.benchmark_runs > 1:
                 tokens, mean = sum(map(len, result.rows)), statistics.mean(times)
                 say(f"[bench] runs={args.benchmark_runs} warmup={args.warmup_runs} mean={mean:.3f}s "

@@ -15,15 +15,13 @@ def printable(text):
 
 
 class Stream:
-    """Text that grows: prints what is new and final; an unfinished character waits for its other bytes."""
+    """Text that grows: prints what is new. Whoever calls leaves an unfinished character out (Tokenizer.written)."""
 
     def __init__(self, file=None):
         self.file, self.shown = file or sys.stdout, ""
 
     def grow(self, text, final=False):
         text = printable(text)
-        if not final:
-            text = text.rstrip("\ufffd")
         assert text.startswith(self.shown), "streamed text was taken back"
         self.file.write(text[len(self.shown):] + ("\n" if final else ""))
         self.file.flush()

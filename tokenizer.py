@@ -200,6 +200,10 @@ class Tokenizer:
         """Text of ids (list, array, tensor); specials, the mask and ids out of range are left out."""
         return self.sp.decode([i for i in map(int, ids) if EOS < i < self.vocab_size])
 
+    def written(self, ids):
+        """Text of ids that a model wrote: its length may cut a letter that is made of bytes, whose first ones are left out."""
+        return self.decode(ids).rstrip("\ufffd")
+
     def clusters(self, text):
         """How many letters as people see them (opens_cluster) a text has, and how many of them a token boundary cuts."""
         size, openings, place, cut = 0, [], 0, set()

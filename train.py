@@ -259,7 +259,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
                             block_size=min(args.block_size, frozen or args.block_size), temperature=0.5, top_k=50,
                             eos_id=tokenizer.eos_id)
         with averaged():
-            return tokenizer.decode(generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed]).rows[0])
+            return tokenizer.written(generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed]).rows[0])
 
     def evaluate(step):
         model.eval()

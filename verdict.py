@@ -140,7 +140,7 @@ def write_samples(path, device):
     for prompt in config.PROMPTS:
         out = generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [SEED])
         [ids] = out.rows
-        samples.append({"prompt": prompt, "text": tokenizer.decode(ids), "ids": ids, "special": sum(t in never for t in ids)})
+        samples.append({"prompt": prompt, "text": tokenizer.written(ids), "ids": ids, "special": sum(t in never for t in ids)})
     return samples, saved.step
 
 

@@ -17,6 +17,7 @@ import evaluate
 import judge
 import sample
 import train
+import verdict
 
 MODES = {"full": (), "block": ("--blockwise",), "block_frozen": ("--blockwise", "--frozen_context")}
 EDGE = """python -m sample \\
@@ -153,6 +154,24 @@ def test_ids_of_a_sample(here, kind, mode):
         assert out.forwards <= 4 * (1 if mode == "full" else -(-length // 8))
         if temperature == 0:
             assert out.rows[0] == out.rows[1]
+
+
+def test_no_half_letter_at_the_end(here, capsys, monkeypatch):
+    """A row whose length cut a letter of four bytes: printed, streamed, as JSON and before the verdict it ends before it."""
+    real = decode.generate
+
+    def cut(model, ids, settings, seeds, watch=None, grow=None):
+        out = real(model, ids, settings, seeds)
+        tokenizer = checkpoint.load_model(RUNS["primary"], torch.device("cpu"))[1]
+        out.full_rows = out.rows = [tokenizer.encode("कल 🚀")[:-1] for _ in out.rows]
+        assert tokenizer.decode(out.rows[0]).endswith("\ufffd")
+        return out
+    monkeypatch.setattr(decode, "generate", cut)
+    for flags in ((), ("--stream",)):
+        assert draw(capsys, "primary", "--prompt", "आज ", *flags)[0] == "आज कल "
+    assert json.loads(draw(capsys, "primary", "--prompt", "आज ", "--json")[0])["text"] == "आज कल "
+    samples, _ = verdict.write_samples(RUNS["primary"], torch.device("cpu"))
+    assert {s["text"] for s in samples} == {"कल "}
 
 
 def boosted(eos_logit):

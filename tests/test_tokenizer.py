@@ -91,6 +91,16 @@ def test_decode_leaves_out_specials_mask_and_nonsense(tok):
     assert tok.decode([BOS, 0, 1, *ids, tok.vocab_size, EOS, -1, 10**9]) == "नमस्ते"
 
 
+@pytest.mark.parametrize("text", ["नमस्ते 👩\u200d🚀 日本語 \U0010ffff", HINDI, "é"])
+def test_text_cut_by_its_length_ends_in_a_whole_character(each, text):
+    ids, cut = each.encode(text), 0
+    for n in range(len(ids) + 1):
+        seen = each.written(ids[:n])
+        assert "\ufffd" not in seen and text.startswith(seen)
+        cut += seen != each.decode(ids[:n])
+    assert seen == text and (cut > 0) == any(map(each.sp.is_byte, ids))
+
+
 def test_hard_strings_do_not_crash(tok):
     for text in ("क" + "\u0301\u0327" * 2500, "\ud800" * 1000, "\x00" * 1000, "नमस्ते " * 100_000, "क" * 300_000):
         assert tok.decode(tok.encode(text)) == normalise(text)
