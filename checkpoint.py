@@ -386,7 +386,8 @@ def candidates(path):
     if want in steps:
         return [steps[want]]
     known = [str(found) for r in (below or [run]) for found in list_steps(r).values()]
-    raise UserError(f"there is no checkpoint {p}; there " + (f"are: {', '.join(known)}" if known else "is none at all"))
+    there = f"there are: {', '.join(known)}" if known else "python -m train makes one"
+    raise UserError(f"there is no checkpoint {p}; {there}")
 
 def first_good(path, use, quarantine=False):
     """use(folder), of the first candidate that is not damaged."""
