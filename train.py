@@ -258,8 +258,9 @@ def train(args, origins, ranks, run_dir, source, resuming):
         settings = Settings(max_new_tokens=length, steps=length, mode="block_frozen" if frozen else "full",
                             block_size=min(args.block_size, frozen or args.block_size), temperature=0.5, top_k=50,
                             eos_id=tokenizer.eos_id)
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
         with averaged():
-            return tokenizer.written(generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed]).rows[0])
+            return tokenizer.written(generate(model, ids, settings, [args.seed]).rows[0])
 
     def evaluate(step):
         model.eval()
