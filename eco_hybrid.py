@@ -57,6 +57,25 @@ class EcoCache:
             t.zero_()
 
 
+def weights(s):
+    """Scores of a write -> weights, float32: exp(C tanh(s / C)), by the sigmoid, a third of tanh's time on a CPU."""
+    return torch.exp(2 * SCORE_CAP * torch.sigmoid(s.float() * (2 / SCORE_CAP)) - SCORE_CAP + SHARED)
+
+
+class SquaredNorm(torch.autograd.Function):
+    """|x|^2 over the last dimension, float32. The backward that torch derives moves twice as much."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        return (x.float() * (2 * grad).unsqueeze(-1)).to(x.dtype)
+
+
 class EcoLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -74,8 +93,7 @@ class EcoLayer(nn.Module):
 
     def write(self, v, s, valid=None):
         """The sums of one block: v (..., S, H*E), s (..., S, H*M) -> N (..., H, M, E), float32."""
-        # exp(C tanh(s / C)), with the sigmoid instead, as it takes a third of tanh's time on a CPU
-        w = torch.exp(2 * SCORE_CAP * torch.sigmoid(s.float() * (2 / SCORE_CAP)) - SCORE_CAP + SHARED)     # (..., S, H*M)
+        w = weights(s)                                                             # (..., S, H*M)
         if valid is not None:
             w = w * valid
         w = w.to(v.dtype).unflatten(-1, (self.H, self.M)).movedim(-3, -1)          # (..., H, M, S)
@@ -85,7 +103,7 @@ class EcoLayer(nn.Module):
     def read(self, q, num):
         """q (..., S, H*E) attends over the M slot values N / rms(N) -> (..., S, H*E).
 
-        The quotient is never made: with a block of one token N is as large as all activations of a layer.
+        The quotient is never made: with small blocks N is as large as all activations of a layer.
         """
         if q.dtype is torch.float16:                                               # whose range N leaves; bf16 has float32's
             num = unit_rms(num)
@@ -97,9 +115,41 @@ class EcoLayer(nn.Module):
         share = (score * E ** -0.5).softmax(-1) * scale                            # (..., H, S, M)
         return torch.matmul(share.to(q.dtype), num).transpose(-3, -2).flatten(-2)               # (..., S, H*E)
 
+    def read_tokens(self, q, v, s, v_clean, s_clean):
+        """read(q, own + prefix) for blocks of one token: q, v, s (K, B, n, 1, .), the clean stream's v, s (B, n, 1, .).
+
+        N = P + w v is never made, P being the prefix: q.N, |N|^2 and the answer need products with P, which all K streams
+        share, and numbers. As M*E numbers for each token and stream, N would be moved about a dozen times.
+        """
+        K, n = q.shape[0], q.shape[2]
+        c = min(n, FEW_BLOCKS)
+
+        def grouped(t):                                                            # (..., B, n, 1, H*X) -> (..., B, g, H, c, X)
+            t = F.pad(t.squeeze(-2), (0, 0, 0, -n % c)).unflatten(-1, (self.H, -1))
+            return t.unflatten(-3, (-1, c)).transpose(-3, -2)
+        past = self.token_prefix(weights(grouped(s_clean)).to(v.dtype), grouped(v_clean))        # (B, g, H, c, M, E)
+        both = grouped(torch.cat((q, v))).movedim(0, -2).contiguous()              # (B, g, H, c, 2K, E)
+        q, v = both.split(K, dim=-2)
+        w = weights(grouped(s).movedim(0, -2))                                     # (B, g, H, c, K, M)
+        q_past, v_past = torch.matmul(past, both.mT).mT.float().contiguous().split(K, dim=-2)    # (B, g, H, c, K, M)
+        q_own, v_own = ((t * v).sum(-1, keepdim=True, dtype=torch.float32) for t in (q, v))      # (B, g, H, c, K, 1)
+        square = SquaredNorm.apply(past).unsqueeze(-2) + w * (2 * v_past + w * v_own)            # |N|^2, (B, g, H, c, K, M)
+        scale = (both.shape[-1] / square.clamp(min=1e-20)) ** 0.5                  # 1 / rms(N)
+        name = torch.matmul(q.flatten(3, 4), self.slot_key.to(q.dtype).mT).view(w.shape)
+        score = ((q_past + w * q_own) * scale + name) * both.shape[-1] ** -0.5
+        share = torch.exp(score - score.amax(-1, keepdim=True).detach())           # a softmax: torch's is slow over few numbers
+        share = share / share.sum(-1, keepdim=True) * scale                        # (B, g, H, c, K, M)
+        y = torch.matmul(share.to(past.dtype), past) + (share * w).sum(-1, keepdim=True) * v     # (B, g, H, c, K, E)
+        return y.movedim(-2, 0).transpose(-3, -2).flatten(2, 3)[:, :, :n].flatten(-2).unsqueeze(-2)        # (K, B, n, 1, H*E)
+
     def keep(self, tokens):
         """What a slot still holds after so many further tokens: exp(-tokens / length) -> (H, M, 1)."""
         return torch.exp(-tokens * torch.exp(-self.decay.float())).unsqueeze(-1)
+
+    def kept(self, tokens):
+        """The same for a tensor of numbers, 0 where one is negative -> (H, M, *its shape)."""
+        rate = torch.exp(-self.decay.float()).view(self.H, self.M, *(1,) * tokens.dim())
+        return torch.exp(-tokens.clamp(min=0) * rate) * (tokens >= 0)
 
     def prefix(self, own, block):
         """Sums over earlier blocks: own (B, n, H, M, E) -> same shape, block b holds the decayed total of blocks < b.
@@ -109,15 +159,31 @@ class EcoLayer(nn.Module):
         n = own.shape[1]
         c = n if n <= FEW_BLOCKS else round(n ** 0.5)
         own = F.pad(own, (0, 0) * 3 + (0, -n % c)).unflatten(1, (-1, c))           # (B, g, c, H, M, E)
-        at = torch.arange(c + 1, device=own.device)
-        age = (at[:, None] - at[None, :c] - 1) * block                             # (c + 1, c) tokens from the end of j to i
-        keep = torch.exp(-age.clamp(min=0) * torch.exp(-self.decay.float())[..., None, None])    # (H, M, c + 1, c)
-        own = torch.einsum("hmij,zgjhme->zgihme", keep * (age >= 0), own)          # (B, g, c + 1, H, M, E)
+        at = torch.arange(c + 1, device=own.device) * block
+        keep = self.kept(at[:, None] - at[1:])                                     # (H, M, c + 1, c) from the end of j to i
+        own = torch.einsum("hmij,zgjhme->zgihme", keep, own)                       # (B, g, c + 1, H, M, E)
         own, ends = own.split([c, 1], dim=2)                                       # of each block, and at a group's end
         if n > c:
-            keep = torch.stack([self.keep(i * block) for i in range(c)])           # (c, H, M, 1) of what came before the group
+            keep = self.kept(at[:c]).movedim(-1, 0).unsqueeze(-1)                  # (c, H, M, 1) of what came before the group
             own = own + keep * self.prefix(ends[:, :, 0], c * block)[:, :, None]
         return own.flatten(1, 2)[:, :n]
+
+    def token_prefix(self, w, v):
+        """prefix() of blocks of one token, whose own sums are never made: w, v (B, g, H, c, M or E) -> (B, g, H, c, M, E).
+
+        The c tokens of a group see each other and what came before the group: one product, of (c M, c + M) with (c + M, E).
+        """
+        c = w.shape[3]
+        at = torch.arange(c + 1, device=w.device)
+        keep, end = self.kept(at[:, None] - at[1:]).transpose(1, 2).split([c, 1], dim=1)         # (H, c, M, c), (H, 1, M, c)
+        w = w.mT.unsqueeze(3)                                                      # (B, g, H, 1, M, c)
+        if w.shape[1] > 1:
+            before = self.prefix(torch.matmul((end.to(w.dtype) * w).squeeze(3), v), c)           # (B, g, H, M, E)
+            fade = self.kept(at[:c]).mT.unsqueeze(-1) * torch.eye(self.M, device=w.device)       # (H, c, M, M)
+            keep = torch.cat((keep, fade), dim=-1)                                 # (H, c, M, c + M)
+            w = torch.cat((w, w.new_ones(()).expand(*w.shape[:-1], self.M)), dim=-1)
+            v = torch.cat((v, before.to(v.dtype)), dim=-2)                         # (B, g, H, c + M, E)
+        return torch.matmul((keep.to(w.dtype) * w).flatten(3, 4), v).unflatten(3, (c, self.M))
 
     def split(self, h):
         wide, slim = self.in_proj(h).split([2 * self.ff, 2 * self.dm + self.H * self.M], dim=-1)
@@ -150,12 +216,15 @@ class EcoLayer(nn.Module):
             h = h * valid
         h = self.conv_blocks(h, h.new_zeros(x.shape[1], self.conv.reach, x.shape[-1]))          # (2, B, n, S, D)
         if last:
-            context = self.write(*self.split_write(h[1]), valid)                   # (B, n, H, M, E)
+            clean = self.split_write(h[1])
             x, h = x[:1], h[:1]
         gate, up, q, v, s = self.split(h)
+        clean = clean if last else (v[1], s[1])
+        if x.shape[-2] == 1 and q.dtype is not torch.float16:                      # whose range P leaves
+            return self.mix(x, gate, up, self.read_tokens(q, v, s, *clean))
         own = self.write(v, s, valid)                                              # (2, B, n, H, M, E)
-        total = own + self.prefix(context if last else own[1], x.shape[-2])        # the context is the clean stream's, twice
-        return self.mix(x, gate, up, self.read(q, total))
+        context = self.write(*clean, valid) if last else own[1]                    # (B, n, H, M, E)
+        return self.mix(x, gate, up, self.read(q, own + self.prefix(context, x.shape[-2])))     # the same context twice
 
     def train_step(self, x, valid=None, last=False):
         """One block (B, T, D), or both streams as in all_blocks: what training calls, compiles and recomputes."""

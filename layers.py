@@ -63,7 +63,10 @@ class LocalConv(nn.Module):
     def forward(self, x, halo=None):
         r = self.reach                                                             # x (N, S, D), halo (N, r, D) or None
         if halo is not None and x.shape[1] == 1:                                   # one token: r + 1 products, and no zeros
-            return (torch.cat((halo, x), dim=1).float() * self.weight.T[:r + 1]).sum(1, keepdim=True)
+            y = x.float() * self.weight[:, r]                                      # (N, 1, D)
+            for j in range(r):
+                y = torch.addcmul(y, halo[:, j:j + 1].float(), self.weight[:, j])
+            return y
         if halo is not None:
             x = torch.cat((halo, x, x.new_zeros(x.shape[0], r, x.shape[2])), dim=1)     # (N, r+S+r, D)
         x = x.transpose(1, 2).unsqueeze(2)                                         # (N, D, 1, S+2r), channels last in memory

@@ -124,13 +124,15 @@ def train_flops(c, length, block, hidden):
         layers = c.n_layers * (stream + mix)
         if two:                           # the noisy stream sees clean and noisy keys, the clean one its own
             layers += (c.n_layers - 1) * (stream + mix) + last + c.n_layers * mix
-    else:                                 # in and out; one product writes the slots and two read them
-        writes = 2 * d * (dm + c.n_heads * c.memory_slots) + 2 * d * c.conv_kernel + 2 * c.memory_slots * dm
-        stream = writes + 2 * d * (2 * ff + dm) + 2 * d * (ff + dm) + 4 * c.memory_slots * dm
+    else:                                 # in and out; one product writes the slots and three read them
+        slots = 2 * c.memory_slots * dm
+        writes = 2 * d * (dm + c.n_heads * c.memory_slots) + 2 * d * c.conv_kernel + slots
+        stream = writes + 2 * d * (2 * ff + dm) + 2 * d * (ff + dm) + 3 * slots
         layers = c.n_layers * stream
         if two:                           # and the sums over earlier blocks
             layers += (c.n_layers - 1) * stream + writes
-            layers += c.n_layers * 2 * c.memory_slots * dm * prefix_products(-(-length // block)) / length
+            sums = token_products(c, length) if block == 1 else prefix_products(-(-length // block)) / length
+            layers += c.n_layers * slots * sums
     return 3 * (layers + (2 if c.exits and c.n_layers > 1 else 1) * hidden * 2 * d * c.rows)
 
 
@@ -139,6 +141,12 @@ def prefix_products(n):
     size = n if n <= 16 else round(n ** 0.5)
     groups = -(-n // size)
     return groups * size * (size + 1) + (prefix_products(groups) if n > size else 0)
+
+
+def token_products(c, length):
+    """The same of EcoLayer.token_prefix, per token: its group, and a column for each slot of what came before."""
+    groups = -(-length // 16)
+    return min(length, 16) + (groups > 1) * (c.memory_slots + 1 + prefix_products(groups) / length)
 
 
 def flops_per_token(c, length, shares, asked, flops=None):

@@ -249,6 +249,22 @@ def test_a_slot_is_read_by_its_direction():
     assert not layer.read(q, torch.zeros_like(num)).any()
 
 
+@pytest.mark.parametrize("n, streams", [(1, 2), (5, 1), (16, 2), (17, 2), (40, 1), (300, 2)])
+def test_single_tokens_read_as_their_sums_would_be_read(n, streams):
+    """read_tokens, which never makes a token's N, against read on it: values, and the gradient of everything it uses."""
+    layer = tiny("primary").layers[0]
+    q, v = (torch.randn(streams, 2, n, 1, 16, requires_grad=True) for _ in range(2))
+    s, s_clean, v_clean = (3 * torch.randn(*shape, n, 1, 16) for shape in ((streams, 2), (2,), (2,)))
+    used = [q, v, s.requires_grad_(), v_clean.requires_grad_(), s_clean.requires_grad_(), layer.decay, layer.slot_key]
+    made = layer.read(q, layer.write(v, s) + layer.prefix(layer.write(v_clean, s_clean), 1))
+    lean = layer.read_tokens(q, v, s, v_clean, s_clean)
+    torch.testing.assert_close(lean, made, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(made)
+    grads = [torch.autograd.grad((y * weight).sum(), used) for y in (lean, made)]
+    for got, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-4 * float(wanted.abs().max()) + 1e-6, rtol=1e-3)
+
+
 @torch.no_grad()
 def test_sums_stay_within_float16():
     """4,096 tokens that all write with the largest weight: finite, where e^8 each would not be (--amp_dtype fp16)."""
