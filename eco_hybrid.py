@@ -125,8 +125,8 @@ class EcoLayer(nn.Module):
         c = min(n, FEW_BLOCKS)
 
         def grouped(t):                                                            # (..., B, n, 1, H*X) -> (..., B, g, H, c, X)
-            t = F.pad(t.squeeze(-2), (0, 0, 0, -n % c)).unflatten(-1, (self.H, -1))
-            return t.unflatten(-3, (-1, c)).transpose(-3, -2)
+            t = F.pad(t.squeeze(-2), (0, 0, 0, -n % c))                            # (..., B, g*c, H*X)
+            return t.unflatten(-1, (self.H, -1)).unflatten(-3, (-1, c)).transpose(-3, -2)
         past = self.token_prefix(weights(grouped(s_clean)).to(v.dtype), grouped(v_clean))        # (B, g, H, c, M, E)
         both = grouped(torch.cat((q, v))).movedim(0, -2).contiguous()              # (B, g, H, c, 2K, E)
         q, v = both.split(K, dim=-2)
@@ -135,7 +135,7 @@ class EcoLayer(nn.Module):
         q_own, v_own = ((t * v).sum(-1, keepdim=True, dtype=torch.float32) for t in (q, v))      # (B, g, H, c, K, 1)
         square = SquaredNorm.apply(past).unsqueeze(-2) + w * (2 * v_past + w * v_own)            # |N|^2, (B, g, H, c, K, M)
         scale = (both.shape[-1] / square.clamp(min=1e-20)) ** 0.5                  # 1 / rms(N)
-        name = torch.matmul(q.flatten(3, 4), self.slot_key.to(q.dtype).mT).view(w.shape)
+        name = torch.matmul(q.flatten(3, 4), self.slot_key.to(q.dtype).mT).view(w.shape)                 # (B, g, H, c, K, M)
         score = ((q_past + w * q_own) * scale + name) * both.shape[-1] ** -0.5
         share = torch.exp(score - score.amax(-1, keepdim=True).detach())           # a softmax: torch's is slow over few numbers
         share = share / share.sum(-1, keepdim=True) * scale                        # (B, g, H, c, K, M)
@@ -148,7 +148,7 @@ class EcoLayer(nn.Module):
 
     def kept(self, tokens):
         """The same for a tensor of numbers, 0 where one is negative -> (H, M, *its shape)."""
-        rate = torch.exp(-self.decay.float()).view(self.H, self.M, *(1,) * tokens.dim())
+        rate = torch.exp(-self.decay.float()).view(self.H, self.M, *(1,) * tokens.dim())         # (H, M, 1, ...)
         return torch.exp(-tokens.clamp(min=0) * rate) * (tokens >= 0)
 
     def prefix(self, own, block):
