@@ -130,7 +130,7 @@ def fill_text(args, model, tokenizer, s, watch):
     s = dataclasses.replace(s, mode="full", eos_id=None, steps=args.steps or sum(sizes), guidance_scale=1.0)
     for seed in range(args.seed, args.seed + args.num_samples):
         result = infill(model, ids, s, [seed], watch)
-        answers = [tokenizer.decode(result.rows[0][gap]) for gap in gaps]
+        answers = [tokenizer.written(result.rows[0][gap]) for gap in gaps]
         text = "".join(part + (a.removeprefix(" ") if part.endswith(" ") else a) for part, a in zip(fixed, answers, strict=True))
         yield record(args, args.text, text, seed, result, 0, sum(sizes), s)
 

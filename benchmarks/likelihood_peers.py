@@ -67,16 +67,14 @@ class ForLLaDA:
         return SimpleNamespace(logits=self.net.logits(ids))
 
 
-class ForRADD:
+class ForRADD(torch.nn.Module):
     """ids (B, T - 1) -> their log probabilities, given BOS in front of them. The mask is the last of V ids, as RADD has it."""
 
     def __init__(self, net):
+        super().__init__()
         self.net = net
 
-    def eval(self):
-        return self
-
-    def __call__(self, ids):
+    def forward(self, ids):
         return self.net.logits(torch.nn.functional.pad(ids, (1, 0), value=BOS))[:, 1:].log_softmax(-1)
 
 
