@@ -2,14 +2,14 @@
 
     python -m corpus --docs 5 --seed 0
 
-It is named for what it is: synthetic text from the words of lexicon.py in the sentences of frames.py, not real data.
+It is named for what it is: synthetic text from the words and the sentences of starter/, not real data.
 prepare.py offers it as `builtin` and the tests use it everywhere. A document is a pure function of (seed, index): document
 1,000 is made without the 999 before it, and no text changes unless VERSION does. Everything is written once, in Devanagari;
 the Hinglish is the same sentence as one of a few typists, each with spelling habits, would type it. So both scripts share
 one grammar.
 
 `S कल place.o गया~S था=S` is a frame: Devanagari words are themselves, Latin words are slots (S the subject, place a noun),
-`.x` asks for a form, and `~` and `=` make a word agree with a slot. frames.py opens with the whole notation.
+`.x` asks for a form, and `~` and `=` make a word agree with a slot. starter/__init__.py has the whole notation.
 """
 import argparse
 import random
@@ -19,9 +19,9 @@ from bisect import bisect
 from itertools import accumulate, count
 
 import config
-import frames
 import knobs
-import lexicon
+import starter
+from starter import lexicon
 
 VERSION = 1                                     # bump it whenever any text changes: a golden hash in the tests insists
 HINGLISH = config.PrepareArgs.hinglish_ratio
@@ -50,7 +50,7 @@ def learn(word, roman):
     """Remember how a word (or phrase, word by word) is typed in Latin letters; contradictions are slips in the tables."""
     for w, r in zip(word.split(), roman.split(), strict=True):
         if ROMAN.setdefault(w, r) != r:
-            raise ValueError(f"{w} is typed both {ROMAN[w]} and {r}: keep one in lexicon.py")
+            raise ValueError(f"{w} is typed both {ROMAN[w]} and {r}: keep one in starter/lexicon.py")
     return word
 
 
@@ -164,7 +164,7 @@ def activity(thing, cls, forms, age, when, where):
     return entity
 
 
-# ---- tables: everything in lexicon.py and frames.py, expanded once at import
+# ---- tables: everything in starter/, expanded once at import
 
 def split_rows(table, width):
     """Rows of whitespace-separated cells; `_` inside a cell is a space, `-` is an empty cell."""
@@ -315,7 +315,7 @@ def parse_kind(row):
             "join": " ¶ " if name.startswith("talk") else " "}          # talk: one line for each turn
 
 
-KINDS = {row[0]: parse_kind(row) for row in frames.KINDS}
+KINDS = {row[0]: parse_kind(row) for row in starter.KINDS}
 CHOOSERS = [(list(KINDS.values()), list(accumulate(kind["weights"][side] for kind in KINDS.values())))
             for side in (0, 1)]                 # Devanagari, Latin: kinds and the running sum of their weights
 

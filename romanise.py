@@ -15,7 +15,7 @@ import sys
 import unicodedata
 
 import knobs
-import lexicon
+from starter import lexicon
 
 # ------------------------------------------------------------------------------------------------ tables: letters to sounds
 # sounds: one Latin letter or digraph for a consonant; capitals are the long or second vowel: A aa, I ee, U oo, E ai, O au
@@ -66,7 +66,7 @@ def units(word):
 
 
 # ------------------------------------------------------------------------------------------------------------ tables: words
-# what no rule gives: a word and its spellings, the commonest first and each as often as it is common. lexicon.py holds more
+# what no rule gives: a word and its spellings, the commonest first and each as often as it is common; more in starter/lexicon.py
 TYPED = """
 बस bas  द्वारा dwara/dvara  स्वयं swayam  एवं evam/evan  है hai/hai/hai/he  हैं hain/hain/hai  मैं main/main/mai/mai
 में mein/mein/me/me  हूँ hoon/hu/hun  नहीं nahi/nahi/nahin/nhi  यह yeh/ye/ye  वह wo/woh/vo  ये ye/ye/yeh  वे ve/wo  क्या kya

@@ -333,6 +333,7 @@ def test_the_notebook_runs(corpus_dir, tmp_path, monkeypatch):
     shutil.copytree(corpus_dir / "data", home / "data")
     for path in [*ROOT.glob("*.py"), ROOT / "requirements_runtime.txt"]:
         shutil.copy(path, home)
+    shutil.copytree(ROOT / "starter", home / "starter")
     for words in (("init", "-q"), ("add", "-A"), ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all")):
         subprocess.run(["git", *words], cwd=home, check=True)
     for name, value in {"ARIA_REPO": f"file://{home}", "ARIA_NOTEBOOK_ARGS": " ".join([*TINY, "--max_steps", "3"]),
