@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 
 import knobs
 from config import TrainArgs
+from objective import block_problems
 from shapes import ModelConfig, count_params, weight_name
 from knobs import Damage, UserError, file_sha256, say
 from model import build_model
@@ -36,6 +38,8 @@ except ImportError:  # Windows has no flock: there a second trainer goes unnotic
 FORMAT = "aria-checkpoint-1"
 PARTS, MANIFEST = ("model", "ema", "optimizer"), "MANIFEST.json"
 SMALL = {"state.json", "config.json", "tokenizer.model"}
+READ = ("seq_len", "batch_size", "train_block_sizes", "sample_steps", "data_dir")  # the settings that users of a model read
+LARGEST_MANIFEST = 1 << 26  # bytes; a manifest has some 150 for each file
 STRAY = {".DS_Store", "desktop.ini", "Thumbs.db"}  # file managers leave these anywhere; nothing reads them
 
 # ---------------------------------------------------------------------------------------------------- disk work
@@ -221,8 +225,21 @@ def seal(manifest):
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     return {**body, "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
 
+def regular(path):
+    """The status of a regular file: a pipe would be waited for, and a device may never end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return found
+
 def read_manifest(folder):
     path = folder / MANIFEST
+    try:
+        size = regular(path).st_size
+    except OSError as error:
+        raise Damage(f"cannot read {path}: {error.strerror}") from None
+    if size > LARGEST_MANIFEST:
+        raise Damage(f"{path} has {size:,} bytes, which is no manifest")
     manifest = read_json(path)
     try:
         whole = path.read_bytes() == to_json(seal(manifest))  # byte for byte: not even a space may differ
@@ -246,7 +263,7 @@ def verify(folder):
     manifest = read_manifest(folder)
     for file, entry in manifest["files"].items():
         try:
-            found = {"size": (folder / file).stat().st_size}
+            found = {"size": regular(folder / file).st_size}
             if isinstance(entry, dict) and found["size"] == entry.get("size"):
                 found["sha256"] = file_sha256(folder / file)
         except OSError as error:
@@ -307,6 +324,18 @@ def section(saved, name):
         raise Damage(f"{saved.path / 'config.json'} has no {name!r}")
     return saved.config[name]
 
+def check_settings(saved):
+    """Before a model is used: the settings of its run that the commands read are there, and within their limits."""
+    where, found = saved.path / "config.json", section(saved, "args")
+    if missing := [name for name in READ if name not in found]:
+        raise UserError(f"{where} lacks {', '.join(missing)}: another version wrote it, or it was changed by hand")
+    values = knobs.checked(TrainArgs, {name: found[name] for name in READ}, where)
+    problems = [*block_problems("train_block_sizes", values["train_block_sizes"])]
+    if "\0" in values["data_dir"]:
+        problems.append("data_dir holds a zero byte, which no path can")
+    if problems:
+        raise UserError(f"{where}: " + "; ".join(problems))
+
 def may_fit(cfg, tensors):
     """Before a model is built: a shape beyond all that the file holds is refused, and takes no memory."""
     asked, found = count_params(cfg), sum(t.numel() for t in tensors.values())
@@ -349,6 +378,7 @@ def list_steps(run_dir):
 def read_pointer(run, pointer):
     """The text file `latest` or `best` -> (step or None, the time it was written)."""
     with contextlib.suppress(OSError, ValueError):
+        regular(run / pointer)
         name, *when = (run / pointer).read_text(encoding="utf-8").split("\n")
         if re.fullmatch(r"step_[0-9]{6,12}", name):
             return int(name[5:]), "".join(when)
@@ -417,6 +447,7 @@ def load_model(path, device, model="auto", tokenizer_path=None):
     """Any spelling of a checkpoint -> (model in eval mode, its averaged weights if it has them; tokenizer; checkpoint)."""
     saved = load(path, parts=("model", "ema"))
     cfg = ModelConfig.from_dict(section(saved, "model"))
+    check_settings(saved)
     may_fit(cfg, saved.model)
     if model not in ("auto", cfg.model):
         raise UserError(f"{saved.path} holds a {cfg.model} model, --model says {model}: use --model {cfg.model}")

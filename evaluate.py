@@ -216,7 +216,7 @@ def ar_judge(path, device, tokenizer, longest, judged):
     if (trained := saved.config["args"]["seq_len"]) < longest:
         say(f"notice: the judge {path} was trained on {trained} positions and reads up to {longest}: its figures mean less there")
 
-    if saved.state["data_sha256"] == judged.state["data_sha256"]:
+    if saved.state.get("data_sha256") and saved.state["data_sha256"] == judged.state.get("data_sha256"):
         say(f"notice: the judge {path} has learned from the same text: it likes what both have read")
 
     @torch.no_grad()

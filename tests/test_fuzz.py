@@ -4,12 +4,14 @@
 
 hypothesis chooses the edits here and shrinks what fails; the benchmark makes tens of thousands with a plain generator.
 """
+import os
 import random
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import conftest
 from conftest import trap
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -215,3 +217,64 @@ def test_a_tokenizer_name_that_no_file_can_have(lab):
     meta = checkpoint.read_json(lab.text / "meta.json")
     for name in ("x" * 5000, "a\0b", "../" * 3000):
         assert fuzz.attempt(lab, "meta", (checkpoint.to_json({**meta, "tokenizer": name}),)) == "refused"
+
+
+# ---- what is not damaged, but cannot be meant -------------------------------------------------------------------------
+
+IMPOSSIBLE = [("seq_len", value) for value in (0, -1, 1, True, "x", None)]
+IMPOSSIBLE += [("batch_size", 0), ("batch_size", "x"), ("sample_steps", 0), ("sample_steps", -1), ("sample_steps", 1.5),
+               ("train_block_sizes", "T,0"), ("train_block_sizes", ""), ("train_block_sizes", None), ("data_dir", 7)]
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "edge_benchmark"])
+def test_settings_that_no_run_can_have(lab, capsys, tmp_path, command):
+    """A config.json that somebody edited, with a manifest that fits it: one sentence that names the setting."""
+    import edge_benchmark
+    import evaluate
+    import sample
+    main = {"sample": sample, "evaluate": evaluate, "edge_benchmark": edge_benchmark}[command].main
+    more = ("--out_json", tmp_path / "e.json") if command == "edge_benchmark" else ()
+    sound = checkpoint.read_json(lab.step / "config.json")
+    folder = tmp_path / "ckpt"
+    shutil.copytree(lab.step, folder)
+    for name, value in [*IMPOSSIBLE, *((name, "absent") for name in ("seq_len", "sample_steps", "data_dir"))]:
+        changed = {**sound["args"], name: value}
+        if value == "absent":
+            del changed[name]
+        (folder / "config.json").write_bytes(checkpoint.to_json({**sound, "args": changed}))
+        fuzz.vouched(folder, "config.json")
+        capsys.readouterr()
+        assert conftest.call(main, "--ckpt", folder, "--threads", 1, *more) == 2, (name, value)
+        error = capsys.readouterr().err
+        error = error[error.rfind("error:"):]
+        assert name in error and "config.json" in error, error
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "large"])
+def test_a_manifest_that_never_ends(lab, tmp_path, kind):
+    folder = tmp_path / "run" / "step_000002"
+    shutil.copytree(lab.step, folder)
+    manifest = folder / "MANIFEST.json"
+    manifest.unlink()
+    if kind == "pipe":
+        os.mkfifo(manifest)
+    elif kind == "device":
+        manifest.symlink_to("/dev/zero")
+    else:
+        with open(manifest, "wb") as f:
+            f.truncate(1 << 40)                                                # holes only: it takes no room
+    (folder.parent / "latest").write_text("step_000002\n", encoding="utf-8")
+    for path in (folder, folder.parent):
+        with pytest.raises(UserError, match="MANIFEST.json"):
+            checkpoint.load_model(path, "cpu")
+
+
+def test_a_pointer_and_a_listed_file_that_are_pipes(lab, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(lab.step, run / "step_000002")
+    os.mkfifo(run / "latest")
+    assert checkpoint.load(run).step == 2                                      # as if there were no pointer
+    (run / "step_000002/state.json").unlink()
+    os.mkfifo(run / "step_000002/state.json")
+    with pytest.raises(UserError, match="state.json"):
+        checkpoint.load(run)
