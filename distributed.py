@@ -125,9 +125,14 @@ class Ranks:
     # ---- weights, gradients, optimizer state ---------------------------------------------------------------------------
 
     def place(self, model, device, dtype, source=None):
-        """The model on its device; with --fsdp only this rank's part, filled from the checkpoint files `source` if given."""
+        """The model on its device, with rank 0's weights on every rank; with --fsdp only this rank's part of them, filled from
+        the checkpoint files `source` if given."""
         if not self.sharded:
-            return model.to(device)
+            model = model.to(device)
+            if self.world > 1:
+                for p in model.parameters():
+                    dist.broadcast(p.detach(), 0)
+            return model
         import shards                                            # a second of imports that only --fsdp needs
         for p in model.parameters():
             dist.broadcast(p.detach(), 0)
@@ -139,8 +144,10 @@ class Ranks:
     def replicate(self, loss):
         """The module whose forward is the loss -> the same, its gradients summed over the ranks while backward runs.
 
-        Each rank's gradients are already divided by the whole step's count. Weights become rank 0's. A step may leave some
-        weights without gradient (one block rule each), the same ones everywhere, and they stay without.
+        Each rank's gradients are already divided by the whole step's count. A step may leave some weights without gradient
+        (one block rule each), the same ones everywhere, and they stay without. Call it after every backward pass that is not
+        a training step (the probe of --auto_batch, --compile): DDP would remember the weights that such a pass has used, and
+        ask for their gradients in the first step.
         """
         if self.world == 1 or self.sharded:
             return loss

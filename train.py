@@ -155,7 +155,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     if saved and ranks.main and not args.fsdp:
         checkpoint.load_into(model, getattr(saved, weights))
     model = ranks.place(model, device, dtype, saved and saved.files[weights])
-    loss_of = ranks.replicate(masking.DenoisingLoss(model))
+    loss_of = masking.DenoisingLoss(model)                   # becomes ranks.replicate's just before the loop
     model.recompute = args.activation_checkpointing
     optimizer = optim.make_optimizer(model, args)
     ema = optim.EMA(model, args.ema) if args.ema else None
@@ -242,6 +242,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     if args.compile:
         with runtime.autocast(device, dtype):
             compile_step(model, args, (micro, args.seq_len), device)
+    loss_of = ranks.replicate(loss_of)                       # after the probe and the compiler: see there
 
     def publish(name, text):
         if not ranks.main:
