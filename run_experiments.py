@@ -3,7 +3,7 @@
     python -m run_experiments                                           # the plan of 8 runs and their commands, nothing else
     python -m run_experiments --max_steps 2000 --execute                # run what is not finished; one failure stops no other
     python -m run_experiments --study memory_slots --halving --execute  # studies.py; only the better half goes on
-    python -m run_experiments --report docs/studies                     # report.html and docs/results.md, from results.jsonl
+    python -m run_experiments --report checkpoints/ablations            # report.html and results.md there, from results.jsonl
 
 Every run is `python -m train --resume_latest` and then `python -m evaluate`, each in a process of its own. Whatever stops this
 program, the same command again goes on: a finished run is one with a line in results.jsonl that has the same settings.
@@ -305,11 +305,21 @@ def execute(args, runs, root):
         return 1 if book.bad else 0
 
 
+def results_page(args):
+    """Where --report writes its tables: beside the runs, but for the studies that this repository keeps itself."""
+    folder, ours = Path(args.report), config.ROOT / "docs/studies"
+    if args.results_page:
+        return Path(args.results_page)
+    if ours in (folder.resolve(), *folder.resolve().parents):
+        return config.ROOT / "docs/results.md"
+    return folder / "results.md"
+
+
 def main(argv=None):
     args, origins = cli.parse(config.ExperimentArgs, argv, "run_experiments",
                                  tier=lambda typed: STUDIES[typed["study"]].base if typed.get("study") else {})
     if args.report:
-        return study_report.rebuild(Path(args.report), Path(args.results_page))
+        return study_report.rebuild(Path(args.report), results_page(args))
     cli.announce(args, origins)
     varied = {key for diff in variants(args).values() for key in diff} if args.study else set()
     mine = [name for name in OURS if origins[name] == "flag" and (name in varied or not args.study or name in list(OURS)[:5])]

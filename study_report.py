@@ -1,6 +1,6 @@
 """What run_experiments.py found, for people: learning curves, error bars and tables, from the lines of results.jsonl alone.
 
-    python -m run_experiments --report checkpoints/ablations         # report.html there, and the tables of docs/results.md
+    python -m run_experiments --report checkpoints/ablations         # report.html and results.md there
 
 Used by run_experiments.py. Errors: over seeds a standard deviation; of a difference to the reference a standard error, over the
 seeds that both have, or where that is one seed over the held-out documents; of one run a standard error over documents.
@@ -8,16 +8,17 @@ seeds that both have, or where that is one seed over the held-out documents; of 
 import base64
 import bisect
 import html
+import importlib.util
 import io
 import json
 import math
 import os
 import re
+import shlex
 import statistics
-import sys
 
 import knobs
-from knobs import UserError, need, say
+from knobs import UserError, say
 
 HEAD = ("variant", "runs", "parameters", "in the layers", "MFLOP/token", "tokens", "tokens/s", "bound, nats/token", "bits/byte",
         "to the reference", "chain rule, bits/byte")
@@ -178,8 +179,11 @@ def markdown(title, lines, states=None, rungs=()):
 
 # ---- pictures ---------------------------------------------------------------------------------------------------------
 
+def can_draw():
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def pyplot():
-    need("matplotlib", "for the report")
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -251,27 +255,34 @@ def sections(folder):
     return [(path.resolve().parent.name, lines) for path in paths if (lines := list(by_seed(path).values()))]
 
 
+def pictures(name, lines):
+    """Both pictures of a section and what they show, as HTML."""
+    several = len({line["seed"] for line in lines}) > 1
+    return (f'<img alt="Learning curves of {html.escape(name)}" src="data:image/png;base64,{curves(lines)}">'
+            f'<p class="note">Validation during training{": mean over seeds, the band is their range" * several}.</p>'
+            f'<img alt="Final bounds of {html.escape(name)}" src="data:image/png;base64,{bars(lines)}">'
+            '<p class="note">Blue: mean over seeds and their standard deviation. Grey: one seed, and the standard '
+            'error over documents of its difference to the reference. Small bars: single runs; dashed: the '
+            'reference.</p>')
+
+
 def build(folder, path):
-    """report.html: one file that needs nothing beside it."""
-    parts = []
+    """report.html: one file that needs nothing beside it. Without matplotlib it has the tables and no pictures."""
+    parts, drawn = [], can_draw()
+    missing = ("matplotlib is not installed: python -m pip install matplotlib, then "
+               f"python -m run_experiments --report {shlex.quote(str(folder))}")
     for name, lines in sections(folder):
         table = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows(lines))
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEAD)
-        several = len({line["seed"] for line in lines}) > 1
-        parts.append(f"<h2>{html.escape(name)}</h2>"
-                     f'<img alt="Learning curves of {html.escape(name)}" src="data:image/png;base64,{curves(lines)}">'
-                     f'<p class="note">Validation during training{": mean over seeds, the band is their range" * several}.</p>'
-                     f'<img alt="Final bounds of {html.escape(name)}" src="data:image/png;base64,{bars(lines)}">'
-                     '<p class="note">Blue: mean over seeds and their standard deviation. Grey: one seed, and the standard '
-                     'error over documents of its difference to the reference. Small bars: single runs; dashed: the '
-                     'reference.</p>'
+        shown = pictures(name, lines) if drawn else f'<p class="note">No pictures: {html.escape(missing)}</p>'
+        parts.append(f"<h2>{html.escape(name)}</h2>{shown}"
                      f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{table}</tbody></table></div>'
                      f'<p class="note">{html.escape(origin(lines))}</p>')
     knobs.write_text(path, (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Aria: experiments</title><style>{STYLE}</style></head><body><h1>Experiments</h1>{''.join(parts)}"
         "</body></html>\n"))
-    say(f"report: {path}")
+    say(f"report: {path}" if drawn else f"notice: {path} has tables and no pictures, as {missing}")
 
 
 def rebuild(folder, page):
@@ -287,5 +298,5 @@ def rebuild(folder, page):
         old = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
         text = old.sub(lambda _, body=body: body, text) if old.search(text) else f"{text.rstrip()}\n\n{body}\n"
     knobs.write_text(page, text)
-    print(f"{page}: {', '.join(name for name, _ in found)}", file=sys.stderr)
+    say(f"results: {page}: {', '.join(name for name, _ in found)}")
     return 0

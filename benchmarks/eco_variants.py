@@ -3,7 +3,7 @@
     python benchmarks/eco_variants.py --max_steps 500 --data_dir DIR                 # the plan and its sizes, nothing else
     python benchmarks/eco_variants.py --max_steps 500 --data_dir DIR --execute       # run what is not finished
     python benchmarks/eco_variants.py --only no_conv untied --seeds 1337 --execute   # the reference always runs beside them
-    python -m run_experiments --report checkpoints/studies/eco_variants              # report.html and docs/results.md
+    python -m run_experiments --report checkpoints/studies/eco_variants              # report.html and results.md there
 
     reference          the block as it is
     no_conv            no convolution: inside its block a token does not know where it stands

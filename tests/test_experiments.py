@@ -5,6 +5,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -333,17 +334,48 @@ def test_a_training_that_somebody_stopped_is_not_finished(folder):
     assert knobs.read_lines(run / "train.jsonl")[-1]["stopped"] == "SIGTERM"
 
 
+def test_the_page_of_results_lies_beside_the_runs(folder, monkeypatch):
+    """Only this repository's own studies go to its docs/results.md, from wherever the command is typed."""
+    def page(*words):
+        return experiments.results_page(cli.parse(ExperimentArgs, ["--report", *map(str, words)], "run_experiments")[0])
+    monkeypatch.chdir(folder)
+    shutil.copytree(folder / "out", "docs/studies/mine", ignore=shutil.ignore_patterns("*_token*"))
+    assert experiments.main(["--report", "docs/studies"]) == 0 and not Path("docs/results.md").exists()
+    assert Path("docs/studies/results.md").read_text().count("| backup_continuous_token |") == 1
+    assert page(folder / "out", "--results_page", "a.md") == Path("a.md")
+    for ours in (ROOT / "docs/studies", ROOT / "docs/studies/ema"):
+        assert page(ours) == ROOT / "docs/results.md"
+
+
+def test_a_matrix_without_matplotlib_is_no_failure(folder, monkeypatch, capsys):
+    """All has run: one line says which pictures are missing, and the command in it makes the report."""
+    monkeypatch.chdir(folder)
+    words = [*WORDS[:-1], "a plain one"]
+    Path("a plain one").mkdir()
+    shutil.copy("out/results.jsonl", "a plain one")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert experiments.main([*words, "--execute"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "matplotlib" in line]
+    report = Path("a plain one/report.html").read_text()
+    assert len(told) == 1 and "pip install matplotlib" in told[0] and "<img" not in report and report.count("<tr>") == 3
+    hint = shlex.split(re.search(r"-m run_experiments (.*)", told[0])[1])
+    assert experiments.main(hint) == 0, "it says it again, and the tables are there"
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    if study_report.can_draw():
+        assert experiments.main(hint) == 0 and Path("a plain one/report.html").read_text().count("<img") == 2
+
+
 def test_the_report_opens_in_a_browser_and_the_page_of_results_is_renewed(folder):
     sync = pytest.importorskip("playwright.sync_api")
     browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not browser_path:
         pytest.skip("no browser")
     pytest.importorskip("matplotlib")
-    (folder / "docs").mkdir()
-    (folder / "docs/results.md").write_text("# Kept\n\n<!-- begin out -->\nold\n<!-- end out -->\n\nKept, too.\n")
+    (folder / "out/results.md").write_text("# Kept\n\n<!-- begin out -->\nold\n<!-- end out -->\n\nKept, too.\n")
     (folder / "out/report.html").unlink()
     aria("run_experiments", "--report", "out", cwd=folder, check=0)
-    page_text = (folder / "docs/results.md").read_text()
+    page_text = (folder / "out/results.md").read_text()
     assert "old" not in page_text and page_text.count("Kept") == 2 and page_text.count("| backup_continuous_token |") == 1
     with sync.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu", "--disable-quic",
