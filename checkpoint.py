@@ -258,6 +258,15 @@ def read_manifest(folder):
         raise Damage(f"{path} belongs to step {step}, not to {folder.name}")
     return manifest
 
+def difference(found, entry):
+    """What is there now and what the manifest says, in words."""
+    if not isinstance(entry, dict) or type(entry.get("size")) is not int:
+        return "the manifest does not say what it was"
+    if found["size"] != entry["size"]:
+        return f"it has {found['size']:,} bytes instead of {entry['size']:,}"
+    return "its bytes have changed (another SHA-256)"
+
+
 def verify(folder):
     """Every listed file is there with its size and hash, and no other; returns the manifest."""
     manifest = read_manifest(folder)
@@ -269,7 +278,7 @@ def verify(folder):
         except OSError as error:
             raise Damage(f"{folder / file} cannot be read: {error.strerror}") from None
         if found != entry:
-            raise Damage(f"{folder / file} is not what was saved: {found} instead of {entry}")
+            raise Damage(f"{folder / file} is not what was saved: {difference(found, entry)}")
     extra = set(os.listdir(folder)) - {MANIFEST, *manifest["files"], *STRAY}
     extra = {file for file in extra if not (manifest.get("dropped") and part_of(file) == "optimizer")}
     if extra:

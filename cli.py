@@ -11,15 +11,23 @@ import re
 import sys
 from pathlib import Path
 
-from config import ADDED, COMMANDS, PRESETS, RATES, SAMPLE_PROFILES, TRAIN_PROFILES, SampleArgs, TrainArgs
-from knobs import UserError, checked, problems_of, read_flags, read_json, run, show
+import knobs
+from config import ADDED, COMMANDS, PRESETS, RATES, ROOT, SAMPLE_PROFILES, TRAIN_PROFILES, VERSION, SampleArgs
+from config import TrainArgs
+from knobs import UserError, checked, problems_of, read_flags, read_json, run, say, show
 from shapes import count_params, match_d_ff, model_config
 
 
 def answer_help(cls, prog):
-    """For a command with slow imports, called before them: print the help and leave, if that is what was asked for."""
-    if {"-h", "--help", "--help_all", "--help-all"} & set(sys.argv[1:]):
+    """For a command with slow imports, called before them: print help or version and leave, if that was asked for."""
+    if {"-h", "--help", "--help_all", "--help-all", "--version"} & set(sys.argv[1:]):
         run(lambda argv: parse(cls, argv, prog))
+
+
+def version():
+    """The name and version of this program, with the commit where the code lies in git."""
+    commit = knobs.commit_hash(ROOT)
+    return f"Aria {VERSION}" + ("" if commit.startswith("unknown") else f" (commit {commit})")
 
 
 def parse(cls, argv, prog, pinned=None, tier=None):
@@ -29,6 +37,9 @@ def parse(cls, argv, prog, pinned=None, tier=None):
     tier: settings just above the defaults, or a function from the typed flags to them, called only if they are sound.
     """
     typed, problems, bad = read_flags(cls, sys.argv[1:] if argv is None else argv, prog, COMMANDS)
+    if typed.get("version"):
+        print(version())
+        raise SystemExit(0)
     path, file = typed.get("config"), {}
     if path in PRESETS:
         if typed.setdefault("preset", path) != path:
@@ -68,14 +79,28 @@ def parse(cls, argv, prog, pinned=None, tier=None):
     if preset != "none" and origins["d_ff"] == f"preset {preset}" and args.model == "primary":
         shape = model_config(args, vocab_size=1)                   # the vocabulary is the same on both sides
         args.d_ff = match_d_ff(shape, count_params(dataclasses.replace(shape, model="backup")))
+    knobs.be_quiet(args.quiet)
     return args, origins
 
 
+def changed(args, origins):
+    """What the user asked for, and what followed from it, in one line; what a preset or a file holds is not repeated."""
+    pairs, silent = [], ("default", "command", "checkpoint", "tier", "one-shot")
+    for name, why in origins.items():
+        if why in silent or why.startswith(("preset ", "profile ", "config ")):
+            continue
+        value = "".join(c if c.isprintable() else "\ufffd" for c in show(getattr(args, name)))
+        value = value if len(value) <= 60 else value[:57] + "..."
+        pairs.append(f"{name}={value}" + (f" ({why})" if why != "flag" else ""))
+    if "checkpoint" in origins.values():
+        pairs.append("the rest as in the checkpoint")
+    return ", ".join(pairs) or "all defaults"
+
+
 def announce(args, origins, vocab_size=None):
-    """What is not a default, and why, on stderr. With --print_config everything on stdout, and the program ends."""
+    """What the user has set, on stderr. With --print_config everything on stdout, and the program ends."""
     if not args.print_config:
-        pairs = [f"{name}={show(getattr(args, name))} ({why})" for name, why in origins.items() if why != "default"]
-        print("settings:", ", ".join(pairs) or "all defaults", file=sys.stderr)
+        say(f"settings: {changed(args, origins)} (all of them: --print_config)")
         return
     for name, origin in origins.items():
         print(f"{name:20} {show(getattr(args, name)):24} {origin}")

@@ -21,6 +21,7 @@ from sinks import SinkKnobs
 from studies import ExperimentKnobs
 
 ROOT = Path(__file__).resolve().parent
+VERSION = "1.0"
 PROMPTS = ("mai kal bazaar gaya tha aur", "भारत में आज मौसम", "yaar mujhe samajh nahi aa raha",
            "मुझे एक अच्छी कहानी सुनाओ")     # the runbook's
 STARTER_DIR, STARTER_CHARS, STARTER_VOCAB = "data/builtin", 12_000_000, 4000      # the starter corpus, when train makes it
@@ -86,7 +87,14 @@ def gpu_tier(memory, typed=()):
 # ---- the knobs ------------------------------------------------------------------------------------------------------
 
 @dataclass
-class CommonKnobs:
+class EveryKnobs:
+    "Everywhere"
+    quiet: bool = knob(False, "only results, warnings, notices and errors", "ignore")
+    version: bool = knob(False, "print the version, then stop", "ignore")
+
+
+@dataclass
+class CommonKnobs(EveryKnobs):
     "Everywhere"
     device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps", "ignore", shortcuts={"cpu": "cpu"})
     seed: int = knob(1337, "all randomness", "must", at_least=0, below=2**63)
@@ -181,6 +189,11 @@ class PresetKnobs:
 # dataclasses collect fields from the last base to the first: --help shows these groups from right to left
 @dataclass
 class TrainArgs(CommonKnobs, ResumeKnobs, SinkKnobs, RunKnobs, OptimKnobs, MaskKnobs, ModelKnobs, DataKnobs, PresetKnobs):
+    examples = (("python -m train --preset starter", "the built-in corpus, minutes on a laptop"),
+                ("python -m train --data_dir data/processed", "your own text, after python -m prepare"),
+                ("python -m train --resume checkpoints/eco_hybrid_hi", "go on exactly where a run stopped"),
+                ("python -m train --preset nano --print_config", "what would be trained, without training it"))
+
     @property
     def run_dir(self):
         folder = "eco_hybrid_hi" if self.model == "primary" else "ar_hi" if self.causal else "diffusion_hi"
@@ -251,7 +264,10 @@ class PrepareKnobs(DataKnobs):
 
 @dataclass
 class PrepareArgs(PrepareKnobs, CommonKnobs):
-    pass
+    examples = (("python -m prepare --source files --input my_text.txt", "your own text"),
+                ("python -m prepare --source hindi --report cleaned.html", "Hindi and Hinglish from the hub, cleaned"),
+                ("python -m prepare --source builtin", "the starter corpus, without a network"))
+    first = ("Preparation",)
 
 
 @dataclass
@@ -263,6 +279,11 @@ class ColabKnobs:
 
 @dataclass
 class ColabArgs(TrainArgs, PrepareKnobs, ColabKnobs):
+    examples = (("python -m colab_train_eco --max_steps 500 --compile", "data, tokenizer, training and verdict on a GPU"),
+                ("python -m colab_train_eco --drive /content/drive/MyDrive/Aria",
+                 "with copies on a drive: the same again goes on there"),
+                ("python -m colab_train_eco --allow_cpu --preset tiny --max_steps 50", "a small try without a GPU"))
+    first = ("One-shot",)
     n_layers: int = again(ModelKnobs, "n_layers", 10)
     auto_batch: bool = again(OptimKnobs, "auto_batch", True)
     save_minutes: float = again(RunKnobs, "save_minutes", 10.0)
@@ -279,8 +300,11 @@ class CheckpointKnobs:
 
 
 @dataclass
-class ReportArgs(CheckpointKnobs):
+class ReportArgs(CheckpointKnobs, EveryKnobs):
     "Report"
+    examples = (("python -m report checkpoints/eco_hybrid_hi", "report.html in that run folder"),
+                ("python -m report checkpoints/eco_hybrid_hi --out page.html", "the same page elsewhere"))
+    first = ("Report", "Checkpoint")
     out: str = knob(None, "where the page goes; none = report.html in the run folder")
 
 
@@ -322,6 +346,10 @@ class GenerateKnobs(DecodeKnobs, CheckpointKnobs):
 @dataclass
 class SampleArgs(GenerateKnobs, CommonKnobs):
     "Sampling"
+    examples = (('python -m sample checkpoints/eco_hybrid_hi --prompt "mai kal bazaar gaya tha"', "continue a text"),
+                ('python -m sample checkpoints/eco_hybrid_hi --text "mai kal ____ gaya tha"', "fill the gap in a text"),
+                ("python -m sample checkpoints/eco_hybrid_hi --prompts_file prompts.txt --json", "a line per prompt, as JSON"))
+    first = ("Sampling", "Generation", "Checkpoint")
     text: str = knob(None, "infill: every ____ (two underscores a token) or [MASK] is filled, the rest stays")
     num_samples: int = knob(1, "continuations per prompt, with seeds seed, seed+1, ...", at_least=1)
     blockwise: bool = knob(False, "left to right in blocks")
@@ -348,6 +376,11 @@ class SampleArgs(GenerateKnobs, CommonKnobs):
 @dataclass
 class BenchArgs(GenerateKnobs, CommonKnobs):
     "Benchmark"
+    examples = (("python -m edge_benchmark checkpoints/eco_hybrid_hi", "speed and text of every decode mode"),
+                ("python -m edge_benchmark checkpoints/eco_hybrid_hi --profiles balanced max", "what sample's profiles cost"),
+                ("python -m edge_benchmark checkpoints/eco_hybrid_hi --grid threshold=0.7,0.9",
+                 "every one of these settings, and a picture"))
+    first = ("Benchmark", "Generation", "Checkpoint")
     temperature: float = again(GenerateKnobs, "temperature", 0.0)
     top_k: int = again(GenerateKnobs, "top_k", 0)
     modes: tuple = knob(("full", "block", "block_frozen"), "decode modes", choices=("full", "block", "block_frozen"),
@@ -368,6 +401,10 @@ class BenchArgs(GenerateKnobs, CommonKnobs):
 @dataclass
 class EvaluateArgs(DecodeKnobs, CheckpointKnobs, CommonKnobs):
     "Evaluation"
+    examples = (("python -m evaluate checkpoints/eco_hybrid_hi", "the bound and the chain rule of held-out text"),
+                ("python -m evaluate checkpoints/eco_hybrid_hi --samples 64", "text of its own, judged"),
+                ("python -m evaluate --check_run checkpoints/eco_hybrid_hi", "the runbook's verdict on a run"))
+    first = ("Evaluation", "Checkpoint")
     data_dir: str = knob(None, "prepared text, whose validation part is scored; none = the checkpoint's")
     text: str = knob(None, "score this file instead: .txt (a blank line ends a document) or .jsonl, as prepare reads it")
     max_docs: int = knob(0, "documents at most; 0 = as many as --batches allows", at_least=0)
@@ -396,6 +433,11 @@ class EvaluateArgs(DecodeKnobs, CheckpointKnobs, CommonKnobs):
 @dataclass
 class ExperimentArgs(TrainArgs, ExperimentKnobs):
     "Scoring"
+    examples = (("python -m run_experiments", "the plan of 8 runs and their commands, nothing else"),
+                ("python -m run_experiments --max_steps 2000 --execute", "run what is not finished"),
+                ("python -m run_experiments --study memory_slots --halving --execute", "only the better half goes on"),
+                ("python -m run_experiments --report checkpoints/ablations", "report.html and results.md there"))
+    first = ("Experiments", "Scoring")
     max_steps: int = again(OptimKnobs, "max_steps", 2000)
     d_model: int = again(ModelKnobs, "d_model", 384)
     d_ff: int = again(ModelKnobs, "d_ff", 1024)
@@ -410,6 +452,7 @@ COMMANDS = dict(train=TrainArgs, sample=SampleArgs, prepare=PrepareArgs, evaluat
 
 
 # a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
-ADDED = dict(auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False,
+ADDED = dict(quiet=False, version=False,
+             auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False,
              objective="masked", fsdp=False, exit_loss_weight=0.0, activation_checkpointing=False,
              ar_fade=0.0, **{f.name: f.default for f in dataclasses.fields(SinkKnobs)})

@@ -14,7 +14,9 @@ import math
 import operator
 import os
 import re
+import subprocess
 import sys
+import textwrap
 from collections import deque
 from pathlib import Path
 
@@ -34,8 +36,20 @@ class Damage(UserError):
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 
 
+SPEECH = {"quiet": False}      # --quiet: of the lines for people only those that begin with these words are printed
+ALWAYS = ("error", "warning", "notice", "stopped", "skipped", "nothing to do", "compile: failed", "[bench]")
+WIDTH, COLUMN = 80, 26         # of --help: all of it, and where the meaning of a flag begins
+
+
+def be_quiet(on):
+    """What say() prints from now on."""
+    SPEECH["quiet"] = on
+
+
 def say(text):
     """A line for people, on stderr and above a progress bar if there is one."""
+    if SPEECH["quiet"] and not text.lower().startswith(ALWAYS):
+        return
     from tqdm import tqdm
     try:
         tqdm.write(text, file=sys.stderr)
@@ -63,6 +77,16 @@ def need(package, why):
     import importlib.util
     if importlib.util.find_spec(package) is None:
         raise UserError(f"the package {package} is needed {why}: python -m pip install {package}", code=3)
+
+
+def commit_hash(folder):
+    """The commit of the code in this folder, '+' when the tree is dirty; 'unknown' outside git."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10).stdout.strip()
+    try:
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
 
 
 def run(main, argv=None):
@@ -378,16 +402,39 @@ def describe(cls):
         yield owner.__doc__, names, kind, show(f.default), f.metadata["help"], f.metadata.get("rare")
 
 
+def wrapped(text, indent, first=None):
+    """The text as lines of at most WIDTH columns; `first` stands in the place of the first line's indent."""
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * indent if first is None else first,
+                         subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def flag_help(names, kind, default, text):
+    """One flag as lines of --help."""
+    head, meaning = f"  {', '.join(names)} {kind}".rstrip(), f"{text} [{default}]"
+    if len(head) < COLUMN:
+        return wrapped(meaning, COLUMN, f"{head:{COLUMN}}")
+    heads = [head] if len(head) <= WIDTH else wrapped(head.strip().replace("|", " | "), 6, "  ")
+    return [*heads, *wrapped(meaning, COLUMN)]
+
+
 def help_text(cls, prog, everything=True):
-    lines, last = [f"usage: python -m {prog} [--flag value] ..."], None
+    """Usage, examples, then the flags by group: those that cls.first names, the others as declared, "Everywhere" last."""
+    place = any(f.metadata.get("positional") for f in dataclasses.fields(cls))
+    lines = [f"usage: python -m {prog} {'[CHECKPOINT] ' if place else ''}[--flag value] ...", "", "Examples"]
+    for command, what in getattr(cls, "examples", ()):
+        lines += [*wrapped(what, 2, "  # "), f"  {command}"]
+    groups = {}
     for group, names, kind, default, text, rare in describe(cls):
-        if rare and not everything:
-            continue
-        lines += ["", group] if group != last else []
-        last, head = group, f"  {', '.join(names)} {kind}"
-        lines.append(f"{head:37} {text} [{default}]" if len(head) < 38 else f"{head}\n{'':37} {text} [{default}]")
-    return "\n".join([*lines, "", "--a_b and --a-b are one flag; a switch --x is turned off by --no_x."]
-                     + [f"More flags: python -m {prog} --help_all"] * (not everything))
+        if everything or not rare:
+            groups.setdefault(group, []).extend(flag_help(names, kind, default, text))
+    first = [name for name in getattr(cls, "first", ()) if name in groups]
+    rest = [name for name in groups if name not in (*first, "Everywhere")]
+    for name in (*first, *rest, *(name for name in groups if name == "Everywhere")):
+        lines += ["", name, *groups[name]]
+    lines += ["", *wrapped("--a_b and --a-b are one flag; a switch --x is turned off by --no_x.", 0)]
+    if not everything:
+        lines.append(f"More flags: python -m {prog} --help_all")
+    return "\n".join(lines)
 
 
 def table(cls):

@@ -269,7 +269,7 @@ def ensure_builtin(folder=config.STARTER_DIR, chars=config.STARTER_CHARS, log=pr
 def main(argv=None):
     args, origins = cli.parse(config.PrepareArgs, argv, "prepare")
     cli.announce(args, origins)
-    build(args)
+    build(args, knobs.say if args.quiet else print)
     print(f"next: python -m train --data_dir {args.data_dir}")
 
 

@@ -13,7 +13,6 @@ import platform
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections import deque
@@ -158,21 +157,11 @@ def peak_memory_mb(device=None):
     return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
-def commit_hash():
-    """The code's commit, '+' when the tree is dirty; 'unknown' outside git."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
-    try:
-        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-
-
 def environment(device):
     """What a reader needs to repeat a number."""
     return {"torch": torch.__version__, "python": platform.python_version(), "device": str(device),
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "threads": torch.get_num_threads(), "commit": commit_hash()}
+            "threads": torch.get_num_threads(), "commit": knobs.commit_hash(ROOT)}
 
 
 class StopFlag:
@@ -215,6 +204,16 @@ def finite(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
+def duration(seconds):
+    """Seconds -> "4:05", "2:04:05" or from a day on "26 d 20 h"."""
+    left = round(seconds)
+    if left >= 86400:
+        return f"{left // 86400} d {left // 3600 % 24} h"
+    if left >= 3600:
+        return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    return f"{left // 60}:{left % 60:02d}"
+
+
 class Progress:
     """The progress of a run: a redrawn bar on a terminal, else plain lines; speed and time left from its own steps.
 
@@ -223,7 +222,7 @@ class Progress:
     """
 
     def __init__(self, args, start):
-        self.live = args.live == "basic" or args.live == "auto" and sys.stderr.isatty()
+        self.live = args.live == "basic" or args.live == "auto" and sys.stderr.isatty() and not args.quiet
         self.total, self.done, self.first = args.max_steps, start, start
         self.seconds = deque(maxlen=50)      # of the last steps
         self.began, self.mean_tok_s, self.warm = time.perf_counter(), 0.0, []
@@ -257,8 +256,7 @@ class Progress:
 
     @property
     def eta(self):
-        left = round((self.total - self.done) * statistics.mean(self.seconds))
-        return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}" if left >= 3600 else f"{left // 60}:{left % 60:02d}"
+        return duration((self.total - self.done) * statistics.mean(self.seconds))
 
     @property
     def elapsed(self):

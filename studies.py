@@ -123,8 +123,10 @@ class ExperimentKnobs:
     seeds: tuple = knob((), "a run for each; none = --seed, of a study its three", many="several")
     only: tuple = knob((), "these variants and the first, to which they are compared; none = all", many="several")
     halving: bool = knob(False, "go on with the better half at an eighth, a quarter, ... of the steps")
-    report: str = knob(None, "instead: make report.html and results.md of this folder from its results.jsonl, or those one level below")
-    results_page: str = knob(None, "page whose generated part --report renews; none = results.md in the folder of --report", rare=True)
+    report: str = knob(
+        None, "instead: make report.html and results.md of this folder from its results.jsonl, or those one level below")
+    results_page: str = knob(
+        None, "page whose generated part --report renews; none = results.md in the folder of --report", rare=True)
 
     def problems(self):
         for seed in self.seeds:

@@ -124,7 +124,8 @@ def flags(a):
     words = []
     for f in dataclasses.fields(TrainArgs):
         value = getattr(a, f.name)
-        if f.name == "resume_latest" or value == f.default and f.name != "lr":        # whose default is that of the optimizer
+        own_default = value == f.default and f.name != "lr"         # the default of lr is that of the optimizer
+        if f.name in ("resume_latest", "quiet") or own_default:
             continue
         words += ([f"--{f.name}" if value else f"--no_{f.name}"] if f.type is bool else
                   [f"--{f.name}", *map(str, value if f.type is tuple else [value])])

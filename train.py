@@ -304,6 +304,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             say(f"warning: step {step} could not be saved: {error}; the checkpoints before it are intact")
             return False
         log.write("save", step=step, folder=folder.name, seconds=round(time.perf_counter() - started, 3), best=is_best)
+        say(f"saved {folder}" + ", the best so far" * is_best)
         if args.drive:
             drive.store(folder, args.drive, say)
         return True

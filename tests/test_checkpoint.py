@@ -256,6 +256,19 @@ def test_truncated_zeroed_and_replaced_files(pair, capsys):
     check_damage(run, folder, "MANIFEST.json", capsys)
 
 
+def test_damage_is_said_in_words(pair):
+    """Which file, and how it differs: no dictionary."""
+    _, folder = pair
+    path = folder / "config.json"
+    whole = path.read_bytes()
+    for data, words in ((whole + b" ", f"it has {len(whole) + 1:,} bytes instead of {len(whole):,}"),
+                        (whole[:-1] + b"#", "its bytes have changed")):
+        path.write_bytes(data)
+        with pytest.raises(ck.Damage, match=r"config\.json is not what was saved: ") as caught:
+            ck.verify(folder)
+        assert words in str(caught.value) and "{" not in str(caught.value)
+
+
 def test_quarantine_keeps_the_broken_one(pair, capsys):
     run, folder = pair
     (folder / "model.safetensors").write_bytes(b"")

@@ -5,6 +5,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -536,17 +537,62 @@ def test_flags_are_frozen():
 def test_help_and_table_come_from_the_declarations():
     for prog, cls in config.COMMANDS.items():
         whole, table = knobs.help_text(cls, prog), knobs.table(cls)
+        words = " ".join(whole.split())                             # as the text is wrapped
         for f in dataclasses.fields(cls):
-            assert f"--{f.name}" in whole and f"`--{f.name}`" in table and f.metadata["help"] in whole
+            assert f"--{f.name}" in whole and f"`--{f.name}`" in table and " ".join(f.metadata["help"].split()) in words
         assert all(line.count("|") == 5 for line in table.split("\n"))
-    assert knobs.help_text(TrainArgs, "train", everything=False).count("\n  --") <= 40
+    assert knobs.help_text(TrainArgs, "train", everything=False).count("\n  --") <= 42
+
+
+@pytest.mark.parametrize("prog, cls", config.COMMANDS.items())
+def test_help_begins_with_usage_and_examples_and_ends_with_what_all_share(prog, cls):
+    for everything in (False, True):
+        lines = knobs.help_text(cls, prog, everything).split("\n")
+        assert max(map(len, lines)) <= 80 and lines[0].startswith(f"usage: python -m {prog} ")
+        groups = [line for line in lines[1:] if re.match(r"[A-Z][\w ]+$", line)]
+        own = cls.__doc__ if "__doc__" in vars(cls) and len(cls.__doc__) < 30 else groups[1]
+        assert groups[0] == "Examples" and groups[-1] == "Everywhere" and len(set(groups)) == len(groups)
+        assert own in groups[1:3], f"{own} is not the first: {groups}"
+    commands = [shlex.split(command) for command, _ in cls.examples]
+    assert 2 <= len(commands) <= 4
+    for words in commands:
+        assert words[:3] == ["python", "-m", prog]
+        cli.parse(cls, words[3:], prog)                             # a usage error raises
+
+
+@pytest.mark.parametrize("prog", config.COMMANDS)
+def test_every_command_tells_its_version_and_can_be_quiet(prog, capsys, monkeypatch):
+    cls = config.COMMANDS[prog]
+    with pytest.raises(SystemExit) as end:
+        cli.parse(cls, ["--no_such_flag", "--version"], prog)
+    told = capsys.readouterr()
+    assert end.value.code == 0 and re.fullmatch(r"Aria \d+\.\d+( \(commit [0-9a-f]{7,}\+?\))?\n", told.out) and not told.err
+    words = shlex.split(cls.examples[0][0])[3:]
+    for flags, heard in (([], 3), (["--quiet"], 2)):
+        cli.parse(cls, [*words, *flags], prog)
+        for line in ("step 3 of 4", "warning: the disk is slow", "notice: synthetic text"):
+            knobs.say(line)
+        assert len(capsys.readouterr().err.splitlines()) == heard
+    knobs.be_quiet(False)
+
+
+def test_the_version_names_the_commit_only_inside_git(monkeypatch):
+    monkeypatch.setattr(knobs, "commit_hash", lambda folder: "unknown")
+    assert cli.version() == f"Aria {config.VERSION}"
+    monkeypatch.setattr(knobs, "commit_hash", lambda folder: "0123abc")
+    assert cli.version() == f"Aria {config.VERSION} (commit 0123abc)"
 
 
 def test_announce_shows_origins_and_print_config_ends(capsys, tmp_path):
     args, origins = parse(TrainArgs, "--preset nano --lr 0.5")
     cli.announce(args, origins)
     err = capsys.readouterr().err
-    assert "lr=0.5 (flag)" in err and "d_model=64 (preset nano)" in err and "weight_decay" not in err
+    assert err == "settings: preset=nano, lr=0.5 (all of them: --print_config)\n", "a preset's own values are not repeated"
+    cli.announce(*parse(TrainArgs, "--preset starter --optimizer adamw --wandb --wandb_name 'a\x1b[2Jb'"))
+    err = capsys.readouterr().err
+    assert "lr=0.002 (flag: that of adamw)" in err and "\x1b" not in err and "d_model" not in err and err.count("\n") == 1
+    cli.announce(*parse(TrainArgs, ""))
+    assert "settings: all defaults" in capsys.readouterr().err
     (tmp_path / "meta.json").write_text('{"vocab_size": 2048}')
     args, origins = parse(TrainArgs, f"--preset nano --print_config --model backup --data_dir '{tmp_path}'")
     with pytest.raises(SystemExit) as end:

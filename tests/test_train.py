@@ -23,6 +23,7 @@ import masking
 import model as models
 import objective
 import optim
+import runtime
 import train
 
 SHAPE = ("--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 32, "--memory_slots", 2, "--seq_len", 16,
@@ -410,6 +411,8 @@ def test_console_and_log(text, tmp_path, capsys):
             r" \| ETA \d+:\d\d \| MFU \d+% \| \d+\.\d GB$")
     assert re.findall(line, error, re.M) == ["1", "10", "20", "25"]
     assert not re.search(r"\bppl\b|perplexity", error)
+    saved = re.findall(rf"^saved {re.escape(str(run))}/step_(\d+)(, the best so far)?$", error, re.M)
+    assert [int(step) for step, _ in saved] == [10, 20, 25] and any(best for _, best in saved), "each save, in one line"
     keys = {"meta": "time version argv config params_total params_blocks torch device data planned_tokens",
             "train": "step loss loss_kind mask lr gnorm tok_s mfu seq_len global_batch tokens_seen step_ms data_ms mem_mb "
                      "skipped",
@@ -426,6 +429,23 @@ def test_console_and_log(text, tmp_path, capsys):
     assert {"latest", "best", "summary.md", "report.html", "config.json"} <= {p.name for p in run.iterdir()}
     summary = (run / "summary.md").read_text(encoding="utf-8")
     assert "builtin" in summary and "python -m sample" in summary and "--resume" in summary
+
+
+def test_quiet_leaves_only_warnings_and_the_files(text, tmp_path, capsys):
+    words = ("--max_steps", 3, "--eval_interval", 0, "--spike_factor", 1e-6 + 1, "--live", "off")
+    assert fresh(text, tmp_path / "loud", *words) == 0
+    loud = capsys.readouterr().err
+    assert fresh(text, tmp_path / "quiet", *words, "--quiet") == 0
+    assert "step 1/3" in loud and "settings:" in loud and "# " in loud
+    told = capsys.readouterr().err.splitlines()
+    assert all(line.startswith(("notice", "warning")) for line in told), told
+    assert curve(tmp_path / "loud") == curve(tmp_path / "quiet") and (tmp_path / "quiet/summary.md").exists()
+
+
+@pytest.mark.parametrize("seconds, told", [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (7445, "2:04:05"), (86399, "23:59:59"),
+                                           (86400, "1 d 0 h"), (644 * 3600 + 916, "26 d 20 h")])
+def test_time_left_in_words(seconds, told):
+    assert runtime.duration(seconds) == told
 
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
