@@ -110,11 +110,9 @@ def judge(run, folder, args, show):
     say(f"stage 6, verdict: samples and the runbook's criteria for {run}")
     ok = verdict.passed(verdict.check(run, dataclasses.replace(config.EvaluateArgs(), device=args.device), show))
     kind = "eco_hybrid" if args.model == "primary" else "diffusion"
-    print(f'next: python -m sample --ckpt {run} --model {args.model} --prompt "mai kal bazaar gaya tha" '
-          f"--blockwise --frozen_context\n"
-          f"      python -m evaluate --ckpt {run} --data_dir {folder}\n"
-          f"      python -m train --resume {run} --max_steps {2 * args.max_steps}"
-          f"      (the older name of sample: python -m diffusion.sample_{kind})")
+    commands = [command for _, command in config.next_commands(run, args.max_steps, args.max_steps, args.causal)]
+    print("next: " + "\n      ".join(commands))
+    print(f"      (python -m diffusion.sample_{kind} is the older name of sample)")
     return 1 if ok is False else 0
 
 

@@ -11,6 +11,7 @@ No torch and no numpy here: --help has to be instant.
 """
 import dataclasses
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,16 @@ def gpu_tier(memory, typed=()):
     if "batch_size" in typed and "grad_accum" not in typed:
         tier["grad_accum"] = max(1, round(tier["batch_size"] * tier["grad_accum"] / typed["batch_size"]))
     return tier
+
+
+def next_commands(run, step, max_steps, causal=False):
+    """[(what it does, the command)] for a run folder: summary.md, report.html and the one-shot print the same ones."""
+    name = shlex.quote(str(run))
+    exact = "" if causal else " --blockwise --frozen_context"
+    longer = f" --max_steps {2 * max_steps}" if step >= max_steps else ""
+    return [("sample", f'python -m sample --ckpt {name} --prompt "{PROMPTS[0]}"{exact}'),
+            ("evaluate", f"python -m evaluate --ckpt {name}"),
+            ("go on", f"python -m train --resume {name}{longer}")]
 
 
 # ---- the knobs ------------------------------------------------------------------------------------------------------

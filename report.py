@@ -173,8 +173,10 @@ def inner(value, *keys):
 
 def tiles(events, train, evals, measure):
     """The figures of the whole run."""
-    bounds = [y for _, y in curve(evals, "val_nelbo")]
-    yield f"best held-out {measure}", f"{min(bounds):.4f}" if bounds else "–"
+    bounds = [(y, number(evals[step].get("val_bpb"))) for step, y in curve(evals, "val_nelbo")]
+    best, bits = min(bounds, key=lambda pair: pair[0], default=(None, None))
+    yield f"best held-out {measure}, nats/token", "–" if best is None else f"{best:.4f}"
+    yield "that is in bits/byte", "–" if bits is None else f"{bits:.4f}"
     for name, key, words in (("tokens seen", "tokens_seen", short), ("skipped steps", "skipped", short)):
         points = curve(train, key)
         yield name, words(points[-1][1]) if points else "–"
@@ -212,8 +214,19 @@ def samples(texts):
     return f'<h2>Samples through time{note}</h2><div class="card"><table><tr><th>step</th>{head}</tr>{rows}</table></div>'
 
 
-def render(events, name):
-    """The events of a log -> the page."""
+def usage(run, step, args):
+    """What can be done with the run: commands that work in the folder where it was trained."""
+    if run is None:
+        return '<div class="card soft">No checkpoint has been saved yet.</div>'
+    limit = args.get("max_steps")
+    limit = limit if type(limit) is int else step + 1
+    commands = config.next_commands(run, step, limit, args.get("objective") == "ar")
+    rows = "".join(f"<tr><th>{what}</th><td><code>{escaped(command)}</code></td></tr>" for what, command in commands)
+    return f'<div class="card"><table>{rows}</table></div>'
+
+
+def render(events, name, run=None):
+    """The events of a log -> the page. run: the run folder as commands name it, if it has a checkpoint."""
     kept = history(events)
     train, evals = kept["train"], kept["eval"]
     meta = next((e for e in reversed(events) if e["event"] == "meta"), {})
@@ -236,6 +249,7 @@ def render(events, name):
 {sessions} session{"s" * (sessions != 1)}</div>
 <div class="tiles">{figures}</div>
 <div class="charts">{"".join(charts(train, evals, measure))}</div>
+<h2>Use this run</h2>{usage(run, step, args)}
 {samples(kept["sample"])}
 <h2>Warnings</h2>{f'<div class="card warn"><table>{told}</table></div>' if told else '<div class="card soft">none</div>'}
 <h2>Data</h2><div class="card">{listing(inner(meta, "data"))}</div>
@@ -249,8 +263,9 @@ def render(events, name):
 def page(log):
     """train.jsonl -> the page as text."""
     from verdict import read_log
-    log = Path(log)
-    return render(read_log(log), log.resolve().parent.name)
+    folder, here = Path(log).resolve().parent, Path.cwd()
+    run = folder.relative_to(here) if here in folder.parents else folder
+    return render(read_log(log), folder.name, run if (folder / "latest").is_file() else None)
 
 
 def main(argv=None):

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import signal
 import statistics
 import sys
@@ -20,7 +19,7 @@ from collections import deque
 import torch
 from tqdm import tqdm
 
-from config import ROOT
+from config import ROOT, next_commands
 import knobs
 from knobs import UserError
 
@@ -278,10 +277,7 @@ def summary(args, run_dir, params, data, best, progress, tokens_seen, step):
         f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
         f"- best held-out {args.measure}: {bound}",
         f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory {peak_memory_mb():.0f} MB",
-        f"- sample: python -m sample --ckpt {shlex.quote(str(run_dir))} --prompt \"mai kal bazaar gaya tha\" "
-        "--blockwise --frozen_context",
-        f"- go on: python -m train --resume {shlex.quote(str(run_dir))}" +
-        f" --max_steps {2 * args.max_steps}" * (step >= args.max_steps), ""))
+        *(f"- {what}: {command}" for what, command in next_commands(run_dir, step, args.max_steps, args.causal)), ""))
 
 
 class JsonLines:

@@ -2,33 +2,39 @@
 
     python -m pytest tests/test_report.py
 """
+import html
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import evaluate
 import knobs
 import report
+import sample
+import train
 import verdict
 
 META = dict(event="meta", argv=["train"], params_total=7, device="cpu", data={"source": "files", "sha256": "ab"},
             config={"args": {"max_steps": 100, "model": "primary"}})
 
 
-def train(step, loss=1.0, **more):
+def train_line(step, loss=1.0, **more):
     return dict(event="train", step=step, loss=loss, **more)
 
 
 def test_what_was_taken_back_is_not_drawn():
-    log = [META, *(train(s, 10 + s) for s in range(1, 60)), dict(event="eval", step=50, val_nelbo=3.0),
+    log = [META, *(train_line(s, 10 + s) for s in range(1, 60)), dict(event="eval", step=50, val_nelbo=3.0),
            dict(event="sample", step=50, prompt="a", text="gone"), META, dict(event="resume", step=40),
-           *(train(s, -s) for s in range(41, 46)), dict(event="rollback", step=46, to=43), train(44, 99.0)]
+           *(train_line(s, -s) for s in range(41, 46)), dict(event="rollback", step=46, to=43), train_line(44, 99.0)]
     kept = report.history(log)
     assert list(kept["train"]) == list(range(1, 45)) and not kept["eval"] and not kept["sample"]
     assert [kept["train"][s]["loss"] for s in (40, 41, 43, 44)] == [50, -41, -43, 99.0]
@@ -65,7 +71,7 @@ def well_formed(page):
 def test_a_text_is_never_code():
     evil = '<script>alert(1)</script>"\'><img src=x onerror=alert(1)>&amp;'
     log = [{**META, "argv": [evil], "device": evil, "data": {evil: evil}, "config": {"args": {"model": evil, "max_steps": evil}}},
-           train(1), dict(event="sample", step=1, prompt=evil, text=evil), dict(event="warn", step=evil, message=evil),
+           train_line(1), dict(event="sample", step=1, prompt=evil, text=evil), dict(event="warn", step=evil, message=evil),
            dict(event="eval", step=1, val_nelbo=evil)]
     page = report.render(log, evil)
     well_formed(page)
@@ -88,9 +94,9 @@ def test_any_log_gives_a_page(log):
 
 
 def test_torn_lines_and_strange_bytes_are_left_out(tmp_path):
-    good = json.dumps(train(3, 2.5, text="a\u2028b"), ensure_ascii=False).encode()
+    good = json.dumps(train_line(3, 2.5, text="a\u2028b"), ensure_ascii=False).encode()
     (tmp_path / "train.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"step": 1}\n' + b"[" * 100_000 + b"\n" + good + b'\n{"event": "tra')
-    assert verdict.read_log(tmp_path / "train.jsonl") == [train(3, 2.5, text="a\u2028b")]
+    assert verdict.read_log(tmp_path / "train.jsonl") == [train_line(3, 2.5, text="a\u2028b")]
     assert "step 3 of" in report.page(tmp_path / "train.jsonl")
 
 
@@ -113,7 +119,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (run / "step_000001").mkdir(parents=True)
     with pytest.raises(knobs.UserError, match="no train.jsonl"):
         report.main([str(run)])
-    (run / "train.jsonl").write_text("\n".join(map(json.dumps, (META, train(1)))))
+    (run / "train.jsonl").write_text("\n".join(map(json.dumps, (META, train_line(1)))))
     assert report.main([str(run)]) is None
     page = (run / "report.html").read_text(encoding="utf-8")
     assert page == report.page(run / "train.jsonl")
@@ -129,7 +135,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 @pytest.mark.skipif(BROWSER is None, reason="there is no browser here")
 def test_a_real_browser_shows_it(tmp_path):
     """As a file, with a text in Devanagari; the page that the browser holds afterwards has every curve and the text."""
-    log = [META, *(train(s, 5 / s, gnorm=1.0, lr=1e-3, tok_s=1e3, mfu=0.4, mask=0.5, mem_mb=300) for s in range(1, 400)),
+    log = [META, *(train_line(s, 5 / s, gnorm=1.0, lr=1e-3, tok_s=1e3, mfu=0.4, mask=0.5, mem_mb=300) for s in range(1, 400)),
            *(dict(event="eval", step=s, val_nelbo=4.0, val_ci=0.1) for s in (100, 200)),
            dict(event="sample", step=200, prompt="भारत में", text=" आज <b>क्या</b>")]
     (tmp_path / "report.html").write_text(report.render(log, "हिन्दी"), encoding="utf-8")
@@ -141,6 +147,45 @@ def test_a_real_browser_shows_it(tmp_path):
     assert "Refused" not in done.stderr
 
 
-def test_a_run_leaves_its_report(trained):
-    run = trained / "checkpoints/eco_hybrid_hi"
+def test_a_run_leaves_its_report(here):
+    run = here / "checkpoints/eco_hybrid_hi"
     assert (run / "report.html").read_text(encoding="utf-8") == report.page(run / "train.jsonl")
+
+
+def test_the_best_bound_is_shown_in_bits_per_byte():
+    bounds = ((1, 4.0, 2.5), (2, 3.0, 1.875), (3, 3.5, 2.2))
+    log = [META, *(dict(event="eval", step=step, val_nelbo=nats, val_bpb=bits) for step, nats, bits in bounds)]
+    assert ">1.8750</b>" in report.render(log, "run") and ">3.0000</b>" in report.render(log, "run")
+    unknown = [META, dict(event="eval", step=1, val_nelbo=4.0, val_bpb=None)]
+    assert ">4.0000</b>" in report.render(unknown, "run"), "a text whose bytes are not known"
+
+
+LESS = {"sample": ["--max_new_tokens", "4"],
+        "evaluate": ["--batches", "1", "--draws", "1", "--chain_docs", "1", "--repeats", "0"],
+        "train": ["--no_show_samples"]}
+
+
+@pytest.mark.parametrize("name", ["eco_hybrid_hi", "diffusion_hi"])
+def test_every_command_that_a_run_names_works(trained, tmp_path, monkeypatch, name):
+    """Of the page and of summary.md, typed where the run was trained, with a run folder whose name needs quotes."""
+    for part in ("data", f"checkpoints/{name}"):
+        shutil.copytree(trained / part, tmp_path / part)
+    monkeypatch.chdir(tmp_path)
+    run = Path("checkpoints/my 'first' run")
+    Path("checkpoints", name).rename(run)
+    page = report.page(run / "train.jsonl")
+    named = [html.unescape(command) for command in re.findall(r"<code>(python -m .*?)</code>", page)]
+    summary = re.findall(r"^- [\w ]+: (python -m .*)$", (run / "summary.md").read_text(encoding="utf-8"), re.M)
+    assert [words.split()[2] for words in named] == [words.split()[2] for words in summary] == ["sample", "evaluate", "train"]
+    assert [c.replace(shlex.quote(str(run)), f"checkpoints/{name}") for c in named] == summary
+    mains = {"sample": sample.main, "evaluate": evaluate.main, "train": train.main}
+    for command in named:
+        _, _, program, *words = shlex.split(command)
+        assert not mains[program]([*words, *LESS[program]]), command
+    steps = report.history(verdict.read_log(run / "train.jsonl"))["train"]
+    assert steps.keys() == set(range(1, 25)), "it went on to twice the steps"
+
+
+def test_a_run_without_a_checkpoint_names_no_command():
+    page = report.render([META, train_line(3)], "run")
+    assert "python -m" not in page and "No checkpoint" in page
