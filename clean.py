@@ -144,8 +144,9 @@ class Cleaner:
 
     def note(self, rule, before, after=""):
         kept = self.examples.setdefault(rule, [])
-        if len(kept) < EXAMPLES:
-            kept.append((before[:EXAMPLE_CHARS], after[:EXAMPLE_CHARS]))
+        example = (before[:EXAMPLE_CHARS], after[:EXAMPLE_CHARS])
+        if len(kept) < EXAMPLES and example not in kept:
+            kept.append(example)
 
     def __call__(self, text, kind="any"):
         """The repaired document, or "" if a rule drops it. `text` is normalised."""

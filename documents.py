@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -16,37 +17,69 @@ from knobs import UserError
 
 OPEN = {".gz": gzip.open, ".xz": lzma.open}
 LINE_BYTES = 1 << 24                       # a longer document is cut, so that a file of one line fits into memory
+BLANK_LINES = re.compile(rb"(?:[ \t\r]*\n)+")
+NAMED = 5                                  # files left out that a notice names
 
 
 def kind_of(path):
-    """'.txt', '.jsonl' or '.parquet' for a file that we can read, else None. Our own copy of standard input ends in .tmp."""
-    kind = Path(path.name.lower().removesuffix(".gz").removesuffix(".xz").removesuffix(".tmp")).suffix
+    """'.txt', '.jsonl' or '.parquet' for a file that we can read, else None."""
+    kind = Path(path.name.lower().removesuffix(".gz").removesuffix(".xz")).suffix
     return kind if kind in (".txt", ".jsonl") or path.name.lower().endswith(".parquet") else None
 
 
-def find_files(inputs):
-    """Files and folders (recursively, in the order of their names) -> files, each once; other kinds of file are left
-    out of a folder, but naming one is an error."""
-    files = {}
+def find_files(inputs, log=print):
+    """Files and folders (recursively, in the order of their names) -> files, each once.
+
+    Of a folder, other kinds of file are left out. So are, with a notice, pipes and the like (reading
+    one would wait without end) and links that lead out of the folder: only what was named is read.
+    Naming a file of an unknown kind is an error.
+    """
+    files, left_out = {}, []
     for given in map(Path, inputs):
         if not given.exists():
             raise UserError(f"--input {given}: no such file or folder")
         inside = [given]
         if given.is_dir():
-            inside = sorted(Path(top, name) for top, _, names in os.walk(given) for name in names)
-            inside = [path for path in inside if kind_of(path) and not path.name.startswith(".")]
+            inside = sorted(texts_of_folder(given, left_out))
             if not inside:
-                raise UserError(f"--input {given}: no .txt, .jsonl or .parquet file in this folder")
+                why = f"; left out: {', '.join(left_out[:NAMED])}" if left_out else ""
+                raise UserError(f"--input {given}: no .txt, .jsonl or .parquet file in this "
+                                f"folder{why}")
         elif not kind_of(given):
             raise UserError(f"--input {given}: unknown kind of file, not .txt or .jsonl (also .gz, .xz) or "
                             ".parquet; rename or convert it")
+        elif not given.is_file():
+            raise UserError(f"--input {given}: not a plain file; for a pipe: cat {given} | "
+                            "python -m prepare --source files --input -")
         for path in inside:
             files.setdefault(path.resolve(), path)
+    if left_out:
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        names = ", ".join(left_out[:NAMED])
+        log(f"notice: left out: {names}{more}; to read one, name it in --input")
     return list(files.values())
 
 
+def texts_of_folder(folder, left_out):
+    """The paths in a folder that are read; pipes and links out of it join left_out, with the reason."""
+    home = folder.resolve()
+    for top, subfolders, names in os.walk(folder):
+        for path in (Path(top, name) for name in subfolders):
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                left_out.append(f"{path} (a link out of the folder)")
+        for path in (Path(top, name) for name in names):
+            if not kind_of(path) or path.name.startswith("."):
+                continue
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                left_out.append(f"{path} (a link out of the folder)")
+            elif not path.is_file():
+                left_out.append(f"{path} (not a plain file)")
+            else:
+                yield path
+
+
 def read_lines(path):
-    """(line number, text); a line of more than LINE_BYTES comes in parts."""
+    """(line number, text); a line of more than LINE_BYTES comes in parts, empty lines in a row as one."""
     number, begins, rest = 0, True, b""
     try:
         with OPEN.get(path.suffix.lower(), open)(path, "rb") as f:
@@ -56,12 +89,24 @@ def read_lines(path):
                     last = max(raw.rfind(bytes([lead]), -4) for lead in range(0xc2, 0xf5))
                     raw, rest = raw[:last], raw[last:]
                 yield number, raw.decode().removeprefix("\ufeff")
+                if raw.endswith(b"\n") and not raw.strip():
+                    number += skip_blank_lines(f)
     except UnicodeDecodeError as error:
         guess = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "ITS_ENCODING"
         raise UserError(f"{path}, line {number}, byte {error.start} of the line: not valid UTF-8; convert the file "
                         f"first: iconv -f {guess} -t UTF-8 {path.name} > new_{path.name}") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"cannot read {path}, stopped after line {number}: {error}") from None
+
+
+def skip_blank_lines(f):
+    """Goes to the next line that is not empty, thousands of lines at a time -> how many it skipped."""
+    count = 0
+    while True:
+        blank = BLANK_LINES.match(f.peek(1 << 16))
+        if not blank:
+            return count
+        count += f.read(blank.end()).count(b"\n")
 
 
 def read_documents(path, log=print):
@@ -100,6 +145,9 @@ def read_parquet(path):
                     if not isinstance(text, str | None):
                         raise UserError(f'{path}: the column "text" holds no text')
                     yield text or ""
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: the column "text" holds bytes that are not valid UTF-8 ({error}); '
+                        "convert it first") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
 

@@ -298,6 +298,19 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
+def sealed(value):
+    """The object with a hash of its content under "seal", so that a changed value shows when it is read."""
+    body = {key: part for key, part in value.items() if key != "seal"}
+    as_read = json.loads(json.dumps(body))                            # a file has no numbers as keys
+    digest = hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+    return {**body, "seal": digest}
+
+
+def seal_holds(value):
+    """Does an object from a JSON file still have the content that it was sealed with?"""
+    return value == sealed(value)
+
+
 def read_lines(path):
     """JSON lines -> their objects. What is not there is empty, and a line that a kill or a full disk tore is none."""
     found = []

@@ -14,6 +14,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -46,6 +48,9 @@ except ImportError:                        # Windows: two runs in one folder at 
 
 SPLITS = ("train", "val")
 SYNC_BYTES = 64_000_000                    # text between two states on the disk while encoding
+WORK = ".aria_prepare"                     # folder inside the data folder for what is not finished
+WORK_FILES = ("stdin.txt", "spool.bin", "spool.json", "encode.json", "train.bin", "val.bin",
+              "meta.json")                 # in it; nothing else is ever removed from there
 
 
 def documents_of(args, source, path, log):
@@ -109,18 +114,25 @@ def get_tokenizer(args, spool, log):
 
 
 def encode(folder, spool, tok, log):
-    """Pass 3: ids aside, in train.bin.tmp and val.bin.tmp; -> Counter of (split, script, what).
+    """Pass 3: ids aside, in the work folder; -> (Counter of (split, script, what), both files' sha256).
 
-    encode.json.tmp says how far both files are good and where the spool goes on: a run that was killed continues there.
+    encode.json says how far both files are good and where the spool goes on: a run that was killed
+    continues there.
     """
     dtype, count, start, sizes = tokens.token_dtype(tok.vocab_size), Counter(), 0, [0, 0]
-    progress, marks = folder / "encode.json.tmp", {"spool": spool.digest, "tokenizer": tok.sha256}
-    paths = [folder / f"{split}.bin.tmp" for split in SPLITS]
+    progress = folder / "encode.json"
+    marks = {"spool": [spool.digest, spool.written], "tokenizer": tok.sha256}
+    paths = [folder / f"{split}.bin" for split in SPLITS]
+    written = [hashlib.sha256(), hashlib.sha256()]
     with contextlib.suppress(UserError, OSError):
         saved = knobs.read_json(progress)
-        if all(saved[key] == marks[key] for key in marks) and all(
-                path.stat().st_size >= size for path, size in zip(paths, saved["sizes"], strict=True)):
-            start, sizes = saved["start"], saved["sizes"]
+        if knobs.seal_holds(saved) and all(saved[key] == marks[key] for key in marks):
+            found = list(map(hash_of_start, paths, saved["sizes"]))
+            whole = [digest.hexdigest() for digest in found] == saved["sha256"]
+        else:
+            whole = False
+        if whole:
+            start, sizes, written = saved["start"], saved["sizes"], found
             count = Counter({(int(val), script, what): n for val, script, what, n in saved["count"]})
             log(f"continuing the run that was broken off, at {100 * start / spool.path.stat().st_size:.0f} % of the text")
     with contextlib.ExitStack() as stack:
@@ -137,6 +149,7 @@ def encode(folder, spool, tok, log):
                 row = np.empty(len(doc) + 2, dtype)
                 row[0], row[1:-1], row[-1] = tok.bos_id, doc, tok.eos_id
                 files[val].write(row)
+                written[val].update(row)
                 for what, n in (("docs", 1), ("tokens", len(row)), ("bytes", len(text.encode()))):
                     count[val, script, what] += n          # of normalised text, which is what decoding gives
             place = batch[-1][0]
@@ -146,31 +159,61 @@ def encode(folder, spool, tok, log):
                 for f in files:
                     f.flush()
                     os.fsync(f.fileno())
-                knobs.write_json(progress, marks | dict(start=place, sizes=[f.tell() for f in files],
-                                                        count=[[*key, n] for key, n in count.items()]))
+                state = dict(start=place, sizes=[f.tell() for f in files],
+                             sha256=[digest.hexdigest() for digest in written],
+                             count=[[*key, n] for key, n in count.items()])
+                knobs.write_json(progress, knobs.sealed(marks | state))
         for f in files:
             f.flush()
             os.fsync(f.fileno())
-    return count
+    return count, [digest.hexdigest() for digest in written]
 
 
-def publish(args, folder, spool, tok, digest, count, log):
+def hash_of_start(path, size):
+    """The sha256 object after so many bytes of a file, or after all of a shorter one."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        for at in range(0, size, 1 << 20):
+            digest.update(f.read(min(1 << 20, size - at)))
+    return digest
+
+
+def flags_of(args):
+    """The flags that make this text again, as typed; --data_dir is left out, as a folder may move."""
+    words = []
+    for name in ("source", "input", "tokenizer", "tokenizer_vocab", "model_type", "hinglish_ratio",
+                 "val_doc_frac", "max_docs", "max_chars", "clean", "romanise", "raw_dir", "seed"):
+        value = getattr(args, name)
+        if name == "source" or value != config.PrepareArgs.__dataclass_fields__[name].default:
+            parts = value if isinstance(value, tuple) else [value]
+            words += [f"--{name}", *(shlex.quote(printable(part)) for part in parts)]
+    return " ".join(words)
+
+
+def printable(path):
+    """A file's name as text that JSON can hold: a byte that is no UTF-8 becomes \\udcff or the like."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def publish(args, work, spool, tok, digest, count, hashes, log):
     """Rename what is ready. meta.json goes first and comes last: without it nothing here is trusted."""
+    folder = work.parent
     dtype = tokens.token_dtype(tok.vocab_size)
     meta = dict(version=tokens.VERSION, vocab_size=tok.vocab_size, mask_token_id=tok.vocab_size, pad_id=tok.pad_id,
                 unk_id=tok.unk_id, bos_id=tok.bos_id, eos_id=tok.eos_id, dtype=dtype.name,
                 tokenizer=str(args.tokenizer), tokenizer_sha256=tok.sha256, normaliser=NORMALISER, source=args.source,
                 sources=spool.extra["sources"], scripts={}, settings_sha256=digest, seed=args.seed,
-                cleaning=spool.extra["cleaning"], romanised_share=round(spool.romanised, 4))
+                cleaning=spool.extra["cleaning"], romanised_share=round(spool.romanised, 4),
+                flags=flags_of(args))
     for val, split in enumerate(SPLITS):
         for what in ("tokens", "docs", "bytes"):
             meta[f"{split}_{what}"] = sum(count[val, script, what] for script in SCRIPTS)
-        meta[f"{split}_sha256"] = tokens.file_sha256(folder / f"{split}.bin.tmp")
+        meta[f"{split}_sha256"] = hashes[val]
         meta["scripts"][split] = {script: count[val, script, "docs"] for script in SCRIPTS}
-    knobs.write_json(folder / "meta.json.tmp", meta)
+    knobs.write_json(work / "meta.json", knobs.sealed(meta))
     (folder / "meta.json").unlink(missing_ok=True)
     for name in ("train.bin", "val.bin", "meta.json"):
-        os.replace(folder / f"{name}.tmp", folder / name)
+        os.replace(work / name, folder / name)
     for script in SCRIPTS:
         docs, n, size = ([count[val, script, what] for val in (0, 1)] for what in ("docs", "tokens", "bytes"))
         if sum(docs):
@@ -192,7 +235,8 @@ def find_sources(args, folder, log):
         settings["corpus"] = sources[0]["version"]
     else:
         if args.source == "files":
-            found = [(path, dict(name=str(path), licence=None)) for path in find_files(stdin_to_file(args.input, folder))]
+            files = find_files(stdin_to_file(args.input, folder / WORK), log)
+            found = [(path, dict(name=printable(path), licence=None)) for path in files]
         else:                                              # more than the budget, because cleaning takes some of it
             found = hub.download(args.source, Path(args.raw_dir), args.hinglish_ratio, int(1.2 * args.max_chars), log)
         paths = [path for path, _ in found]
@@ -205,7 +249,7 @@ def stdin_to_file(inputs, folder):
     """The inputs with "-" replaced by a copy of standard input: it is needed whole, for its hash, before it is read."""
     if "-" not in map(str, inputs):
         return inputs
-    path = folder / "stdin.txt.tmp"
+    path = folder / "stdin.txt"
     with open(path, "wb") as f:
         shutil.copyfileobj(sys.stdin.buffer, f)
     return [path if str(name) == "-" else name for name in inputs]
@@ -217,6 +261,10 @@ def is_current(args, digest, log):
         return False
     try:
         meta = [tokens.TokenData(args.data_dir, split).meta for split in SPLITS][0]
+        if "seal" not in meta:
+            log(f"{args.data_dir} was made by an older version, which did not seal meta.json: "
+                "building it again")
+            return False
         if meta["settings_sha256"] == digest and meta["tokenizer_sha256"] == tokens.file_sha256(args.tokenizer):
             log(f"already there: {args.data_dir}, made with these settings ({meta['train_tokens']:,} training tokens); "
                 "--force builds it again")
@@ -229,14 +277,35 @@ def is_current(args, digest, log):
 
 @contextlib.contextmanager
 def alone(folder):
-    """One builder per folder, the next one waits; so the temporary files found at the end are ours or a dead run's."""
+    """One builder per folder, the next one waits -> the work folder: what lies there is ours or a dead run's."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f, contextlib.ExitStack() as stack:
+    with open(folder / ".lock", "a") as f, contextlib.ExitStack() as stack:
         if fcntl:
             with contextlib.suppress(OSError):             # some network drives cannot lock
                 fcntl.flock(f, fcntl.LOCK_EX)
-        stack.callback(lambda: [path.unlink() for path in folder.glob("*.tmp")])
-        yield
+        work = folder / WORK
+        work.mkdir(exist_ok=True)
+        stack.callback(clear, work)
+        yield work
+
+
+def clear(work):
+    """Remove the files that prepare makes in its work folder, by their names, then the folder."""
+    for path in work.iterdir():
+        name = re.sub(r"^\.(.+)\.\d+\.tmp$", r"\1", path.name)       # knobs.write_json was killed
+        if name in WORK_FILES:
+            path.unlink()
+    with contextlib.suppress(OSError):
+        work.rmdir()
+
+
+def refuse_foreign(args, folder):
+    """Dies if token files are in the way that prepare did not make: it leaves meta.json or .lock there."""
+    there = [name for name in ("train.bin", "val.bin") if (folder / name).exists()]
+    ours = (folder / "meta.json").exists() or (folder / ".lock").exists()
+    if there and not ours and not args.force:
+        raise UserError(f"{folder} holds {' and '.join(there)} without a meta.json, so prepare did not "
+                        "make it: name another --data_dir, or give --force to replace it")
 
 
 def build(args, log=print):
@@ -245,15 +314,16 @@ def build(args, log=print):
     if args.offline and args.source in hub.SOURCES:
         log(f"notice: --offline: the built-in starter corpus instead of {args.source}")
         args = dataclasses.replace(args, source="builtin")
+    refuse_foreign(args, folder)
     try:
-        with alone(folder):
+        with alone(folder) as work:
             sources, paths, digest = find_sources(args, folder, log)
             if not is_current(args, digest, log):
-                spool = Spool(folder, args, digest)
-                if not spool.restore():
+                spool = Spool(work, args, digest)
+                if not spool.restore(log):
                     read(args, spool, sources, paths, log)
                 tok = get_tokenizer(args, spool, log)
-                publish(args, folder, spool, tok, digest, encode(folder, spool, tok, log), log)
+                publish(args, work, spool, tok, digest, *encode(work, spool, tok, log), log)
     except OSError as error:
         raise UserError(f"cannot build {folder}: {error}", code=1) from None
     return knobs.read_json(folder / "meta.json")

@@ -1,7 +1,8 @@
 """Documents between reading and encoding: one file of normalised text, and the plan of the split, both kept over a kill.
 
-Used by prepare: pass 1 adds documents, `close` fixes the split and leaves spool.bin.tmp with spool.json.tmp; passes 2 and 3
-iterate, from any place. A second run with the same settings finds the pair and does not read the sources again.
+Used by prepare: pass 1 adds documents, `close` fixes the split and leaves spool.bin with spool.json; passes 2 and 3
+iterate, from any place. A second run with the same settings finds the pair and does not read the sources again, if both
+are still what was written: the plan carries the hash of the text and its own.
 The split is by hash of the text, so a copy of a training document is never in validation. With --romanise a share of the
 Devanagari documents, chosen by the same hash, comes out in Latin letters: never both forms of one document.
 """
@@ -19,7 +20,8 @@ ENOUGH = 20                                # a script with so many documents is 
 BATCH_CHARS = 500_000                      # text that is encoded at a time
 PIECE_CHARS = 50_000                       # the tokenizer's sample takes pieces of long documents
 RECORD = struct.Struct("<QBQ")             # hash of the document, script, bytes of the text that follows
-KEPT = ("docs", "bytes", "chars", "full", "limit", "forced", "high", "cut", "romanised", "script_bytes", "extra")
+KEPT = ("docs", "bytes", "chars", "full", "limit", "forced", "high", "cut", "romanised", "script_bytes", "extra",
+        "written")
 
 
 def spread(h, salt):
@@ -30,15 +32,17 @@ def spread(h, salt):
 class Spool:
     def __init__(self, folder, args, digest):
         self.args, self.digest = args, digest
-        self.path, self.plan_path = Path(folder, "spool.bin.tmp"), Path(folder, "spool.json.tmp")
+        self.path, self.plan_path = Path(folder, "spool.bin"), Path(folder, "spool.json")
         self.docs, self.bytes, self.chars, self.full, self.script_bytes = Counter(), 0, 0, False, Counter()
         self.low, self.high, self.sizes = {}, {}, {}       # smallest and largest hash of a script; hash -> bytes
         self.limit, self.forced, self.cut, self.romanised, self.extra = 0, set(), False, 0.0, {}
+        self.written = None                                # sha256 of the file, once it is whole
 
     # ---- pass 1
     def begin(self):
         self.plan_path.unlink(missing_ok=True)
         self.file = open(self.path, "wb")
+        self.hash = hashlib.sha256()
 
     def add(self, text):
         """False once a limit is reached; the first document comes in whatever its length. `text` is normalised."""
@@ -50,7 +54,9 @@ class Spool:
             return False
         raw, script = text.encode(), SCRIPTS.index(script_of(text))
         h = int.from_bytes(hashlib.sha256(f"{self.args.seed}:".encode() + raw).digest()[:8], "little")
-        self.file.write(RECORD.pack(h, script, len(raw)) + raw)
+        record = RECORD.pack(h, script, len(raw)) + raw
+        self.file.write(record)
+        self.hash.update(record)
         self.docs[script] += 1
         self.script_bytes[script] += len(raw)
         self.bytes, self.chars = self.bytes + len(raw), self.chars + len(text)
@@ -77,16 +83,21 @@ class Spool:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
+        self.written = self.hash.hexdigest()
         plan = {key: getattr(self, key) for key in KEPT} | {"forced": sorted(self.forced), "digest": self.digest}
-        knobs.write_json(self.plan_path, plan)
+        knobs.write_json(self.plan_path, knobs.sealed(plan))
 
-    def restore(self):
+    def restore(self, log):
         """Is there a spool of these settings, whole? Then its plan is taken over."""
         try:
             plan = knobs.read_json(self.plan_path)
         except UserError:
             return False
         if plan.get("digest") != self.digest or not self.path.exists():
+            return False
+        if not knobs.seal_holds(plan) or knobs.file_sha256(self.path) != plan["written"]:
+            log(f"notice: {self.path}, left by a run that was broken off, is damaged: reading the text "
+                "again")
             return False
         for key in KEPT:
             value = plan[key]

@@ -26,6 +26,8 @@ KEYS = {
     "train_sha256": str, "val_sha256": str, "tokenizer": str, "tokenizer_sha256": str, "normaliser": str,
     "source": str, "scripts": dict, "sources": list, "settings_sha256": str, "seed": 0,
 }
+UNSEALED = {"cleaning", "romanised_share"}      # other keys that a meta.json without a seal may have
+told = set()                # those that were spoken of
 SCAN_BYTES = 10**9          # up to this size every id and the hash are checked at opening, above it ids as the windows are read
 
 
@@ -41,6 +43,17 @@ def file_sha256(path):
         raise UserError(f"cannot read {path} ({error.strerror})") from None
 
 
+def how_to_rebuild(data_dir, flags=None):
+    """The end of a message: what makes this folder again. flags: those in its meta.json, if that can be trusted."""
+    if not flags and Path(data_dir) == Path(config.STARTER_DIR):
+        tokenizer = Path(data_dir, "tokenizer.model")
+        flags = (f"--source builtin --tokenizer {tokenizer} --tokenizer_vocab {config.STARTER_VOCAB} "
+                 f"--max_chars {config.STARTER_CHARS}")
+    if flags:
+        return f"python -m prepare {flags} --data_dir {data_dir} --force builds it again"
+    return f"to build it again, type the python -m prepare that made {data_dir} once more, with --force"
+
+
 class TokenData:
     """One split of a prepared folder: `.tokens` (read-only memory map), `.meta`, `.vocab_size`, `len(data)`.
 
@@ -50,11 +63,11 @@ class TokenData:
     def __init__(self, data_dir, split="train", verify=None):
         self.dir, self.split = Path(data_dir), split
         self.path = self.dir / f"{split}.bin"
-        self.fix = f"python -m prepare --data_dir {data_dir} --force builds it again"
+        self.fix = how_to_rebuild(data_dir)
         if not os.path.exists(self.dir / "meta.json"):
             raise UserError(f"no prepared text in {data_dir} (no meta.json): run python -m prepare --source files "
                             f"--input YOUR_TEXT.txt --data_dir {data_dir}, or python -m colab_train_eco for everything")
-        self.meta = self.check_meta(knobs.read_json(self.dir / "meta.json"))
+        self.meta = self.read_meta()
         self.vocab_size = self.meta["vocab_size"]
         self.dtype = token_dtype(self.vocab_size)
         try:
@@ -79,6 +92,26 @@ class TokenData:
     def refuse(self, what):
         raise UserError(f"{what}; {self.fix}")
 
+    def read_meta(self):
+        """meta.json with its seal checked; only a file of an older version has none, which is said once."""
+        name = self.dir / "meta.json"
+        try:
+            meta = knobs.read_json(name)
+        except UserError as error:
+            self.refuse(str(error))
+        if "seal" in meta and not knobs.seal_holds(meta):
+            self.refuse(f"{name} was changed after it was written: its seal does not fit")
+        self.check_meta(meta)
+        if "seal" in meta:
+            self.fix = how_to_rebuild(self.dir, meta.get("flags"))
+        elif set(meta) - set(KEYS) - UNSEALED:
+            self.refuse(f"{name} has keys that it should not have, and no seal")
+        elif str(name) not in told:
+            told.add(str(name))
+            knobs.say(f"notice: {name} has no seal, as older versions wrote it, so its figures cannot be "
+                      f"checked; {how_to_rebuild(self.dir)}")
+        return meta
+
     def check_meta(self, meta):
         name = self.dir / "meta.json"
         for key, rule in KEYS.items():
@@ -96,7 +129,6 @@ class TokenData:
                 self.refuse(f"{name}: {what} is {found}, but this Aria needs {wanted} with {vocab} pieces")
         if vocab >= 2**31 or max(specials) >= vocab or len(set(specials)) < 4:
             self.refuse(f"{name}: special ids {specials} do not fit a vocabulary of {vocab}")
-        return meta
 
     def check_ids(self, ids):
         if (top := int(ids.max())) >= self.vocab_size:

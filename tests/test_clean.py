@@ -120,6 +120,29 @@ def test_repairs_cut_no_cluster_and_are_stable(parts):
     assert Cleaner().repair(again) == again
 
 
+def test_the_report_shows_an_example_once(tmp_path):
+    cleaner = Cleaner()
+    for text in (STORY, STORY, STORY, STORY, HINGLISH, HINGLISH):
+        cleaner(text)
+    cleaner.write_html(tmp_path / "r.html", "t", {})
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert page.count(STORY[:50]) == 1 == page.count(HINGLISH[:50]) and cleaner.dropped["exact duplicate"] == 4
+
+
+def test_near_duplicates_begin_at_seven_tenths():
+    """A document goes when 70 % of its five-word runs stood in one before it, and not when 65 % did."""
+    words = [f"शब्द{a}{b}" for a in "कखगघचछजझटठ" for b in "कखगघचछजझटठ"]
+    for old, dropped in ((65, False), (75, True)):               # of 100 runs: those of the first old + 4 words
+        cleaner = Cleaner()
+        text = " ".join(words)
+        fresh = [f"नया{a}{b}" for a in "कखगघचछजझटठ" for b in "कखगघचछजझटठ"]
+        first = words + fresh[:4]                                # 104 words, 100 runs
+        assert cleaner(" ".join(first))
+        second = first[:old + 4] + fresh[10:10 + 100 - old]
+        assert len(text.split()) == 100 and len(second) == 104
+        assert bool(cleaner.duplicate(" ".join(second), clean.word_hashes(" ".join(second)))) == dropped
+
+
 def test_counts_add_up():
     cleaner = Cleaner()
     given_docs = [STORY, STORY, HINGLISH, "x", ENGLISH]

@@ -6,6 +6,8 @@ import json
 import lzma
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -69,7 +71,7 @@ def decoded(folder, split):
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # ---- documents in, documents out
@@ -88,7 +90,7 @@ def test_meta_tells_the_truth(tmp_path):
     docs = texts(300)
     folder, said = prepared(tmp_path, docs)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    assert set(KEYS) | {"cleaning", "romanised_share"} == set(meta)
+    assert set(KEYS) | {"cleaning", "romanised_share", "flags", "seal"} == set(meta)
     assert meta["version"] == 1 and meta["dtype"] == "uint16" and meta["source"] == "files"
     assert meta["mask_token_id"] == meta["vocab_size"] == 400
     assert meta["tokenizer_sha256"] == Tokenizer(tmp_path / "t.model").sha256
@@ -125,6 +127,48 @@ def test_folders_are_read_in_order_and_once(tmp_path):
         (tmp_path / name).write_bytes(b"")
     found = [str(p.relative_to(tmp_path)) for p in find_files([tmp_path, tmp_path / "b", tmp_path / "b/../a.txt"])]
     assert found == ["a.txt", "b/1.jsonl", "b/2.txt", "c/d/e.txt.gz"]
+
+
+def test_pipes_and_links_out_of_a_folder_are_left_out(tmp_path):
+    """A pipe would be waited for without end; a link out of the folder would read what nobody named. Both are said."""
+    (tmp_path / "secret/deep").mkdir(parents=True)
+    for path in (tmp_path / "secret/passwd.txt", tmp_path / "secret/deep/x.txt"):
+        path.write_text("root")
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "out.txt").symlink_to(tmp_path / "secret/passwd.txt")
+    (folder / "sub/up").symlink_to(tmp_path / "secret")
+    (folder / "gone.txt").symlink_to(folder / "nothing.txt")
+    (folder / "b.txt").symlink_to("a.txt")                           # inside: the same file, read once
+    said = []
+    assert [path.name for path in find_files([folder], said.append)] == ["a.txt"]
+    assert len(said) == 1 and all(name in said[0] for name in ("pipe.txt", "out.txt", "sub/up", "gone.txt"))
+    assert [path.name for path in find_files([folder, folder / "out.txt"], [].append)] == ["a.txt", "out.txt"]
+    (tmp_path / "alias").symlink_to(folder)
+    assert [path.name for path in find_files([tmp_path / "alias"], [].append)] == ["a.txt"]
+    with pytest.raises(UserError, match="not a plain file.*--input -"):
+        find_files([folder / "pipe.txt"])
+
+
+@pytest.mark.parametrize("pack, name", [(gzip.compress, "x.txt.gz"), (lzma.compress, "x.txt.xz"), (bytes, "x.jsonl")])
+def test_any_number_of_empty_lines_costs_little(tmp_path, pack, name):
+    """Millions of line ends are a few thousand steps at most, and the line numbers after them are right."""
+    path, many = tmp_path / name, 2_000_000
+    path.write_bytes(pack(b'{"text": "a"}\n' + many * b"\n" + many // 4 * b" \r\n" + b'{"text": "b"}\n\n{"text": "c"}'))
+    lines = list(documents.read_lines(path))
+    assert len(lines) < 10_000
+    assert [(number, line.strip()) for number, line in lines if line.strip()] == [
+        (1, '{"text": "a"}'), (many + many // 4 + 2, '{"text": "b"}'), (many + many // 4 + 4, '{"text": "c"}')]
+    assert len([doc for doc in read_documents(path) if doc.strip()]) == 3
+
+
+def test_a_file_name_that_is_no_utf8(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    write_txt(path, texts(60))
+    folder, _ = prepared(tmp_path, path)
+    assert TokenData(folder).meta["sources"][0]["name"].endswith("caf\\udce9.txt")
 
 
 @pytest.mark.parametrize("letter", ["a", "क", "😀"])
@@ -257,6 +301,129 @@ def test_the_tokenizer_sees_no_validation_text(tmp_path, monkeypatch):
     assert set(seen) < set(decoded(folder, "train")) and 10 < len(seen) < 60 and min(places) < 60 and max(places) > 140
 
 
+# ---- what is not prepare's own stays
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_users_own_files_stay(tmp_path, fails):
+    """Temporary files of other programs, in the data folder and even in prepare's work folder, outlive any run."""
+    own = {name: tmp_path / "data" / name for name in ("draft.tmp", ".hidden.tmp", "train.bin.tmp", "spool.json.tmp",
+                                                       f"{prepare.WORK}/letter.tmp", f"{prepare.WORK}/.x.tmp.7.tmp")}
+    for name, path in own.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    if fails:
+        (tmp_path / "bad.txt").write_bytes(b"\xff")
+        with pytest.raises(UserError):
+            prepared(tmp_path, tmp_path / "bad.txt")
+    else:
+        prepared(tmp_path, texts(60))
+    assert {name: path.read_text() for name, path in own.items() if path.exists()} == {name: name for name in own}
+    made = {"train.bin", "val.bin", "meta.json", ".lock"} if not fails else {".lock"}
+    assert set(contents(tmp_path / "data")) == {*own, *made}, "and nothing of prepare's own is left over"
+
+
+def test_token_files_of_another_program_are_not_replaced(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.bin").write_bytes(b"somebody's")
+    for _ in range(2):
+        with pytest.raises(UserError, match="holds train.bin.*--data_dir.*--force"):
+            prepared(tmp_path, texts(60))
+        assert contents(tmp_path / "data") == {"train.bin": b"somebody's"}
+    folder, _ = prepared(tmp_path, texts(60), force=True)
+    (folder / "meta.json").unlink()                                  # ours, as a run that died while renaming leaves it
+    prepared(tmp_path, texts(60))
+    assert TokenData(folder).meta["train_docs"] > 50
+
+
+# ---- a run that was broken off
+
+def broken_off(tmp_path, monkeypatch):
+    """The folder as a kill just before the renames leaves it, and its work folder."""
+    def die(*_):
+        raise RuntimeError("killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "publish", die)
+        patch.setattr(prepare, "clear", lambda work: None)
+        patch.setattr(prepare, "SYNC_BYTES", 4000)
+        patch.setattr(spool, "BATCH_CHARS", 2000)
+        with pytest.raises(RuntimeError):
+            prepared(tmp_path, texts(200))
+    return tmp_path / "data" / prepare.WORK
+
+
+def cut(path, at):
+    os.truncate(path, int(at * path.stat().st_size))
+
+
+def flipped(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[int(at * len(raw))] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name, says", [("spool.bin", "damaged"), ("spool.json", ""), ("train.bin", ""), ("val.bin", ""),
+                                        ("encode.json", ""), (None, "broken off")])
+def test_what_a_broken_run_kept_is_used_only_if_it_is_whole(tmp_path, monkeypatch, name, says):
+    whole, _ = prepared(tmp_path, texts(200), "whole")
+    wanted = contents(whole)
+    for at in (0.1, 0.5) if name else (0,):
+        for damage in (flipped, cut):
+            work = broken_off(tmp_path, monkeypatch)
+            if name:
+                damage(work / name, at)
+            folder, said = prepared(tmp_path, texts(200))
+            assert TokenData(folder, verify=True).meta["train_sha256"] == json.loads(wanted["meta.json"])["train_sha256"]
+            assert contents(folder)["val.bin"] == wanted["val.bin"] and says in said
+            for file in ("train.bin", "val.bin", "meta.json"):
+                (folder / file).unlink()
+
+
+# ---- the hint of a damaged folder
+
+@pytest.mark.parametrize("source", ["files", "builtin"])
+def test_the_hint_of_a_damaged_folder_makes_it_again(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    write_txt(tmp_path / "my text.txt", texts(60))
+    argv = ["--source", source, "--tokenizer", "t/t.model", "--tokenizer_vocab", "400", "--max_chars", "60000", "--seed", "3"]
+    prepare.main([*argv, *(["--input", "my text.txt"] if source == "files" else []), "--data_dir", "d"])
+    before = contents(Path("d"))
+    flipped(Path("d/val.bin"), 0.5)
+    with pytest.raises(UserError) as caught:
+        TokenData("d", "val")
+    [command] = re.findall("python -m prepare (.*) builds it again", str(caught.value))
+    prepare.main(shlex.split(command))
+    assert contents(Path("d")) == before
+
+
+def test_the_hint_of_a_damaged_starter_corpus_makes_it_again(tmp_path, monkeypatch):
+    """Also when meta.json itself is what is damaged, and says nothing that can be trusted."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "STARTER_CHARS", 60_000)
+    monkeypatch.setattr(config, "STARTER_VOCAB", 400)
+    folder = Path(ensure_builtin(chars=config.STARTER_CHARS, log=[].append))
+    before = contents(folder)
+    meta = json.loads(before["meta.json"])
+    (folder / "meta.json").write_text(json.dumps(meta | {"val_bytes": meta["val_bytes"] ^ 1}), encoding="utf-8")
+    with pytest.raises(UserError, match="meta.json was changed after it was written") as caught:
+        TokenData(folder)
+    [command] = re.findall("python -m prepare (.*) builds it again", str(caught.value))
+    prepare.main(shlex.split(command))
+    assert contents(folder) == before
+
+
+def test_an_older_folder_is_sealed_when_it_is_prepared_again(tmp_path, capsys):
+    folder, _ = prepared(tmp_path, texts(60))
+    whole = contents(folder)
+    meta = json.loads(whole["meta.json"])
+    older = {key: value for key, value in meta.items() if key not in ("seal", "flags")}
+    (folder / "meta.json").write_text(json.dumps(older), encoding="utf-8")
+    for split in ("train", "val"):
+        assert TokenData(folder, split).meta == older
+    assert capsys.readouterr().err.count("has no seal") == 1
+    _, said = prepared(tmp_path, texts(60))
+    assert "older version" in said and contents(folder) == whole
+
+
 # ---- failures leave what was there
 
 @pytest.mark.parametrize("data, why", [
@@ -343,7 +510,7 @@ def test_killed_at_each_file_operation(tmp_path):
     for n in range(40):
         done = child("-c", code, n, "--source", "files", "--input", tmp_path / "in.txt", "--data_dir", old,
                      "--tokenizer", tmp_path / "t.model", "--tokenizer_vocab", 400)
-        left = {name: raw for name, raw in contents(old).items() if not name.endswith((".tmp", ".lock"))}
+        left = {name: raw for name, raw in contents(old).items() if not name.startswith((prepare.WORK, ".lock"))}
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr[-500:]
@@ -403,6 +570,11 @@ def test_parquet(tmp_path):
     table.write_table(pyarrow.table({"body": docs}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match='no column "text", but body'):
         prepared(tmp_path, tmp_path / "b.parquet")
+    parts = [None, pyarrow.py_buffer(b"\0\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"a\xffb")]        # no nulls, offsets, bytes
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, parts)
+    table.write_table(pyarrow.table({"text": text}), tmp_path / "d.parquet")
+    with pytest.raises(UserError, match="d.parquet.*not valid UTF-8"):
+        prepared(tmp_path, tmp_path / "d.parquet")
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot read"):
         prepared(tmp_path, tmp_path / "c.parquet")

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+import knobs
 import tokens
 from knobs import UserError
 from tokens import TokenData, Windows, permute
@@ -129,6 +130,29 @@ def test_big_files_are_checked_as_they_are_read(tmp_path, monkeypatch):
         late.batch(0, late.per_epoch)
 
 
+def test_a_changed_meta_is_refused(tmp_path):
+    """Whatever bit of a sealed meta.json flips, it is refused, be it a figure that nothing else could check."""
+    folder = write_data(tmp_path / "d", range(4, 50))
+    path = folder / "meta.json"
+    knobs.write_json(path, knobs.sealed({**json.loads(path.read_bytes()), "flags": "--source files --input 'क ख'"}))
+    assert TokenData(folder).meta["val_bytes"] == 230
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"val_bytes": 230', b'"val_bytes": 232'))
+    with pytest.raises(UserError, match="meta.json was changed after it was written.*python -m prepare"):
+        TokenData(folder)
+    rnd, accepted = random.Random(3), []
+    for at in range(0, len(whole), 3):
+        bad = bytearray(whole)
+        bad[at] ^= 1 << rnd.randrange(8)
+        path.write_bytes(bad)
+        try:
+            if TokenData(folder, verify=False).meta != json.loads(whole):
+                accepted.append(at)
+        except UserError:
+            pass
+    assert not accepted
+
+
 def test_tokenizer_path_needs_the_right_hash(tmp_path):
     folder = write_data(tmp_path / "d", range(4, 50), tokenizer="gone/t.model",
                         tokenizer_sha256=hashlib.sha256(b"right").hexdigest())
@@ -183,6 +207,18 @@ def test_offset_and_order_change_with_epoch_and_seed(data):
     assert len(set(starts)) == 20 and len({s[0] % 8 for s in starts}) > 3
     assert starts[0] != tuple(Windows(data, 8, seed=6).starts(0, n).tolist())
     assert Windows(data, 8, 2**63 - 1).batch(0, 2).tolist() != Windows(data, 8, 0).batch(0, 2).tolist()
+
+
+def test_what_an_epoch_leaves_out_moves_through_the_whole_text(data):
+    """The rest that fills no window is another part of the text each time, and no part is left out more than others."""
+    windows, epochs = Windows(data, 150, seed=5), 2000              # 2 windows of 150 leave 100 of the 400 tokens out
+    starts = windows.starts(0, epochs * windows.per_epoch).reshape(epochs, windows.per_epoch)
+    read = np.zeros((epochs, len(data)), bool)
+    for i in range(150):
+        np.put_along_axis(read, (starts + i) % len(data), True, axis=1)
+    assert (read.sum(1) == 300).all()
+    left_out = 1 - read.mean(0)
+    assert left_out == pytest.approx(np.full(len(data), 0.25), abs=0.05)
 
 
 def test_batch_is_a_pure_function_of_the_counter(data):
