@@ -28,7 +28,7 @@ body{font:15px/1.55 system-ui,"Noto Sans","Noto Sans Devanagari","Nirmala UI","K
 color:var(--ink);background:var(--page);max-width:72rem;margin:0 auto;padding:1.5rem 1rem 4rem}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0 .7rem}
 .soft,dt,th{color:var(--soft)}.warn{color:var(--warn)}
-.tiles,.charts{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));margin-top:1rem}
+.tiles,.charts{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fit,minmax(8.3rem,1fr));margin-top:1rem}
 .charts{grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr))}
 .tiles div,figure,.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.7rem .9rem;margin:0}
 .tiles b{display:block;font-size:1.25rem;font-variant-numeric:tabular-nums}

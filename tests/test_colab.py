@@ -1,4 +1,5 @@
 """The one-shot: its verdict on itself, back-off when memory runs out, saves by the clock, copies on a drive, its notebook."""
+import ast
 import json
 import os
 import re
@@ -311,24 +312,58 @@ def test_runtime_requirements_are_the_others_without_torch():
     assert names[1] == [line for line in names[0] if not line.startswith("torch")] and len(names[1]) == len(names[0]) - 1
 
 
-def test_the_notebook_is_clean():
-    import nbformat
-    path = ROOT / "colab.ipynb"
-    book = nbformat.read(path, as_version=4)
+FORM = re.compile(r'^([A-Z_]+) = (.+?)  #@param (\{type:"(?:string|boolean|integer|slider)".*\}|\[".*"\])$', re.M)
+
+
+def notebook():
+    nbformat = pytest.importorskip("nbformat")
+    book = nbformat.read(ROOT / "colab.ipynb", as_version=4)
     nbformat.validate(book)
-    assert path.stat().st_size < 10_000 and not any(cell.get("outputs") or cell.get("execution_count") for cell in book.cells)
-    source = {cell.id: cell.source for cell in book.cells}
-    [home] = re.findall(r'"ARIA_REPO", "https://github.com/([\w-]+/[\w-]+)"', source["settings"])
-    assert f"colab.research.google.com/github/{home}/blob/main/colab.ipynb" in source["title"]
-    words = re.search(r'"ARIA_NOTEBOOK_ARGS", "([^"]*)"', source["settings"])[1].split()
-    cli.parse(config.ColabArgs, words, "colab_train_eco")
-    assert "torch" not in source["install"]
+    return book
+
+
+def filled_in(source, **values):
+    """The source of a cell as a user leaves its form."""
+    for name, value in values.items():
+        source, found = re.subn(rf"^{name} = .+?(?=  #@param)", lambda _, n=name, v=value: f"{n} = {v!r}", source, flags=re.M)
+        assert found == 1, name
+    return source
+
+
+def test_the_notebook_is_clean_and_has_a_form_and_a_text_for_each_step():
+    book = notebook()
+    assert (ROOT / "colab.ipynb").stat().st_size < 14_000
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in book.cells)
+    cells = book.cells[1:]
+    assert [cell.cell_type for cell in cells] == ["markdown", "code"] * 7
+    fields = {}
+    for number, (text, step) in enumerate(zip(cells[::2], cells[1::2], strict=True), 1):
+        assert text.source.startswith(f"## {number}. ") and step.source.startswith("#@title ")
+        found = FORM.findall(step.source)
+        assert len(found) == step.source.count("#@param"), "a field that Colab cannot show"
+        fields |= {name: ast.literal_eval(value) for name, value, _ in found}
+    whole = "".join(cell.source for cell in book.cells)
+    assert "OWNER" not in whole and "environ" not in whole and fields["REPOSITORY"] == ""
+    assert {"PROMPT", "MAX_STEPS", "USE_DRIVE", "TEXT", "SEED"} <= set(fields)
+
+
+@pytest.mark.parametrize("form", [{}, {"TEXT": "starter corpus", "COMPILE": False, "ALLOW_CPU": True},
+                                  {"MORE_FLAGS": "--lr 1e-3"}, {"TEXT": "my file", "MY_FILE": "a file.txt"}])
+def test_the_form_makes_a_command_line_that_the_one_shot_takes(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file.txt").write_text("mai kal bazaar gaya tha")
+    [cell] = [cell for cell in notebook().cells if cell.id == "train"]
+    source = filled_in(cell.source, **form).partition("earlier = ")[0]
+    names = {"USE_DRIVE": True, "DRIVE_FOLDER": "drive", "sys": sys, "os": os}
+    exec(source, names)
+    args, _ = cli.parse(config.ColabArgs, names["words"][3:], "colab_train_eco")
+    assert str(args.run_dir) == names["RUN"] and args.drive == "drive" and args.max_steps == names["MAX_STEPS"]
+    assert args.source == {"starter corpus": "builtin", "my file": "files"}.get(names["TEXT"], "hindi")
 
 
 def test_the_notebook_runs(corpus_dir, tmp_path, monkeypatch):
-    """Every cell, in order, in a real kernel, from a real clone; the clone cell twice."""
+    """Every cell, in order, in a real kernel, from a real clone; the first one without an address, too, and twice."""
     import nbclient
-    import nbformat
     home = tmp_path / "home"
     shutil.copytree(corpus_dir / "data", home / "data")
     for path in [*ROOT.glob("*.py"), ROOT / "requirements_runtime.txt"]:
@@ -336,23 +371,32 @@ def test_the_notebook_runs(corpus_dir, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "starter", home / "starter")
     for words in (("init", "-q"), ("add", "-A"), ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all")):
         subprocess.run(["git", *words], cwd=home, check=True)
-    for name, value in {"ARIA_REPO": f"file://{home}", "ARIA_NOTEBOOK_ARGS": " ".join([*TINY, "--max_steps", "3"]),
-                        "ARIA_DRIVE": "", "IPYTHONDIR": str(tmp_path / "ipython"), "PIP_NO_INDEX": "1",
+    for name, value in {"IPYTHONDIR": str(tmp_path / "ipython"), "PIP_NO_INDEX": "1",
                         "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MPLBACKEND", raising=False)                                    # a kernel shows pictures in the page
-    book = nbformat.read(ROOT / "colab.ipynb", as_version=4)
-    at = {cell.id: i for i, cell in enumerate(book.cells)}
-    book.cells.insert(at["clone"] + 1, book.cells[at["clone"]].copy())
-    book.cells[at["clone"] + 1]["id"] = "again"
+    book = notebook()
+    cell = {cell.id: cell for cell in book.cells}
+    empty = cell["setup"].copy()
+    cell["setup"]["source"] = filled_in(cell["setup"].source, REPOSITORY=f"file://{home}")
+    cell["train"]["source"] = filled_in(cell["train"].source, MAX_STEPS=3, MORE_FLAGS=" ".join(TINY))
+    cell["sample"]["source"] = filled_in(cell["sample"].source, PROMPT='kya "aap" $HOME गए', NEW_TOKENS=8)
+    at = [c.id for c in book.cells].index("setup")
+    again = cell["setup"].copy()
+    empty["id"], empty["metadata"], again["id"] = "empty", {"tags": ["raises-exception"]}, "again"
+    book.cells[at:at + 1] = [empty, cell["setup"], again]
     work = tmp_path / "work"
     work.mkdir()
     nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(work)}}).execute()
-    output = {cell.id: json.dumps(cell.get("outputs", []), ensure_ascii=False) for cell in book.cells}
-    assert "image/png" in output["watch"] and "stage 6" in output["watch"]
-    assert "mai kal bazaar gaya tha" in output["samples"] and "verdict: not reached" in output["verdict"]
-    assert "aria_checkpoint.zip" in output["download"] and (work / "Aria/aria_checkpoint.zip").stat().st_size > 10_000
-    assert not (work / "Aria/Aria").exists()
+    [refusal] = empty["outputs"]
+    assert "Stopped: fill in REPOSITORY" in "".join(refusal["traceback"]) and "Traceback" not in "".join(refusal["traceback"])
+    output = {c.id: json.dumps(c.get("outputs", []), ensure_ascii=False) for c in book.cells}
+    assert "image/png" in output["follow"] and "stage 6" in output["follow"] and "ready in" in output["again"]
+    assert "kya" in output["sample"] and "$HOME गए" in output["sample"] and "verdict: not reached" in output["evaluate"]
+    assert "aria_checkpoint.zip" in output["download"] and not (work / "Aria/Aria").exists()
+    shutil.unpack_archive(work / "Aria/aria_checkpoint.zip", tmp_path / "away")
+    assert (tmp_path / "away/report.html").exists()
+    assert not sample.main([str(tmp_path / "away/step_000003"), "--prompt", "mai", "--max_new_tokens", "4", "--threads", "1"])
 
 
 @pytest.mark.parametrize("words, told", [
