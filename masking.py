@@ -15,7 +15,9 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+ROWS = 64   # the rows of the loss's products are a multiple of this
 SCHEDULES = {  # alpha(t) for the full range; min/max_mask_rate stretch it
     "linear": lambda t: 1 - t,
     "cosine": lambda t: 1 - torch.sin(t * (math.pi / 2)),
@@ -136,6 +138,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """sum_i w_i CE(h_i W^T, y_i) and each CE, in chunks: the logits of all positions never exist at once.
 
     The gradient is made in the forward pass, chunk by chunk, while the logits are there; backward only scales it.
+    Each chunk is padded with rows of weight 0 to a multiple of ROWS. The number of hidden tokens differs at every step, and
+    oneDNN compiles and keeps a product for each shape that it meets: without the padding, memory grows with the steps.
     """
 
     @staticmethod
@@ -146,15 +150,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight) if grads else None
         ce = torch.empty(len(h), dtype=torch.float32, device=h.device)
         for a in range(0, len(h), chunk):
-            rows, y = h[a:a + chunk].to(dtype), target[a:a + chunk, None]
-            z = (rows @ matrix.T).float()                                          # (chunk, V)
+            n = min(chunk, len(h) - a)
+            more = -n % ROWS
+            rows = F.pad(h[a:a + n].to(dtype), (0, 0, 0, more))                    # (n + more, D)
+            y = F.pad(target[a:a + n], (0, more))[:, None]                         # (n + more, 1)
+            z = (rows @ matrix.T).float()                                          # (n + more, V)
             z[:, never] = -math.inf
             z -= z.logsumexp(-1, keepdim=True)
-            ce[a:a + chunk] = -z.gather(1, y)[:, 0]
+            ce[a:a + n] = -z[:n].gather(1, y[:n])[:, 0]
             if grads:  # d CE / d logits = softmax - one hot
                 z.exp_().scatter_add_(1, y, torch.full_like(z[:, :1], -1.0))
-                dz = z.mul_(w[a:a + chunk, None]).to(dtype)
-                dh[a:a + chunk] = dz @ matrix
+                dz = z.mul_(F.pad(w[a:a + n], (0, more))[:, None]).to(dtype)       # (n + more, V)
+                dh[a:a + n] = (dz @ matrix)[:n]
                 dweight += dz.T @ rows
         ctx.save_for_backward(dh, dweight)
         ctx.mark_non_differentiable(ce)

@@ -5,6 +5,7 @@
     python benchmarks/train_speed.py --compile --recompute --shapes d256     # --compile (cold, warm), --activation_checkpointing
     python benchmarks/train_speed.py --allocator             # what keeping freed memory is worth, page faults included
     python benchmarks/train_speed.py --lengths 256 512 1024 2048 4096 --blocks T 64      # tokens/s as the rows get longer
+    python benchmarks/train_speed.py --memory                # a small run of 2,000 steps: its memory must not grow with the steps
 
 Every figure is a median over rounds; in a round each variant runs once, one after the other, so that a noisy neighbour hits
 all of them. FLOPs are counted by torch's flop counter while a real step runs, not taken from a formula. The models of one
@@ -20,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
-from common import arguments
+from common import ROOT, arguments, tiny_text
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
@@ -189,6 +191,26 @@ def child():
     print(json.dumps({"step_ms": 1e3 * statistics.median(times), "faults": faults, "peak_mb": runtime.peak_memory_mb()}))
 
 
+def memory(steps=2000, early=200):
+    """The real command, 2,000 steps of a small model: peak memory after 200 steps and at the end, seconds of the first 200."""
+    settings = dict(d_model=64, n_layers=2, n_heads=4, d_ff=192, memory_slots=8, seq_len=64, batch_size=8, grad_accum=1,
+                    train_block_sizes="T,32,8", threads=1, max_steps=steps, save_interval=steps)
+    settings |= dict(eval_interval=500, eval_batches=6)
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_text(Path(folder))
+        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        subprocess.run([sys.executable, "-m", "train", "--data_dir", folder, "--output_dir", f"{folder}/run", *words,
+                        "--no_show_samples"], cwd=ROOT, check=True, capture_output=True)
+        lines = Path(folder, "run", "train.jsonl").read_text(encoding="utf-8").splitlines()
+    taken = [line for line in map(json.loads, lines) if line["event"] == "train"]
+    found = {"early_mb": taken[early - 1]["mem_mb"], "end_mb": taken[-1]["mem_mb"],
+             "early_s": sum(line["step_ms"] for line in taken[:early]) / 1e3}
+    found["growth"] = found["end_mb"] / found["early_mb"] - 1
+    print(f"memory after {early} steps {found['early_mb']:.0f} MB, after {steps} {found['end_mb']:.0f} MB "
+          f"({found['growth']:+.1%}); the first {early} steps took {found['early_s']:.1f} s")
+    return found
+
+
 def main():
     p = arguments(__doc__)
     p.add_argument("--rounds", type=int, default=7)
@@ -200,11 +222,15 @@ def main():
     p.add_argument("--compile", action="store_true", help="each variant also compiled, one block rule, and how long that takes")
     p.add_argument("--recompute", action="store_true", help="each variant also with --activation_checkpointing")
     p.add_argument("--allocator", action="store_true")
+    p.add_argument("--memory", action="store_true")
     p.add_argument("--child", action="store_true")
     args = p.parse_args()
     told = runtime.start(0)
     if args.child:
         return child()
+    if args.memory:
+        print(json.dumps({"memory": memory(), **runtime.environment(torch.device("cpu"))}))
+        return
     if args.allocator:
         print(json.dumps({"allocator": allocator(args.rounds), **runtime.environment(torch.device("cpu"))}))
         return

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import masking
 from config import TrainArgs
@@ -209,6 +210,53 @@ def test_chunked_cross_entropy_equals_the_plain_one():
     torch.testing.assert_close(ce, plain.detach())
     for got, want in zip(torch.autograd.grad(3 * total, (h, w)), expected, strict=True):
         torch.testing.assert_close(got, 3 * want, atol=1e-5, rtol=1e-5)
+
+
+class Products(TorchDispatchMode):
+    """Keeps the shapes of all matrix products, attention and convolutions that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in func.name() for word in ("mm", "convolution", "attention")):
+            self.shapes.add((func.name(), *(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+def test_the_number_of_hidden_tokens_makes_no_new_product(model):
+    """oneDNN compiles and keeps a product for each shape: the shapes of a run have to be few, however many its steps."""
+    args = TrainArgs(model=model, seq_len=64, timestep_sampling="uniform", train_block_sizes="T,16", max_steps=100)
+    net, products, hidden = tiny(model, vocab=52, n_layers=1), Products(), set()
+    for step in range(40):
+        block, first = masking.pick_blocks(args.block_choices, 64, 1, step)
+        draw = masking.draw(args, 1, step, 3, 64, block, first)
+        hidden.add(draw.hidden)
+        with products, torch.autocast("cpu", torch.bfloat16):
+            masking.denoising_loss(net, torch.full((3, 64), 5), draw, "elbo", 1.0).loss.backward()
+    assert len(hidden) > 25, "too few different counts to prove anything"
+    of_loss = {shapes for shapes in products.shapes if any(53 in shape for shape in shapes[1:])}
+    assert len(of_loss) <= 3 * 3, of_loss                                  # three products of 64, 128 or 192 rows
+    assert len(products.shapes - of_loss) <= 45, len(products.shapes - of_loss)
+
+
+@pytest.mark.parametrize("dtype,close", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_rows_that_fill_up_a_product_change_nothing(dtype, close):
+    """Loss and gradients of any number of rows are those of the formula, and an answer never sees the filling."""
+    for n in (1, 63, 64, 65, 300):
+        g = torch.Generator().manual_seed(n)
+        h, weight = torch.randn(n, 24, generator=g).requires_grad_(), torch.randn(90, 24, generator=g).requires_grad_()
+        target, w = torch.randint(1, 89, (n,), generator=g), torch.rand(n, generator=g)
+        loss, each = masking.LinearCrossEntropy.apply(h, weight, target, w, [0, 89], 128, dtype)
+        found = (loss, each, *torch.autograd.grad(loss, (h, weight)))
+        z = (h.to(dtype) @ weight.to(dtype).T).float()
+        z = z.index_fill(1, torch.tensor([0, 89]), -math.inf)
+        each = nn.functional.cross_entropy(z, target, reduction="none")
+        loss = (each * w).sum()
+        for got, want in zip(found, (loss, each, *torch.autograd.grad(loss, (h, weight))), strict=True):
+            assert (got - want).abs().max() <= close * max(1, want.abs().max()), (n, got.shape)
 
 
 def test_head_sees_masked_positions_only_and_never_the_mask_logit():
