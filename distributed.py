@@ -89,6 +89,9 @@ class Ranks:
         """The highest number that any rank has; None counts as none."""
         return number if self.world == 1 else int(self.reduced(number or 0, dist.ReduceOp.MAX)) or None
 
+    def lowest(self, number):
+        return int(self.reduced(number, dist.ReduceOp.MIN))
+
     def reduced(self, x, operation):
         if self.world == 1:
             return x

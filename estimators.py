@@ -9,6 +9,7 @@ with the document, and what it shares with the one before is given, not scored. 
 An error is a standard error over documents (of a ratio: nats of all / tokens, bytes or letters of all).
 Legend: R rows, L tokens of a window, S block, n blocks, D documents.
 """
+import contextlib
 import math
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -24,14 +25,15 @@ RATES = (0.15, 0.5, 0.85)     # of infilling
 
 # ---- windows of one stream, for training and for comparing settings ---------------------------------------------------
 
-def held_out(model, rows, blocks, seed, batch, draws, ranks=None):
+def held_out(model, rows, blocks, seed, batch, draws, ranks=None, piece=contextlib.nullcontext):
     """Held-out rows (R, T) -> {block: {"nats": bound per token, "se": standard error over rows, "masked_mean": plain CE}}.
 
-    ranks: the processes that share the rows; each gets the figures of all of them.
+    ranks: the processes that share the rows; each gets the figures of all of them. piece: as in row_bounds.
     """
     result, part = {}, ranks.deal(len(rows)) if ranks else slice(None)
     for block in blocks:
-        parts = torch.stack([masking.row_bounds(model, rows, block, None, seed + i, batch, part) for i in range(draws)], dim=1)
+        parts = torch.stack([masking.row_bounds(model, rows, block, None, seed + i, batch, part, piece)
+                             for i in range(draws)], dim=1)
         parts = ranks.collect(parts, len(rows)) if ranks else parts                # (R, draws, 3)
         per_row, (_, plain, hidden) = parts[..., 0].mean(1), parts.sum(0).unbind(1)
         error = float(per_row.std() / math.sqrt(len(per_row))) if len(per_row) > 1 else 0.0

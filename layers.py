@@ -13,9 +13,16 @@ from torch.utils.checkpoint import checkpoint
 
 def recomputed(on, layer, *args):
     """layer(*args). If on, autograd keeps the arguments alone, and the backward pass computes the inside again, same dropout."""
-    if not (on and torch.is_grad_enabled()):
+    if not torch.is_grad_enabled():
         return layer(*args)
-    return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=True)
+    out = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=True) if on else layer(*args)
+    if out.requires_grad:
+        out.register_hook(let_signals_in)
+    return out
+
+
+def let_signals_in(_):
+    """Does nothing, but in Python: the backward pass runs in C++, where signals wait, so each layer of it ends in this."""
 
 
 class RMSNorm(nn.Module):

@@ -10,6 +10,7 @@ the familiar -alpha'/(1 - alpha) with the rate that was really used. Integrating
 which is the exact-count form of the bound on -log p, for every schedule, with no clipping and no bias (docs/math.md).
 Legend: R rows of the whole optimizer step, T positions, S block, n blocks, D width, V vocabulary rows, N hidden positions.
 """
+import contextlib
 import math
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -228,18 +229,20 @@ EXACT_COUNT = SimpleNamespace(mask_schedule="linear", min_mask_rate=0.0, most_hi
 
 
 @torch.no_grad()
-def row_bounds(model, x0, block, first=None, seed=0, batch=8, part=slice(None)):
+def row_bounds(model, x0, block, first=None, seed=0, batch=8, part=slice(None), piece=contextlib.nullcontext):
     """What rows x0 (R, T) cost in nats, on the CPU: (R, 3), of each its bound per token, its plain sum of CE, its hidden tokens.
 
     Linear time, so every count weighs the same; stratified over rows and blocks; masks fixed by the seed.
     Of a causal model: the exact NLL, whatever block and seed. part: only these rows, with the masks that they have among all.
+    piece: a context for each batch, in which a signal may end it.
     """
     R, T = x0.shape
     d = whole_rows(R, T, part) if model.cfg.causal else draw(EXACT_COUNT, seed, 0, R, T, block, first, part)
     x0, found = x0[part], []
     for a in range(0, len(x0), batch):
         rows = slice(a, a + batch)
-        out = denoising_loss(model, x0[rows], d, "elbo", 1, rows)
+        with piece():
+            out = denoising_loss(model, x0[rows], d, "elbo", 1, rows)
         scored = torch.zeros(out.hidden.shape, device=x0.device)
         scored[out.hidden] = out.nll
         nats = (scored * d.weight[rows].to(x0.device)).sum(1) / T

@@ -11,7 +11,8 @@ import drive
 from knobs import Damage, UserError, say
 
 COUNTERS = {  # what a run resumes from in state.json -> the smallest value of a number, or a type
-    "position": 0, "tokens_seen": 0, "skipped": 0, "ema_updates": 0, "rollbacks": 0, "data_sha256": str, "precision": str,
+    "position": 0, "tokens_seen": 0, "skipped": 0, "ema_updates": 0, "rollbacks": 0, "eval_due": 0,
+    "data_sha256": str, "precision": str,
     "losses": (dict, list), "wandb_id": (str, type(None)), "scaler": (dict, type(None)),
     **dict.fromkeys(("best", "kept"), (float, int, type(None)))}
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker", "overflows"}
@@ -84,7 +85,8 @@ def archive(run_dir):
 
 def counters(saved):
     """state.json as train needs it; the keys that older runs lack get what those runs meant."""
-    state = {"rollbacks": 0, "losses": {}, "scaler": None, "wandb_id": None, "kept": saved.state.get("best")} | saved.state
+    older = {"rollbacks": 0, "eval_due": 0, "losses": {}, "scaler": None, "wandb_id": None}
+    state = older | {"kept": saved.state.get("best")} | saved.state
     for key, rule in COUNTERS.items():
         value = state.get(key, ...)
         fits = type(value) is int and rule <= value < 2 ** 63 if isinstance(rule, int) else isinstance(value, rule)

@@ -23,6 +23,8 @@ from config import ROOT, next_commands
 import knobs
 from knobs import UserError
 
+ECHO = 2.0          # seconds in which a second SIGINT under torchrun is the first one, passed on
+
 
 def pick_device(name):
     """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps' -> torch.device; asking for what is not there is a user's slip."""
@@ -163,11 +165,22 @@ def environment(device):
             "threads": torch.get_num_threads(), "commit": knobs.commit_hash(ROOT)}
 
 
-class StopFlag:
-    """SIGINT, SIGTERM and a closed terminal ask the loop to save and leave; a second SIGINT leaves at once."""
+class Stopped(BaseException):
+    """A signal came during work that can be given up. No Exception: a compiler or a library would take it for its own."""
 
-    def __init__(self):
-        self.signal = None
+
+class StopFlag:
+    """SIGINT, SIGTERM and a closed terminal ask the loop to save and leave; a second SIGINT leaves at once.
+
+    Saving does not wait for the end of a step or of an evaluation, which can take minutes: what runs inside piece() or
+    at_once() is given up, and Stopped is raised. Nothing inside may change what is saved.
+    """
+
+    def __init__(self, ranks):
+        self.ranks = ranks
+        self.signal, self.came = None, 0.0
+        self.open = False                    # whether a signal raises Stopped now
+        self.answer = "saving, then leaving"
         self.before = {}
 
     def __enter__(self):
@@ -181,13 +194,47 @@ class StopFlag:
             signal.signal(s, handler)
 
     def catch(self, number, _frame):
-        if self.signal is not None and number == signal.SIGINT:
+        if self.signal is not None and number == signal.SIGINT and not self.is_echo():
             raise KeyboardInterrupt
-        if self.signal is None:                                  # a step may take minutes: no silence until its end
+        if self.signal is None:                                  # a save may take a while: no silence until its end
+            self.came = time.monotonic()
             word = signal.Signals(number).name
             with contextlib.suppress(OSError):                   # of a terminal that is gone
-                os.write(2, f"\n{word}: saving after this step{', once more leaves at once' * (word == 'SIGINT')}\n".encode())
+                os.write(2, f"\n{word}: {self.answer}{', once more leaves at once' * (word == 'SIGINT')}\n".encode())
         self.signal = number
+        if self.open:
+            self.open = False
+            raise Stopped
+
+    def is_echo(self):
+        """Ctrl-C reaches torchrun's processes twice: from the terminal, and passed on by torchrun."""
+        return "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.came < ECHO
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Around work of this process alone: a signal, also one that came before, raises Stopped in the middle of it."""
+        self.open = True
+        try:
+            if self.signal is not None:
+                raise Stopped
+            yield
+        finally:
+            self.open = False
+
+    @contextlib.contextmanager
+    def piece(self, agreed=False):
+        """Around one of several pieces of work that all ranks do in step, such as the forward and backward of some rows.
+
+        One process gives it up at once. Several finish it, as others may be waiting for their gradients, and agree before
+        the next one whether a signal has come to any of them; agreed: they have just done so.
+        """
+        if self.ranks.world == 1:
+            with self.at_once():
+                yield
+            return
+        if not agreed and self.ranks.highest(self.signal) is not None:
+            raise Stopped
+        yield
 
     @property
     def name(self):

@@ -124,6 +124,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     with ranks.main_first():
         data_dir = find_data(args, origins)
     args.data_dir = str(data_dir)
+    stop = runtime.StopFlag(ranks)                           # listens from the loop on; before it there is nothing to save
     data, val = TokenData(data_dir, "train"), TokenData(data_dir, "val")
     cfg = shapes.model_config(args, data.vocab_size)
     windows = Windows(data, args.seq_len, args.seed)
@@ -138,7 +139,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         raise UserError(f"{data_dir} has changed since this run began (sha256 {data.meta['train_sha256'][:12]}, the checkpoint "
                         f"{state['data_sha256'][:12]}): give the old text, or fork with --run_name NEW")
     first_step = saved.step if resuming else 0
-    if first_step >= args.max_steps:
+    if first_step >= args.max_steps and not (resuming and state["eval_due"]):
         say(f"nothing to do: step {first_step} of {args.max_steps}")
         return 0, None
 
@@ -216,7 +217,10 @@ def train(args, origins, ranks, run_dir, source, resuming):
         early = masking.pick_exit(args.n_layers, args.seed, step) if cfg.exits and args.n_layers > 1 else None
         for a in range(0, len(x0), micro):
             part = slice(a, a + micro)
-            with contextlib.nullcontext() if last and a + micro >= len(x0) else ranks.accumulate(loss_of):
+            summing = last and a + micro >= len(x0)
+            # a probe of --auto_batch is no piece: each rank probes as often as it has to
+            piece = stop.piece(agreed=a == 0) if last else contextlib.nullcontext()
+            with piece, contextlib.nullcontext() if summing else ranks.accumulate(loss_of):
                 with runtime.autocast(device, dtype):
                     out = loss_of(x0[part], draw, args.loss, total, part, early=early, early_weight=args.exit_loss_weight)
                 try:
@@ -237,6 +241,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     if args.auto_batch:
         later = 8 * params if fresh else 0                  # the optimizer's state comes with the first step
         micro = fit.measured(probe, micro, mine.stop - mine.start, args, device, later, optimizer.zero_grad, say)
+        micro = ranks.lowest(micro)         # all ranks do the same number of forwards, and agree between them
     if ranks.main and not in_place and runs.is_used(run_dir):    # last: the arguments have proved to be sound
         runs.archive(run_dir)
     if args.compile:
@@ -260,14 +265,16 @@ def train(args, origins, ranks, run_dir, source, resuming):
                             block_size=min(args.block_size, frozen or args.block_size), temperature=0.5, top_k=50,
                             eos_id=tokenizer.eos_id)
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        with averaged():
+        with averaged(), stop.at_once():
             return tokenizer.written(generate(model, ids, settings, [args.seed]).rows[0])
 
     def evaluate(step):
         model.eval()
-        with torch.no_grad(), runtime.autocast(device, dtype), averaged():
-            score = held_out(model, held, blocks, 0, micro, 1, ranks)
-        ranks.fold(model)
+        try:
+            with torch.no_grad(), runtime.autocast(device, dtype), averaged():
+                score = held_out(model, held, blocks, 0, micro, 1, ranks, stop.piece)
+        finally:
+            ranks.fold(model)
         nats = sum(r["nats"] for r in score.values()) / len(score)
         error = max(r["se"] for r in score.values())
         bpb = bits_per_byte(nats, val.meta)
@@ -282,6 +289,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
                 log.write("sample", step=step, prompt=prompt, text=speak(prompt, 24))
             except FloatingPointError as error:               # NaN logits
                 log.write("warn", step=step, message=f"no sample: {error}")
+            except runtime.Stopped:
+                break
         return nats
 
     def save(step, is_best):
@@ -293,7 +302,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
                  "kept": nats if is_best else runtime.finite(kept), "ema_updates": ema.updates if ema else 0, "model": args.model,
                  "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
                  "environment": environment, "compiled": args.compile, "precision": str(dtype),
-                 "scaler": scaler.state(), "losses": spikes.state(), "rollbacks": rollbacks, "wandb_id": run_id}
+                 "scaler": scaler.state(), "losses": spikes.state(), "rollbacks": rollbacks, "wandb_id": run_id,
+                 "eval_due": int(due and scored_step != step)}
         started = time.perf_counter()
         try:
             folder = checkpoint.save(
@@ -311,7 +321,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
 
     # ---- the loop: evaluate, save, stop, step, log; one turn more than steps --------------------------------------------
     environment = runtime.environment(device)
-    with (runtime.StopFlag() as stop, runtime.Progress(args, first_step) as progress,
+    with (stop, runtime.Progress(args, first_step) as progress,
           torch.autograd.set_detect_anomaly(args.detect_anomaly)):
         log = sinks.Events(runtime.JsonLines(run_dir / "train.jsonl" if ranks.main else None),
                            sinks.opened(args, run_dir, run_id, first_step + 1 if resuming else 0) if ranks.main else [])
@@ -325,21 +335,26 @@ def train(args, origins, ranks, run_dir, source, resuming):
             say(f"notice: {note}")
         publish("config.json", checkpoint.to_json(saved_args).decode())
         bad_in_a_row, unsaved, code, saved_at = 0, 0, 0, time.monotonic()
-        step, held_step, nats = first_step, first_step if resuming else -1, None
+        step, nats, scored_step = first_step, None, None
+        held_step = first_step - state["eval_due"] if resuming else -1       # the last one that is on the disk
         while True:
             last = step == args.max_steps
-            turn = step > held_step                               # a resume does not repeat what its checkpoint already holds
-            scored = turn and args.eval_interval and (last or step % args.eval_interval == 0)
-            if scored:
-                nats = evaluate(step)
-                best = min(best, nats)
+            # a resume does not repeat what its checkpoint holds; a step that was given up comes here again
+            turn = step > held_step
+            due = bool(turn and args.eval_interval and (last or step % args.eval_interval == 0))
+            if due and scored_step != step:
+                with contextlib.suppress(runtime.Stopped):        # then the resume evaluates this step
+                    nats = evaluate(step)
+                    best, scored_step = min(best, nats), step
             every = args.save_interval or 500
             late = args.save_minutes and ranks.tell(time.monotonic() - saved_at >= 60 * args.save_minutes)
             signal = ranks.highest(stop.signal)                   # one rank's is everybody's
             if turn and step and (last or signal is not None or step % every == 0 or late):
-                saved_at, is_best = time.monotonic(), bool(scored and nats < kept)      # `best`: of what was scored and saved
+                is_best = scored_step == step and nats < kept     # `best`: of what was scored and saved
+                saved_at = time.monotonic()
                 if save(step, is_best):
                     unsaved, kept = 0, nats if is_best else kept
+                    held_step = step
                 else:
                     unsaved += 1
             if unsaved == SAVE_LIMIT or unsaved and (last or signal is not None):
@@ -358,7 +373,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
             x0 = windows.batch(position + mine.start, mine.stop - mine.start).to(device)      # (rows of this rank, T)
             data_ms = 1e3 * (time.perf_counter() - started)
             work = functools.partial(gradients, x0, draw, step)
-            loss, micro = fit.backing_off(work, micro, len(x0), args, optimizer.zero_grad, say, ranks.world == 1)
+            try:
+                loss, micro = fit.backing_off(work, micro, len(x0), args, optimizer.zero_grad, say, ranks.world == 1)
+            except runtime.Stopped:                               # nothing of this step has happened: save what was before
+                optimizer.zero_grad()
+                continue
             loss = ranks.total(loss)
             scaler.unscale()
             gnorm = float(optim.clip_grad_norm(model, args.grad_clip))
@@ -376,6 +395,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
                     say(f"notice: back to step {saved.step}, and on with the text after window {position}")
                     rollbacks, bad_in_a_row = rollbacks + 1, 0
                     step = held_step = saved.step
+                    scored_step = None
                     optimizer.zero_grad()
                     continue
             if math.isfinite(loss) and math.isfinite(gnorm):
@@ -414,7 +434,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
 
         # ---- the end ----------------------------------------------------------------------------------------------------
         stop.signal = ranks.highest(stop.signal)
-        stopped = stop.name if step < args.max_steps and not code else None
+        unfinished = step < args.max_steps or due and scored_step != step
+        stopped = stop.name if unfinished and not code else None
         log.write("end", step=step, code=code, stopped=stopped, best=None if best == math.inf else best, seconds=progress.elapsed)
         summary = runtime.summary(args, run_dir, params, data, best, progress, tokens_seen, step)
         publish("summary.md", summary)
@@ -429,8 +450,10 @@ def train(args, origins, ranks, run_dir, source, resuming):
         say(f"stopped by {stopped} at step {step}" + ", saved: the same command with --resume_latest goes on" * (step > 0))
     elif speaks and not code:
         model.eval()
-        for prompt in config.PROMPTS:
-            print(f"{prompt}{speak(prompt, 48)}\n---", flush=True)
+        stop.answer = "leaving out the samples; the run is finished and saved"
+        with stop, contextlib.suppress(runtime.Stopped):
+            for prompt in config.PROMPTS:
+                print(f"{prompt}{speak(prompt, 48)}\n---", flush=True)
     return code, stopped
 
 

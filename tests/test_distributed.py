@@ -80,6 +80,7 @@ def forked(world, folder, *words):
         with open(folder / f"rank{rank}.out", "wb") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
+        sys.stdout = sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
         os.environ.update(dict.fromkeys(distributed.TORCHRUN, "0"), RANK=str(rank), WORLD_SIZE=str(world))
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
         code = 1
@@ -189,6 +190,26 @@ def test_the_probe_of_auto_batch_leaves_the_first_step_alone(text, tmp_path):
     assert codes == [0, 0], printed[-3000:]
     assert alone(*words, "--output_dir", tmp_path / "one") == 0
     same(tmp_path / "one", tmp_path / "two", 2)
+
+
+def test_a_signal_in_the_middle_of_a_step_of_two_ranks(text, tmp_path, monkeypatch):
+    """It comes to rank 1 in the first of the step's two forwards: both ranks give the step up before the second."""
+    real, calls = masking.denoising_loss, []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == 2 * 2 + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert len(calls) <= 2 * 2 + 1, "the second forward took place"
+        return real(*args, **kwargs)
+    words = ("--data_dir", text, *SHAPE, *PRIMARY, "--max_steps", 4, "--eval_interval", 0)
+    assert alone(*words, "--output_dir", tmp_path / "one") == 0
+    monkeypatch.setattr(masking, "denoising_loss", signalled)
+    codes, printed = forked(2, tmp_path, *words, "--output_dir", tmp_path / "two")
+    monkeypatch.undo()
+    assert codes == [0, 0] and "stopped by SIGTERM at step 2, saved" in printed, printed[-3000:]
+    assert alone("--resume", tmp_path / "two", "--threads", 1, "--no_show_samples") == 0
+    same(tmp_path / "one", tmp_path / "two", 4)
 
 
 # ---- in this process ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,8 @@ import torch
 from conftest import ROOT, aria, log, tree
 
 import config
+import decode
+import layers
 import shapes
 import knobs
 import masking
@@ -232,6 +235,71 @@ def test_sigterm_saves_and_the_resume_changes_nothing(text, tmp_path, capsys):
     assert call("--resume", b, "--threads", 1) == 0
     assert weights(a / "step_000120") == weights(b / "step_000120")
     assert curve(a) == curve(b)
+
+
+@pytest.fixture(scope="module")
+def many_parts(text, tmp_path_factory):
+    """A run whose steps and evaluations have many parts, and the words that start it."""
+    run = tmp_path_factory.mktemp("many") / "run"
+    words = ("--batch_size", 1, "--grad_accum", 8, "--eval_batches", 6, "--max_steps", 6, "--eval_interval", 3,
+             "--save_interval", 2, *HARD)
+    assert fresh(text, run, *words) == 0
+    return run, words
+
+
+@pytest.mark.parametrize("place, number, at", [
+    ("forward", 6 * 3 + 8 * 2 + 5, 2),       # step 3, fifth of its eight forwards
+    ("backward", 8 * 2 * 3 + 7, 3),          # step 4, in the middle of a backward pass; step 3 was evaluated
+    ("forward", 6 * 3 + 8 * 3 + 7, 3),       # the evaluation of step 3
+    ("forward", 2 * 6 * 3 + 8 * 6 + 7, 6),   # the evaluation of the last step
+    ("forward", 5, 0)])                      # the evaluation before the first step: there is nothing to save
+def test_a_signal_ends_a_step_or_an_evaluation_in_its_middle(many_parts, text, tmp_path, monkeypatch, place, number, at):
+    """What was given up leaves no trace: the resumed run has the weights, losses and evaluations of the uninterrupted one."""
+    reference, words = many_parts
+    module, name = {"forward": (masking, "denoising_loss"), "backward": (layers, "let_signals_in")}[place]
+    real, calls = getattr(module, name), []
+
+    def signalled(*args, **kwargs):
+        calls.append(place)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+    monkeypatch.setattr(module, name, signalled)
+    run = tmp_path / "run"
+    assert fresh(text, run, *words) == 0
+    monkeypatch.undo()
+    end = log(run, "end")[-1]
+    assert (end["stopped"], end["step"], end["code"]) == ("SIGTERM", at, 0)
+    assert len(calls) == number, "the work went on after the signal"
+    assert len(log(run)) == at and (run / "latest").exists() == (at > 0)
+    assert (call("--resume", run, "--threads", 1, "--no_show_samples") if at else fresh(text, run, *words)) == 0
+    assert weights(run / "step_000006") == weights(reference / "step_000006")
+    assert curve(run) == curve(reference)
+    evals = [{line["step"]: line["val_nelbo"] for line in log(r, "eval")} for r in (run, reference)]
+    assert evals[0] == evals[1] and len(log(run, "eval")) == len(log(reference, "eval"))
+
+
+def test_a_signal_during_the_samples_leaves_them_out(text, tmp_path, monkeypatch, capsys):
+    """Those at an evaluation: the step is saved. Those at the end: the run is finished, which is what it says."""
+    real, calls = decode.generate, []
+
+    def signalled(model, *args):
+        calls.append(model)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, *args)
+    monkeypatch.setattr(decode, "generate", signalled)
+    words = ("--max_steps", 4, "--eval_interval", 2, "--show_samples")
+    number = 4                                                       # two at each evaluation
+    assert fresh(text, tmp_path / "a", *words) == 0
+    end = log(tmp_path / "a", "end")[-1]
+    assert (end["stopped"], end["step"], len(calls), len(log(tmp_path / "a", "sample"))) == ("SIGTERM", 2, 4, 3)
+    number, before = 6 + 2, len(calls)
+    calls.clear()
+    capsys.readouterr()
+    assert fresh(text, tmp_path / "b", *words) == 0 and before == 4
+    assert log(tmp_path / "b", "end")[-1]["stopped"] is None and len(calls) == 8
+    assert capsys.readouterr().out.count("---") == 1
 
 
 def test_evaluating_more_often_leaves_the_loss_curve(text, tmp_path):
