@@ -340,7 +340,7 @@ def main(argv=None):
     args, origins = cli.parse(config.PrepareArgs, argv, "prepare")
     cli.announce(args, origins)
     build(args, knobs.say if args.quiet else print)
-    print(f"next: python -m train --data_dir {args.data_dir}")
+    print(f"next: python -m train --data_dir {shlex.quote(args.data_dir)}")
 
 
 if __name__ == "__main__":

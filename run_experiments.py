@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import math
+import shlex
 import shutil
 import signal
 import statistics
@@ -282,9 +283,11 @@ def measure_speed(runs, root, lock):
 def execute(args, runs, root):
     for folder in dict.fromkeys(run.args.data_dir for run in runs):
         if folder != TrainArgs.data_dir and not Path(folder, "meta.json").exists():
-            how = STUDIES[args.study].before if args.study else ()
-            how = how or (f"python -m prepare --data_dir {folder}", "or the one-shot: python -m colab_train_eco")
-            raise UserError("\n  ".join([f"{folder} holds no prepared text; first:", *how]))
+            own, name = STUDIES[args.study].before if args.study else (), shlex.quote(folder)
+            how = own or (f"python -m prepare --source files --input YOUR_TEXT.txt --data_dir {name}",
+                          f"or the starter corpus: python -m prepare --source builtin --data_dir {name}")
+            first = "first (hindi.jsonl and hinglish.jsonl stand for your own text):" if own else "first:"
+            raise UserError("\n  ".join([f"{folder} holds no prepared text; {first}", *how]))
     with alone(root) as lock:
         path, step_ms = root / "experiment_plan.json", {}
         if args.match == "time":

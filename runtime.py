@@ -19,8 +19,8 @@ from collections import deque
 import torch
 from tqdm import tqdm
 
-from config import ROOT, next_commands
 import knobs
+from config import ROOT, next_commands
 from knobs import UserError
 
 ECHO = 2.0          # seconds in which a second SIGINT under torchrun is the first one, passed on
@@ -312,10 +312,11 @@ class Progress:
         knobs.say(text)
 
 
-def summary(args, run_dir, params, data, best, progress, tokens_seen, step):
+def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step):
     """summary.md: what was trained, how it went, how to go on."""
     tok_s = statistics.median(progress.warm[10:] or progress.warm) if progress.warm else float("nan")
     bound = f"{best:.4f} nats/token" if math.isfinite(best) else "not measured"
+    bound += "" if bits is None else f", {bits:.4f} bits/byte"
     synthetic = " (synthetic: written by a program, not real text)" if data.meta["source"] == "builtin" else ""
     return "\n".join((
         f"# {run_dir}: step {step} of {args.max_steps}", "",

@@ -11,6 +11,7 @@ history, so a resumed run equals the uninterrupted one bit for bit on a CPU, and
 import contextlib
 import functools
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -437,7 +438,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
         unfinished = step < args.max_steps or due and scored_step != step
         stopped = stop.name if unfinished and not code else None
         log.write("end", step=step, code=code, stopped=stopped, best=None if best == math.inf else best, seconds=progress.elapsed)
-        summary = runtime.summary(args, run_dir, params, data, best, progress, tokens_seen, step)
+        bits = None if best == math.inf else bits_per_byte(best, val.meta)
+        summary = runtime.summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step)
         publish("summary.md", summary)
         log.close(hurry=stop.signal is not None)
         if ranks.main:
@@ -447,7 +449,9 @@ def train(args, origins, ranks, run_dir, source, resuming):
         drive.store(checkpoint.candidates(run_dir)[0], args.drive, say)            # once more, with the end of the log
     say(summary)
     if stopped:
-        say(f"stopped by {stopped} at step {step}" + ", saved: the same command with --resume_latest goes on" * (step > 0))
+        program = "python" if ranks.world == 1 else "torchrun ..."
+        say(f"stopped by {stopped} at step {step}"
+            + f", saved; to go on: {program} -m train --resume {shlex.quote(str(run_dir))}" * (step > 0))
     elif speaks and not code:
         model.eval()
         stop.answer = "leaving out the samples; the run is finished and saved"

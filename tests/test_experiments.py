@@ -334,6 +334,16 @@ def test_a_training_that_somebody_stopped_is_not_finished(folder):
     assert knobs.read_lines(run / "train.jsonl")[-1]["stopped"] == "SIGTERM"
 
 
+def test_the_advice_about_missing_text_makes_it(tmp_path, monkeypatch):
+    import prepare
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        experiments.main([*WORDS, "--data_dir", "my text", "--execute"])
+    [hint] = re.findall(r"python -m prepare (--source builtin .*)", str(caught.value))
+    prepare.main([*shlex.split(hint), "--max_chars", "60000", "--tokenizer_vocab", "400"])
+    assert Path("my text/meta.json").exists()
+
+
 def test_the_page_of_results_lies_beside_the_runs(folder, monkeypatch):
     """Only this repository's own studies go to its docs/results.md, from wherever the command is typed."""
     def page(*words):

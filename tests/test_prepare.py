@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cli
 import config
 import corpus
 import documents
@@ -478,6 +479,8 @@ def test_command_line_from_start_to_end(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "next: python -m train" in done.stdout and "devanagari" in done.stdout
     monkeypatch.chdir(tmp_path)
+    hint = shlex.split(re.search(r"next: python -m train (.*)", done.stdout)[1])
+    assert Path(cli.parse(config.TrainArgs, hint, "train")[0].data_dir, "meta.json").exists()
     assert len(decoded("my data", "train") + decoded("my data", "val")) == 60
 
 

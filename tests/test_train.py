@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -208,7 +209,7 @@ def test_n_and_n_steps_are_2n_steps_across_processes(text, tmp_path, kind, optim
 
 def test_sigterm_saves_and_the_resume_changes_nothing(text, tmp_path, capsys):
     """Also: while it runs, a second trainer is refused and touches nothing."""
-    a, b = tmp_path / "a", tmp_path / "b"
+    a, b = tmp_path / "a", tmp_path / "my b"
     words = ["--data_dir", text, *SHAPE, "--max_steps", 120, "--eval_interval", 0, "--save_interval", 0, "--log_interval", 1]
     assert call(*words, "--output_dir", a) == 0
     command = [sys.executable, str(ROOT / "train.py"), *map(str, words), "--output_dir", str(b)]
@@ -232,7 +233,8 @@ def test_sigterm_saves_and_the_resume_changes_nothing(text, tmp_path, capsys):
     assert process.returncode == 0 and "stopped by SIGTERM" in errors, errors[-2000:]
     stopped = knobs.read_json(b / (b / "latest").read_text().split()[0] / "state.json")["step"]
     assert 5 <= stopped < 120
-    assert call("--resume", b, "--threads", 1) == 0
+    hint = re.search(r"to go on: python -m train (.*)$", errors, re.M)[1]
+    assert call(*shlex.split(hint), "--threads", 1) == 0
     assert weights(a / "step_000120") == weights(b / "step_000120")
     assert curve(a) == curve(b)
 
@@ -497,6 +499,8 @@ def test_console_and_log(text, tmp_path, capsys):
     assert {"latest", "best", "summary.md", "report.html", "config.json"} <= {p.name for p in run.iterdir()}
     summary = (run / "summary.md").read_text(encoding="utf-8")
     assert "builtin" in summary and "python -m sample" in summary and "--resume" in summary
+    bits = min(entry["val_bpb"] for entry in log(run, "eval"))
+    assert f" nats/token, {bits:.4f} bits/byte\n" in summary
 
 
 def test_quiet_leaves_only_warnings_and_the_files(text, tmp_path, capsys):
