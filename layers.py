@@ -57,7 +57,7 @@ def rotate(x, table):
 
 class LocalConv(nn.Module):
     """Depthwise convolution over positions, centred, kernel k odd. It starts as noise over all k: started near the identity,
-    a model stays on the unigram plateau for hundreds of steps longer (docs/experiments.md).
+    a model stays on the unigram plateau for hundreds of steps longer (docs/experiments/).
 
     It is given its k//2 left neighbours explicitly (the halo) and sees zeros to the right of the block.
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from knobs import knob, split_list
 
-AR_FADE, MOST_HIDDEN = 0.6, 0.8      # docs/experiments.md, 2026-11-22
+AR_FADE, MOST_HIDDEN = 0.6, 0.8      # docs/experiments/, 2026-11-22
 
 
 @dataclass

@@ -43,7 +43,7 @@ def keep_freed_memory():
     """Tell glibc to keep freed memory instead of returning it to the kernel; -> what was done, in words.
 
     A training step frees and asks again for hundreds of megabytes of activations. By default each large one is mapped
-    afresh, and the kernel zeroes it page by page: up to half of a step (docs/experiments.md has the figures).
+    afresh, and the kernel zeroes it page by page: up to half of a step (docs/experiments/ has the figures).
     """
     if os.environ.get("ARIA_ALLOCATOR") == "default":   # for the measurement of what this function is worth
         return "default (ARIA_ALLOCATOR=default)"

@@ -24,7 +24,7 @@ from knobs import UserError, say
 
 NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
 SAVE_LIMIT = 3           # saves in a row that failed, then the run stops
-MANY_EPOCHS = 8          # docs/experiments.md, 2026-11-27: from there on single tokens are learned by heart
+MANY_EPOCHS = 8          # docs/experiments/, 2026-11-27: from there on single tokens are learned by heart
 VALIDATION = ("train_block_sizes", "batch_size", "eval_batches")    # two figures of a run compare while these stay
 
 

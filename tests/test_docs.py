@@ -16,7 +16,7 @@ import study_report
 
 ROOT = config.ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "data/README.md", ROOT / "checkpoints/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "data/README.md", ROOT / "checkpoints/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def fences(text):
