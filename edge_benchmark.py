@@ -31,7 +31,7 @@ import cli
 import config
 import shapes
 import knobs
-from knobs import UserError
+from knobs import UserError, say
 
 HELD_OUT_ROWS = 64
 CAREFUL = " at one token a forward"
@@ -219,10 +219,10 @@ def price(name, results):
     if "skipped" in fast or None in (fast["judge_nats"], slow["judge_nats"]):      # no judge, or a text that ended at once
         return None
     found = {"judged": fast["judge_nats"] / slow["judge_nats"] - 1, "faster": fast["mean_tok_s"] / slow["mean_tok_s"]}
-    print(f"profile {name}: {found['judged']:+.1%} judged nats/token (limit +{LIMIT:.0%}), repeated 4-grams "
-          f"{fast['repeat_rate']:.1%} against {slow['repeat_rate']:.1%}, {fast['tokens_per_forward']:.2f} tokens per forward, "
-          f"{found['faster']:.2f}x as fast: "
-          + ("justified" if found["judged"] <= LIMIT else "NOT justified for this checkpoint"), file=sys.stderr)
+    say(f"profile {name}: {found['judged']:+.1%} judged nats/token (limit +{LIMIT:.0%}), repeated 4-grams "
+        f"{fast['repeat_rate']:.1%} against {slow['repeat_rate']:.1%}, {fast['tokens_per_forward']:.2f} tokens per forward, "
+        f"{found['faster']:.2f}x as fast: "
+        + ("justified" if found["judged"] <= LIMIT else "NOT justified for this checkpoint"))
     return found
 
 
@@ -249,7 +249,7 @@ def draw(path, results, real):
              "no praise)", title="Quality against speed")
     figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
-    print(f"picture: {path}", file=sys.stderr)
+    say(f"picture: {path}")
 
 
 def main(argv=None):
@@ -274,8 +274,7 @@ def main(argv=None):
             model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
             weights[precisions[wanted]] = fast.prepare(model, precisions[wanted])
             models[precisions[wanted]] = model
-            print(f"precision: {precisions[wanted]} ({why}), {weights[precisions[wanted]] / 2 ** 20:.1f} MB of weights",
-                  file=sys.stderr)
+            say(f"precision: {precisions[wanted]} ({why}), {weights[precisions[wanted]] / 2 ** 20:.1f} MB of weights")
     why_not = sample.cannot_freeze(saved)
     if model.cfg.causal:
         print("notice: an autoregressive checkpoint has one mode, left to right over its cache: block_frozen", file=sys.stderr)

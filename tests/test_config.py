@@ -612,9 +612,12 @@ def test_help_is_instant_and_needs_no_torch(prog):
     end = os.times()                                               # of the processor: a busy machine is no fault of ours
     assert done.returncode == 0 and f"usage: python -m {prog}" in done.stdout, done.stderr
     assert end.children_user + end.children_system - start.children_user - start.children_system < 0.5
-    code = f"import runpy, sys; sys.argv = ['{prog}', '--help']\n" \
-           f"try: runpy.run_module('{prog}', run_name='__main__')\n" \
-           "except SystemExit: pass\nassert not {'torch', 'numpy'} & set(sys.modules)"
+    code = "import runpy, sys\n" \
+           "for flag in ('--help', '--version'):\n" \
+           f"    sys.argv = ['{prog}', flag]\n" \
+           f"    try: runpy.run_module('{prog}', run_name='__main__')\n" \
+           "    except SystemExit: pass\n" \
+           "assert not {'torch', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True).returncode == 0
 
 

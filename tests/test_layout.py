@@ -68,6 +68,17 @@ def test_the_starter_corpus_is_data():
             assert not isinstance(node, ast.ImportFrom) or (path.stem, node.module) == ("__init__", "starter")
 
 
+def test_what_goes_to_stderr_by_itself_is_a_warning():
+    """Lines of progress go through say(), which --quiet silences."""
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) != "print":
+                continue
+            if any(keyword.arg == "file" and ast.unparse(keyword.value) == "sys.stderr" for keyword in node.keywords):
+                text = ast.unparse(node.args[0]).lstrip("f\"'")
+                assert text.startswith(("error", "warning", "notice")), f"{name}.py:{node.lineno}: print where say belongs"
+
+
 def test_no_root_name_hides_a_module():
     for name in TREES:
         assert name not in sys.stdlib_module_names, f"{name}.py would break `import {name}` everywhere"
