@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_docs.py          # python tests/test_docs.py rewrites docs/flags.md after a deliberate change
 """
+import importlib.metadata
 import re
 import shlex
 from pathlib import Path
@@ -37,6 +38,29 @@ def test_both_commands_come_first_and_say_how_long_they_take():
         assert "-r requirements.txt" in line and "-c constraints.txt" in line
     prose = " ".join(top)
     assert len(re.findall(r"\d+ (?:minutes|seconds|s\b)", prose)) >= 2, "no times"
+
+
+def test_each_pin_fits_every_python_that_the_readme_promises():
+    """A pinned version that needs a newer Python has a marker that says so. CI resolves the pins for each version, too."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+    assert "Python 3.10 or newer" in README
+    looked = 0
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        try:
+            found = importlib.metadata.distribution(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if pin.specifier.contains(found.version):
+            looked += 1
+            needs = SpecifierSet(found.metadata["Requires-Python"] or "")
+            for version in ("3.10", "3.11", "3.12", "3.13"):
+                used = pin.marker is None or pin.marker.evaluate({"python_version": version})
+                assert not used or needs.contains(version + ".99"), f"{line}: needs Python {needs}"
+    assert looked > 5, "no pinned package is installed here"
 
 
 COMMANDS = sorted({(page, line) for page in PAGES for line in fences(page.read_text(encoding="utf-8"))}, key=str)
