@@ -6,10 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, log
+from conftest import ROOT, RUNS, log
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import curve, fresh
@@ -18,6 +19,7 @@ import checkpoint
 import cli
 import colab_train_eco
 import config
+import decode
 import drive
 import evaluate
 import fit
@@ -115,8 +117,77 @@ def test_a_short_run_is_neither_good_nor_bad():
     assert failed(verdict.judge(again, {}, None, None)) == ["mask metric in range"]
     single = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 1.0, "block": 1}]     # a block of one token is all hidden
     assert not failed(verdict.judge(single, {}, None, None))
-    single = [e | {"mask": 1.0, "block": 1} if e["event"] == "train" else e for e in single]
-    assert not failed(verdict.judge(single, {}, None, None))
+    part = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 0.5, "block": 1}]
+    assert failed(verdict.judge(part, {}, None, None)) == ["mask metric in range"]
+
+
+def corrupted(steps=500, **settings):
+    """The log of a run of which only the corruption is real: pick_blocks and draw, as training calls them."""
+    args = config.TrainArgs(**{"seq_len": 64, "batch_size": 16, "grad_accum": 1, "max_steps": 500, **settings})
+    rows = args.batch_size * args.grad_accum
+    log = [{"event": "meta", "config": {"args": knobs.to_dict(args, config.TrainArgs)}}]
+    for step in range(steps):
+        chance = args.single_chance(step)
+        block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step, chance)
+        if args.causal:
+            draw = masking.whole_rows(rows, args.seq_len)
+        else:
+            draw = masking.draw(args, args.seed, step, rows, args.seq_len, block, first)
+        log.append({**BASE, "step": step + 1, "loss": 9 - step / 250, "mask": draw.hidden / (rows * args.seq_len),
+                    "block": block, "first": first, "seq_len": args.seq_len, "global_batch": rows})
+    return log
+
+
+def mask_line(log):
+    [line] = [line for line in verdict.judge(log, {}, None, None) if line.name == "mask metric in range"]
+    return line
+
+
+MASKS = {"the default mixture": {}, "whole rows": dict(train_block_sizes="T"), "short blocks": dict(train_block_sizes="T,4,2"),
+         "cosine": dict(train_block_sizes="T,8", mask_schedule="cosine"), "levels": dict(time_mode="discrete", timesteps=4),
+         "independent times": dict(timestep_sampling="uniform", batch_size=4), "spans": dict(masking_strategy="span"),
+         "nearly all": dict(train_block_sizes="T,8", min_mask_rate=0.9), "little": dict(max_mask_rate=0.2)}
+
+
+@pytest.mark.parametrize("what", MASKS)
+def test_the_mask_criterion_passes_the_real_corruption_and_no_other(what, monkeypatch):
+    settings = MASKS[what] | {"ar_fade": 0.04, "seq_len": 32}
+    line = mask_line(corrupted(60, **settings))
+    assert line.ok is True, line.number
+    assert "20 steps with blocks of several tokens" in line.number
+    real = masking.alpha
+    broken = {"everything is hidden": lambda *bounds: 0 * real(*bounds),
+              "nothing but the least is hidden": lambda *bounds: 1 + 0 * real(*bounds),
+              "the rates of another range": lambda t, schedule, low, high: real(t, schedule, 0.4 * low, 0.5 * high)}
+    for name, alpha in broken.items():
+        monkeypatch.setattr(masking, "alpha", alpha)
+        line = mask_line(corrupted(60, **settings))
+        assert line.ok is False, f"{name}: {line.number}"
+
+
+def test_the_mask_criterion_waits_for_a_step_that_can_tell():
+    """The default mixture begins with blocks of one token, all hidden: 20 such steps say nothing of the corruption."""
+    log = corrupted(20)
+    assert {e["block"] for e in log[1:]} == {1}
+    assert mask_line(log).ok is None and "none has longer blocks yet" in mask_line(log).number
+    assert mask_line(corrupted(500)).ok is True
+    log[7]["mask"] = 0.5
+    assert mask_line(log).ok is False
+    assert mask_line(corrupted(20, train_block_sizes="1")).ok is True
+    assert mask_line(corrupted(20, model="backup", objective="ar")).ok is True
+
+
+def test_special_tokens_of_a_text_are_counted(here, monkeypatch):
+    """The mask's row follows the vocabulary: the last ordinary piece is none, the mask is one."""
+    device = torch.device("cpu")
+    model, tokenizer, _ = checkpoint.load_model(RUNS["primary"], device)
+    ordinary, mask = tokenizer.vocab_size - 1, model.cfg.mask_id
+    assert mask == tokenizer.vocab_size
+    rows = iter([[ordinary, ordinary], [ordinary, mask], [tokenizer.unk_id], [tokenizer.pad_id]])
+    monkeypatch.setattr(decode, "generate", lambda *_: SimpleNamespace(rows=[next(rows)]))
+    monkeypatch.setattr(type(tokenizer), "written", lambda self, ids: "")
+    samples, _ = verdict.write_samples(RUNS["primary"], device)
+    assert [s["special"] for s in samples] == [0, 1, 1, 1]
 
 
 def test_check_run_reads_a_real_run(trained, tmp_path, capsys, monkeypatch):
