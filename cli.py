@@ -30,6 +30,12 @@ def version():
     return f"Aria {VERSION}" + ("" if commit.startswith("unknown") else f" (commit {commit})")
 
 
+def preset_of_settings_file(path):
+    """The older guide keeps a preset in config/micro_config.py: that name -> micro; any other name -> None."""
+    found = re.fullmatch(r"(?:.*[/\\])?(\w+)_config\.py", path or "")
+    return found[1] if found and found[1] in PRESETS else None
+
+
 def parse(cls, argv, prog, pinned=None, tier=None):
     """argv (None: the process's own) -> (arguments, origins: field -> where its value comes from).
 
@@ -41,6 +47,11 @@ def parse(cls, argv, prog, pinned=None, tier=None):
         print(version())
         raise SystemExit(0)
     path, file = typed.get("config"), {}
+    named = preset_of_settings_file(path)
+    if named:
+        print(f"notice: --config {path}: that file's name stands for --preset {named}, and what stands in it is not read: "
+              f"its settings are flags here, such as --lr and --max_steps", file=sys.stderr)
+        path = named
     if path in PRESETS:
         if typed.setdefault("preset", path) != path:
             problems.append(f"--config {path} and --preset {typed['preset']} differ: give only one of them")

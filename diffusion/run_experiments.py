@@ -10,5 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root, whe
 import cli
 import run_experiments
 
+
+def main(argv=None):
+    return run_experiments.main(argv)
+
+
 if __name__ == "__main__":
-    cli.run(run_experiments.main)
+    cli.run(main)
