@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -317,6 +318,8 @@ def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step
     tok_s = statistics.median(progress.warm[10:] or progress.warm) if progress.warm else float("nan")
     bound = f"{best:.4f} nats/token" if math.isfinite(best) else "not measured"
     bound += "" if bits is None else f", {bits:.4f} bits/byte"
+    saved = Path(run_dir, "latest").is_file()
+    commands = next_commands(run_dir, step, args.max_steps, args.causal) if saved else []
     synthetic = " (synthetic: written by a program, not real text)" if data.meta["source"] == "builtin" else ""
     return "\n".join((
         f"# {run_dir}: step {step} of {args.max_steps}", "",
@@ -325,7 +328,7 @@ def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step
         f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
         f"- best held-out {args.measure}: {bound}",
         f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory {peak_memory_mb():.0f} MB",
-        *(f"- {what}: {command}" for what, command in next_commands(run_dir, step, args.max_steps, args.causal)), ""))
+        *(f"- {what}: {command}" for what, command in commands), ""))
 
 
 class JsonLines:

@@ -11,14 +11,17 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import config
 import evaluate
 import knobs
 import report
+import runtime
 import sample
 import train
 import verdict
@@ -186,6 +189,11 @@ def test_every_command_that_a_run_names_works(trained, tmp_path, monkeypatch, na
     assert steps.keys() == set(range(1, 25)), "it went on to twice the steps"
 
 
-def test_a_run_without_a_checkpoint_names_no_command():
+def test_a_run_without_a_checkpoint_names_no_command(tmp_path):
     page = report.render([META, train_line(3)], "run")
     assert "python -m" not in page and "No checkpoint" in page
+    data = SimpleNamespace(meta={"source": "files", "train_tokens": 9})
+    told = (config.TrainArgs(), tmp_path, 7, data, math.inf, None, SimpleNamespace(warm=[], elapsed=1.0), 0, 0)
+    assert "python -m" not in runtime.summary(*told)
+    (tmp_path / "latest").write_text("step_000001\n")
+    assert runtime.summary(*told).count("python -m") == 3
