@@ -212,7 +212,7 @@ def prune(run, step, keep_last, keep_full):
 # ---------------------------------------------------------------------------------------------------- load
 
 def to_json(value):
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (knobs.json_text(value, indent=1) + "\n").encode()
 
 def read_json(path):
     try:

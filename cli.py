@@ -14,7 +14,7 @@ from pathlib import Path
 import knobs
 from config import ADDED, COMMANDS, PRESETS, RATES, ROOT, SAMPLE_PROFILES, TRAIN_PROFILES, VERSION, SampleArgs
 from config import TrainArgs
-from knobs import UserError, checked, problems_of, read_flags, read_json, run, say, show
+from knobs import UserError, checked, printable, problems_of, read_flags, read_json, run, say, show
 from shapes import count_params, match_d_ff, model_config
 
 
@@ -114,7 +114,7 @@ def announce(args, origins, vocab_size=None):
         say(f"settings: {changed(args, origins)} (all of them: --print_config)")
         return
     for name, origin in origins.items():
-        print(f"{name:20} {show(getattr(args, name)):24} {origin}")
+        print(printable(f"{name:20} {show(getattr(args, name)):24} {origin}"))
     if isinstance(args, TrainArgs):
         meta = Path(args.data_dir, "meta.json")
         vocab_size = vocab_size or (read_json(meta).get("vocab_size") if meta.exists() else None)

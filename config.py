@@ -231,6 +231,9 @@ class TrainArgs(CommonKnobs, ResumeKnobs, SinkKnobs, RunKnobs, OptimKnobs, MaskK
             yield "--fsdp with --auto_batch or --spike_rollback: one process cannot step back alone; leave it out"
         if self.run_name and not re.fullmatch(r"\w[^/\\\0]*", self.run_name):
             yield f"--run_name {self.run_name}: must be a plain folder name (a path goes to --output_dir)"
+        if re.search("[\ud800-\udfff]", str(self.run_dir)):
+            name = "run_name" if self.run_name else "output_dir"
+            yield f"--{name} {self.run_dir}: the name is not UTF-8, and tensor files need one that is: choose another"
         for pair in (("preset", "edge_profile"), ("output_dir", "run_name"), ("resume", "resume_latest")):
             if all(getattr(self, name) not in (None, False, "none") for name in pair):
                 yield " and ".join(f"--{name} {getattr(self, name)}" for name in pair) + ": give only one of them"

@@ -18,6 +18,7 @@ Legend: B rows, P prompt, S block, T all positions, V vocabulary rows.
 """
 import dataclasses
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -30,6 +31,12 @@ from masking import shifted
 from samplers import LOOKING, Look
 
 MODES = ("full", "block", "block_frozen")
+
+
+class NotFinite(UserError, FloatingPointError):
+    """The logits hold NaN or infinity: there is no answer, and the message says why."""
+
+
 PROMPT_TOKENS = 1024                  # of a prompt that go through the network at once, in whole blocks
 
 
@@ -177,14 +184,24 @@ def depth_at(step, steps, least, layers):
 def read(model, h, rows, turns, s, step):
     """Hidden states -> logits (N, V) of the positions that are looked at, all turns one after the other."""
     z = model.logits(torch.cat([h[t.row, t.look_at] for t in turns]))
-    if torch.isnan(z).any():
-        raise FloatingPointError(f"the denoiser returned NaN at forward {step + 1}; the checkpoint is damaged")
+    damaged = (f"the denoiser returned NaN or infinity at forward {step + 1}: the checkpoint is damaged, or its training went "
+               "wrong; use an earlier one")
+    must_be_finite(z, damaged)
     if s.guidance_scale == 1:
         return z
+    bare = model.logits(torch.cat([h[rows + t.row, t.look_at] for t in turns]))
+    must_be_finite(bare, damaged)
     never = torch.isneginf(z)
-    bare = model.logits(torch.cat([h[rows + t.row, t.look_at] for t in turns])).log_softmax(-1)
-    z = z.log_softmax(-1)
-    return torch.where(never, z, bare + s.guidance_scale * (z - bare))             # -inf - -inf is not a number
+    z, bare = z.log_softmax(-1), bare.log_softmax(-1)
+    guided = torch.where(never, z, bare + s.guidance_scale * (z - bare))           # -inf - -inf is not a number
+    must_be_finite(guided, f"--guidance_scale {s.guidance_scale:g} is too large: the guided logits overflow; 1 to 5 is usual")
+    return guided
+
+
+def must_be_finite(z, message):
+    """The largest of each row of logits (N, V) is a number: no NaN, no +inf, and something can be an answer."""
+    if not torch.isfinite(z.amax(-1)).all():
+        raise NotFinite(message)
 
 
 def temperature(s, step, steps):
@@ -237,6 +254,7 @@ def write_group(model, group, prompts, s, seeds, result, on_step, on_block):
     device, mask_id = next(model.parameters()).device, model.cfg.mask_id
     P = len(prompts[group[0]])
     T = P + s.max_new_tokens
+    must_fit(model, len(group), T, s, device)
     ids = torch.full((len(group), T), mask_id, device=device)
     ids[:, :P] = torch.tensor([prompts[i] for i in group], device=device)
     canvas = Canvas(ids, [seeds[i] for i in group], mask_id, bool(on_step) or s.remask_rule == "conf")
@@ -294,6 +312,27 @@ def write_group(model, group, prompts, s, seeds, result, on_step, on_block):
         result.rows[i] = new[:-1] if s.eos_id is not None and new[-1:] == [s.eos_id] else new
 
 
+def must_fit(model, rows, length, s, device):
+    """Refuses what the machine cannot hold: the ids of all positions, and the logits of one block's."""
+    block = s.max_new_tokens if s.mode == "full" else min(s.block_size, s.max_new_tokens)
+    asked = rows * (length * 8 + block * model.cfg.vocab_size * 4)
+    there = memory_of(device)
+    if there and asked > there:
+        raise UserError(f"--max_new_tokens {s.max_new_tokens}, {rows} texts at once: this takes at least "
+                        f"{asked / 2 ** 30:,.0f} GB of memory, and {device} has {there / 2 ** 30:,.0f}: ask for fewer tokens"
+                        + ", or write them in blocks (--blockwise --frozen_context)" * (s.mode == "full"))
+
+
+def memory_of(device):
+    """Bytes of memory that the device has in all; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):                                  # Windows
+        return None
+
+
 def forward_of(model, cache, P, lo, hi, s):
     """The function (ids (B, T), depth) -> hidden states of [lo, hi); if guided, the same rows without their context follow."""
     mask_id = model.cfg.mask_id
@@ -334,6 +373,7 @@ def infill(model, ids, s, seeds, on_step=None):
         raise UserError("this checkpoint was trained with --objective ar and sees only what stands before a gap: fill gaps with "
                         "a checkpoint of --objective masked, or continue a --prompt")
     started = time.perf_counter()
+    s = dataclasses.replace(s, eos_id=None)     # the text behind a gap is given: no EOS in a gap can end it
     mask_id, device = model.cfg.mask_id, next(model.parameters()).device
     canvas = Canvas(torch.tensor([ids] * len(seeds), device=device), seeds, mask_id, bool(on_step) or s.remask_rule == "conf")
     given = canvas.ids != mask_id

@@ -290,14 +290,16 @@ class EcoHybrid(nn.Module):
         early: also leave behind that many layers; then the result is (1 + 1, B, T, D): last, early.
         """
         T, out = xt.shape[1], []
-        if block >= T:
+        block = min(block, T)
+        first = min(first or block, block)
+        if first == T:                                                             # one block is all there is
             x = self.head(xt)                                                     # (B, T, D)
             for i, layer in enumerate(self.layers, 1):
                 x = recomputed(self.recompute, layer.train_step, x)
                 if i in (early, len(self.layers)):
                     out.append(self.exits(x, i))
             return out[0] if early is None else torch.stack(out[::-1])
-        before = block - (first or block)                                          # padding that completes block 0 ...
+        before = block - first                                                     # padding that completes block 0 ...
         after = -(before + T) % block                                              # ... and the last block
         ids = F.pad(torch.stack((xt, x0)), (before, after), value=self.cfg.pad_id)              # (2, B, n*S)
         valid = None

@@ -20,7 +20,6 @@ import contextlib
 import ctypes
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -315,7 +314,7 @@ def main(argv=None):
     knobs.write_json(args.out_json, document)
     if args.grid:
         draw(Path(args.out_json).with_suffix(".png"), results, document["judge_nats_of_held_out_text"])
-    print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+    print(knobs.json_text(document))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import math
 import operator
 import os
 import re
+import stat
 import subprocess
 import sys
 import textwrap
@@ -52,9 +53,14 @@ def say(text):
         return
     from tqdm import tqdm
     try:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable(text), file=sys.stderr)
     except OSError:
         mute(sys.stderr)
+
+
+def printable(text):
+    """Control characters, but newline and tab, become U+FFFD: neither a model's text nor a file's name moves the cursor."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def mute(stream):
@@ -100,7 +106,7 @@ def run(main, argv=None):
             sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.code)
     except BrokenPipeError:      # `| head` has read enough; the interpreter's last flush goes nowhere
         mute(sys.stdout)
@@ -108,8 +114,9 @@ def run(main, argv=None):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}: make room, then go on (train: "
-              "--resume); finished files are intact", file=sys.stderr)
+        where = f": {printable(str(error.filename))}" if error.filename else ""
+        print(f"error: {error.strerror}{where}: make room, then go on (train: --resume); finished files are intact",
+              file=sys.stderr)
         sys.exit(1)
     except ModuleNotFoundError:
         check_packages()
@@ -324,33 +331,55 @@ def read_lines(path):
     return [value for value in found if isinstance(value, dict)]
 
 
+def json_text(value, indent=None):
+    """Strict JSON as readable text. Escaped are only what UTF-8 cannot say (half a surrogate pair, as a name that is no UTF-8
+    has it) and the control characters that json leaves raw, which a terminal obeys."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    return re.sub("[\x7f-\x9f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def write_json(path, value):
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
+    write_text(path, json_text(value, indent=1))
+
+
+def in_place(path):
+    """Is this a device, a pipe or a link? A file that was written aside would take its place: it has to be written into."""
+    try:
+        return not stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager
 def written_aside(path, fix=""):
-    """Yields a name beside the path, whose folder is made. What goes wrong there is said of the path; `fix` ends the message."""
+    """Yields a name beside the path, whose folder is made; the path itself where it must be written in place.
+
+    What goes wrong there is said of the path; `fix` ends the message.
+    """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    here = in_place(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
+        yield path if here else aside
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}){fix}") from None
     finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+        if not here:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    """Written aside, synced, renamed, so a reader finds the old file or the new one."""
-    with written_aside(path) as aside:
-        with open(aside, "w", encoding="utf-8", newline="") as f:
+    """Written aside, synced, renamed, so a reader finds the old file or the new one; devices, pipes and links in place."""
+    with written_aside(path) as name:
+        with open(name, "w", encoding="utf-8", errors="replace", newline="") as f:
             f.write(text)
             f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
+            if name != Path(path):
+                os.fsync(f.fileno())
+        if name != Path(path):
+            os.replace(name, path)
 
 
 def can_write(args, *names):
@@ -358,9 +387,12 @@ def can_write(args, *names):
     for name in names:
         if path := getattr(args, name):
             with written_aside(path, f": name another --{name}") as aside:
-                aside.touch()
                 if Path(path).is_dir():
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                if not in_place(path):
+                    aside.touch()
+                elif os.path.exists(path) and not os.access(path, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def checked(cls, saved, where):

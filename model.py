@@ -86,9 +86,11 @@ class Transformer(nn.Module):
 
         early: also leave behind that many layers; then the result is (1 + 1, B, T, D): last, early.
         """
-        whole, out = block >= xt.shape[1], []
-        masks = None if whole else block_masks(xt.shape[1], block, first or block, xt.device)
-        table = self.table(0, xt.shape[1])
+        T, out = xt.shape[1], []
+        first = min(first or block, block)
+        whole = first >= T                                                         # one block is all there is
+        masks = None if whole else block_masks(T, block, first, xt.device)
+        table = self.table(0, T)
         x = self.head(xt if whole else torch.cat((xt, x0)))                       # (B, T, D), or (2B, T, D), noisy rows first
         for i, layer in enumerate(self.layers, 1):
             x = recomputed(self.recompute, layer.train_step, x, table, masks, i == len(self.layers))

@@ -339,8 +339,8 @@ def ensure_builtin(folder=config.STARTER_DIR, chars=config.STARTER_CHARS, log=pr
 def main(argv=None):
     args, origins = cli.parse(config.PrepareArgs, argv, "prepare")
     cli.announce(args, origins)
-    build(args, knobs.say if args.quiet else print)
-    print(f"next: python -m train --data_dir {shlex.quote(args.data_dir)}")
+    build(args, knobs.say if args.quiet else lambda text: print(knobs.printable(text)))
+    print(knobs.printable(f"next: python -m train --data_dir {shlex.quote(args.data_dir)}"))
 
 
 if __name__ == "__main__":

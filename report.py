@@ -275,7 +275,7 @@ def main(argv=None):
         raise UserError(f"{args.ckpt} has no train.jsonl: name a run folder, such as checkpoints/eco_hybrid_hi")
     out = Path(args.out or run / "report.html")
     try:
-        out.write_text(page(run / "train.jsonl"), encoding="utf-8")
+        out.write_text(page(run / "train.jsonl"), encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     say(f"{out}: open it in a browser")

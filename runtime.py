@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import functools
-import json
 import math
 import os
 import platform
@@ -349,7 +348,7 @@ class JsonLines:
     def write(self, event, **values):
         if self.file is None:
             return
-        line = (json.dumps(finite({"event": event, **values}), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        line = (knobs.json_text(finite({"event": event, **values})) + "\n").encode()
         size = os.fstat(self.file.fileno()).st_size
         try:
             if self.file.write(line) < len(line):
@@ -357,7 +356,7 @@ class JsonLines:
         except OSError as error:
             self.file.truncate(size)
             if not self.told:
-                tqdm.write(f"warning: {self.file.name}: lines are lost: {error.strerror}", file=sys.stderr)
+                knobs.say(f"warning: {self.file.name}: lines are lost: {error.strerror}")
             self.told = True
 
     def close(self):

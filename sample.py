@@ -6,7 +6,6 @@
 A checkpoint needs nothing but itself: shape, tokenizer and defaults come out of its folder. Text goes to stdout, statistics
 to stderr: new tokens before EOS, forwards, seconds with the prompt's encoding included.
 """
-import json
 import re
 import statistics
 import time
@@ -17,7 +16,7 @@ import config
 import knobs
 import objective
 import shapes
-from knobs import UserError, say
+from knobs import UserError, printable, say
 
 
 UNREAD = ("steps", "sampler", "threshold", "alg_temp", "remask", "remask_rule", "reveal", "temperature_end", "guidance_scale",
@@ -190,7 +189,7 @@ def main(argv=None, pinned=None):
     import checkpoint
     import fast
     import runtime
-    from terminal import Watch, printable
+    from terminal import Watch
     runtime.start(args.threads)
     knobs.can_write(args, "out_json")
     device = runtime.pick_device(args.device)
@@ -217,7 +216,7 @@ def main(argv=None, pinned=None):
         made = continue_prompts(args, model, tokenizer, s, prompts, watch)
     for r in made:
         if args.json:
-            print(json.dumps(r, ensure_ascii=False), flush=True)
+            print(knobs.json_text(r), flush=True)
         elif not args.stream or args.text:
             print(("---\n" if records else "") + printable(r["text"]), flush=True)
         records.append(r)

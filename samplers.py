@@ -37,11 +37,15 @@ class Look:
 
 
 def noisy(score, s, generator):
-    """--alg_temp: draw positions without replacement with chances score^(1/alg_temp), by Gumbel noise on the logarithm."""
+    """--alg_temp: draw positions without replacement with chances score^(1/alg_temp), by Gumbel noise on the logarithm.
+
+    Below 1 the temperature multiplies the noise instead, which is the same order and cannot overflow.
+    """
     if not s.alg_temp:
         return score
     u = torch.rand(score.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300).to(score.device)
-    return score.double().clamp(min=1e-300).log() / s.alg_temp - (-u.log()).log()
+    noise = -(-u.log()).log()
+    return score.double().clamp(min=1e-300).log() / max(1.0, s.alg_temp) + min(1.0, s.alg_temp) * noise
 
 
 def confidence(look, count, s, generator):
@@ -110,13 +114,17 @@ def discourage(logits, seen, penalty):
     if penalty == 1:
         return logits
     z = logits[:, seen]
-    logits[:, seen] = torch.where(z > 0, z / penalty, z * penalty)
+    kind = torch.finfo(z.dtype)
+    penalty = min(max(penalty, kind.tiny), kind.max)                               # an extreme one would make infinities
+    changed = torch.where(z > 0, z / penalty, z * penalty).clamp(-kind.max, kind.max)
+    logits[:, seen] = torch.where(torch.isneginf(z), z, changed)                   # what was no answer stays none
     return logits
 
 
 def distribution(logits, temperature, top_k, top_p):
     """logits (N, V) -> float64 probabilities after temperature, top-k, top-p. float64: rare tokens keep their chance."""
-    z = logits.double() / temperature
+    z = logits.double()
+    z = (z - z.amax(-1, keepdim=True)) / temperature                               # the largest is 0: no temperature is too low
     if top_k and top_k < z.shape[-1]:
         z = z.masked_fill(z < z.topk(top_k, dim=-1).values[..., -1:], -math.inf)
     p = z.softmax(-1)

@@ -10,7 +10,6 @@ import bisect
 import html
 import importlib.util
 import io
-import json
 import math
 import os
 import re
@@ -42,7 +41,7 @@ def append(path, line):
     with open(path, "ab+") as f:
         f.seek(0)
         f.truncate(f.read().rfind(b"\n") + 1)
-        f.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        f.write((knobs.json_text(line) + "\n").encode())
         f.flush()
         os.fsync(f.fileno())
 

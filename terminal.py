@@ -2,16 +2,12 @@
 
 Used by sample.py. Colours go around whole words, because an escape code between a Devanagari letter and its sign breaks both.
 """
-import re
 import sys
+
+from knobs import printable
 
 GAP = "░"
 COLOURS = (196, 208, 220, 148, 40)          # 256-colour codes from a guess to a certainty
-
-
-def printable(text):
-    """Control characters, but newline and tab, become U+FFFD: a sample must not move the cursor or set the title."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 class Stream:

@@ -254,7 +254,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         if not ranks.main:
             return
         try:
-            checkpoint.replace_file(run_dir / name, text.encode(), run_dir)
+            checkpoint.replace_file(run_dir / name, text.encode(errors="replace"), run_dir)
         except OSError as error:
             say(f"warning: {run_dir / name} could not be written: {error.strerror}")
 
@@ -457,7 +457,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         stop.answer = "leaving out the samples; the run is finished and saved"
         with stop, contextlib.suppress(runtime.Stopped):
             for prompt in config.PROMPTS:
-                print(f"{prompt}{speak(prompt, 48)}\n---", flush=True)
+                print(f"{prompt}{knobs.printable(speak(prompt, 48))}\n---", flush=True)
     return code, stopped
 
 

@@ -267,7 +267,7 @@ def check(path, args, show_texts=True):
             except checkpoint.Damage:
                 folders[number] = False
     for sample in samples if show_texts and samples else ():
-        print(f"{sample['prompt']}{sample['text']}\n---", flush=True)
+        print(f"{sample['prompt']}{knobs.printable(sample['text'])}\n---", flush=True)
     lines = judge(read_log(run / "train.jsonl"), folders, latest, samples)
     print("\n".join(table(lines)), flush=True)
     rows = [s["ids"] for s in samples or []]

@@ -7,9 +7,11 @@ import json
 import os
 import re
 import shlex
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -639,3 +641,33 @@ def test_old_names_run_as_module_and_as_file(shim):
 if __name__ == "__main__":
     FLAGS.write_text(frozen_flags(), encoding="utf-8")
     print(f"wrote {FLAGS}")
+
+
+def test_a_result_never_takes_the_place_of_a_link_a_device_or_a_pipe(tmp_path):
+    """A file that is written aside and renamed would: as root, /dev/null would be a file from then on."""
+    real, link, pipe, full = (tmp_path / name for name in ("real.json", "link.json", "pipe", "full.json"))
+    real.write_text("old", encoding="utf-8")
+    link.symlink_to(real)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    full.symlink_to("/dev/full")                                   # what stands for /dev/null: no test may touch the real one
+    for path in (link, pipe):
+        args = SimpleNamespace(out_json=path)
+        knobs.can_write(args, "out_json")
+        knobs.write_json(path, {"a": 1})
+    assert link.is_symlink() and json.loads(real.read_text(encoding="utf-8")) == {"a": 1}
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and json.loads(os.read(reader, 99)) == {"a": 1}
+    os.close(reader)
+    with pytest.raises(knobs.UserError, match="full.json"):        # written into: there is no room in it
+        knobs.write_json(full, {"a": 1})
+    assert full.is_symlink() and not [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+    with pytest.raises(knobs.UserError, match="out_json"):
+        knobs.can_write(SimpleNamespace(out_json=tmp_path), "out_json")
+
+
+def test_a_run_folder_needs_a_name_in_utf8(capsys):
+    """The library that reads tensors opens no other: said before the training, not after it."""
+    for flag in ("--output_dir", "--run_name"):
+        with pytest.raises(knobs.UserError, match=f"{flag} .*not UTF-8"):
+            cli.parse(config.TrainArgs, [flag, "run\udcff"], "train")
+    cli.parse(config.TrainArgs, ["--output_dir", "रन"], "train")

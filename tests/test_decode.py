@@ -10,6 +10,7 @@ from torch import nn
 
 import shapes
 import samplers
+from knobs import UserError
 from decode import MODES, Settings, generate, infill
 from model import build_model
 from samplers import LOOKING, NAMES, Look, distribution, reveal_count
@@ -140,6 +141,67 @@ def test_reveal_schedule_adds_up(rule):
 def test_nan_is_an_error_and_not_an_answer():
     with pytest.raises(FloatingPointError, match="NaN"):
         generate(Fake("nan"), [2], Settings(8, 4), [0])
+
+
+class Bad(Fake):
+    """One logit is not a number, at the `nth` call of the head."""
+
+    def __init__(self, value, nth=1):
+        super().__init__()
+        self.value, self.nth, self.calls = value, nth, 0
+
+    def logits(self, h):
+        z, self.calls = super().logits(h), self.calls + 1
+        if self.calls == self.nth:
+            z[0, 5] = self.value
+        return z
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_no_answer_comes_from_logits_that_are_not_finite(value, nth, temperature):
+    """On both sides of the guidance, in a continuation and in a gap; as a message, not as a traceback."""
+    s = Settings(8, 4, temperature=temperature, guidance_scale=2.0)
+    for write in (lambda: generate(Bad(value, nth), [2, 5], s, [0]), lambda: infill(Bad(value, nth), [2, V, V, 5], s, [0])):
+        with pytest.raises(UserError, match="NaN or infinity"):
+            write()
+    with pytest.raises(UserError, match="NaN or infinity"):
+        infill(Bad(value), [2, V, V, 5], Settings(8, 4, temperature=temperature), [0])
+
+
+def test_a_guidance_that_overflows_is_refused():
+    with pytest.raises(UserError, match="--guidance_scale 1e.308 is too large"):
+        generate(RowWise(), [2, 5], Settings(8, 4, guidance_scale=1e308), [0])
+
+
+EXTREMES = [("temperature", 1e-310), ("temperature", 5e-324), ("temperature", 1e308), ("alg_temp", 1e-310), ("alg_temp", 1e308),
+            ("top_p", 1e-310), ("repetition_penalty", 1e-300), ("repetition_penalty", 1e300), ("repetition_penalty", 5e-324)]
+
+
+@pytest.mark.parametrize("sampler", LOOKING)
+@pytest.mark.parametrize("name, value", EXTREMES)
+def test_extreme_numbers_still_decode(sampler, name, value):
+    for habit in ("plain", "constant"):
+        out = generate(Fake(habit), [2, 5, 6], Settings(12, 6, sampler=sampler, **{name: value}), [0])
+        assert all(0 < token < V for token in out.rows[0]) and len(out.rows[0]) == 12
+
+
+def test_the_lowest_temperature_is_greedy():
+    """And the lowest noise on the choice of positions is none."""
+    z = torch.randn(50, V + 1, generator=torch.Generator().manual_seed(1))
+    assert distribution(z, 5e-324, 0, 1.0).argmax(-1).tolist() == z.argmax(-1).tolist()
+    assert distribution(torch.zeros(1, 4), 1e-310, 0, 1.0).tolist() == [[0.25] * 4]          # equals stay equal
+    look, g = Look(z), torch.Generator().manual_seed(2)
+    plain, noisy = (samplers.confidence(look, 50, Settings(50, 50, alg_temp=t), g).tolist() for t in (0.0, 1e-310))
+    assert plain == noisy
+
+
+def test_more_tokens_than_the_machine_can_hold_are_refused():
+    for mode in MODES:
+        for tokens in (10 ** 14, 10 ** 30):
+            with pytest.raises(UserError, match=f"--max_new_tokens {tokens}.*memory"):
+                generate(Fake(), [2, 5], Settings(tokens, 4, mode=mode), [0])
 
 
 class RowWise(Fake):
@@ -401,6 +463,13 @@ def test_infilling_fills_every_gap_and_nothing_else(model):
             assert all(0 < new < 40 and (old == 40 or new == old) for old, new in zip(ids, row, strict=True))
         assert out.forwards <= 5
     assert infill(net, [2, 5, 6], Settings(0, 5), [0]).forwards == 0
+
+
+def test_an_eos_in_a_gap_ends_nothing():
+    """The text behind the gap is given, so every gap is filled, whatever Settings.eos_id says."""
+    ids = [2, V, V, 5, V, V, V, 6]
+    [row] = infill(Fake("all_eos"), ids, Settings(0, 3, temperature=0, eos_id=EOS), [0]).rows
+    assert row == [2, EOS, EOS, 5, EOS, EOS, EOS, 6]
 
 
 def test_ten_thousand_tokens_in_constant_memory():

@@ -16,9 +16,9 @@ import config
 ROOT = config.ROOT
 # a module imports only modules of strictly lower rank, late imports inside functions included
 RANKS = {
-    "knobs": 0, "layers": 0, "masking": 0, "terminal": 0, "samplers": 0, "judge": 0,
+    "knobs": 0, "layers": 0, "masking": 0, "samplers": 0, "judge": 0,
     "shapes": 1, "documents": 1, "romanise": 1, "optim": 1, "attention": 1, "eco_hybrid": 1, "decode": 1, "hub": 1,
-    "guard": 1, "objective": 1, "estimators": 1, "study_report": 1, "sinks": 1,
+    "guard": 1, "objective": 1, "estimators": 1, "study_report": 1, "sinks": 1, "terminal": 1,
     "studies": 2, "shards": 2, "model": 2,
     "config": 3, "distributed": 3,
     "cli": 4, "study_plan": 4, "corpus": 4, "runtime": 4, "tokenizer": 4,

@@ -88,6 +88,20 @@ def test_block_of_the_whole_sequence_is_plain_bidirectional_diffusion(model):
 
 @pytest.mark.parametrize("model", MODELS)
 @torch.no_grad()
+def test_a_shorter_first_block_counts_whatever_the_block(model):
+    """Blocks as long as the text, or longer, behind a first one of 5 tokens: two blocks, as decoding with the cache has them."""
+    net = tiny(model)
+    x0, xt = texts(24)
+    cache = net.new_cache(2, 24)
+    net.commit(x0[:, :5], cache)
+    want = torch.cat((net.hidden(xt[:, :5]), net.hidden(xt[:, 5:], cache)), dim=1)
+    for block in (19, 23, 24, 25, 999):
+        torch.testing.assert_close(net.hidden_blocks(xt, x0, block, 5), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(net.hidden_blocks(xt, x0, 24, 24), net.hidden(xt), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
 def test_order_enters_the_denoiser(model):
     """Swap two distant inputs: the outputs are not just swapped (M3), with every other token hidden too."""
     net = tiny(model)
@@ -394,7 +408,7 @@ def one_step(net, block, recompute, dtype=None):
     torch.manual_seed(5)                                                # dropout
     net.recompute, kept, known = recompute, {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
     x0 = texts(48)[0]
-    draw = masking.draw(config.TrainArgs(), 1, 0, len(x0), 48, block, min(3, block))
+    draw = masking.draw(config.TrainArgs(), 1, 0, len(x0), 48, block, 3 if block < 48 else 48)
 
     def keep(t):
         if t.untyped_storage().data_ptr() not in known:
