@@ -61,8 +61,9 @@ TRAIN_PROFILES = {                        # hiding spans, as the older guides do
                  seq_len=384),
     "laptop": dict(d_model=320, d_ff=960, memory_slots=12, timesteps=24, sample_steps=10),
 }
-# all tokens that the model is sure of, at least one a forward: a fixed number of steps costs what the model is not sure of
-SURE = dict(sampler="threshold", steps=64, top_k=0, blockwise=True, block_size=64, frozen_context=True)
+# all tokens that the model is sure of, at least one a forward: a fixed number of steps costs what the model is not sure of;
+# in blocks of the size that the checkpoint was trained in, at most 64
+SURE = dict(sampler="threshold", steps=64, top_k=0, blockwise=True, frozen_context=True)
 SAMPLE_PROFILES = {
     "none": {},
     "balanced": SURE | dict(temperature=0.8, temperature_end=0.6),
@@ -308,8 +309,10 @@ class CheckpointKnobs:
     "Checkpoint"
     ckpt: str = knob(None, "checkpoint or run folder; the flag's name may be left out", positional=True)
 
+    needs_ckpt = True
+
     def problems(self):
-        if not self.ckpt and not getattr(self, "check_run", None):
+        if self.needs_ckpt and not self.ckpt and not getattr(self, "check_run", None):
             yield "--ckpt is missing: name a checkpoint or a run folder (python -m train makes one)"
 
 
@@ -322,14 +325,17 @@ class ReportArgs(CheckpointKnobs, EveryKnobs):
     out: str = knob(None, "where the page goes; none = report.html in the run folder")
 
 
+SAMPLERS = ("confidence", "threshold", "factor", "entropy", "margin", "random", "ancestral", "ddim", "ddpm")
+
+
 @dataclass
 class DecodeKnobs:
     "Decoding"
     max_new_tokens: int = knob(128, "length of the new text", at_least=1, aliases=("seq_len",))
     steps: int = knob(0, "forwards at most, per block if blockwise; 0 = the checkpoint's", at_least=0,
                       aliases=("num_steps",))
-    sampler: str = knob("confidence", "which positions come first", values={"first_hitting": "random"}, aliases=("scheduler",),
-                        choices=("confidence", "threshold", "factor", "entropy", "margin", "random", "ancestral"))
+    sampler: str = knob("confidence", "which positions come first; ddim = confidence, ddpm = ancestral", aliases=("scheduler",),
+                        choices=SAMPLERS, values={"first_hitting": "random"})
     threshold: float = knob(0.9, "bound of threshold, factor and entropy", at_least=0, at_most=1)
     alg_temp: float = knob(0.0, "noise on the choice of positions", at_least=0, rare=True)
     remask: float = knob(0.0, "share of revealed tokens that may go back", at_least=0, below=1, rare=True)
@@ -357,17 +363,40 @@ class GenerateKnobs(DecodeKnobs, CheckpointKnobs):
                           choices=("auto", "fp32", "bf16", "int8"), shortcuts={"quantize_dynamic": "int8", "int8": "int8"})
 
 
+OLDER = dict(sampler="confidence", temperature=1.0, top_k=50)             # what --steps alone asks for, in the older guides
+NEWER = dict(sampler="threshold", temperature=0.7, top_k=0)               # the best judged text: docs/experiments
+LONGEST = 128             # new tokens, if nothing is typed
+
+
 @dataclass
 class SampleArgs(GenerateKnobs, CommonKnobs):
     "Sampling"
-    examples = (('python -m sample checkpoints/eco_hybrid_hi --prompt "mai kal bazaar gaya tha"', "continue a text"),
+    examples = (("python -m sample", "a text of the newest run, with what suits its checkpoint"),
+                ('python -m sample checkpoints/eco_hybrid_hi --prompt "mai kal bazaar gaya tha"', "continue a text"),
                 ('python -m sample checkpoints/eco_hybrid_hi --text "mai kal ____ gaya tha"', "fill the gap in a text"),
                 ("python -m sample checkpoints/eco_hybrid_hi --prompts_file prompts.txt --json", "a line per prompt, as JSON"))
     first = ("Sampling", "Generation", "Checkpoint")
+    # what is not typed is chosen for the checkpoint, by sample.suited
+    ckpt: str = knob(None, "checkpoint or run folder; none = the newest run under checkpoints/; "
+                     "the flag's name may be left out", positional=True)
+    max_new_tokens: int = knob(None, f"length of the new text; none = {LONGEST}, or as many as the "
+                               "checkpoint was trained for", at_least=1, aliases=("seq_len",))
+    steps: int = knob(0, "forwards at most, per block if blockwise; 0 = the checkpoint's, or as many as threshold, "
+                      "factor and entropy need. Typed without --blockwise: the text in one piece, by "
+                      f"{OLDER['sampler']}, temperature {OLDER['temperature']:g}, top_k {OLDER['top_k']}, as in "
+                      "the older guides", at_least=0, aliases=("num_steps",))
+    sampler: str = knob(None, "which positions come first; ddim = confidence, ddpm = ancestral; none = "
+                        f"{NEWER['sampler']}, with --steps {OLDER['sampler']}", aliases=("scheduler",),
+                        choices=SAMPLERS, values={"first_hitting": "random"})
+    temperature: float = knob(None, f"0 = greedy; none = {NEWER['temperature']:g}, with --steps "
+                              f"{OLDER['temperature']:g}", at_least=0)
+    top_k: int = knob(None, f"0 = off; none = {NEWER['top_k']}, with --steps {OLDER['top_k']}", at_least=0)
     text: str = knob(None, "infill: every ____ (two underscores a token) or [MASK] is filled, the rest stays")
-    num_samples: int = knob(1, "continuations per prompt, with seeds seed, seed+1, ...", at_least=1)
-    blockwise: bool = knob(False, "left to right in blocks")
-    frozen_context: bool = knob(False, "exact cached context; needs --blockwise")
+    num_samples: int = knob(1, "continuations per prompt; seeds seed, seed+1, ..., on and on over all prompts", at_least=1)
+    blockwise: bool = knob(None, "left to right in blocks; none = where the checkpoint was trained in blocks, but not with "
+                           "--steps", bare="on")
+    frozen_context: bool = knob(None, "exact cached context of the blocks; none = as --blockwise, if that is not typed either",
+                                bare="on")
     edge_profile: str = knob("none", "exact blocks, all that the model is sure of at once", choices=tuple(SAMPLE_PROFILES),
                              elsewhere=dict.fromkeys(("tiny", "laptop"), "that is a profile of train"))
     ignore_eos: bool = knob(False, "always the full length")
@@ -377,6 +406,8 @@ class SampleArgs(GenerateKnobs, CommonKnobs):
     benchmark_runs: int = knob(1, "timed runs; more than one prints [bench]", at_least=1, rare=True)
     warmup_runs: int = knob(0, "untimed runs before them", at_least=0, rare=True)
     out_json: str = knob(None, "write texts and statistics", rare=True)
+
+    needs_ckpt = False
 
     def problems(self):
         if self.stream and self.json:

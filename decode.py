@@ -150,7 +150,8 @@ def fill_block(model, canvas, lo, hi, forward, s, on_step=None):
     block = canvas.ids[:, lo:hi]                                                   # (B, S), a view
     start = block == canvas.mask_id
     most = int((start & ~canvas.done[:, None]).sum(1).max())
-    steps = s.steps if s.remask else min(s.steps, most)
+    # a rule with a schedule of its own keeps it: more steps than masks make ancestral sampling better, and cost no forwards
+    steps = s.steps if s.remask or s.sampler == "ancestral" else min(s.steps, most)
     used = layers = 0
     for step in range(steps):
         hidden = (block == canvas.mask_id) & ~canvas.done[:, None]                 # (B, S)

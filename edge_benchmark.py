@@ -207,7 +207,7 @@ def profiles(names):
     known, found = {f.name for f in dataclasses.fields(config.GenerateKnobs)}, {}
     for name in names:
         found[name] = {k: v for k, v in config.SAMPLE_PROFILES[name].items() if k in known}
-        found[name + CAREFUL] = found[name] | dict(sampler="confidence", steps=found[name]["block_size"], min_decode_layers=0,
+        found[name + CAREFUL] = found[name] | dict(sampler="confidence", steps=config.SURE["steps"], min_decode_layers=0,
                                                    precision="auto")
     return found
 
@@ -225,6 +225,59 @@ def price(name, results):
     return found
 
 
+def lines_of(results):
+    """{"block_frozen sampler=margin steps=4": figures} -> (axis, {"block_frozen margin": [(value, tokens/s, nats)]}).
+
+    A line joins what differs in one setting only: of the settings that are numbers, the one with the most values.
+    """
+    found = []
+    for name, r in results.items():
+        if r.get("judge_nats") is not None:
+            mode, *pairs = name.split(" ")
+            found.append((mode, dict(pair.split("=", 1) for pair in pairs), r["mean_tok_s"], r["judge_nats"]))
+    values = {}
+    for _, chosen, _, _ in found:
+        for key, value in chosen.items():
+            values.setdefault(key, set()).add(value)
+    numbers = [key for key, several in values.items() if len(several) > 1 and all(map(is_number, several))]
+    axis = max(numbers, key=lambda key: len(values[key]), default=None)
+    modes, lines = {mode for mode, *_ in found}, {}
+    for mode, chosen, speed, nats in found:
+        words = [mode] if len(modes) > 1 else []
+        for key, value in chosen.items():
+            if key != axis and len(values[key]) > 1:
+                words.append(f"{key} {value}" if is_number(value) else value)
+        lines.setdefault(" ".join(words) or mode, []).append((chosen.get(axis), speed, nats))
+    for points in lines.values():
+        points.sort(key=lambda point: float(point[0] or 0))
+    return axis, lines
+
+
+def is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def frontier(points):
+    """Of (value, speed, nats) those that no other beats in both, the fastest first."""
+    kept = []
+    for point in sorted(points, key=lambda point: (-point[1], point[2])):
+        if not kept or point[2] < kept[-1][2]:
+            kept.append(point)
+    return kept
+
+
+def spread(heights, gap):
+    """Heights of labels, ascending, moved up where two would stand less than a gap apart."""
+    moved = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    return moved
+
+
 def draw(path, results, real):
     """Quality against speed as a picture; without matplotlib a notice instead."""
     try:
@@ -234,18 +287,35 @@ def draw(path, results, real):
     except ImportError:
         print("notice: no picture, as matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
         return
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    shown = [(name, r["mean_tok_s"], r["judge_nats"]) for name, r in results.items() if r.get("judge_nats") is not None]
-    for number, (name, speed, nats) in enumerate(shown, 1):          # numbers at the points, names beside: names would overlap
-        axes.scatter(speed, nats, s=40, label=f"{number}  {name}", color=pyplot.cm.viridis(number / (len(shown) + 1)))
-        axes.annotate(str(number), (speed, nats), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    if shown:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False, handletextpad=0.2)
+    axis, lines = lines_of(results)
+    figure, axes = pyplot.subplots(figsize=(9, max(5, 0.3 * len(lines))))
+    every = [point for points in lines.values() for point in points]
+    best = frontier(every)
+    axes.step([speed for _, speed, _ in best], [nats for _, _, nats in best], where="post", linewidth=6, color="0.88",
+              zorder=0, label="not beaten in both")
+    colours = 0.8 * pyplot.cm.turbo([(i + 0.5) / max(1, len(lines)) for i in range(len(lines))])
+    colours = [tuple(colour[:3]) for colour in colours]            # darker, as yellow names are not read on white
+    for colour, points in zip(colours, lines.values(), strict=True):
+        axes.plot([p[1] for p in points], [p[2] for p in points], "o-", markersize=4, linewidth=1.2, color=colour)
+    for value, speed, nats in best if axis else ():
+        axes.annotate(value, (speed, nats), fontsize=7, xytext=(3, 5), textcoords="offset points")
     if real is not None:
-        axes.axhline(real, linestyle="--", linewidth=1, color="gray")
-        axes.annotate("held-out text", (axes.get_xlim()[0], real), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    axes.set(xlabel="tokens/s (new tokens before EOS, prompt included)", ylabel="nats/token under the n-gram judge (low alone is "
-             "no praise)", title="Quality against speed")
+        axes.axhline(real, linestyle="--", linewidth=1, color="gray", label="held-out text")
+    # the names stand at the right edge, in the order of their lines' fastest points, each joined to its own
+    low, high = axes.get_ylim()
+    edge = axes.get_xlim()[1]
+    ends = sorted(((max(points, key=lambda p: p[1]), name, colour)
+                   for (name, points), colour in zip(lines.items(), colours, strict=True)), key=lambda end: end[0][2])
+    heights = spread([end[0][2] for end in ends], 0.17 / figure.get_figheight() * (high - low))
+    for (point, name, colour), height in zip(ends, heights, strict=True):
+        axes.annotate(name, point[1:], xytext=(edge + 0.04 * (edge - axes.get_xlim()[0]), height), fontsize=8, color=colour,
+                      va="center", annotation_clip=False, arrowprops=dict(arrowstyle="-", linewidth=0.5, color=colour, alpha=0.5))
+    along = ", ".join(dict.fromkeys(value for value, _, _ in sorted(every, key=lambda p: float(p[0])))) if axis else ""
+    axes.set(xlabel="tokens/s (new tokens before EOS, prompt included)",
+             ylabel="nats/token under the n-gram judge (low alone is no praise)",
+             title="Quality against speed" + (f"; along each line {axis} = {along}" if axis else ""))
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    axes.set_xlim(right=edge)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
     say(f"picture: {path}")
@@ -266,6 +336,7 @@ def main(argv=None):
     knobs.can_write(args, "out_json")
     device = runtime.pick_device(args.device)
     prompts = sample.read_prompts(args) if args.prompt or args.prompts_file else list(config.BENCH_PROMPTS)
+    args.sampler = sample.masked_sampler(args.sampler)
     models, weights, precisions, saved = {}, {}, {}, None
     for wanted in dict.fromkeys(s.get("precision", args.precision) for s in settings_of.values()):
         precisions[wanted], why = fast.pick(wanted, device)
@@ -278,8 +349,10 @@ def main(argv=None):
     if model.cfg.causal:
         print("notice: an autoregressive checkpoint has one mode, left to right over its cache: block_frozen", file=sys.stderr)
         args.modes = ("block_frozen",)
-    variants, skipped = {}, {}
+    variants, skipped, without_effect = {}, {}, []
     for named, chosen in settings_of.items():
+        if "sampler" in chosen:
+            chosen["sampler"] = sample.masked_sampler(chosen["sampler"])
         for mode in dict.fromkeys(args.modes):
             name = f"{mode} {named}".strip()
             if mode == "block_frozen" and why_not:
@@ -287,6 +360,9 @@ def main(argv=None):
                 continue
             mine = dataclasses.replace(args, **chosen)
             variants[name] = (models[precisions[mine.precision]], sample.decode_settings(mine, saved, mode, tokenizer.eos_id))
+            without_effect.append(set(sample.idle(mine, origins, variants[name][1])))
+    for line in sorted(set.intersection(*without_effect)) if without_effect and not model.cfg.causal else ():
+        print(line, file=sys.stderr)                          # only what no variant heeds
     judges = Judges(args.data_dir or saved.config["args"]["data_dir"], tokenizer, saved, device)
     results = dict(skipped)
     if variants:

@@ -21,6 +21,7 @@ import cli
 import config
 import knobs
 import objective
+import sample
 from knobs import UserError, say
 
 PROMPT = 16           # tokens of a held-out beginning, or half of a shorter document
@@ -238,7 +239,6 @@ def sample_quality(model, documents, tokenizer, saved, args, data_dir, judge, un
     """
     import numpy as np
 
-    import sample
     from decode import generate
     from judge import NGram, Text, quality, shared, words
     from tokenizer import script_of
@@ -306,6 +306,11 @@ def main(argv=None):
     if args.check_run:
         import verdict
         return 0 if verdict.passed(verdict.check(args.check_run, args)) else 1
+    if not args.samples:
+        typed = [f"--{f.name}" for f in dataclasses.fields(config.DecodeKnobs) if origins[f.name] == "flag"]
+        if typed:
+            say(f"notice: without effect: {', '.join(typed)} (they are for the text that --samples 64 asks for)")
+    args.sampler = sample.masked_sampler(args.sampler)
     device = runtime.pick_device(args.device)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device)
     judge = ar_judge(args.judge, device, tokenizer, PROMPT + args.max_new_tokens, saved) if args.judge else None

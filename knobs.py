@@ -254,7 +254,8 @@ def flag_value(f, stands_for, text, take):
             raise ValueError("takes no value")
         text = stands_for
     elif text is None and bare:                                    # a switch takes only what can be its value
-        text = take({*WORDS, *(choices or ())} if choices or f.type is bool else None) or bare
+        words = {*WORDS, *(choices or ()), *(["none"] if f.default is None else [])}
+        text = take(words if choices or f.type is bool else None) or bare
     elif text is None:
         text = take()
     if text is None:

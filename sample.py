@@ -1,11 +1,14 @@
 """Text from a checkpoint: continue a prompt in one piece, in blocks, or in blocks over an exact frozen context.
 
+    python -m sample                                                    # the newest run, and what suits its checkpoint
     python -m sample --ckpt checkpoints/eco_hybrid_hi --prompt "mai kal bazaar gaya tha"
     python -m sample --ckpt checkpoints/eco_hybrid_hi --prompt "namaste" --blockwise --frozen_context --benchmark_runs 5
 
-A checkpoint needs nothing but itself: shape, tokenizer and defaults come out of its folder. Text goes to stdout, statistics
-to stderr: new tokens before EOS, forwards, seconds with the prompt's encoding included.
+A checkpoint needs nothing but itself: shape, tokenizer and defaults come out of its folder. Whatever is not typed is chosen
+for it by `suited`. Text goes to stdout, statistics to stderr: new tokens before EOS, forwards, seconds with the prompt's
+encoding included.
 """
+import dataclasses
 import re
 import statistics
 import time
@@ -19,12 +22,42 @@ import shapes
 from knobs import UserError, printable, say
 
 
+NEWEST = "checkpoints/latest"                      # the resolver takes the run there that saved last
+# tokens that one forward may reveal before their words stop to fit together: docs/experiments
+AT_ONCE = dict(confidence=1.5, margin=1, random=1, ancestral=1)
+SCHEDULERS = dict(ddim="confidence", ddpm="ancestral")
 UNREAD = ("steps", "sampler", "threshold", "alg_temp", "remask", "remask_rule", "reveal", "temperature_end", "guidance_scale",
           "block_size", "min_decode_layers")       # of an autoregressive checkpoint
 
 
+def suited(args, origins, saved, longest):
+    """The arguments with a value for everything that was not typed; longest: tokens of the longest prompt.
+
+    --steps alone is a command of the older guides and keeps its meaning: the text in one piece, by confidence. Else the rule
+    and temperature of the best judged text, in blocks over the exact cache if the checkpoint was trained for it.
+    """
+    def said(*names):
+        return any(origins[name] != "default" for name in names)
+
+    found = {}
+    if args.max_new_tokens is None:
+        trained = saved.config["args"]["seq_len"]
+        found["max_new_tokens"] = min(config.LONGEST, max(trained - longest, trained // 2))
+    rest = dict(config.OLDER if said("steps") else config.NEWER)
+    if said("threshold"):
+        rest["sampler"] = "threshold"
+    elif said("reveal", "remask", "alg_temp") or args.text is not None:         # these need a schedule; a gap is small
+        rest["sampler"] = "confidence"
+    found |= {name: value for name, value in rest.items() if getattr(args, name) is None}
+    if args.blockwise is None:
+        found["blockwise"] = not said("steps") and args.text is None and not cannot_freeze(saved)
+        if args.frozen_context is None:
+            found["frozen_context"] = found["blockwise"]
+    return dataclasses.replace(args, **found)
+
+
 def settings(args, origins, saved, tokenizer):
-    """Command line + the checkpoint's stored defaults -> decode.Settings, with a notice for what cannot be had."""
+    """`suited` arguments -> decode.Settings, with a notice for what cannot be had."""
     mode = "full"
     if saved.config["model"].get("causal"):
         unread = [name for name in ("blockwise", "frozen_context", *UNREAD) if origins[name] == "flag"]
@@ -32,6 +65,8 @@ def settings(args, origins, saved, tokenizer):
             say(f"notice: {saved.path} was trained with --objective ar: it writes one token at a time over an exact cache, "
                 "without " + ", ".join(f"--{name}" for name in unread))
         mode = "block_frozen"
+    elif args.text is not None:
+        mode = "full"                                                            # a gap needs what stands on both sides
     elif args.blockwise:
         mode = "block_frozen" if args.frozen_context else "block"
         if args.frozen_context and (why := cannot_freeze(saved)):
@@ -39,14 +74,76 @@ def settings(args, origins, saved, tokenizer):
             mode = "block"
     elif args.frozen_context:
         say("notice: --frozen_context needs --blockwise; the whole text is decoded in one piece")
-    elif (largest := max(trained_blocks(saved))) < saved.config["args"]["seq_len"]:
+    largest = max(trained_blocks(saved))
+    if mode == "full" and largest < saved.config["args"]["seq_len"]:
         say(f"notice: {saved.path} never saw a whole text, only blocks of {largest} tokens and their past: what is written in "
             "one piece will be poor; --blockwise --frozen_context is what it learned")
-    return decode_settings(args, saved, mode, None if args.ignore_eos else tokenizer.eos_id)
+    s = decode_settings(args, saved, mode, None if args.ignore_eos else tokenizer.eos_id)
+    if not saved.config["model"].get("causal"):
+        for line in (*idle(args, origins, s), *(degenerate(s, saved) if args.text is None else ())):
+            say(line)
+    return s
+
+
+def told(s, causal):
+    """One line that says how the text is made."""
+    from samplers import ADAPTIVE
+    where = {"full": "in one piece", "block": f"in blocks of {s.block_size}, with all before them computed again",
+             "block_frozen": f"in blocks of {s.block_size} over the exact cache"}[s.mode]
+    rule = f"{s.sampler} {s.threshold:g}" if s.sampler in ADAPTIVE else f"{s.sampler}, {s.steps} forwards at most"
+    if causal:
+        where, rule = "one token at a time", "left to right"
+    top_k = f", top_k {s.top_k}" if s.top_k else ""
+    return f"text: up to {s.max_new_tokens} tokens {where}; {rule}, temperature {s.temperature:g}{top_k}"
+
+
+def idle(args, origins, s):
+    """A notice for every typed flag that changes nothing under these settings."""
+    from samplers import ADAPTIVE
+    whole = s.mode == "full"
+    greedy = s.temperature == 0 and not s.temperature_end
+    rules = [(("block_size",), whole, "the text is decoded in one piece, --blockwise decodes it in blocks"),
+             (("threshold",), s.sampler not in ADAPTIVE, f"--sampler {s.sampler} has no bound"),
+             (("alg_temp",), s.sampler not in ("confidence", "margin"), f"--sampler {s.sampler} does not rank by chance"),
+             (("reveal",), s.sampler in ADAPTIVE, f"--sampler {s.sampler} has no schedule"),
+             (("remask_rule",), not s.remask, "--remask is 0"),
+             (("top_k", "top_p"), greedy, "temperature 0 takes the likeliest token")]
+    if getattr(args, "text", None) is not None:
+        rules[0] = (("block_size", "blockwise", "frozen_context", "max_new_tokens", "ignore_eos", "stream", "benchmark_runs",
+                     "warmup_runs", "guidance_scale"), True, "--text fills gaps, with all of the text around them, in one piece")
+    off = dict(block_size=0, top_k=0, top_p=1.0, guidance_scale=1.0, alg_temp=0.0)
+    for names, holds, why in rules:
+        typed = [name for name in names if origins.get(name) == "flag" and holds and getattr(args, name) not in (False, None)
+                 and getattr(args, name) != off.get(name)]
+        if typed:
+            yield f"notice: without effect: {', '.join(f'--{name}' for name in typed)} ({why})"
+
+
+def degenerate(s, saved):
+    """A warning for settings that make poor text of any model, or of this one."""
+    trained = parts_of_a_text(saved)
+    if s.mode == "block_frozen" and s.block_size not in trained:
+        sizes = ", ".join(map(str, trained))
+        yield (f"warning: this checkpoint was not trained in blocks of {s.block_size} (but of {sizes}), so the text will be "
+               "poor: leave --block_size out")
+    yield from too_few(s, s.max_new_tokens if s.mode == "full" else min(s.block_size, s.max_new_tokens))
+
+
+def too_few(s, tokens):
+    """A warning if so many tokens are revealed in too few forwards."""
+    from samplers import ADAPTIVE
+    at_once = tokens / s.steps
+    if s.sampler in ADAPTIVE:
+        if at_once > AT_ONCE["confidence"]:
+            yield (f"warning: {s.steps} forwards for {tokens} tokens: the last one reveals all that is left, sure or not, so the "
+                   "text will be poor: leave --steps out")
+    elif at_once > AT_ONCE[s.sampler]:
+        yield (f"warning: {s.steps} forwards for {tokens} tokens are {at_once:.1f} at once, and --sampler {s.sampler} bears "
+               f"{AT_ONCE[s.sampler]:g}, so words will not fit together: leave --steps and --sampler out, or --steps {tokens}")
 
 
 def decode_settings(args, saved, mode, eos_id):
-    """Also for edge_benchmark, whose command line has modes instead of switches."""
+    """Also for edge_benchmark and evaluate, whose command lines have modes instead of switches."""
     from decode import Settings
     from samplers import ADAPTIVE
     depth, layers = args.min_decode_layers, saved.config["model"]["n_layers"]
@@ -62,13 +159,26 @@ def decode_settings(args, saved, mode, eos_id):
     if args.remask and args.sampler in ADAPTIVE:
         raise UserError(f"--remask {args.remask:g} needs a schedule, --sampler {args.sampler} has none: use confidence, margin, "
                         "random or ancestral")
-    block = args.block_size or min(saved.config["model"]["block_size"], max(trained_blocks(saved)))
+    block = args.block_size or usual_block(saved)
     longest = args.max_new_tokens if mode == "full" else block       # an adaptive rule stops by itself
     steps = args.steps or (longest if args.sampler in ADAPTIVE else saved.config["args"]["sample_steps"])
     names = ("max_new_tokens", "sampler", "reveal", "threshold", "alg_temp", "remask", "remask_rule", "temperature",
              "temperature_end", "top_k", "top_p", "repetition_penalty", "guidance_scale")
     return Settings(steps=steps, min_depth=depth if depth < layers else 0, mode=mode, block_size=block, eos_id=eos_id,
                     **{name: getattr(args, name) for name in names})
+
+
+def usual_block(saved):
+    """The largest block that was trained, up to the size that the checkpoint stores for decoding."""
+    stored, trained = saved.config["model"]["block_size"], parts_of_a_text(saved)
+    if not trained:                                                # no block was trained, so any will do
+        return min(stored, max(trained_blocks(saved)))
+    return max((size for size in trained if size <= stored), default=min(trained))
+
+
+def parts_of_a_text(saved):
+    """The trained blocks that may follow other text; a whole sequence never does."""
+    return sorted({size for size in trained_blocks(saved) if size < saved.config["args"]["seq_len"]}, reverse=True)
 
 
 def trained_blocks(saved):
@@ -114,8 +224,6 @@ def with_gaps(text, tokenizer):
 
 def fill_text(args, model, tokenizer, s, watch):
     """Infill --text once per seed -> records."""
-    import dataclasses
-
     from decode import infill
     fixed, sizes = with_gaps(args.text, tokenizer)
     ids, gaps = [tokenizer.bos_id], []
@@ -124,9 +232,9 @@ def fill_text(args, model, tokenizer, s, watch):
         ids += tokenizer.encode(part[:-1] if size and part.endswith(" ") else part)
         gaps.append(slice(len(ids), len(ids) + size))
         ids += [tokenizer.vocab_size] * size
-    if s.guidance_scale != 1:
-        say("notice: --guidance_scale is for text that follows a context; a gap has all of its text around it")
     s = dataclasses.replace(s, mode="full", eos_id=None, steps=args.steps or sum(sizes), guidance_scale=1.0)
+    for line in too_few(s, sum(sizes)):
+        say(line)
     for seed in range(args.seed, args.seed + args.num_samples):
         result = infill(model, ids, s, [seed], watch)
         answers = [tokenizer.written(result.rows[0][gap]) for gap in gaps]
@@ -143,20 +251,21 @@ def record(args, prompt, text, seed, result, row, tokens, s):
             "mode": s.mode, "cache_bytes": result.cache_bytes}
 
 
-def continue_prompts(args, model, tokenizer, s, prompts, watch):
-    """Every prompt with all its seeds as a batch -> records; with --stream one by one, printed while they grow."""
-    import dataclasses
+def continue_prompts(args, model, tokenizer, s, prompts, watch, trained_length):
+    """Every prompt with all its seeds as a batch -> records; with --stream one by one, printed while they grow.
 
+    No two samples share a seed: prompts of one file that did would share their errors.
+    """
     from decode import generate
     from terminal import Stream
     if model.cfg.model == "backup" and s.mode == "block_frozen":               # its cache grows, so it gets a window
-        s = dataclasses.replace(s, window=max(args.trained_length, s.block_size))
-    batches = [list(range(args.seed, args.seed + args.num_samples))]
-    if args.stream:
-        batches = [[seed] for seed in batches[0]]
+        s = dataclasses.replace(s, window=max(trained_length, s.block_size))
     number = 0
-    for prompt in prompts:
+    for index, prompt in enumerate(prompts):
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        first = args.seed + index * args.num_samples
+        seeds_of_prompt = list(range(first, first + args.num_samples))
+        batches = [[seed] for seed in seeds_of_prompt] if args.stream else [seeds_of_prompt]
         for seeds in batches:
             times = []
             for timed in [False] * args.warmup_runs + [True] * args.benchmark_runs:
@@ -183,6 +292,23 @@ def continue_prompts(args, model, tokenizer, s, prompts, watch):
                     f"p50={statistics.median(times):.3f}s tok/s={tokens / mean:.1f} tokens={tokens} forwards={result.forwards}")
 
 
+def newest():
+    """The name of the newest run's checkpoint, where none was typed."""
+    import checkpoint
+    if not any(checkpoint.is_run(child) for child in Path(NEWEST).parent.glob("*")):
+        raise UserError("--ckpt is missing, and there is no run under checkpoints/: name a checkpoint or a "
+                        "run folder, or make one with python -m train --preset starter")
+    return NEWEST
+
+
+def masked_sampler(name):
+    """--scheduler, the older guides' name of --sampler, knows two samplers of Gaussian models -> ours that is meant."""
+    if name not in SCHEDULERS:
+        return name
+    say(f"notice: --scheduler {name}: this is a masked model, so --sampler {SCHEDULERS[name]} is used")
+    return SCHEDULERS[name]
+
+
 def main(argv=None, pinned=None):
     args, origins = cli.parse(config.SampleArgs, argv, "sample", pinned=pinned)
     cli.announce(args, origins)
@@ -194,26 +320,31 @@ def main(argv=None, pinned=None):
     knobs.can_write(args, "out_json")
     device = runtime.pick_device(args.device)
     prompts = read_prompts(args)
+    args.ckpt = args.ckpt or newest()
+    args.sampler = masked_sampler(args.sampler)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
     precision, why = fast.pick(args.precision, device)
     fast.prepare(model, precision)
     say(f"model: {model.cfg.model}, {shapes.count_params(model.cfg):,} parameters; products in {precision} ({why})")
+    longest = max(len(tokenizer.encode(prompt)) for prompt in prompts) + 1
+    args = suited(args, origins, saved, longest)
     s = settings(args, origins, saved, tokenizer)
-    args.trained_length = saved.config["args"]["seq_len"]
+    trained_length = saved.config["args"]["seq_len"]
     if not args.text:
-        longest = max(len(tokenizer.encode(p)) for p in prompts) + 1 + args.max_new_tokens
+        say(told(s, model.cfg.causal))
+        longest += s.max_new_tokens
         endless = s.mode == "block_frozen"
-        if endless and model.cfg.model == "backup" and longest > args.trained_length:
-            say(f"notice: {longest} positions, trained on {args.trained_length}: the cache slides, the oldest text leaves it")
-        elif longest > args.trained_length and not endless:
-            say(f"warning: prompt and new tokens are {longest} positions, the model was trained on {args.trained_length}: "
+        if endless and model.cfg.model == "backup" and longest > trained_length:
+            say(f"notice: {longest} positions, trained on {trained_length}: the cache slides, the oldest text leaves it")
+        elif longest > trained_length and not endless:
+            say(f"warning: prompt and new tokens are {longest} positions, the model was trained on {trained_length}: "
                 "--blockwise --frozen_context goes on without a limit")
     watch = Watch(tokenizer) if args.show_steps else None
     records = []
     if args.text:
         made = fill_text(args, model, tokenizer, s, watch)
     else:
-        made = continue_prompts(args, model, tokenizer, s, prompts, watch)
+        made = continue_prompts(args, model, tokenizer, s, prompts, watch, trained_length)
     for r in made:
         if args.json:
             print(knobs.json_text(r), flush=True)

@@ -101,7 +101,9 @@ def masked_share(step, steps, reveal):
 def reveal_count(masked, step, steps, reveal):
     """How many of `masked` (those left now) to reveal at forward `step` of `steps`: never 0, and all at the last one.
 
-    A running remainder keeps either schedule exact.
+    Each share is rounded up, from what is left now, so a row is never behind its schedule and mostly ahead of it: what does not
+    divide comes first. linear: the shares differ by one at most, which puts a row at most steps / 4 tokens ahead; cosine: at most
+    steps / 2, as its first shares are less than a token.
     """
     if reveal == "cosine":
         stay = masked_share(step + 1, steps, reveal) / masked_share(step, steps, reveal)

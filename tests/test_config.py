@@ -57,7 +57,8 @@ def another(f):
         choice = next(c for c in meta["choices"] if (c,) != f.default and c != f.default)
         return choice, (choice,) if f.type is tuple else choice
     if f.type is int:
-        return str(f.default + 1), f.default + 1
+        value = (f.default or 0) + 1
+        return str(value), value
     if f.type is float:
         return "0.625", 0.625
     return "Some/Path-x_y", ("Some/Path-x_y",) if f.type is tuple else "Some/Path-x_y"
@@ -221,7 +222,7 @@ def test_gpu_tiers(memory, row):
     (TrainArgs, "-x", ["unexpected argument '-x'"]),
     (TrainArgs, "--compile maybe", ["unexpected argument 'maybe'"]),
     (TrainArgs, "--compile=maybe", ["--compile maybe", "True or False"]),
-    (SampleArgs, "", ["--ckpt is missing"]),
+    (BenchArgs, "", ["--ckpt is missing"]),
     (SampleArgs, "a --ckpt b", ["a and --ckpt b"]),
     (SampleArgs, "a b", ["unexpected argument 'b'"]),
     (SampleArgs, "a --stream --json", ["--stream", "--json", "only one"]),
@@ -499,7 +500,7 @@ def test_values_of_documented_commands():
     assert (args.timesteps, args.sample_steps, args.seq_len, args.time_mode) == (24, 10, 512, "continuous")
     assert (args.timestep_sampling, args.masking_strategy, args.mean_span_length) == ("stratified", "token", 3.0)
     args, _ = parse(SampleArgs, "x --edge_profile max --steps 9")
-    assert (args.steps, args.temperature, args.temperature_end, args.top_k, args.block_size) == (9, 0, None, 0, 64)
+    assert (args.steps, args.temperature, args.temperature_end, args.top_k, args.block_size) == (9, 0, None, 0, 0)
     assert (args.sampler, args.threshold, args.blockwise, args.frozen_context) == ("threshold", 0.9, True, True)
     args, _ = parse(SampleArgs, "x --prompt एक --prompt='--दो' --seed=3")
     assert args.prompt == ("एक", "--दो") and args.seed == 3

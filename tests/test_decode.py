@@ -138,6 +138,25 @@ def test_reveal_schedule_adds_up(rule):
     assert first < last                                                            # cosine is careful at first
 
 
+@pytest.mark.parametrize("rule, part", [("linear", 4), ("cosine", 2)])
+def test_a_row_is_never_behind_its_schedule_and_ahead_by_a_part_of_the_steps(rule, part):
+    for masked in range(1, 80):
+        for steps in range(1, masked + 1):
+            left = masked
+            for step in range(steps):
+                left -= reveal_count(left, step, steps, rule) if left else 0
+                ahead = masked * samplers.masked_share(step + 1, steps, rule) - left
+                assert -1e-9 <= ahead <= steps / part + 1e-9
+
+
+def test_ancestral_keeps_its_steps_and_runs_no_empty_forward():
+    """Many more steps than masks: one token at a time, nearly always, and no more forwards than tokens."""
+    net = Fake("no_eos")
+    out = generate(net, [2], Settings(20, 5000, sampler="ancestral", eos_id=None), [0, 1, 2])
+    assert all(18 <= forwards <= 20 for forwards in out.row_forwards)
+    assert len(net.head_rows) == out.forwards and min(net.head_rows) >= 1
+
+
 def test_nan_is_an_error_and_not_an_answer():
     with pytest.raises(FloatingPointError, match="NaN"):
         generate(Fake("nan"), [2], Settings(8, 4), [0])

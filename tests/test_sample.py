@@ -1,7 +1,9 @@
 """Text out of checkpoints: the documented commands word for word, what sampling promises, and the mode comparison."""
+import io
 import json
 import re
 import shlex
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -79,8 +81,11 @@ def test_edge_sampling(trained, kind):
     done = aria(name, *arguments, cwd=trained, check=0)
     assert done.stdout.startswith("mai kal bazaar gaya tha") and "\ufffd" not in done.stdout[:23]
     [figures] = stats(done.stderr)
-    assert int(figures["forwards"]) <= int(figures["new"]) and int(figures["context"]) <= 2 and figures["mode"] == "block_frozen"
     assert 0 <= int(figures["before_eos"]) <= int(figures["new"]) <= 128
+    size = 8                                         # that of the checkpoint; what a block reveals after an EOS is no new token
+    blocks = -(-int(figures["new"]) // size)
+    assert blocks <= int(figures["forwards"]) <= blocks * size and figures["mode"] == "block_frozen"
+    assert int(figures["context"]) <= blocks
     assert "latest.pt -> " in done.stderr and "notice: --min_decode_layers" in done.stderr
 
 
@@ -212,12 +217,111 @@ def test_several_prompts_and_samples(here, capsys, tmp_path):
     text, figures = draw(capsys, "primary", "--prompts_file", tmp_path / "prompts.txt", "--prompt", "ek", "--prompt", "do",
                          "--num_samples", 2, "--seed", 5, "--max_new_tokens", 3, "--ignore_eos")
     parts = text.split("\n---\n")
-    assert len(parts) == 8 and [line["seed"] for line in figures] == ["5", "6"] * 4
+    assert len(parts) == 8 and [int(line["seed"]) for line in figures] == [*range(5, 13)]
     for part, prompt in zip(parts, [p for p in ("ek", "do", "namaste", "मुझे एक") for _ in "ab"], strict=True):
         assert part.startswith(prompt)
-    alone = draw(capsys, "primary", "--prompt", "do", "--seed", 6, "--max_new_tokens", 3, "--ignore_eos")[0]
+    alone = draw(capsys, "primary", "--prompt", "do", "--seed", 8, "--max_new_tokens", 3, "--ignore_eos")[0]
     assert alone == parts[3], "a sample depends on its neighbours"
     assert draw(capsys, "primary", "--max_new_tokens", 3)[1], "no prompt at all is an unconditional sample"
+
+
+def test_the_bare_command(here, capsys, tmp_path, monkeypatch):
+    """The run that saved last, named; its blocks over the cache, the best rule, no more tokens than it was trained for."""
+    assert call(sample.main) == 0
+    out, err = capsys.readouterr()
+    assert "checkpoint: checkpoints/latest -> checkpoints/diffusion_hi/step_000012" in err and out.strip()
+    assert "text: up to 31 tokens in blocks of 8 over the exact cache; threshold 0.9, temperature 0.7\n" in err
+    assert stats(err)[0]["mode"] == "block_frozen" and "warning" not in err and "notice" not in err
+    monkeypatch.chdir(tmp_path)
+    assert call(sample.main) == 2
+    assert "no run under checkpoints/" in capsys.readouterr().err
+
+
+def resolved(line, blocks="T,8", length=32, stored=64, prompt=1):
+    """A command line on a checkpoint trained like this -> its decode.Settings."""
+    args, origins = cli.parse(config.SampleArgs, ["x", *shlex.split(line)], "sample")
+    args.sampler = sample.masked_sampler(args.sampler)
+    saved = SimpleNamespace(path="x", config={"model": dict(block_size=stored, n_layers=2, exits=False),
+                            "args": dict(train_block_sizes=blocks, seq_len=length, sample_steps=12)})
+    return sample.settings(sample.suited(args, origins, saved, prompt), origins, saved, SimpleNamespace(eos_id=3))
+
+
+BEST, OLD = ("threshold", 0.7, 0), ("confidence", 1.0, 50)
+
+
+@pytest.mark.parametrize("line, mode, block, rule", [
+    ("", "block_frozen", 8, BEST),
+    ("--steps 12", "full", 8, OLD),
+    ("--num_steps 12 --sampler margin", "full", 8, ("margin", 1.0, 50)),
+    ("--steps 12 --temperature 0.8 --top_k 30", "full", 8, ("confidence", 0.8, 30)),
+    ("--threshold 0.8", "block_frozen", 8, BEST),
+    ("--steps 8 --blockwise --frozen_context", "block_frozen", 8, OLD),
+    ("--blockwise", "block", 8, BEST),
+    ("--no_blockwise", "full", 8, BEST),
+    ("--no_frozen_context", "block", 8, BEST),
+    ("--block_size 4", "block_frozen", 4, BEST),
+    ("--remask 0.2", "block_frozen", 8, ("confidence", 0.7, 0)),
+    ("--text a__b", "full", 8, ("confidence", 0.7, 0)),
+    ("--edge_profile max", "block_frozen", 8, ("threshold", 0.0, 0)),
+    ("--scheduler ddim", "block_frozen", 8, ("confidence", 0.7, 0)),
+    ("--num_steps 100 --scheduler ddpm", "full", 8, ("ancestral", 1.0, 50))])
+def test_what_is_not_typed_suits_the_checkpoint(line, mode, block, rule):
+    """--steps alone is a command of the older guides and means what it meant; what is typed always wins."""
+    s = resolved(line)
+    assert (s.mode, s.block_size) == (mode, block) and (s.sampler, s.temperature, s.top_k) == rule
+    assert s.max_new_tokens == 31 and resolved("--max_new_tokens 50 " + line).max_new_tokens == 50
+
+
+def test_length_and_block_are_those_of_the_training():
+    for blocks, stored, wanted in (("T,32,4,1", 64, 32), ("T,64,32", 64, 64), ("T,64,32", 16, 32), ("T", 64, 64)):
+        assert resolved("", blocks, 512, stored).block_size == wanted
+    assert resolved("", "T").mode == "full", "no block was trained"
+    for length, prompt, wanted in ((2048, 1, 128), (64, 20, 44), (64, 60, 32), (64, 500, 32)):
+        assert resolved("", "T,8", length, prompt=prompt).max_new_tokens == wanted
+
+
+@pytest.mark.parametrize("line, flags, why", [
+    ("--steps 31 --block_size 4", "--block_size", "in one piece"),
+    ("--sampler confidence --threshold 0.5 --steps 31", "--threshold", "no bound"),
+    ("--sampler random --steps 31 --alg_temp 1", "--alg_temp", "rank"), ("--remask_rule conf", "--remask_rule", "--remask is 0"),
+    ("--sampler threshold --reveal cosine", "--reveal", "no schedule"),
+    ("--temperature 0 --top_k 5 --top_p 0.5", "--top_k, --top_p", "temperature 0"),
+    ("--text a__b --blockwise --stream", "--blockwise, --stream", "fills gaps")])
+def test_a_flag_without_effect_is_named(capsys, line, flags, why):
+    resolved(line)
+    [said] = re.findall("^notice: without effect: (.*)$", capsys.readouterr().err, re.M)
+    assert said.startswith(flags + " (") and why in said
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--block_size 3", "not trained in blocks of 3 (but of 8)"), ("--steps 4", "4 forwards for 31 tokens"),
+    ("--sampler ancestral --steps 20", "20 forwards for 31"), ("--sampler margin --blockwise --steps 5", "5 forwards for 8"),
+    ("--sampler threshold --steps 4", "reveals all that is left")])
+def test_settings_that_make_poor_text_are_named(capsys, line, words):
+    resolved(line)
+    [said] = re.findall("^warning: (.*)$", capsys.readouterr().err, re.M)
+    assert words in said and "leave" in said
+    for fine in ("", "--edge_profile max", "--steps 31", "--temperature 0 --top_k 0",
+                 "--sampler confidence --blockwise --steps 8"):
+        resolved(fine)
+        assert not re.findall("^(?:warning|notice).*", capsys.readouterr().err, re.M), fine
+
+
+def test_a_scheduler_of_gaussian_models_is_translated_once(here, capsys):
+    for name, ours in (("ddim", "confidence"), ("ddpm", "ancestral")):
+        assert call(sample.main, RUNS["primary"], "--num_steps", 50, "--scheduler", name, "--max_new_tokens", 12) == 0
+        err = capsys.readouterr().err
+        assert re.findall(f"^notice: --scheduler {name}.*--sampler {ours} is used$", err, re.M) and err.count("notice") == 1
+        assert int(stats(err)[0]["forwards"]) <= 12
+
+
+def test_statistics_stand_with_their_sample(here, monkeypatch):
+    both = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setattr(sys, "stderr", both)
+    assert call(sample.main, RUNS["primary"], "--prompt", "ek", "--prompt", "do", "--num_samples", 2, "--max_new_tokens", 3) == 0
+    lines = [line[:2] for line in both.getvalue().split("\n") if line.startswith(("[stats]", "ek", "do", "---"))]
+    assert lines == ["ek", "[s", "--", "ek", "[s", "--", "do", "[s", "--", "do", "[s"]
 
 
 def test_every_spelling_of_a_checkpoint(here, capsys):
@@ -298,7 +402,7 @@ def test_figures_by_hand():
     assert judge.repeat_rate([[1, 2, 3, 4] * 2, [1, 2, 3, 4]]) == 1 / 6 and judge.repeat_rate([[1]]) == 0
 
 
-@pytest.mark.parametrize("blocks, size, whole", [("1", 1, False), ("4,2", 4, False), ("T,1", 8, True)])
+@pytest.mark.parametrize("blocks, size, whole", [("1", 1, False), ("4,2", 4, False), ("T,1", 1, True)])
 def test_a_checkpoint_is_decoded_as_it_was_trained(here, capsys, tmp_path, blocks, size, whole):
     """In blocks no larger than those it knows; whoever asks for a whole text of one that never saw any is told."""
     run = tmp_path / "run"
@@ -307,13 +411,14 @@ def test_a_checkpoint_is_decoded_as_it_was_trained(here, capsys, tmp_path, block
     saved = checkpoint.load(run)
     for given, wanted in (([], size), (["--block_size", "2"], 2)):
         args, origins = cli.parse(config.SampleArgs, ["--ckpt", str(run), "--blockwise", "--frozen_context", *given], "sample")
-        s = sample.settings(args, origins, saved, SimpleNamespace(eos_id=3))
+        s = sample.settings(sample.suited(args, origins, saved, 1), origins, saved, SimpleNamespace(eos_id=3))
         assert (s.mode, s.block_size) == ("block_frozen", wanted)
     capsys.readouterr()
     for words in (["--prompt", "namaste", "--max_new_tokens", 4], ["--text", "mai ____ gaya", "--guidance_scale", 2]):
         assert call(sample.main, "--ckpt", run, *words) == 0
         said = capsys.readouterr().err
-        assert ("never saw a whole text" in said) != whole and ("--guidance_scale is for" in said) == ("--text" in words)
+        assert ("never saw a whole text" in said) == (not whole and "--text" in words)
+        assert ("without effect: --guidance_scale" in said) == ("--text" in words)
 
 
 def test_a_checkpoint_without_blocks(here, capsys, tmp_path):
@@ -357,11 +462,26 @@ def test_a_grid_of_settings(here, capsys, tmp_path):
         assert call(edge_benchmark.main, RUNS["primary"], "--grid", bad) == 2
 
 
+def test_the_picture_has_a_line_for_each_rule():
+    """Twelve settings are four lines, joined along the steps; the frontier holds what no other beats in both."""
+    results = {f"block_frozen sampler={rule} temperature={heat} steps={steps}": dict(mean_tok_s=100 / steps, judge_nats=nats)
+               for rule, nats in (("confidence", 2.0), ("margin", 3.0)) for heat in (0, 1) for steps in (16, 4, 8)}
+    results["full"] = {"skipped": "no blocks"}
+    axis, lines = edge_benchmark.lines_of(results)
+    rules = ("confidence", "margin")
+    assert axis == "steps" and sorted(lines) == [f"{rule} temperature {heat}" for rule in rules for heat in (0, 1)]
+    assert [point[0] for point in lines["margin temperature 1"]] == ["4", "8", "16"]
+    assert edge_benchmark.lines_of({"full a=x": dict(mean_tok_s=1, judge_nats=2)}) == (None, {"full": [(None, 1, 2)]})
+    points = [("a", 5, 3.0), ("b", 4, 3.0), ("c", 4, 2.0), ("d", 1, 2.5), ("e", 1, 1.0)]
+    assert [value for value, *_ in edge_benchmark.frontier(points)] == ["a", "c", "e"]
+    assert edge_benchmark.spread([0, 0, 0.5, 9], 1) == [0, 1, 2, 9], "no two names on each other"
+
+
 def test_the_price_of_profiles(here, capsys, tmp_path):
     """Each beside itself at one token a forward; a rule that guesses much at once is found out."""
     assert call(edge_benchmark.main, RUNS["primary"], "--out_json", tmp_path / "p.json", "--max_new_tokens", 12,
                 "--prompt", "ek", "--prompt", "भारत में", "--prompt", "namaste", "--prompt", "yaar mujhe", "--prompt", "aaj mausam",
-                "--runs_per_prompt", 1, "--warmup_runs", 0, "--profiles", "balanced", "max") == 0
+                "--runs_per_prompt", 1, "--warmup_runs", 0, "--profiles", "balanced", "max", "--block_size", 12) == 0
     err, document = capsys.readouterr().err, json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
     rows = document["results"]
     for name in ("balanced", "max"):
