@@ -138,8 +138,11 @@ def too_few(s, tokens):
             yield (f"warning: {s.steps} forwards for {tokens} tokens: the last one reveals all that is left, sure or not, so the "
                    "text will be poor: leave --steps out")
     elif at_once > AT_ONCE[s.sampler]:
-        yield (f"warning: {s.steps} forwards for {tokens} tokens are {at_once:.1f} at once, and --sampler {s.sampler} bears "
-               f"{AT_ONCE[s.sampler]:g}, so words will not fit together: leave --steps and --sampler out, or --steps {tokens}")
+        advice = "leave --steps and --sampler out"
+        if s.sampler in ("confidence", "margin"):           # the others are poor at one token a forward, too
+            advice += f", or --steps {tokens}"
+        yield (f"warning: {s.steps} forwards for {tokens} tokens are {at_once:.1f} at once, and --sampler "
+               f"{s.sampler} bears {AT_ONCE[s.sampler]:g}, so words will not fit together: {advice}")
 
 
 def decode_settings(args, saved, mode, eos_id):
