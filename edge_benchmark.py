@@ -362,7 +362,7 @@ def main(argv=None):
             variants[name] = (models[precisions[mine.precision]], sample.decode_settings(mine, saved, mode, tokenizer.eos_id))
             without_effect.append(set(sample.idle(mine, origins, variants[name][1])))
     for line in sorted(set.intersection(*without_effect)) if without_effect and not model.cfg.causal else ():
-        print(line, file=sys.stderr)                          # only what no variant heeds
+        say(line)                                             # only what no variant heeds
     judges = Judges(args.data_dir or saved.config["args"]["data_dir"], tokenizer, saved, device)
     results = dict(skipped)
     if variants:
