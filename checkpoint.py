@@ -462,6 +462,9 @@ def load_model(path, device, model="auto", tokenizer_path=None):
         raise UserError(f"{saved.path} holds a {cfg.model} model, --model says {model}: use --model {cfg.model}")
     tokenizer = Tokenizer(saved.tokenizer_bytes)
     if tokenizer_path is not None:
+        if not os.path.exists(tokenizer_path):
+            raise UserError(f"--tokenizer {tokenizer_path}: no such file; leave the flag out, the checkpoint carries its "
+                            "own tokenizer")
         given = Tokenizer(tokenizer_path)
         if given.sha256 != tokenizer.sha256:
             raise UserError(f"--tokenizer {tokenizer_path} ({given.sha256[:12]}) is not the one this checkpoint was trained with "

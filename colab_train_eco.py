@@ -7,14 +7,18 @@
 Takes every flag of train and of prepare. Stages, one line each, skipped when their result is there: 1 GPU and tier, 2 text,
 3 tokenizer, 4 token files, 5 training, 6 the runbook's verdict (exit 1 when a hard criterion fails). The same command again
 continues the run (--no_resume_latest or --if_exists archive: a fresh one). When the hub cannot be reached, the synthetic
-starter corpus is used instead, and that is said every time.
+starter corpus is used instead, in a folder of its own, and that is said every time.
 """
 import dataclasses
+from itertools import chain, count
 from pathlib import Path
 
 import cli
 import config
 from knobs import UserError, say
+
+
+ONE_SHOT_DIR = "data/one_shot"    # the starter corpus with the one-shot's settings; more of them: data/one_shot_2 ...
 
 
 def gpu(device):
@@ -50,13 +54,32 @@ def prepare_text(args, origins):
             if error.code != 3:                   # only what is outside of us, like the network, has a way round
                 raise
             say(f"notice: {error}")
+    size = args.max_chars if origins["max_chars"] == "flag" else config.STARTER_CHARS
+    args = dataclasses.replace(args, source="builtin", input=(), max_chars=size)
     if origins["data_dir"] == "default":          # keep data/processed free for real text
-        folder = Path(config.STARTER_DIR)
+        folder = starter_folder(args)
     say(f"stages 2-4, text: the built-in starter corpus in {folder}: synthetic Hindi and Hinglish, written by a program.\n"
         "        It shows that everything works; it is no real text.")
-    size = args.max_chars if origins["max_chars"] == "flag" else config.STARTER_CHARS
-    prepare.build(dataclasses.replace(args, source="builtin", input=(), data_dir=str(folder), max_chars=size), say)
+    prepare.build(dataclasses.replace(args, data_dir=str(folder)), say)
     return folder
+
+
+def starter_folder(args):
+    """Where the starter corpus goes: a folder that already holds this very text, or a new one.
+
+    A folder with another text is never built over, not even an earlier one of the one-shot: a run may need it.
+    """
+    import prepare
+    for folder in chain([config.STARTER_DIR], (ONE_SHOT_DIR + suffix(n) for n in count(1))):
+        if Path(folder, "meta.json").exists():
+            if prepare.holds(dataclasses.replace(args, data_dir=folder)):
+                return Path(folder)
+        elif folder != config.STARTER_DIR:        # that one is train's to make
+            return Path(folder)
+
+
+def suffix(number):
+    return f"_{number}" if number > 1 else ""
 
 
 def main(argv=None):
@@ -80,7 +103,11 @@ def main(argv=None):
     if args.drive:
         import drive
         drive.open_folder(args.drive)
-        for folder in dict.fromkeys((args.data_dir, config.STARTER_DIR if origins["data_dir"] == "default" else args.data_dir)):
+        folders = [args.data_dir]
+        if origins["data_dir"] == "default":
+            kept = sorted(path.name for path in Path(args.drive, "text").glob(f"{Path(ONE_SHOT_DIR).name}*"))
+            folders += [config.STARTER_DIR, *(str(Path(ONE_SHOT_DIR).with_name(name)) for name in kept)]
+        for folder in folders:
             drive.restore_text(folder, args.drive, say)
     folder = prepare_text(args, origins)
     if args.drive:

@@ -56,9 +56,9 @@ def read_documents(args, data_dir, tokenizer, saved):
 
 def same_tokenizer(data, tokenizer, saved):
     if data.meta["tokenizer_sha256"] != tokenizer.sha256:
-        raise UserError(f"{data.dir} was made with tokenizer {data.meta['tokenizer_sha256'][:12]}, the checkpoint's is "
-                        f"{tokenizer.sha256[:12]}: prepare the text with --tokenizer {saved.path / 'tokenizer.model'}, or give "
-                        "it as --text FILE")
+        remedy = data.for_run(saved.state.get("source"), saved.path / "tokenizer.model")
+        raise UserError(f"{data.dir} was made with tokenizer {data.meta['tokenizer_sha256'][:12]}, the "
+                        f"checkpoint's is {tokenizer.sha256[:12]}: {remedy}, or give a text as --text FILE")
 
 
 def choose(documents, length, budget, most):

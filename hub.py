@@ -4,13 +4,16 @@ Used by prepare (--source hindi, --source fineweb):
     files = download("hindi", folder, hinglish_ratio=0.35, chars=60_000_000, log=print)
 
 Nothing but plain files is read (no loading scripts, ever). A source that is gone or gated is left out with a notice; one that
-breaks is tried again with growing waits and keeps what it gave. Each source is one file, .part until it is whole, with a
-.state.json beside it: what it is, how much there is, and where the stream stopped, so that a second run continues there.
+breaks is tried again with growing waits and keeps what it gave; one that gives nothing is left out after PATIENCE seconds.
+The library's calls run in a thread, so that a hub that hangs is noticed, and Ctrl-C answered, whatever it does there.
+Each source is one file, .part until it is whole, with a .state.json beside it: what it is, how much there is, and where
+the stream stopped, so that a second run continues there.
 """
 import contextlib
 import errno
 import json
 import os
+import threading
 import time
 from dataclasses import asdict, dataclass
 
@@ -21,6 +24,12 @@ from knobs import UserError
 
 WAITS = (1, 2, 4, 8, 16)                   # seconds before the next try; one new row, and they start over
 SYNC_ROWS = 1000                           # rows between two states on disk
+BATCH_ROWS, BATCH_SECONDS = 100, 1         # what is read before the main thread has it
+QUIET = 2                                  # seconds of waiting that need no line
+PROBE = 5                                  # seconds in which a hub that works answers a small question
+PATIENCE = 20                              # seconds that a source may take to say anything at all
+SLOWLY = 600                               # seconds for one batch, from a hub that answers small questions meanwhile
+REFUSED = (401, 403, 404, 410)             # HTTP: not there, or not for us
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,54 @@ class Gone(Exception):
     """The hub has no such set, or not for us: no use in trying again."""
 
 
+class Silent(Exception):
+    """No answer for so long that nobody should wait any more."""
+
+
+def patiently(what, work, log, limit, alive=None):
+    """work(), done in a thread of its own: its result or its exception, or Silent after `limit` seconds.
+
+    alive: a small question to the hub, asked half-way; while it is answered there is time until SLOWLY.
+    """
+    result = {}
+    done = threading.Event()
+
+    def call():
+        try:
+            result["value"] = work()
+        except Exception as error:                         # datasets and its HTTP client raise types of their own
+            result["error"] = error
+        done.set()
+
+    began = time.monotonic()
+    told, asked = False, False
+    threading.Thread(target=call, daemon=True).start()
+    while not done.wait(0.2):                              # Ctrl-C gets through here, into a hanging read it may not
+        waited = time.monotonic() - began
+        if waited > QUIET and not told:
+            log(f"waiting for {what} ...")
+            told = True
+        if alive and waited > limit / 2 and not asked:
+            asked = True
+            if alive():
+                limit = SLOWLY
+        if waited > limit:
+            raise Silent(f"no answer within {waited:.0f} s")
+    if "error" in result:
+        raise result["error"]
+    return result["value"]
+
+
+def status_of(error):
+    """The HTTP status that an error, or one that led to it, was about; None without one."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def open_stream(source, revision, state):
     """The rows of a source from a saved place on, as a datasets.IterableDataset."""
     import datasets
@@ -78,20 +135,41 @@ def open_stream(source, revision, state):
     return rows
 
 
-def newest(source):
+def newest(source, seconds=PATIENCE):
     """The commit that a set without a pin is at today."""
     from huggingface_hub import HfApi
-    return HfApi().dataset_info(source.repo).sha
+    return HfApi().dataset_info(source.repo, timeout=seconds).sha
 
 
-def reachable():
-    """Does anything answer at the hub's address? The library's own tries would take minutes to find that out."""
-    from huggingface_hub import constants, get_session
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:                                      # whatever the HTTP client of the day raises
-        return False
-    return True
+class Hub:
+    """Does anything answer at the hub's address? Asked once, as each try of a dead one costs seconds, and again when
+    a source falls silent. The library's own tries would take minutes to find that out."""
+
+    def __init__(self, log):
+        self.log, self.known = log, None
+
+    def answers(self):
+        if self.known is None:
+            self.known = self.ask()
+        return self.known
+
+    def ask(self):
+        from huggingface_hub import constants, get_session
+        try:
+            patiently(f"the hub at {constants.ENDPOINT}", lambda: get_session().head(constants.ENDPOINT, timeout=PROBE),
+                      self.log, PROBE + 1)
+        except Exception as error:                         # whatever the HTTP client of the day raises
+            self.log(f"notice: the hub at {constants.ENDPOINT} does not answer ({type(error).__name__})")
+            return False
+        return True
+
+    def status(self, source):
+        """What the hub answers to a small question about a source: an HTTP status, or None when it does not answer."""
+        try:
+            patiently(source.repo, lambda: newest(source, PROBE), self.log, PROBE + 1)
+        except Exception as error:
+            return status_of(error)
+        return 200
 
 
 class Raw:
@@ -109,22 +187,23 @@ class Raw:
             if set(saved) == set(self.state) and there >= saved["bytes"] and all(saved[k] == self.state[k] for k in fixed):
                 self.state = saved
 
-    def fetch(self, chars, log):
+    def fetch(self, chars, log, hub):
         """Rows until there are so many characters or the source ends, with new tries; what came stays. -> characters."""
         if self.state["chars"] >= chars or self.state["ended"]:
             return self.state["chars"]
-        if not reachable():
+        if not hub.answers():
             return self.state["chars"]
         if self.path.exists():
             os.replace(self.path, self.part)
         name, tries = f"{self.source.repo} {self.source.config or self.source.data_dir or ''}".strip(), 0
+        first, began = self.state["rows"], time.monotonic()
         with open(self.part, "ab") as f, tqdm(total=chars, initial=self.state["chars"], unit=" characters", unit_scale=True,
                                               desc=self.source.name, disable=None) as bar:
             while True:
                 f.truncate(self.state["bytes"])
                 before = self.state["rows"]
                 try:
-                    self.stream(f, chars, bar)
+                    self.stream(f, chars, bar, log, hub)
                     break
                 except Gone as error:
                     log(f"notice: {name} is left out: {error}")
@@ -134,47 +213,82 @@ class Raw:
                         raise
                     tries = 0 if self.state["rows"] > before else tries + 1
                     why = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
-                    if tries >= len(WAITS):
-                        log(f"notice: {name} broke off, {self.state['chars']:,} characters of it are kept ({why})")
+                    nothing = self.state["rows"] == first
+                    status = status_of(error)
+                    if isinstance(error, FileNotFoundError) and status is None:
+                        status = hub.status(self.source)   # datasets says so of any trouble
+                    if nothing and status in REFUSED:
+                        log(f"notice: {name} is left out: the hub refuses it (HTTP {status})")
                         break
-                    log(f"notice: {name}: trying again in {WAITS[tries]} s ({why})")
-                    time.sleep(WAITS[tries])
+                    wait = WAITS[min(tries, len(WAITS) - 1)]
+                    spent = time.monotonic() - began + wait
+                    if tries >= len(WAITS) or nothing and (isinstance(error, Silent) or spent > PATIENCE):
+                        log(f"notice: {name} broke off, {self.state['chars']:,} characters of it are kept ({why})")
+                        hub.known = None
+                        break
+                    log(f"notice: {name}: trying again in {wait} s ({why})")
+                    time.sleep(wait)
         if self.state["rows"]:
             os.replace(self.part, self.path)
         else:
             self.part.unlink()
         return self.state["chars"]
 
-    def stream(self, f, chars, bar):
+    def stream(self, f, chars, bar, log, hub):
         """One try: rows into the file, a state on the disk every SYNC_ROWS, and at the end however it comes."""
         s = self.state
-        s["revision"] = s["revision"] or newest(self.source)
-        rows, new, more = open_stream(self.source, s["revision"], s["at"]), 0, 0
+
+        def wait_for(what, work):
+            return patiently(f"{what} of {self.source.repo}", work, log, PATIENCE, lambda: hub.status(self.source))
+
+        s["revision"] = s["revision"] or wait_for("the newest version", lambda: newest(self.source))
+        rows = wait_for("the files", lambda: open_stream(self.source, s["revision"], s["at"]))
+        iterator, new, more, at = iter(rows), 0, 0, s["at"]
 
         def sync():
             nonlocal new, more
             f.flush()
             os.fsync(f.fileno())
-            s.update(rows=s["rows"] + new, chars=s["chars"] + more, bytes=os.fstat(f.fileno()).st_size, at=rows.state_dict())
+            s.update(rows=s["rows"] + new, chars=s["chars"] + more, bytes=os.fstat(f.fileno()).st_size, at=at)
             knobs.write_json(self.state_path, s)
             new = more = 0
+
         try:
-            for row in rows:
-                text = row.get(self.source.field)
-                if not isinstance(text, str):
-                    raise Gone(f"its rows have no text in {self.source.field!r}, but {', '.join(row)[:100]}")
-                f.write(json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-                new, more = new + 1, more + len(text)
-                bar.update(len(text))
-                if s["chars"] + more >= chars:
-                    break
-                if new == SYNC_ROWS:
+            while s["chars"] + more < chars and not s["ended"]:
+                room = min(BATCH_ROWS, SYNC_ROWS - new), chars - s["chars"] - more
+                texts, ended, error, place = wait_for("text", lambda room=room: self.batch(rows, iterator, *room))
+                for text in texts:
+                    f.write(json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+                    new, more = new + 1, more + len(text)
+                    bar.update(len(text))
+                at, s["ended"] = place, ended
+                if error:
+                    raise error
+                if new >= SYNC_ROWS:
                     sync()
-            else:
-                s["ended"] = True
         finally:
             if new or s["ended"]:
                 sync()
+
+    def batch(self, rows, iterator, most, chars):
+        """-> (texts of the next rows: so many, or so many characters, or what a second gives; was that the end;
+        the error that it met; the place after them)."""
+        texts, until = [], time.monotonic() + BATCH_SECONDS
+        ended, error = False, None
+        try:
+            while len(texts) < most and chars > 0 and time.monotonic() < until:
+                row = next(iterator, None)
+                if row is None:
+                    ended = True
+                    break
+                text = row.get(self.source.field)
+                if not isinstance(text, str):
+                    raise Gone(f"its rows have no text in {self.source.field!r}, but {', '.join(row)[:100]}")
+                texts.append(text)
+                chars -= len(text)
+        except Exception as caught:                        # what came before it is good
+            error = caught
+        return texts, ended, error, rows.state_dict()
 
 
 def download(which, folder, hinglish_ratio, chars, log):
@@ -182,16 +296,16 @@ def download(which, folder, hinglish_ratio, chars, log):
     kinds = {"hindi": {"hindi": 1 - hinglish_ratio, "hinglish": hinglish_ratio}, "fineweb": {"english": 1.0}}[which]
     knobs.need("datasets", "to read the hub")
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    found, hub = [], Hub(log)
     for kind, share in kinds.items():
         missing = int(share * chars)
         for raw in (Raw(source, folder) for source in SOURCES[which] if source.kind == kind):
             if missing > 0:
-                missing -= raw.fetch(int(raw.source.share * missing), log)
+                missing -= raw.fetch(int(raw.source.share * missing), log, hub)
                 found += [raw] * (raw.state["rows"] > 0)
         if missing > 0 and share:
             log(f"notice: {kind}: {missing:,} of {int(share * chars):,} characters are missing, no source gave more"
-                + ("" if reachable() else " (the hub does not answer)"))
+                + (" (the hub does not answer)" if hub.known is False else ""))
     if not found:
         raise UserError("nothing could be read from the hub: check the network and run it again, or use your own text "
                         "(--source files --input FILES) or the starter corpus (--source builtin)", code=3)

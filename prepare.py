@@ -329,10 +329,17 @@ def build(args, log=print):
     return knobs.read_json(folder / "meta.json")
 
 
-def ensure_builtin(folder=config.STARTER_DIR, chars=config.STARTER_CHARS, log=print):
+def holds(args):
+    """Is args.data_dir already the text that build(args) would put there? For --source builtin: nothing is downloaded."""
+    quiet = [].append
+    _, _, digest = find_sources(args, Path(args.data_dir), quiet)
+    return is_current(dataclasses.replace(args, force=False), digest, quiet)
+
+
+def ensure_builtin(folder=config.STARTER_DIR, chars=None, log=print):
     """The prepared starter corpus, with its own tokenizer inside the folder; built if it is not there. For train."""
     build(config.PrepareArgs(source="builtin", data_dir=str(folder), tokenizer=str(Path(folder, "tokenizer.model")),
-                             tokenizer_vocab=config.STARTER_VOCAB, max_chars=chars), log)
+                             tokenizer_vocab=config.STARTER_VOCAB, max_chars=chars or config.STARTER_CHARS), log)
     return folder
 
 

@@ -197,9 +197,12 @@ def wandb_id(args, before):
 
 def opened(args, run_dir, run_id, step):
     """The sinks that are asked for. auto: TensorBoard if it is installed and the tests have not turned it off."""
-    auto = os.environ.get("ARIA_TENSORBOARD") != "off" and importlib.util.find_spec("tensorboard") is not None
+    wanted = args.tensorboard == "on" or args.tensorboard == "auto" and os.environ.get("ARIA_TENSORBOARD") != "off"
     sinks = []
-    if args.tensorboard == "on" or args.tensorboard == "auto" and auto:
+    if wanted and importlib.util.find_spec("tensorboard") is None:
+        say("notice: TensorBoard is not installed, so no event files are written (train.jsonl and the report are): "
+            "python -m pip install tensorboard, or --tensorboard off")
+    elif wanted:
         sinks.append(Sink("TensorBoard", lambda: TensorBoard(Path(args.log_dir, run_dir.name), step)))
     if args.wandb:
         sinks.append(Sink("Weights & Biases", lambda: WandB(args, run_dir, run_id)))

@@ -8,6 +8,7 @@ Notable: nothing is guessed and nothing clipped, a file that does not fit its me
 The order is a seeded permutation computed on the fly: no list of indices, the state is one integer.
 """
 import os
+import shlex
 from functools import cached_property
 from pathlib import Path
 
@@ -54,6 +55,17 @@ def how_to_rebuild(data_dir, flags=None):
     return f"to build it again, type the python -m prepare that made {data_dir} once more, with --force"
 
 
+def zip_flags(words):
+    """Words of a command line -> a list for each flag: its name and its values."""
+    groups = []
+    for word in words:
+        if word.startswith("--"):
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    return groups
+
+
 class TokenData:
     """One split of a prepared folder: `.tokens` (read-only memory map), `.meta`, `.vocab_size`, `len(data)`.
 
@@ -88,6 +100,26 @@ class TokenData:
             found, said = file_sha256(self.path), self.meta[f"{split}_sha256"]
             if found != said:
                 self.refuse(f"{self.path} has sha256 {found[:12]}, but meta.json says {said[:12]}")
+
+    def for_run(self, source, path):
+        """The end of a message: how this folder is made fit for a run that had its text from `source`.
+
+        path: the tokenizer of the run. The starter corpus where train puts it is the same each time.
+        """
+        if source == "builtin" and self.dir == Path(config.STARTER_DIR):
+            return how_to_rebuild(config.STARTER_DIR)
+        words = shlex.split(self.meta.get("flags", ""))
+        kept = [pair for pair in zip_flags(words) if pair[0] not in ("--tokenizer", "--tokenizer_vocab")]
+        if not kept:
+            return f"prepare the text with --tokenizer {path}"
+        flags = shlex.join(word for pair in kept for word in pair)
+        return f"python -m prepare {flags} --tokenizer {path} --data_dir {self.dir} --force prepares it so"
+
+    def old_text(self, source):
+        """The same, when the tokenizer is right and the text is not."""
+        if source == "builtin" and self.dir == Path(config.STARTER_DIR):
+            return how_to_rebuild(config.STARTER_DIR)
+        return "give the old text"
 
     def refuse(self, what):
         raise UserError(f"{what}; {self.fix}")

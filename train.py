@@ -133,12 +133,13 @@ def train(args, origins, ranks, run_dir, source, resuming):
     if saved and ranks.main and saved.tokenizer_bytes != tokenizer.model_bytes:
         old = Tokenizer(saved.tokenizer_bytes)
         raise UserError(f"{data_dir} has a tokenizer of {cfg.vocab_size} pieces ({tokenizer.sha256[:12]}), the checkpoint's has "
-                        f"{old.vocab_size} ({old.sha256[:12]}): prepare it with --tokenizer {saved.path / 'tokenizer.model'}")
+                        f"{old.vocab_size} ({old.sha256[:12]}): "
+                        + data.for_run(saved.state.get("source"), saved.path / "tokenizer.model"))
     in_place = resuming and run_dir == saved.path.parent
     state = runs.counters(saved) if resuming else None
     if in_place and state["data_sha256"] != data.meta["train_sha256"]:
         raise UserError(f"{data_dir} has changed since this run began (sha256 {data.meta['train_sha256'][:12]}, the checkpoint "
-                        f"{state['data_sha256'][:12]}): give the old text, or fork with --run_name NEW")
+                        f"{state['data_sha256'][:12]}): {data.old_text(saved.state.get('source'))}, or fork with --run_name NEW")
     first_step = saved.step if resuming else 0
     if first_step >= args.max_steps and not (resuming and state["eval_due"]):
         say(f"nothing to do: step {first_step} of {args.max_steps}")

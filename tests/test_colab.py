@@ -1,13 +1,17 @@
 """The one-shot: its verdict on itself, back-off when memory runs out, saves by the clock, copies on a drive, its notebook."""
 import ast
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 from conftest import ROOT, RUNS, log
@@ -25,7 +29,9 @@ import evaluate
 import fit
 import knobs
 import masking
+import prepare
 import sample
+import train
 import verdict
 
 BASE = {"event": "train", "skipped": 0, "step_ms": 100.0, "mask": 0.5}
@@ -375,6 +381,70 @@ def test_the_one_shot_goes_on_by_itself_and_judges_itself(tmp_path, monkeypatch,
     told = capsys.readouterr().out
     assert log(here[1] / "checkpoints/eco_hybrid_hi_v2")[0]["mask"] > 0.96
     assert code == 1 and "FAIL" in told and "advice: mask out of range" in told
+
+
+def follow(told, monkeypatch):
+    """Every `python -m X ...` that a text says to type, typed -> the commands that were run."""
+    ran = []
+    for line in told.splitlines():
+        for command in re.findall(r"python -m ((?:sample|evaluate|train|report) .*)", line):
+            words = shlex.split(re.split(r"\s{3,}|;", command)[0])
+            small = {"sample": "--max_new_tokens 4", "evaluate": "--max_docs 2", "train": "--no_show_samples"}
+            small = small.get(words[0], "").split()
+            assert conftest.call(importlib.import_module(words[0]).main, *words[1:], *small) == 0, command
+            ran.append(words[0])
+    return ran
+
+
+def test_the_one_shot_leaves_the_text_of_other_runs_alone(tmp_path, monkeypatch, capsys):
+    """Without a hub: the starter corpus of a starter run stays, bit for bit; what the one-shot prints to type next works."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "STARTER_CHARS", 60_000)
+    monkeypatch.setattr(config, "STARTER_VOCAB", 500)
+    shape = [word for word in TINY if word not in ("--allow_cpu", "--max_chars", "60000", "--tokenizer_vocab", "400")]
+    assert fresh_starter(shape) == 0
+    before = conftest.tree(tmp_path / "data/builtin")
+    words = [*TINY, "--device", "cpu", "--run_name", "one", "--no_show_samples"]
+    capsys.readouterr()
+    assert colab_train_eco.main([*words, "--max_steps", "2"]) == 0
+    told = capsys.readouterr()
+    assert "in data/one_shot:" in told.err
+    assert {"sample", "evaluate", "train"} <= set(follow(told.out, monkeypatch))
+    mine = conftest.tree(tmp_path / "data/one_shot")
+    args, origins = cli.parse(config.ColabArgs, [*words, "--offline"], "colab_train_eco")
+    assert colab_train_eco.prepare_text(args, origins) == Path("data/one_shot")          # the same again: on the same text
+    args.max_chars = 40_000                                                              # another text: beside it
+    assert colab_train_eco.prepare_text(args, origins) == Path("data/one_shot_2")
+    assert conftest.tree(tmp_path / "data/one_shot") == mine and conftest.tree(tmp_path / "data/builtin") == before
+    for main, more in ((train.main, ("--resume", "checkpoints/starter", "--max_steps", "3", "--no_show_samples")),
+                       (evaluate.main, ("--ckpt", "checkpoints/starter", "--max_docs", "2"))):
+        assert conftest.call(main, *more, "--threads", "1") == 0
+
+
+def fresh_starter(shape):
+    return train.main([*shape, "--run_name", "starter", "--max_steps", "2", "--no_show_samples", "--no_auto_batch"])
+
+
+@pytest.mark.parametrize("vocab", ["500", "400"])
+def test_the_hint_of_a_starter_run_whose_text_was_replaced_brings_it_back(tmp_path, monkeypatch, vocab):
+    """Another text, with the run's tokenizer or another: the command in the message, typed, and the run goes on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "STARTER_CHARS", 60_000)
+    monkeypatch.setattr(config, "STARTER_VOCAB", 500)
+    shape = [word for word in TINY if word not in ("--allow_cpu", "--max_chars", "60000", "--tokenizer_vocab", "400")]
+    assert fresh_starter(shape) == 0
+    tokenizer = "data/builtin/tokenizer.model" if vocab == "500" else "t.model"
+    prepare.main(["--source", "builtin", "--data_dir", "data/builtin", "--tokenizer", tokenizer, "--tokenizer_vocab", vocab,
+                  "--max_chars", "40000"])
+    resume = ["--resume", "checkpoints/starter", "--max_steps", "3", "--threads", "1", "--no_show_samples"]
+    with pytest.raises(knobs.UserError) as caught:
+        train.main(resume)
+    if vocab == "400":
+        with pytest.raises(knobs.UserError, match="builds it again, or give a text"):
+            evaluate.main(["--ckpt", "checkpoints/starter", "--threads", "1"])
+    [command] = re.findall("python -m prepare (.*) builds it again", str(caught.value))
+    prepare.main(shlex.split(command))
+    assert train.main(resume) == 0
 
 
 def test_runtime_requirements_are_the_others_without_torch():

@@ -99,6 +99,11 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        if self.server.mode == "refuses":
+            return self.answer({"error": "no"}, 404)
+        if self.server.mode == "hangs" or self.server.mode == "hangs later" and self.path != "/":
+            self.server.stopping.wait(60)
+            return None
         path = urllib.parse.unquote(self.path.partition("?")[0])
         m = re.match(r"(?:/api)?/datasets/([^/]+/[^/]+)(?:/(resolve|tree|revision)/(\w+)(?:/(.*))?)?$", path)
         files = FILES.get(m[1]) if m else None
@@ -126,9 +131,10 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.breaks, server.slow = {}, 0.0
+        server.breaks, server.slow, server.mode, server.stopping = {}, 0.0, "", threading.Event()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
+        server.stopping.set()
         server.shutdown()
 
 
@@ -137,13 +143,20 @@ def server():
 FASTER = " sleep = time.sleep\n time.sleep = lambda seconds: sleep(seconds / 100)"
 
 
-def prepare(folder, server, *argv, code="", port=None):
-    """`python -m prepare --source hindi` in a folder, talking to the stand-in."""
+def prepare(folder, server, *argv, **how):
+    """`python -m prepare --source hindi` in a folder, talking to the stand-in, to its end."""
+    child = started(folder, server, *argv, **how)
+    out, err = child.communicate(timeout=120)
+    return subprocess.CompletedProcess(child.args, child.returncode, out, err)
+
+
+def started(folder, server, *argv, code="", port=None):
     env = dict(os.environ, PYTHONPATH=str(config.ROOT), HF_ENDPOINT=f"http://127.0.0.1:{port or server.server_port}",
                HF_HOME=str(folder / "hf"), HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
     run = f"if True:\n import sys, time, cli, hub, prepare\n{FASTER}\n{code}\n cli.run(prepare.main)"
     words = [sys.executable, "-c", run, "--source", "hindi", "--tokenizer_vocab", "800", *map(str, argv)]
-    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            encoding="utf-8")
 
 
 def raw(folder, name):
@@ -203,6 +216,42 @@ def test_no_network_and_a_dead_hub(tmp_path, server):
     done = prepare(tmp_path, server, "--offline", "--max_chars", 60_000)
     assert done.returncode == 0 and "--offline" in done.stdout
     assert TokenData(tmp_path / "data/processed").meta["source"] == "builtin"
+
+
+# Less patience, as a test has to wait it out.
+HASTE = " hub.QUIET, hub.PROBE, hub.PATIENCE = 0.3, 1, 3"
+
+
+@pytest.mark.parametrize("mode, most", [("hangs", 4), ("hangs later", 20), ("refuses", 12)])
+def test_a_dead_hub_costs_seconds_and_a_few_lines(tmp_path, server, mode, most):
+    """Nothing answers, or nothing but the address, or all is refused: said early, no source takes long, few lines."""
+    assert hub.QUIET <= 3 and hub.PROBE <= 5 and hub.PATIENCE <= 20
+    server.mode, began = mode, time.monotonic()
+    done = prepare(tmp_path, server, code=HASTE)
+    took = time.monotonic() - began
+    assert done.returncode == 3 and "--source builtin" in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) <= most and ("trying again" not in done.stdout or mode == "hangs later"), done.stdout
+    assert took < 60
+    assert "waiting for" in lines[0] or mode == "refuses"
+
+
+@pytest.mark.parametrize("mode", ["hangs", "hangs later"])
+@pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", None)])
+def test_signals_are_answered_while_a_hub_hangs(tmp_path, server, mode, number, code):
+    server.mode = mode
+    child = started(tmp_path, server, code=" hub.QUIET = 0.1\n hub.PROBE = hub.PATIENCE = 50")
+    try:
+        assert "waiting for" in child.stdout.readline()
+        began = time.monotonic()
+        child.send_signal(getattr(signal, number))
+        child.wait(30)
+        took = time.monotonic() - began
+    finally:
+        child.kill()
+        err = child.communicate()[1]
+    assert took < 5 and "Traceback" not in err, err[-2000:]
+    assert child.returncode == code or code is None and child.returncode in (-signal.SIGTERM, 130, 143)
 
 
 def test_the_table_is_plain():

@@ -342,6 +342,8 @@ def test_wrong_model_and_wrong_tokenizer(here, text, capsys):
     assert "use --model primary" in capsys.readouterr().err
     assert call(sample.main, RUNS["primary"], "--tokenizer", text / "t.model") == 2
     assert "leave the flag out" in capsys.readouterr().err
+    assert call(sample.main, RUNS["primary"], "--tokenizer", "data/tokenizer/nowhere.model") == 2     # as after a starter run
+    assert "leave the flag out, the checkpoint carries its own" in capsys.readouterr().err
     assert call(evaluate.main, RUNS["primary"], "--data_dir", text) == 2
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import aria, log
 from test_train import HARD, call, fresh, weights
 
+import config
 import knobs
 import sinks
 
@@ -153,6 +154,17 @@ def call_raw(words):
     import cli
     import config
     sinks.check(cli.parse(config.TrainArgs, words, "train")[0])
+
+
+def test_a_missing_tensorboard_is_said_once(tmp_path, monkeypatch, capsys):
+    """By default it is used where it is installed; where it is not, one line says so and how to get it or silence this."""
+    monkeypatch.delenv("ARIA_TENSORBOARD", raising=False)
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
+    assert sinks.opened(config.TrainArgs(log_dir=str(tmp_path)), tmp_path / "run", None, 0) == []
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "pip install tensorboard" in told and "--tensorboard off" in told
+    assert sinks.opened(config.TrainArgs(tensorboard="off"), tmp_path / "run", None, 0) == []
+    assert not capsys.readouterr().err
 
 
 def test_wandb_flags_need_wandb():
