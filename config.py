@@ -211,6 +211,28 @@ class TrainArgs(CommonKnobs, ResumeKnobs, SinkKnobs, RunKnobs, OptimKnobs, MaskK
         folder = "eco_hybrid_hi" if self.model == "primary" else "ar_hi" if self.causal else "diffusion_hi"
         return Path(self.output_dir or Path("checkpoints", self.run_name or folder))
 
+    def idle(self, origins):
+        """Flags that were typed and that these settings never look at: [sentence]."""
+        masks = ("mask_schedule", "min_mask_rate", "max_mask_rate", "time_mode", "timestep_sampling", "timesteps", "loss",
+                 "masking_strategy", "mean_span_length", "train_block_sizes", "ar_fade", "block_size", "sample_steps")
+        rules = (
+            (masks, self.causal, "--objective ar hides nothing"),
+            (("timesteps",), self.time_mode == "continuous", "it needs --time_mode discrete"),
+            (("mean_span_length",), self.masking_strategy == "token", "it needs --masking_strategy span"),
+            (("min_lr_ratio",), self.lr_schedule != "cosine", "it belongs to --lr_schedule cosine"),
+            (("memory_slots", "conv_kernel", "d_mem"), self.model == "backup", "it belongs to --model primary"),
+            (("compile_mode",), not self.compile, "it needs --compile"),
+            (("amp_dtype",), self.amp == "off", "--no_amp is given"),
+            (("eval_batches",), not self.eval_interval, "--eval_interval 0 never validates"),
+            (("keep_last",), not self.save_interval, "--save_interval 0 keeps the latest only"),
+            (("reset_optimizer",), not (self.resume or self.resume_latest), "nothing is resumed"))
+        said = {}
+        for names, off, why in rules:
+            for name in names if off else ():
+                if origins[name] == "flag":
+                    said.setdefault(name, f"--{name} does nothing here: {why}")
+        return list(said.values())
+
     @property
     def warmup(self):
         return min(300, self.max_steps // 20) if self.warmup_steps < 0 else self.warmup_steps

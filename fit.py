@@ -9,6 +9,7 @@ import torch
 
 import runtime
 from knobs import UserError
+from shapes import count_params
 
 SPARE = 0.95          # of the memory that is there: the allocator's own losses need the rest
 
@@ -62,6 +63,52 @@ def backing_off(work, micro, rows, args, undo, say, alone=True):
         say(f"notice: out of memory with {micro} x {args.seq_len} tokens per forward: from here on {less} rows, {rows // less} "
             f"forwards per step, the same {rows * args.seq_len:,} tokens ({trouble})")
         micro = less
+
+
+def there(device):
+    """Bytes that are free for a run; None where nobody says: of a CPU what Linux calls available, within a cgroup's limit."""
+    if device.type == "cuda":
+        return room(device)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, \
+             open("/sys/fs/cgroup/memory.current", encoding="ascii") as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):      # no such file, or "max"
+        pass
+    return max(0, free)
+
+
+def needed(cfg, args, micro, world=1):
+    """Bytes, from shapes alone: (weights, gradients and optimizer; the least that micro rows per forward keep for backward).
+
+    The second is a lower bound: the input of each layer, its wide activations once, one chunk of logits.
+    """
+    params = count_params(cfg)
+    states = {"adamw": 8, "muon": 4, "lion": 4}[args.optimizer]        # bytes a parameter; Muon's embedding has twice as many
+    kept = params * (8 + states + (4 if args.ema else 0)) // (world if args.fsdp else 1)
+    tokens = micro * args.seq_len
+    wide = 0 if args.activation_checkpointing else 2 * 3 * cfg.d_ff    # gate, up and their product in 2 bytes
+    streams = 2 if min(args.block_choices) < args.seq_len else 1
+    return kept, streams * tokens * cfg.n_layers * (4 * cfg.d_model + wide) + 4 * min(512, tokens) * cfg.rows
+
+
+def check(cfg, args, micro, device, world=1):
+    """Before anything is built: one line about memory; what cannot fit is a UserError."""
+    kept, least = needed(cfg, args, micro, world)
+    if args.auto_batch:
+        least //= micro                                                # it goes down to one row
+    free = there(device)
+    if free is not None and kept + least > free:
+        raise UserError(f"this run cannot fit: {count_params(cfg):,} parameters need {kept / 1e9:,.1f} GB with gradients and "
+                        f"optimizer, {micro} x {args.seq_len} tokens at least {least / 1e9:,.1f} GB more, and {free / 1e9:,.1f} "
+                        "GB are free: give a smaller --d_model, --n_layers, --batch_size or --seq_len, or --preset starter")
+    beside = "" if free is None else f"; {free / 1e9:.1f} GB free"
+    return f"{kept / 1e9:.2f} GB for weights, gradients and optimizer, at least {least / 1e9:.2f} GB for activations{beside}"
 
 
 def room(device):

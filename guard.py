@@ -13,6 +13,7 @@ import torch
 import masking
 
 WINDOW = 50      # losses whose median says what is usual
+HUGE = 1e6       # no weight of a sound model is as large; far below, products in half precision overflow
 ENOUGH = 10      # below so many, nothing is called a spike
 ROLLBACKS = 3    # times that a run goes back at most; later spikes are only logged
 
@@ -60,6 +61,10 @@ def likely_cause(model, rows, block, autocast, loss, gnorm, windows, lr):
     model.train()
     if not sound:
         return f"the learning rate: held-out text has no finite loss either; {slower}"
+    for name, p in model.named_parameters():
+        largest = float(p.abs().max())
+        if largest > HUGE:
+            return f"the learning rate: the weight {name} has grown to {largest:.0e}; {slower}"
     if not sound_half:
         return "overflow in half precision: held-out text has a finite loss only in float32; --amp_dtype bf16 or --no_amp"
     if not math.isfinite(loss):

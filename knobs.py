@@ -148,6 +148,7 @@ def again(cls, name, *default):
 # ---- reading values and flags ----------------------------------------------------------------------------------------
 
 WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+LARGEST = 1e30     # of a number with a point: weights are float32, which ends at 3e38
 LIMITS = dict(at_least=operator.ge, above=operator.gt, at_most=operator.le, below=operator.lt)
 
 
@@ -166,6 +167,8 @@ def convert(f, value):
         raise ValueError("must be a whole number" if f.type is int else "must be a number") from None
     if f.type is float and not math.isfinite(value):
         raise ValueError("must be finite")
+    if f.type in (int, float) and abs(value) > (LARGEST if f.type is float else 2 ** 63):
+        raise ValueError(f"is more than a machine holds; at most {LARGEST:g}" if f.type is float else "must be below 2^63")
     for limit, holds in LIMITS.items():
         if limit in meta and not holds(value, meta[limit]):
             raise ValueError(f"must be {limit.replace('_', ' ')} {meta[limit]}")

@@ -8,6 +8,7 @@ Time t hides exactly k = ceil(L (1 - alpha(t))) of a block's L tokens, never non
 the familiar -alpha'/(1 - alpha) with the rate that was really used. Integrating over t gives every k the same total weight, so
         E_t [ weight * sum of CE ] / L  =  mean over k = 1..L of (mean CE over k hidden tokens)
 the exact-count form of the bound on -log p for every schedule, neither clipped nor biased (docs/DIFFUSION_MODEL_DETAILED.md).
+With --time_mode discrete the counts are even only under the linear schedule with a multiple of L levels; cosine's are uneven.
 Legend: R rows of the whole optimizer step, T positions, S block, n blocks, D width, V vocabulary rows, N hidden positions.
 """
 import contextlib

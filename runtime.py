@@ -64,6 +64,44 @@ def start(threads):
     return told
 
 
+def thread_times(rounds=5):
+    """Seconds that a series of small products takes with all threads and with one, in turn: ([all], [one])."""
+    many, a = torch.get_num_threads(), torch.randn(192, 192)
+    taken = {many: [], 1: []}
+    try:
+        for _ in range(rounds):
+            for threads, seconds in taken.items():
+                torch.set_num_threads(threads)
+                torch.mm(a, a)
+                started = time.perf_counter()
+                for _ in range(20):
+                    torch.mm(a, a)
+                seconds.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(many)
+    return taken[many], taken[1]
+
+
+def waiting_threads(many, one):
+    """How many times longer several threads take than one; None when they do not hinder each other.
+
+    On a busy machine each product ends when its slowest thread gets its turn, and the others spin until then.
+    """
+    times = statistics.median(many) / statistics.median(one)
+    return times if times > 1.5 else None
+
+
+def advice_on_threads(device):
+    """What to add to a line about speed: a remedy when threads wait for each other, else nothing."""
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        return ""
+    times = waiting_threads(*thread_times())
+    if times is None:
+        return ""
+    return (f"; the machine is busy: {torch.get_num_threads()} threads wait for each other, one is {times:.1f} times faster: "
+            "stop and resume with --threads 1")
+
+
 def matmul_flops(dtypes, device="cpu", size=1024, runs=7, limit=math.inf):
     """Best of a few square products for each dtype, taken in turn: {dtype: floating point operations per second}.
 

@@ -9,6 +9,7 @@ Reads from top to bottom: data, model, optimizer, resume, then the loop. Randomn
 history, so a resumed run equals the uninterrupted one bit for bit on a CPU, and evaluating more often changes nothing.
 """
 import contextlib
+import dataclasses
 import functools
 import math
 import shlex
@@ -24,8 +25,24 @@ from knobs import UserError, say
 
 NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
 SAVE_LIMIT = 3           # saves in a row that failed, then the run stops
+MEASURED = 20            # steps after which the time of the whole run is said, and whether threads wait for each other
 MANY_EPOCHS = 8          # docs/experiments/, 2026-11-27: from there on single tokens are learned by heart
 VALIDATION = ("train_block_sizes", "batch_size", "eval_batches")    # two figures of a run compare while these stay
+
+
+def advised(typed):
+    """Settings for a command line that asks for no size: a CPU that has the starter corpus alone trains the starter preset."""
+    sizes = {*config.PRESETS["starter"], "preset", "edge_profile", "config", "data_dir", "model"}
+    sizes |= {"resume", "resume_latest", "ckpt"}                                      # those have their own settings
+    free = {"max_steps", "save_interval", "eval_interval", "eval_batches"}            # how long, how often: of no size
+    if typed.keys() & (sizes - free) or typed.get("objective") == "ar" or Path(config.TrainArgs.data_dir, "meta.json").exists():
+        return {}
+    import runtime
+    if runtime.pick_device(typed.get("device", "auto")).type != "cpu":
+        return {}
+    shape = shapes.model_config(config.TrainArgs(**config.PRESETS["starter"]), vocab_size=1)
+    backup = dataclasses.replace(shape, model="backup")
+    return config.PRESETS["starter"] | {"d_ff": shapes.match_d_ff(shape, shapes.count_params(backup))}
 
 
 def find_data(args, origins):
@@ -67,7 +84,8 @@ def compile_step(model, args, shape, device):
 
 
 def main(argv=None, pinned=None):
-    args, origins = cli.parse(config.TrainArgs, argv, "train", pinned=pinned)   # --help and slips: torch is not there yet
+    # --help and usage errors end here, before torch is imported
+    args, origins = cli.parse(config.TrainArgs, argv, "train", pinned, None if pinned else advised)
     return start(args, origins)[0]
 
 
@@ -112,6 +130,9 @@ def train(args, origins, ranks, run_dir, source, resuming):
     sinks.check(args)
     allocator = runtime.start(args.threads)
     device = runtime.pick_device(args.device)
+    if args.preset in config.GPU_ONLY_PRESETS and device.type == "cpu" and origins["device"] != "flag":
+        raise UserError(f"--preset {args.preset} is made for GPUs and there is none here: add --device cpu to train it on the "
+                        "CPU nevertheless, or take --preset starter")
     saved, notes = None, []
     if source:
         saved = ranks.hear(checkpoint.load(
@@ -121,6 +142,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
         args, changes = cli.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
         notes = [f"changed on resume: {c}" for c in changes]
     cli.announce(args, origins)
+    if origins["d_model"] == "tier":
+        say("notice: no GPU, no prepared text and no size asked for: the settings of --preset starter (--preset none: the large "
+            "defaults)")
+    for idle in args.idle(origins):
+        say(f"notice: {idle}")
     mine = ranks.share(args.batch_size, args.grad_accum)    # of the sequences of one optimizer step
     with ranks.main_first():
         data_dir = find_data(args, origins)
@@ -150,6 +176,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     dtype = {str(d): d for d in (None, torch.bfloat16, torch.float16)}[ranks.tell(str(dtype))]     # rank 0's, if measured
     if args.fsdp and dtype is torch.float16:
         raise UserError("--fsdp works in bf16 or float32: add --no_amp, or use GPUs with bf16")
+    room = fit.check(cfg, args, min(args.batch_size, mine.stop - mine.start), device, ranks.world)
     runtime.seed_everything(args.seed)
     weights = saved and ("ema" if "ema" in saved.files and not resuming else "model")       # a fork takes the averaged ones
     if saved and ranks.main and not args.fsdp:
@@ -199,7 +226,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
         f"run folder {run_dir}")
     if first_step < args.fade * args.max_steps:
         say(f"blocks: of one token at first, fading into {args.train_block_sizes} until step {round(args.fade * args.max_steps)}")
-    if args.fade and epochs > MANY_EPOCHS:
+    say(f"memory: {room}")
+    if epochs > 2 * MANY_EPOCHS:
+        say(f"notice: {epochs:.0f} passes over this text are far too many: it is learned by heart; advised is --max_steps "
+            f"{max(1, round(MANY_EPOCHS * data.meta['train_tokens'] / step_tokens))} ({MANY_EPOCHS} passes), or more text")
+    elif args.fade and epochs > MANY_EPOCHS:
         say(f"notice: {epochs:.0f} passes over this text: single tokens unlearn after some five, --train_block_sizes T,64,32 "
             "learns on")
     held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len).to(device)
@@ -424,6 +455,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
                 progress.line(f"step {step + 1}/{args.max_steps} | loss {loss:.4f} | mask {rate:.2f} | lr {lr:.1e} | "
                               f"gnorm {gnorm:.2f} | tok/s {progress.tok_s:.0f} | ETA {progress.eta} | MFU {mfu:.0%} | "
                               f"{memory / 1024:.1f} GB")
+            if step + 1 == first_step + MEASURED and step + 1 < args.max_steps:
+                say(f"speed: {progress.eta} to go, measured on these {MEASURED} steps" + runtime.advice_on_threads(device))
             if bad_in_a_row == NON_FINITE_LIMIT:
                 cause = guard.likely_cause(model, held[:8], blocks[-1], lambda: runtime.autocast(device, dtype), loss, gnorm,
                                            range(position - NON_FINITE_LIMIT * rows, position), args.lr)
@@ -456,9 +489,14 @@ def train(args, origins, ranks, run_dir, source, resuming):
     elif speaks and not code:
         model.eval()
         stop.answer = "leaving out the samples; the run is finished and saved"
-        with stop, contextlib.suppress(runtime.Stopped):
-            for prompt in config.PROMPTS:
-                print(f"{prompt}{knobs.printable(speak(prompt, 48))}\n---", flush=True)
+        try:
+            with stop, contextlib.suppress(runtime.Stopped):
+                for prompt in config.PROMPTS:
+                    print(f"{prompt}{knobs.printable(speak(prompt, 48))}\n---", flush=True)
+        except FloatingPointError:                            # NaN logits
+            say(f"error: the trained weights give no finite answer, so there are no samples: --lr {args.lr:g} is too high; "
+                f"train again with a lower one, such as {config.RATES[args.optimizer]:g}")
+            code = 1
     return code, stopped
 
 

@@ -143,6 +143,41 @@ def test_times_hit_each_stratum_once_over_the_whole_step(mode):
     assert sorted(cell.long().tolist()) == list(range(rows * n))
 
 
+def test_strata_come_in_no_order():
+    """Else a block's place in the row would say how much of it is hidden."""
+    grids = torch.stack([masking.strata(8, "stratified", torch.Generator().manual_seed(i)) for i in range(400)])
+    cells = (grids * 8).long()
+    assert all(len(set(row)) == 8 for row in cells.tolist())
+    assert all(len(set(column)) == 8 for column in cells.T.tolist()), "a place that never sees some rates"
+    assert (grids.mean(0) - 0.5).abs().max() < 0.08
+
+
+def test_each_purpose_has_its_own_stream(monkeypatch):
+    """Block rule, single tokens, masks, exit and dropout of a step are independent draws."""
+    real, asked = masking.step_generator, {}
+
+    def kept(seed, step, purpose):
+        generator = real(seed, step, purpose)
+        asked.setdefault(purpose, []).append((generator.initial_seed() % 2 ** 32, float(torch.rand((), generator=real(
+            seed, step, purpose)))))
+        return generator
+    monkeypatch.setattr(masking, "step_generator", kept)
+    masking.pick_blocks([8, 4], 8, 7, 3, single=1e-9)
+    masking.draw(knobs(), 7, 3, 2, 8, 4)
+    masking.pick_exit(5, 7, 3)
+    masking.step_generator(7, 3, "drop")
+    assert len(asked) == 5 and all(len(times) == 1 for times in asked.values()), "two draws share a purpose"
+    for part in (0, 1):
+        assert len({times[0][part] for times in asked.values()}) == 5, asked
+
+
+def test_a_shorter_first_block_may_be_the_whole_block():
+    """Half of the steps draw its length, evenly from 1 to the block: so 5 of 8 steps of blocks of 4 begin with a whole one."""
+    firsts = Counter(masking.pick_blocks([4], 16, 0, step)[1] for step in range(2000))
+    assert set(firsts) == {1, 2, 3, 4} and firsts[4] / 2000 == pytest.approx(5 / 8, abs=0.04)
+    assert all(firsts[n] / 2000 == pytest.approx(1 / 8, abs=0.03) for n in (1, 2, 3))
+
+
 def test_strata_cut_the_variance():
     def spread(sampling):
         losses = []

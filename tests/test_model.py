@@ -448,3 +448,21 @@ def test_recomputed_layers_keep_their_input_alone(model, block, dtype):
         extra[recompute] = (large - small) / 2 / (2 * slots * 32)                # rows x T x D
     assert extra[True] == 4 * (1 if block == 48 else 2)
     assert extra[True] < extra[False] / 6
+
+
+@pytest.mark.parametrize("d_mem", [2, 4, 6])
+def test_single_tokens_are_exact_however_slim_a_head_is(d_mem):
+    """Heads of one, two and three numbers: training's form of single tokens gives what decoding with its cache gives."""
+    torch.manual_seed(0)
+    net = build_model(shapes.ModelConfig(model="primary", vocab_size=40, d_model=16, n_layers=2, n_heads=2, d_ff=24,
+                                         memory_slots=16, d_mem=d_mem))
+    x0 = torch.randint(4, 40, (8, 96))
+    xt = torch.full_like(x0, net.cfg.mask_id)
+    with torch.no_grad():
+        for layer in net.layers:
+            layer.in_proj.weight.mul_(2)                # sums that nearly cancel are found sooner
+        trained, cache = net.logits(net.hidden_blocks(xt, x0, 1))[..., 4:-1], net.new_cache(8, 96)
+        for i in range(96):
+            decoded = net.logits(net.hidden(xt[:, i:i + 1], cache))[:, 0, 4:-1]
+            assert (trained[:, i] - decoded).abs().max() < 5e-6, i
+            net.commit(x0[:, i:i + 1], cache)

@@ -546,3 +546,136 @@ def test_one_batch_is_learned_by_heart(kind):
         optimizer.step()
         optimizer.zero_grad()
     assert masking.bound(net, x0, 8)[1] < 0.5 * start
+
+
+# ---- what is said and refused before the first step ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("words,said", [
+    (("--d_model", 64000), ("cannot fit", "--d_model")), (("--d_model", 1_000_000), ("cannot fit",)),
+    (("--n_layers", 10 ** 12), ("cannot fit",)), (("--preset", "full"), ("full", "--device cpu")),
+    (("--lr", 1e300), ("--lr", "at most")), (("--weight_decay", 1e99), ("at most",)),
+    (("--max_steps", 10 ** 30), ("below 2^63",))])
+def test_what_no_machine_holds_is_refused_before_anything_is_built(words, said, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "build_model", lambda cfg: pytest.fail("a model was built"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert call("--data_dir", text, "--output_dir", tmp_path / "run", *words) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in said) and "Traceback" not in error, error
+    assert not (tmp_path / "run/train.jsonl").exists()
+
+
+def test_memory_comes_before_the_first_step_and_time_after_twenty(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "thread_times", lambda: ([6.0, 5.0, 7.0], [1.0, 1.1, 0.9]))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert fresh(text, tmp_path / "run", "--max_steps", 25, "--eval_interval", 0, "--log_interval", 1) == 0
+    lines = capsys.readouterr().err.splitlines()
+
+    def first(start):
+        return next(i for i, line in enumerate(lines) if line.startswith(start))
+    assert re.match(r"memory: \S+ GB for weights.* GB free", lines[first("memory: ")])
+    assert first("memory: ") < first("step 1/") < first("step 20/") < first("speed: ") < first("step 22/")
+    assert "to go" in (speed := lines[first("speed: ")]) and "6.0 times faster" in speed and "--threads 1" in speed
+    assert sum(line.startswith("notice") and "passes over this text" in line for line in lines) <= 1
+
+
+def test_threads_that_wait_are_told_from_threads_that_help():
+    """Recorded on two cores, seconds of the same products with two threads and with one: alone, then beside two busy loops."""
+    assert runtime.waiting_threads([0.011, 0.011, 0.012], [0.021, 0.020, 0.020]) is None
+    assert runtime.waiting_threads([0.019, 0.02, 0.2], [0.02, 0.019, 0.02]) is None, "one hiccup is no busy machine"
+    assert runtime.waiting_threads([0.24, 0.31, 0.12], [0.04, 0.05, 0.04]) == pytest.approx(6)
+
+
+def test_the_times_of_threads_are_taken_and_their_number_stays():
+    before = torch.get_num_threads()
+    many, one = runtime.thread_times(rounds=2)
+    assert torch.get_num_threads() == before and min(many + one) > 0
+
+
+def test_far_too_many_passes_name_a_number_of_steps(text, tmp_path, capsys):
+    tokens = json.loads((text / "meta.json").read_text())["train_tokens"]
+    words = ("--max_steps", 100_000, "--print_config")
+    with pytest.raises(SystemExit):
+        fresh(text, tmp_path / "run", *words)
+    capsys.readouterr()
+    steps = 3 * train.MANY_EPOCHS * tokens // (4 * 2 * 16)
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(train, "NON_FINITE_LIMIT", 1)
+        patch.setattr(optim, "clip_grad_norm", lambda *a: math.nan)                  # ends at once
+        assert fresh(text, tmp_path / "run", "--max_steps", steps, "--eval_interval", 0) == 1
+    advised = re.search(r"24 passes over this text are far too many: .*--max_steps (\d+)", capsys.readouterr().err)
+    assert abs(int(advised[1]) - steps / 3) <= 1
+
+
+@pytest.mark.parametrize("words,sizes", [
+    ((), (192, 32)), (("--max_steps", 7), (192, 32)), (("--preset", "none"), (512, 4)), (("--d_model", 64), (64, 4)),
+    (("--data_dir", "elsewhere"), (512, 4)), (("--edge_profile", "laptop"), (320, 4)), (("--preset", "nano"), (64, 8)),
+    (("--resume_latest",), (512, 4))])
+def test_a_cpu_without_text_trains_the_starter_preset_unless_a_size_is_typed(words, sizes, tmp_path, monkeypatch):
+    import cli
+    monkeypatch.chdir(tmp_path)
+    args, origins = cli.parse(config.TrainArgs, [str(w) for w in ("--device", "cpu", *words)], "train", tier=train.advised)
+    assert (args.d_model, args.batch_size) == sizes
+    starter = cli.parse(config.TrainArgs, ["--preset", "starter"], "train")[0]
+    assert (args.d_ff == starter.d_ff) == (sizes == (192, 32))
+    (tmp_path / "data/processed").mkdir(parents=True)
+    (tmp_path / "data/processed/meta.json").write_text("{}")
+    assert train.advised({}) == {}, "there is prepared text"
+
+
+def test_samples_of_ruined_weights_end_in_a_sentence(text, tmp_path, monkeypatch, capsys):
+    import decode
+
+    def ruined(*_args, **_more):
+        raise FloatingPointError("the denoiser returned NaN at forward 1; the checkpoint is damaged")
+    monkeypatch.setattr(decode, "generate", ruined)
+    assert fresh(text, tmp_path / "run", "--max_steps", 2, "--show_samples", "--lr", 1e3) == 1
+    error = capsys.readouterr().err
+    assert "--lr 1000 is too high" in error and "damaged" not in error.split("step 2/2")[1]
+
+
+def test_flags_that_do_nothing_are_named(text, tmp_path, capsys):
+    words = ("--lr_schedule", "wsd", "--min_lr_ratio", 0.2, "--timesteps", 8, "--mean_span_length", 4)
+    assert fresh(text, tmp_path / "run", "--max_steps", 1, *words) == 0
+    error = capsys.readouterr().err
+    assert all(f"notice: --{name} does nothing here" in error for name in ("min_lr_ratio", "timesteps", "mean_span_length"))
+    assert fresh(text, tmp_path / "ar", "--max_steps", 1, "--model", "backup", "--objective", "ar", "--ar_fade", 0.5) == 0
+    error = capsys.readouterr().err
+    assert all(f"--{name} does nothing here" in error for name in ("ar_fade", "train_block_sizes", "memory_slots"))
+    assert "--seq_len" not in error and "--min_lr_ratio" not in error
+
+
+# ---- what each rank and each evaluation really uses ---------------------------------------------------------------------
+
+def test_validation_scores_the_averaged_weights(text, tmp_path):
+    """Those of the checkpoint's ema file, not the raw ones beside them."""
+    from safetensors.torch import load_file
+
+    import estimators
+    from tokens import TokenData
+    run = tmp_path / "run"
+    assert fresh(text, run, "--max_steps", 6, "--ema", 0.9, "--eval_interval", 6, "--save_interval", 6) == 0
+    folder, saved = run / "step_000006", json.loads((run / "config.json").read_text())
+    held = TokenData(text, "val").val_windows(4, 16)
+    scores = {}
+    for part in ("model", "ema"):
+        net = models.build_model(shapes.ModelConfig.from_dict(saved["model"]))
+        net.load_state_dict(load_file(folder / f"{part}.safetensors"))
+        found = estimators.held_out(net.eval(), held, [16, 8, 4], 0, 4, 1)
+        scores[part] = sum(r["nats"] for r in found.values()) / 3
+    said = log(run, "eval")[-1]["val_nelbo"]
+    assert said == pytest.approx(scores["ema"], abs=1e-5) and abs(said - scores["model"]) > 1e-3, scores
+
+
+def test_each_rank_has_its_own_dropout(text, tmp_path, monkeypatch):
+    import distributed
+    seeds = {}
+    real = torch.manual_seed
+    for rank in (0, 1):
+        ranks, taken = distributed.Ranks(), seeds.setdefault(rank, [])
+        ranks.rank, ranks.share = rank, lambda batch, accum: slice(0, batch * accum)
+        monkeypatch.setattr(distributed, "joined", lambda args, ranks=ranks: contextlib.nullcontext(ranks))
+        monkeypatch.setattr(torch, "manual_seed", lambda seed, taken=taken: taken.append(seed) or real(seed))
+        assert fresh(text, tmp_path / str(rank), "--max_steps", 3, "--eval_interval", 0, "--dropout", 0.1) == 0
+    of_steps = [taken[-3:] for taken in seeds.values()]
+    assert len({*of_steps[0], *of_steps[1]}) == 6, of_steps
