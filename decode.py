@@ -13,7 +13,9 @@ model.py's docstring.
 Promises, tested with a fake denoiser on ten thousand cases: the prompt is untouched; no mask and no pad is ever an answer; a
 block ends within `steps` forwards; no forward runs when nothing is masked; NaN logits are an error, not an answer; the same
 seed gives the same text, whatever else is in the batch. Rows whose prompts have different lengths are decoded in groups of
-equal length, so no row ever sees another's padding.
+equal length, so no row ever sees another's padding. In bf16 (sample --precision) the last promise holds up to rounding: a
+product of many rows may add up in another order than one of few, and where two tokens are nearly as likely the text can then
+differ (5 of 144 texts; none in float32 and int8).
 Legend: B rows, P prompt, S block, T all positions, V vocabulary rows.
 """
 import dataclasses
@@ -27,7 +29,7 @@ import torch
 
 import samplers
 from knobs import UserError
-from masking import shifted
+from masking import folded, shifted
 from samplers import LOOKING, Look
 
 MODES = ("full", "block", "block_frozen")
@@ -84,7 +86,7 @@ class Canvas:
         self.chance = torch.ones(ids.shape, device=ids.device)                     # (B, T) probability when it was chosen
         self.done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         self.forwards = [0] * len(ids)
-        self.generators = [torch.Generator().manual_seed(seed % 2 ** 63) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(folded(seed)) for seed in seeds]
 
     def select(self, rows):
         """Keep only these rows."""

@@ -11,7 +11,8 @@ chain rule  -log p of writing left to right, one token at a time; of fewer docum
 Both in nats/token, bits/byte (UTF-8 bytes of the normalised text) and bits/char, with standard errors over documents, per
 script. estimators.py says how documents are cut. Masks are fixed by the seed, documents by the text and by how many windows
 --batches are, so two checkpoints of one --seq_len and --batch_size answer the same questions. A uniform guess scores
-ln V. Compare bits/byte only within one script.
+ln V. Compare bits/byte only within one script. Validation in training is another figure: its windows are cut out of the running
+text, and BOS counts there, while here it is given.
 """
 import dataclasses
 import math

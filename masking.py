@@ -12,6 +12,7 @@ With --time_mode discrete the counts are even only under the linear schedule wit
 Legend: R rows of the whole optimizer step, T positions, S block, n blocks, D width, V vocabulary rows, N hidden positions.
 """
 import contextlib
+import hashlib
 import math
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -43,12 +44,20 @@ def weight(t, *bounds):
     return -alpha_slope(t, *bounds) / (1 - alpha(t.double(), *bounds))
 
 
+def folded(seed):
+    """A seed of any size -> the 32 bits that PyTorch's generator on a CPU takes; a small seed is its own.
+
+    Cut off, s and s + 2^32 would be one seed.
+    """
+    return seed if 0 <= seed < 2 ** 32 else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+
+
 def step_generator(seed, step, purpose):
     """Randomness is a function of (seed, step, purpose), never of history: a resumed run sees the masks it would have seen.
 
     Two purposes differ in their first four letters, as PyTorch's generator on a CPU takes 32 bits of a seed.
     """
-    mixed = (seed * 1_000_003 + step) * 1_000_003 + sum(ord(c) << (8 * i) for i, c in enumerate(purpose[:4]))
+    mixed = (folded(seed) * 1_000_003 + step) * 1_000_003 + sum(ord(c) << (8 * i) for i, c in enumerate(purpose[:4]))
     return torch.Generator().manual_seed(mixed % (2 ** 63))
 
 

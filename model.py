@@ -16,7 +16,8 @@ The denoiser protocol, which decode.py, masking.py and the tests' fake rely on:
     model.commit(x0, cache, block=None)  freeze finished clean tokens, as one block of any length or as several of `block`
 Only if cfg.causal (--objective ar), where a hidden state is about the *next* token and the mask's row means "nothing before":
     model.step(x, cache)                 the next tokens (B, S) join the cache -> (B, S, D), in one pass
-No loss, no shift, no knowledge of masking, no time input. Logits with the cache equal logits recomputed from clean text.
+No loss, no shift, no knowledge of masking, no time input. Logits with the cache equal logits recomputed from clean text,
+in float32 up to its rounding: to 1e-5 of the logits' size.
 Legend: B batch, T positions, S block, D width, V vocabulary rows.
 """
 import torch

@@ -11,7 +11,7 @@ from torch import nn
 import shapes
 import samplers
 from knobs import UserError
-from decode import MODES, Settings, generate, infill
+from decode import MODES, Canvas, Settings, generate, infill
 from model import build_model
 from samplers import LOOKING, NAMES, Look, distribution, reveal_count
 
@@ -567,3 +567,63 @@ def test_sharing_a_forward_with_the_commit_changes_no_text(sampler, monkeypatch)
     apart = generate(net, [[2, 5, 6], [2, 9]], s, [0, 1])
     assert shared.rows == apart.rows and shared.forwards == apart.forwards
     assert shared.context_passes <= apart.context_passes
+
+
+# ---- limits and ends: what a small slip in the rules would change --------------------------------------------------------
+
+def test_the_threshold_itself_is_sure_enough():
+    look = Look(torch.tensor([[0.0, -float("inf")], [0.0, 0.0], [0.0, -float("inf")]]))      # 1, 0.5 and 1
+    assert sorted(samplers.threshold(look, 1, Settings(3, 3, threshold=1.0), None).tolist()) == [0, 2]
+    assert len(samplers.threshold(look, 1, Settings(3, 3, threshold=0.5), None)) == 3
+
+
+def test_top_p_ends_where_the_mass_is_reached():
+    """Half of the mass is in the first token, so the second, as likely as it, is left out."""
+    p = distribution(torch.tensor([[0.0, 0.0, -float("inf")]]), 1.0, 0, 0.5)
+    assert sorted(p[0].tolist()) == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_temperature_end_is_reached_at_the_last_forward(mode, monkeypatch):
+    heats, real = [], samplers.draw
+    monkeypatch.setattr(samplers, "draw", lambda z, heat, *rest: heats.append(heat) or real(z, heat, *rest))
+    generate(Fake("no_eos"), [2, 5], Settings(5, 5, mode=mode, block_size=5, temperature=1.0, temperature_end=0.2), [0])
+    assert heats == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_repetition_penalty_sees_the_block_that_is_being_written(mode):
+    class Fond(Fake):
+        """Likes 7 best, 8 a little less, and so on, whatever stands there."""
+
+        def logits(self, h):
+            z = 2 - 0.01 * torch.arange(V + 1).expand(len(h), -1)
+            z[:, :7] = z[:, V:] = -float("inf")
+            return z.clone()
+    s = Settings(6, 6, mode=mode, block_size=6, temperature=0, repetition_penalty=1.5)
+    assert sorted(generate(Fond(), [2, 8], s, [0]).rows[0]) == [7, 9, 10, 11, 12, 13]
+    assert generate(Fond(), [2, 8], dataclasses.replace(s, repetition_penalty=1.0), [0]).rows == [[7] * 6]
+
+
+def test_the_window_holds_the_latest_positions_and_no_other():
+    cache, written = small("backup").new_cache(1, 5), []
+    for tokens in (3, 2, 1, 4, 5, 2):
+        cache.make_room(tokens)
+        new = torch.arange(len(written), len(written) + tokens).float()
+        for layer in (0, 1):
+            cache.write(layer, *[new.view(1, 1, -1, 1).expand(1, 2, -1, 16)] * 2)
+        cache.advance(tokens)
+        written += new.tolist()
+        for layer in (0, 1):
+            for held in cache.context(layer):
+                assert held[0, 0, :, 0].tolist() == written[-5:]
+        assert cache.length == len(written)
+
+
+def test_seeds_beyond_32_bits_are_other_seeds():
+    """PyTorch's generator on a CPU takes 32 bits of a seed; those of small seeds stay what they were."""
+    s = Settings(20, 10, eos_id=None)
+    texts = [generate(RowWise(), [2], s, [seed]).rows[0] for seed in (5, 5 + 2 ** 32, 5 + 2 ** 33, 5 + 2 ** 62)]
+    assert len({tuple(t) for t in texts}) == 4
+    assert torch.rand((), generator=Canvas(torch.zeros(1, 1), [5], V, False).generators[0]) == torch.rand(
+        (), generator=torch.Generator().manual_seed(5))

@@ -317,3 +317,8 @@ def test_head_sees_masked_positions_only_and_never_the_mask_logit():
         def hidden_blocks(self, *a, **k):
             return net.hidden_blocks(*a, **k)
     assert float(masking.denoising_loss(Shifted(), x0, d, "elbo", 1).loss) == pytest.approx(before, rel=1e-6)
+
+
+def test_training_seeds_beyond_32_bits_are_other_seeds():
+    draws = [torch.rand(4, generator=masking.step_generator(seed, 3, "mask")).tolist() for seed in (7, 7 + 2 ** 32, 7 + 2 ** 40)]
+    assert draws[0] != draws[1] != draws[2] != draws[0]
