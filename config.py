@@ -385,8 +385,8 @@ class GenerateKnobs(DecodeKnobs, CheckpointKnobs):
                           choices=("auto", "fp32", "bf16", "int8"), shortcuts={"quantize_dynamic": "int8", "int8": "int8"})
 
 
-OLDER = dict(sampler="confidence", temperature=1.0, top_k=50)             # what --steps alone asks for, in the older guides
-NEWER = dict(sampler="threshold", temperature=0.7, top_k=0)               # the best judged text: docs/experiments
+OLDER = dict(sampler="confidence", temperature=1.0, top_k=50)     # --steps alone, in the older guides
+NEWER = dict(sampler="threshold", temperature=0.7, top_k=0)       # the best judged: docs/experiments
 LONGEST = 128             # new tokens, if nothing is typed
 
 

@@ -23,7 +23,7 @@ from knobs import UserError, printable, say
 
 
 NEWEST = "checkpoints/latest"                      # the resolver takes the run there that saved last
-# tokens that one forward may reveal before their words stop to fit together: docs/experiments
+# tokens that a forward may reveal while their words still fit (docs/experiments/decoding.md)
 AT_ONCE = dict(confidence=1.5, margin=1, random=1, ancestral=1)
 SCHEDULERS = dict(ddim="confidence", ddpm="ancestral")
 UNREAD = ("steps", "sampler", "threshold", "alg_temp", "remask", "remask_rule", "reveal", "temperature_end", "guidance_scale",
@@ -33,8 +33,9 @@ UNREAD = ("steps", "sampler", "threshold", "alg_temp", "remask", "remask_rule", 
 def suited(args, origins, saved, longest):
     """The arguments with a value for everything that was not typed; longest: tokens of the longest prompt.
 
-    --steps alone is a command of the older guides and keeps its meaning: the text in one piece, by confidence. Else the rule
-    and temperature of the best judged text, in blocks over the exact cache if the checkpoint was trained for it.
+    --steps alone is a command of the older guides and keeps its meaning: the text in one piece, by
+    confidence. Else the rule and temperature of the best judged text, in blocks over the exact
+    cache if the checkpoint was trained for it.
     """
     def said(*names):
         return any(origins[name] != "default" for name in names)
@@ -46,7 +47,8 @@ def suited(args, origins, saved, longest):
     rest = dict(config.OLDER if said("steps") else config.NEWER)
     if said("threshold"):
         rest["sampler"] = "threshold"
-    elif said("reveal", "remask", "alg_temp") or args.text is not None:         # these need a schedule; a gap is small
+    elif said("reveal", "remask", "alg_temp") or args.text is not None:
+        # the flags need a schedule; a gap is small, so it gets a forward for each token
         rest["sampler"] = "confidence"
     found |= {name: value for name, value in rest.items() if getattr(args, name) is None}
     if args.blockwise is None:
@@ -66,7 +68,7 @@ def settings(args, origins, saved, tokenizer):
                 "without " + ", ".join(f"--{name}" for name in unread))
         mode = "block_frozen"
     elif args.text is not None:
-        mode = "full"                                                            # a gap needs what stands on both sides
+        mode = "full"                                # a gap needs what stands on both sides
     elif args.blockwise:
         mode = "block_frozen" if args.frozen_context else "block"
         if args.frozen_context and (why := cannot_freeze(saved)):
@@ -88,35 +90,44 @@ def settings(args, origins, saved, tokenizer):
 def told(s, causal):
     """One line that says how the text is made."""
     from samplers import ADAPTIVE
-    where = {"full": "in one piece", "block": f"in blocks of {s.block_size}, with all before them computed again",
+    where = {"full": "in one piece",
+             "block": f"in blocks of {s.block_size}, with all before them computed again",
              "block_frozen": f"in blocks of {s.block_size} over the exact cache"}[s.mode]
-    rule = f"{s.sampler} {s.threshold:g}" if s.sampler in ADAPTIVE else f"{s.sampler}, {s.steps} forwards at most"
+    rule = f"{s.sampler}, {s.steps} forwards at most"
+    if s.sampler in ADAPTIVE:
+        rule = f"{s.sampler} {s.threshold:g}"
     if causal:
         where, rule = "one token at a time", "left to right"
     top_k = f", top_k {s.top_k}" if s.top_k else ""
-    return f"text: up to {s.max_new_tokens} tokens {where}; {rule}, temperature {s.temperature:g}{top_k}"
+    return (f"text: up to {s.max_new_tokens} tokens {where}; {rule}, "
+            f"temperature {s.temperature:g}{top_k}")
 
 
 def idle(args, origins, s):
     """A notice for every typed flag that changes nothing under these settings."""
     from samplers import ADAPTIVE
-    whole = s.mode == "full"
     greedy = s.temperature == 0 and not s.temperature_end
-    rules = [(("block_size",), whole, "the text is decoded in one piece, --blockwise decodes it in blocks"),
-             (("threshold",), s.sampler not in ADAPTIVE, f"--sampler {s.sampler} has no bound"),
-             (("alg_temp",), s.sampler not in ("confidence", "margin"), f"--sampler {s.sampler} does not rank by chance"),
-             (("reveal",), s.sampler in ADAPTIVE, f"--sampler {s.sampler} has no schedule"),
-             (("remask_rule",), not s.remask, "--remask is 0"),
-             (("top_k", "top_p"), greedy, "temperature 0 takes the likeliest token")]
+    rules = [
+        (("block_size",), s.mode == "full", "the text is decoded in one piece, not --blockwise"),
+        (("threshold",), s.sampler not in ADAPTIVE, f"--sampler {s.sampler} has no bound"),
+        (("alg_temp",), s.sampler not in ("confidence", "margin"),
+         f"--sampler {s.sampler} does not rank by chance"),
+        (("reveal",), s.sampler in ADAPTIVE, f"--sampler {s.sampler} has no schedule"),
+        (("remask_rule",), not s.remask, "--remask is 0"),
+        (("top_k", "top_p"), greedy, "temperature 0 takes the likeliest token")]
     if getattr(args, "text", None) is not None:
-        rules[0] = (("block_size", "blockwise", "frozen_context", "max_new_tokens", "ignore_eos", "stream", "benchmark_runs",
-                     "warmup_runs", "guidance_scale"), True, "--text fills gaps, with all of the text around them, in one piece")
+        names = ("block_size", "blockwise", "frozen_context", "max_new_tokens", "ignore_eos", "stream",
+                 "benchmark_runs", "warmup_runs", "guidance_scale")
+        rules[0] = (names, True, "--text fills gaps, with all of the text around them, in one piece")
     off = dict(block_size=0, top_k=0, top_p=1.0, guidance_scale=1.0, alg_temp=0.0)
     for names, holds, why in rules:
-        typed = [name for name in names if origins.get(name) == "flag" and holds and getattr(args, name) not in (False, None)
-                 and getattr(args, name) != off.get(name)]
+        typed = []
+        for name in names if holds else ():
+            value = getattr(args, name)
+            if origins.get(name) == "flag" and value not in (False, None, off.get(name)):
+                typed.append(f"--{name}")
         if typed:
-            yield f"notice: without effect: {', '.join(f'--{name}' for name in typed)} ({why})"
+            yield f"notice: without effect: {', '.join(typed)} ({why})"
 
 
 def degenerate(s, saved):
@@ -124,9 +135,12 @@ def degenerate(s, saved):
     trained = parts_of_a_text(saved)
     if s.mode == "block_frozen" and s.block_size not in trained:
         sizes = ", ".join(map(str, trained))
-        yield (f"warning: this checkpoint was not trained in blocks of {s.block_size} (but of {sizes}), so the text will be "
-               "poor: leave --block_size out")
-    yield from too_few(s, s.max_new_tokens if s.mode == "full" else min(s.block_size, s.max_new_tokens))
+        yield (f"warning: this checkpoint was not trained in blocks of {s.block_size} (but of {sizes}), "
+               "so the text will be poor: leave --block_size out")
+    tokens = s.max_new_tokens
+    if s.mode != "full":
+        tokens = min(s.block_size, tokens)
+    yield from too_few(s, tokens)
 
 
 def too_few(s, tokens):
@@ -135,8 +149,8 @@ def too_few(s, tokens):
     at_once = tokens / s.steps
     if s.sampler in ADAPTIVE:
         if at_once > AT_ONCE["confidence"]:
-            yield (f"warning: {s.steps} forwards for {tokens} tokens: the last one reveals all that is left, sure or not, so the "
-                   "text will be poor: leave --steps out")
+            yield (f"warning: {s.steps} forwards for {tokens} tokens: the last one reveals all that is "
+                   "left, sure or not, so the text will be poor: leave --steps out")
     elif at_once > AT_ONCE[s.sampler]:
         advice = "leave --steps and --sampler out"
         if s.sampler in ("confidence", "margin"):           # the others are poor at one token a forward, too
@@ -305,7 +319,7 @@ def newest():
 
 
 def masked_sampler(name):
-    """--scheduler, the older guides' name of --sampler, knows two samplers of Gaussian models -> ours that is meant."""
+    """A sampler's name, which may be one of a Gaussian model (--scheduler ddim) -> the one that is meant."""
     if name not in SCHEDULERS:
         return name
     say(f"notice: --scheduler {name}: this is a masked model, so --sampler {SCHEDULERS[name]} is used")
