@@ -26,6 +26,14 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.fixture(autouse=True)
+def aloud():
+    """--quiet of one test silences no other one in the same process."""
+    yield
+    from knobs import be_quiet
+    be_quiet(False)
+
+
 def aria(command, *args, cwd, timeout=240, env=None, check=None):
     """Run `python -m command args` in a folder as a user would -> CompletedProcess with text output."""
     words = [sys.executable, "-m", *command.split(), *map(str, args)]
