@@ -10,9 +10,12 @@ Used by train.py; nothing here runs by itself. Without torchrun there is one ran
 """
 import atexit
 import contextlib
+import itertools
 import json
 import os
+import platform
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +30,8 @@ from knobs import UserError
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")      # what it tells each process
 TIMEOUT = timedelta(minutes=30)    # of one wait: rank 0 may be writing a large checkpoint. A dead process shows at once
 PATIENCE = 2                       # seconds in which rank 0 speaks first, and torchrun ends the others
+BEAT = 5                           # seconds between two signs of life of a rank
+SILENCE = 60                       # seconds without one, then the others say who is awaited
 
 
 class Ranks:
@@ -209,6 +214,50 @@ def shard(model, device, dtype, world):
     return model
 
 
+# ---- signs of life ---------------------------------------------------------------------------------------------------
+
+def show_life(store, rank, world, tell):
+    """Put this rank's signs of life into the store, and tell when another one's fail to come. Runs in a thread.
+
+    A rank that is stopped (SIGSTOP, a suspended machine) looks like one that computes: the others wait in a collective. Rank 0
+    watches all, rank 1 watches rank 0.
+    """
+    name = f"process {os.getpid()} on {platform.node()}"
+    watched = {other: ("", time.monotonic()) for other in range(world) if other != rank and rank <= (0 if other else 1)}
+    silent = set()
+    for beat in itertools.count():
+        store.set(f"life{rank}", f"{beat} {name}")
+        now = time.monotonic()
+        for other, (last, since) in watched.items():
+            seen = store.get(f"life{other}").decode() if store.check([f"life{other}"]) else ""
+            if seen != last:
+                watched[other] = seen, now
+                if other in silent:
+                    silent.remove(other)
+                    tell(f"notice: rank {other} is back")
+            elif now - since > SILENCE and other not in silent:
+                silent.add(other)
+                tell(f"warning: no sign of life from rank {other} ({last.partition(' ')[2] or 'it has not begun'}) for "
+                     f"{now - since:.0f} s: the others wait for it, {TIMEOUT.seconds // 60} minutes at most; let it go on "
+                     "(kill -CONT), or stop the job and start it again with --resume_latest")
+        time.sleep(BEAT)
+
+
+def watch(rank, world):
+    """Begin with show_life()."""
+    store = dist.distributed_c10d._get_default_store()
+    store = store.clone() if hasattr(store, "clone") else store       # a connection of its own
+    stderr = sys.stderr                                               # before it is redirected
+
+    def tell(text):
+        print(text, file=stderr, flush=True)
+
+    def work():
+        with contextlib.suppress(RuntimeError, OSError, ValueError):   # the store, or the terminal, is gone: the end
+            show_life(store, rank, world, tell)
+    threading.Thread(target=work, name="signs of life", daemon=True).start()
+
+
 # ---- start and end ---------------------------------------------------------------------------------------------------
 
 def choose_device(name, world, local):
@@ -241,6 +290,8 @@ def joined(args):
     args.device = choose_device(args.device, world, local)
     if not dist.is_initialized():                                # a second run of one process goes on with the first one's
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=TIMEOUT)
+    if world > 1 and not any(thread.name == "signs of life" for thread in threading.enumerate()):
+        watch(rank, world)
     ranks = Ranks(rank, world, args.fsdp)
     try:
         with contextlib.ExitStack() as quiet:

@@ -192,9 +192,8 @@ def ending(events):
     last = next((e for e in reversed(events) if e["event"] in ("meta", "end")), {})
     if last.get("event") != "end":
         return "running, or killed"
-    for name, words in (("SIGINT", "stopped by Ctrl-C"), ("SIGTERM", "stopped by SIGTERM")):
-        if last.get("stopped") == name:
-            return words
+    if last.get("stopped"):
+        return "stopped by Ctrl-C" if last["stopped"] == "SIGINT" else f"stopped by {last['stopped']}"
     return {0: "finished", 1: "failed"}.get(last["code"], "ended") if isinstance(last.get("code"), int) else "ended"
 
 

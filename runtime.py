@@ -203,6 +203,10 @@ def environment(device):
             "threads": torch.get_num_threads(), "commit": knobs.commit_hash(ROOT)}
 
 
+def by_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 class Stopped(BaseException):
     """A signal came during work that can be given up. No Exception: a compiler or a library would take it for its own."""
 
@@ -246,7 +250,7 @@ class StopFlag:
 
     def is_echo(self):
         """Ctrl-C reaches torchrun's processes twice: from the terminal, and passed on by torchrun."""
-        return "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.came < ECHO
+        return by_torchrun() and time.monotonic() - self.came < ECHO
 
     @contextlib.contextmanager
     def at_once(self):

@@ -486,6 +486,9 @@ def train(args, origins, ranks, run_dir, source, resuming):
         program = "python" if ranks.world == 1 else "torchrun ..."
         say(f"stopped by {stopped} at step {step}"
             + f", saved; to go on: {program} -m train --resume {shlex.quote(str(run_dir))}" * (step > 0))
+        if runtime.by_torchrun():
+            say("notice: if the signal was sent to torchrun (Ctrl-C, kill, a scheduler), torchrun now shows a traceback that "
+                "ends in SignalException and exits with 1, as it always does; the training itself has exited with 0")
     elif speaks and not code:
         model.eval()
         stop.answer = "leaving out the samples; the run is finished and saved"

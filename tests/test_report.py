@@ -197,3 +197,8 @@ def test_a_run_without_a_checkpoint_names_no_command(tmp_path):
     assert "python -m" not in runtime.summary(*told)
     (tmp_path / "latest").write_text("step_000001\n")
     assert runtime.summary(*told).count("python -m") == 3
+
+
+@pytest.mark.parametrize("name, words", [("SIGINT", "Ctrl-C"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGHUP")])
+def test_a_run_that_was_stopped_is_not_finished(name, words):
+    assert report.ending([{"event": "end", "code": 0, "stopped": name}]) == f"stopped by {words}"
