@@ -1,7 +1,9 @@
 """Slips: each command ends with exit code 2 and a sentence that names the way out, and leaves every file as it was."""
 import contextlib
+import importlib
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -142,3 +144,100 @@ def test_a_reader_that_has_seen_enough():
                           stderr=subprocess.PIPE) as command:
         command.stdout.close()          # before it has written anything
         assert command.wait() == 141 and command.stderr.read() == b""
+
+
+# ---- following what a message says ---------------------------------------------------------------
+
+SMALL = TRAIN.replace(RUN, "checkpoints/new") + " --seq_len 32 --batch_size 2 --grad_accum 1 --max_steps 1 --no_show_samples"
+PREPARE_AGAIN = "prepare --source files --input YOUR_TEXT.txt --data_dir again"
+TEXT = "".join(f"मैं कल {i} बार बाज़ार गया था। mai kal {i} baar bazaar gaya tha.\n\n" for i in range(400))
+
+
+def own_text(folder):
+    (folder / "YOUR_TEXT.txt").write_text(TEXT, encoding="utf-8")
+
+
+def without_text(folder):
+    own_text(folder)
+    shutil.rmtree(folder / "data/processed")
+
+
+def printed(message, name):
+    """The first `python -m NAME ...` of a message, up to the punctuation that ends it, as words."""
+    found = re.search(rf"python -m ({name}\b[^\n;:,)]*)", message)
+    assert found, f"no python -m {name} in: {message}"
+    return found[1]
+
+
+def named(message, pattern):
+    """What a message names: the group of the pattern, or all of it."""
+    found = re.search(pattern, message)
+    assert found, f"no {pattern} in: {message}"
+    return found[found.re.groups]
+
+
+# what went wrong -> (what the user did to the folder, the command, message -> the commands that follow it)
+HINTS = {
+    "no prepared text": (
+        without_text, f"train {SMALL} --data_dir data/processed",
+        lambda m: [printed(m, "prepare"), f"train {SMALL} --data_dir data/processed"]),
+    "the one-shot without text": (
+        without_text, "colab_train_eco --allow_cpu --skip_setup " + SMALL,
+        lambda m: [printed(m, "prepare"), "colab_train_eco --allow_cpu --skip_setup " + SMALL]),
+    "no GPU for the one-shot": (
+        None, "colab_train_eco " + SMALL,
+        lambda m: [f"colab_train_eco {SMALL} {named(m, '--allow_cpu')}"]),
+    "no such GPU": (
+        None, f"train {SMALL} --device cuda:9",
+        lambda m: [f"train {SMALL} {named(m, '--device cpu')}"]),
+    "no such step": (
+        None, f"sample {RUN}/step_000099.pt --max_new_tokens 4",
+        lambda m: [f"sample {RUN}/{step}.pt --max_new_tokens 4" for step in re.findall(r"step_0000(?!99)\d\d", m)]),
+    "another text's tokenizer": (
+        None, f"sample {RUN} --tokenizer other/t.model --max_new_tokens 4",
+        lambda m: [f"sample {RUN} --max_new_tokens 4"] if "leave the flag out" in m else []),
+    "no such tokenizer": (
+        None, f"sample {RUN} --tokenizer gone.model --max_new_tokens 4",
+        lambda m: [f"sample {RUN} --max_new_tokens 4"] if "leave the flag out" in m else []),
+    "held-out text of another tokenizer": (
+        own_text, f"evaluate {RUN} --data_dir other --chain_docs 0 --batches 1",
+        lambda m: [f"{PREPARE_AGAIN} {named(m, '--tokenizer [^, )]+')}",
+                   f"evaluate {RUN} --data_dir again --chain_docs 0 --batches 1",
+                   f"evaluate {RUN} {named(m, '--text')} YOUR_TEXT.txt --chain_docs 0 --batches 1"]),
+    "another width on resume": (
+        None, f"train --resume {RUN} --d_model 64 --max_steps 13 --no_show_samples",
+        lambda m: [f"train --resume {RUN} --d_model {named(m, 'the checkpoint has ([0-9]+)')} "
+                   "--max_steps 13 --no_show_samples"]),
+    "weights of another vocabulary": (
+        own_text, f"train {SMALL} --ckpt {RUN} --data_dir other",
+        lambda m: [f"{PREPARE_AGAIN} {named(m, '--tokenizer [^, )]+')}"]),
+    "a new run in a used folder": (
+        None, f"train {SMALL} --output_dir {RUN} --if_exists error",
+        lambda m: [f"train {named(m, '--resume')} --output_dir {RUN} --max_steps 13 --no_show_samples",
+                   f"train {SMALL} --if_exists error"]),
+    "no checkpoint at all": (
+        lambda folder: shutil.rmtree(folder / "checkpoints"), f"sample {RUN} --max_new_tokens 4",
+        lambda m: [f"{printed(m, 'train')} {SMALL} --output_dir {RUN}".replace("train makes one", "train"),
+                   f"sample {RUN} --max_new_tokens 4"]),
+}
+
+
+@pytest.mark.parametrize("what", HINTS)
+def test_a_hint_works_when_it_is_followed(user, what, monkeypatch, capsys):
+    change, command, follow = HINTS[what]
+    monkeypatch.chdir(user)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if change:
+        change(user)
+
+    def typed(line):
+        name, *words = line.split()
+        return conftest.call(importlib.import_module(name).main, *words), capsys.readouterr().err
+
+    code, message = typed(command)
+    assert code == 2, message
+    commands = follow(message[message.rfind("error:"):])
+    assert commands, message
+    for line in commands:
+        code, said = typed(line)
+        assert code == 0, f"{line}\n{said[-1500:]}"
