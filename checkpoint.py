@@ -40,6 +40,7 @@ PARTS, MANIFEST = ("model", "ema", "optimizer"), "MANIFEST.json"
 SMALL = {"state.json", "config.json", "tokenizer.model"}
 READ = ("seq_len", "batch_size", "train_block_sizes", "sample_steps", "data_dir")  # the settings that users of a model read
 LARGEST_MANIFEST = 1 << 26  # bytes; a manifest has some 150 for each file
+READ_LIMIT = 20      # times that a reader looks again for a checkpoint that was pruned before its eyes
 STRAY = {".DS_Store", "desktop.ini", "Thumbs.db"}  # file managers leave these anywhere; nothing reads them
 
 # ---------------------------------------------------------------------------------------------------- disk work
@@ -78,18 +79,25 @@ def replace_file(path, data, run):
     rename(temp, path)
     sync(path.parent)
 
+def remove(path):
+    """A file, a folder, or a link: of a link only the link itself, never what it names."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
 def discard(folder):
     """Rename first, delete then: what bears a checkpoint's name is always whole."""
     trash = folder.with_name(f".trash-{folder.name.lstrip('.')}-{time.time_ns()}")
     rename(folder, trash)
     sync(folder.parent)
-    shutil.rmtree(trash)
+    remove(trash)
 
 def sweep(run):
     """Clear up after a killed writer. Only the one writer of a run may call this."""
     for path in run.glob(".*-*"):
         if path.name.startswith((".tmp-", ".trash-")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
         elif path.name.startswith(".old-step_"):
             final = path.with_name(path.name.removeprefix(".old-"))
             discard(path) if final.exists() else rename(path, final)
@@ -279,7 +287,10 @@ def verify(folder):
             raise Damage(f"{folder / file} cannot be read: {error.strerror}") from None
         if found != entry:
             raise Damage(f"{folder / file} is not what was saved: {difference(found, entry)}")
-    extra = set(os.listdir(folder)) - {MANIFEST, *manifest["files"], *STRAY}
+    try:
+        extra = set(os.listdir(folder)) - {MANIFEST, *manifest["files"], *STRAY}
+    except OSError as error:
+        raise Damage(f"{folder} cannot be read: {error.strerror}") from None
     extra = {file for file in extra if not (manifest.get("dropped") and part_of(file) == "optimizer")}
     if extra:
         raise Damage(f"{folder / min(extra)} does not belong to this checkpoint: move it away")
@@ -323,8 +334,12 @@ def load(path, *, parts=("model",), quarantine=False):
         files = parts_of(folder, manifest["files"])
         for part in parts:
             found[part] = read_part(files[part]) if part in files else None
+        try:
+            tokenizer_bytes = (folder / "tokenizer.model").read_bytes()
+        except OSError as error:
+            raise Damage(f"{folder / 'tokenizer.model'} cannot be read: {error.strerror}") from None
         return SimpleNamespace(path=folder, step=manifest["step"], config=config, state=state, files=files,
-                               tokenizer_bytes=(folder / "tokenizer.model").read_bytes(), **found)
+                               tokenizer_bytes=tokenizer_bytes, **found)
     return first_good(path, read, quarantine)
 
 def section(saved, name):
@@ -396,8 +411,25 @@ def read_pointer(run, pointer):
 def is_run(folder):
     return os.path.isfile(Path(folder) / "latest") or bool(list_steps(folder))
 
-def candidates(path):
-    """What was typed -> the folders to try, in order; more than one only where `latest` is meant."""
+def choose_run(runs, name, want, guess):
+    """The run that is meant by a name one level above several -> its folder, or None.
+
+    It is the run that saved last, of those that have step `want` if that is a number. A resume writes into the run, so it
+    does not guess: `last.ckpt` means the newest run, and any other name has to fit exactly one.
+    """
+    if isinstance(want, int):
+        runs = [run for run in runs if want in list_steps(run)]
+    if not guess and want != "latest":
+        exact = isinstance(want, int) or re.fullmatch(r"best(\..*)?", name)
+        if len(runs) != 1 or not exact:
+            return None
+    return max(runs, key=lambda run: read_pointer(run, "latest")[1], default=None)
+
+def candidates(path, guess=True):
+    """What was typed -> the folders to try, in order; more than one only where `latest` is meant.
+
+    guess: a name that no run has by itself may mean the newest one of several runs, see choose_run().
+    """
     p, run, folder = Path(path), Path(path).parent, os.path.isdir(path)
     if folder and (re.fullmatch(r"step_[0-9]{6,12}", p.name) or os.path.exists(p / MANIFEST)):
         return [p]
@@ -412,8 +444,8 @@ def candidates(path):
         want = "best" if p.name.startswith("best") else re.fullmatch(r"(latest|last)(\..*)?", p.name) and "latest"
     below = [] if is_run(run) else [child for child in run.glob("*") if is_run(child)]
     if below and not folder:
-        run = max(below, key=lambda child: read_pointer(child, "latest")[1])  # the run that saved last
-    steps = list_steps(run)
+        run = choose_run(below, p.name, want, guess)
+    steps = list_steps(run) if run else {}
     if want == "latest" and steps:
         target = read_pointer(run, "latest")[0]
         if target is None:
@@ -421,20 +453,37 @@ def candidates(path):
             target = max(steps)
         order = sorted({target, *steps}, key=lambda s: (s <= target, s), reverse=True)
         return [steps.get(s, run / step_name(s)) for s in order]
-    want = read_pointer(run, "best")[0] if want == "best" else want
+    want = read_pointer(run, "best")[0] if run and want == "best" else want
     if want in steps:
         return [steps[want]]
     known = [str(found) for r in (below or [run]) for found in list_steps(r).values()]
     there = f"there are: {', '.join(known)}" if known else "python -m train makes one"
     raise UserError(f"there is no checkpoint {p}; {there}")
 
+class Moved(Exception):
+    """A training replaced or pruned a checkpoint while it was being read."""
+
+def manifest_bytes(folder):
+    with contextlib.suppress(OSError):
+        return (folder / MANIFEST).read_bytes()
+    return None
+
 def first_good(path, use, quarantine=False):
-    """use(folder), of the first candidate that is not damaged."""
-    folders, first = candidates(path), None
+    """use(folder), of the first candidate that is not damaged; a training may save and prune at the same time."""
+    for _ in range(READ_LIMIT):
+        with contextlib.suppress(Moved):
+            return first_of(candidates(path), path, use, quarantine)
+    raise UserError(f"{path} changed {READ_LIMIT} times while it was being read: name a step that stays, or wait")
+
+def first_of(folders, path, use, quarantine):
+    first = None
     for folder in folders:
+        before = manifest_bytes(folder)
         try:
             result = use(folder)
         except Damage as damage:
+            if manifest_bytes(folder) != before or candidates(path) != folders:
+                raise Moved from None
             if len(folders) == 1:
                 raise
             first = first or damage

@@ -17,6 +17,8 @@ from config import TrainArgs
 from knobs import UserError, checked, printable, problems_of, read_flags, read_json, run, say, show
 from shapes import count_params, match_d_ff, model_config
 
+DERIVED = ": that of "       # in the origin of a rate that comes with the optimizer
+
 
 def answer_help(cls, prog):
     """For a command with slow imports, called before them: print help or version and leave, if that was asked for."""
@@ -81,7 +83,8 @@ def parse(cls, argv, prog, pinned=None, tier=None):
     if values.get("fsdp") and origins["optimizer"] == "default":
         values["optimizer"], origins["optimizer"] = "adamw", "as --fsdp cuts matrices up"
     if "lr" in origins and origins["lr"] != "flag" and values.get("optimizer", rate_of) != rate_of:    # that of another one
-        values["lr"], origins["lr"] = RATES[values["optimizer"]], f"{origins['optimizer']}: that of {values['optimizer']}"
+        values["lr"] = RATES[values["optimizer"]]
+        origins["lr"] = f"{origins['optimizer']}{DERIVED}{values['optimizer']}"
     args = cls(**values)
     # a relation is judged only if each of its flags could be read
     problems += [p for p in problems_of(args) if not bad & set(re.findall(r"--(\w+)", p))]
@@ -144,6 +147,8 @@ def resume_check(saved, args, origins):
     for name, rule in rules.items():
         was, now, origin = old[name], getattr(args, name), origins[name]
         typed = origin.startswith(("flag", "config", "command"))
+        if DERIVED in origin:                                      # a rate that nobody typed follows another optimizer only
+            typed = args.optimizer != old["optimizer"]
         if rule == "ignore" or was == now:
             continue
         if not typed and not (rule == "must" and name in binding and origin != "tier"):

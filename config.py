@@ -146,8 +146,8 @@ class OptimKnobs:
     amp_dtype: str = knob("auto", "its number type; fp16, scaled, only on CUDA; auto = bf16 where the GPU has it, else fp16",
                           choices=("auto", "bf16", "fp16"), rare=True)
     spike_factor: float = knob(0.0, "warn of a loss above this x the median of the last 50; 0 = off", at_least=0, rare=True)
-    spike_rollback: bool = knob(False, "at such a loss go back to the last checkpoint and on with other windows, 3 times at most",
-                                rare=True)
+    spike_rollback: bool = knob(False, "at such a loss go back to the last checkpoint and on with other windows, 3 times at "
+                                "most; a stop saves, and so can change where to", rare=True)
     detect_anomaly: bool = knob(False, "name the operation whose gradient is NaN, and stop there; slow", "ignore", rare=True)
     compile: bool = knob(False, "torch.compile the training step")
     compile_mode: str = knob("default", "for torch.compile", choices=("default", "reduce-overhead", "max-autotune"),

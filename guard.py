@@ -42,24 +42,55 @@ class SpikeWatch:
 
 
 @torch.no_grad()
-def likely_cause(model, rows, block, autocast, loss, gnorm, windows, lr):
+def sound(model, rows, block, context):
+    """Whether these weights give the text of `rows` (B, T) a finite loss inside this context."""
+    training = model.training
+    model.eval()
+    with context:
+        finite = math.isfinite(masking.bound(model, rows, block, batch=len(rows))[1])
+    model.train(training)
+    return finite
+
+
+def can_learn(model, rows, block, context):
+    """Whether the text of `rows` (B, T) has a finite loss and a finite gradient norm; the model's gradients stay as they are.
+
+    A loss can still be finite where the gradient is not: weights that have grown too large learn nothing any more.
+    """
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        if model.cfg.causal:
+            asked = masking.whole_rows(*rows.shape, slice(None))
+        else:
+            asked = masking.draw(masking.EXACT_COUNT, 0, 0, *rows.shape, block, None, slice(None))
+    with context:
+        loss = masking.denoising_loss(model, rows, asked, "elbo", rows.numel()).loss
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    norms = [g.norm() for g in gradients if g is not None]
+    model.train(training)
+    return math.isfinite(loss.detach()) and math.isfinite(torch.stack(norms).norm())
+
+
+@torch.no_grad()
+def likely_cause(model, rows, block, autocast, loss, gnorm, windows, lr, saved=True):
     """Why a step was not finite, as a sentence with the way out; `rows` (B, T) is held-out text, known to be sound.
+
+    saved: whether the run has a checkpoint to resume from; without one, a lower rate means a new start.
 
     Weights that score held-out text are sound, then the windows of the step are not; weights that score it only outside
     autocast() overflow in its number type; else they have grown, which is what too high a rate does.
     """
-    slower = f"resume with --lr {lr / 2:.1e}"
+    slower = f"{'resume' if saved else 'start again'} with --lr {lr / 2:.1e}"
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             return f"the learning rate: the weight {name} is not finite; {slower}"
 
-    def scores(context):
-        with context:
-            return math.isfinite(masking.bound(model, rows, block)[1])
-    model.eval()
-    sound, sound_half = scores(contextlib.nullcontext()), scores(autocast())
+    sound_full = sound(model, rows, block, contextlib.nullcontext())
+    sound_half = sound(model, rows, block, autocast())
     model.train()
-    if not sound:
+    if not sound_full:
         return f"the learning rate: held-out text has no finite loss either; {slower}"
     for name, p in model.named_parameters():
         largest = float(p.abs().max())

@@ -3,16 +3,24 @@
 Used by train.py; nothing here runs by itself.
 """
 import contextlib
+import json
+import math
 import re
+from datetime import datetime, timezone
 from pathlib import Path
 
 import checkpoint
 import drive
+from config import TrainArgs
 from knobs import Damage, UserError, say
 
+VALIDATION = ("train_block_sizes", "batch_size", "eval_batches")    # two figures of a run compare while these stay
+# what a training writes into its run folder, next to the folders of its checkpoints
+FILES = {"LOCK", "latest", "best", "train.jsonl", "config.json", "summary.md", "report.html", "analysis.npz"}
+FOLDERS = re.compile(r"step_[0-9]{6,12}|previous_[0-9]+|\.(tmp|trash|old|corrupt)-.+")
 COUNTERS = {  # what a run resumes from in state.json -> the smallest value of a number, or a type
     "position": 0, "tokens_seen": 0, "skipped": 0, "ema_updates": 0, "rollbacks": 0, "eval_due": 0,
-    "data_sha256": str, "precision": str,
+    "data_sha256": str, "precision": str, "val_sha256": (str, type(None)),
     "losses": (dict, list), "wandb_id": (str, type(None)), "scaler": (dict, type(None)),
     **dict.fromkeys(("best", "kept"), (float, int, type(None)))}
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker", "overflows"}
@@ -32,11 +40,19 @@ def choose(args, origins):
         source = args.resume if args.resume not in (None, "latest") else args.ckpt or str(args.run_dir)
     fork = any(origins[name] == "flag" for name in ("output_dir", "run_name"))
     if resuming:
-        home = checkpoint.candidates(source)[0].parent
+        found = checkpoint.candidates(source, guess=False)
+        home = found[0].parent
+        if home.resolve() not in (Path(source).resolve(), Path(source).resolve().parent):
+            # the name of a run one level below: another one may be the newest by the time that the weights are read
+            exact = str(home) if len(found) > 1 else str(found[0])
+            say(f"checkpoint: {source} -> {exact}")
+            source = exact
         if not fork or home.resolve() == args.run_dir.resolve():
             return str(home), source, True
     run_dir = args.run_dir
     if is_used(run_dir):
+        if args.if_exists != "suffix" and not is_ours(run_dir):
+            raise UserError(f"{run_dir} is no run folder, and nothing in it is moved or changed: choose another --output_dir")
         if args.if_exists == "error":
             raise UserError(f"{run_dir} already holds a run: add --resume to continue it, or choose another --output_dir")
         if args.if_exists == "skip":
@@ -58,7 +74,12 @@ def held(run_dir):
     except OSError as error:
         raise UserError(f"cannot write to the run folder {run_dir} ({error.strerror}): name another --output_dir") from None
     try:
-        with checkpoint.run_lock(run_dir):
+        with contextlib.ExitStack() as lock:
+            try:
+                lock.enter_context(checkpoint.run_lock(run_dir))
+            except OSError as error:
+                raise UserError(f"cannot write to the run folder {run_dir} ({error.strerror}): copy it to where you can, "
+                                "or name another --output_dir") from None
             yield
     finally:
         if new and run_dir.exists() and not is_used(run_dir):
@@ -66,26 +87,120 @@ def held(run_dir):
             run_dir.rmdir()
 
 
+def what_is_there(run_dir):
+    """The end of a sentence: from which step a resume goes on."""
+    step = checkpoint.read_pointer(Path(run_dir), "latest")[0]
+    return "it has no checkpoint" if step is None else f"a resume goes on from step {step}"
+
+
 def is_used(run_dir):
-    return any(p.name != "LOCK" and not p.name.startswith("previous_") for p in Path(run_dir).glob("*"))
+    unused = {"LOCK", *checkpoint.STRAY}
+    return any(p.name not in unused and not p.name.startswith("previous_") for p in Path(run_dir).glob("*"))
 
 
-def archive(run_dir):
-    """--if_exists archive: the files of the earlier run move to previous_N/, none is lost."""
+def is_ours(run_dir):
+    """Whether a training made this folder, by what only a training writes: a sealed checkpoint, or the log's first line."""
+    for folder in checkpoint.list_steps(run_dir).values():
+        with contextlib.suppress(UserError):
+            checkpoint.read_manifest(folder)
+            return True
+    with contextlib.suppress(OSError, ValueError), open(Path(run_dir) / "train.jsonl", encoding="utf-8") as f:
+        first = json.loads(f.readline(1 << 20))
+        return isinstance(first, dict) and first.get("event") == "meta" and "planned_tokens" in first
+    return False
+
+
+def next_previous(run_dir):
+    """A new folder previous_N inside the run folder."""
     number = 1
     while (run_dir / f"previous_{number}").exists():
         number += 1
     aside = run_dir / f"previous_{number}"
     aside.mkdir()
+    return aside
+
+
+def archive(run_dir):
+    """--if_exists archive: the files of the earlier run move to previous_N/, none is lost; others stay where they are."""
+    aside = next_previous(run_dir)
     for p in run_dir.glob("*"):
-        if p.name != "LOCK" and not p.name.startswith("previous_"):
+        ours = p.name in FILES or FOLDERS.fullmatch(p.name)
+        if ours and p.name != "LOCK" and not p.name.startswith("previous_"):
             p.rename(aside / p.name)
     say(f"notice: the earlier run in {run_dir} was moved to {aside}")
 
 
+def same_validation(config, state, args, meta):
+    """Whether a validation figure of that checkpoint compares with those of a run with these arguments and this text."""
+    old = config.get("args", {})
+    asked = all(old.get(key) == getattr(args, key) for key in VALIDATION)
+    return asked and state.get("val_sha256") in (None, meta["val_sha256"])
+
+
+def best_score(steps, args, meta):
+    """Of these checkpoints {step: folder} -> (the lowest figure of those that compare, its step), or (inf, None)."""
+    found = (math.inf, None)
+    for step, folder in steps.items():
+        with contextlib.suppress(UserError):
+            state, config = (checkpoint.read_json(folder / name) for name in ("state.json", "config.json"))
+            score = state.get("score")
+            if type(score) is float and same_validation(config, state, args, meta):
+                found = min(found, (score, step))
+    return found
+
+
+def rewind(run_dir, saved, kept, args, meta):
+    """A resume inside its own run from step `saved.step`: later checkpoints move to previous_N/, which is a run of its own.
+
+    -> the figure of the checkpoint that `best` names from now on; kept, if nothing moved.
+    """
+    steps = checkpoint.list_steps(run_dir)
+    later = {step: folder for step, folder in steps.items() if step > saved.step}
+    if not later:
+        return kept
+    aside = next_previous(run_dir)
+    best = checkpoint.read_pointer(run_dir, "best")[0]
+    for name in ("best", "latest"):
+        if checkpoint.read_pointer(run_dir, name)[0] in later:
+            checkpoint.replace_file(aside / name, (run_dir / name).read_bytes(), aside)
+
+    # the pointers first: after a kill in between, the run goes on from this step all the same
+    def point(name, step):
+        text = f"{checkpoint.step_name(step)}\n{datetime.now(timezone.utc).isoformat()}\n"
+        checkpoint.replace_file(run_dir / name, text.encode(), run_dir)
+    point("latest", saved.step)
+    if best in later:
+        kept, best = best_score({step: steps[step] for step in steps if step <= saved.step}, args, meta)
+        if best is None:
+            (run_dir / "best").unlink()
+        else:
+            point("best", best)
+    for step, folder in later.items():
+        checkpoint.rename(folder, aside / checkpoint.step_name(step))
+    checkpoint.sync(aside)
+    checkpoint.sync(run_dir)
+    names = ", ".join(checkpoint.step_name(step) for step in later)
+    say(f"notice: the run goes on from step {saved.step}; its later checkpoints ({names}) were moved to {aside}")
+    return kept
+
+
+def rate_jump(saved, args, step):
+    """[a sentence], if the rate of the next update is another one than the run before this resume would have taken."""
+    import optim
+    old = TrainArgs(**{key: value for key, value in saved.config["args"].items() if key in TrainArgs.__dataclass_fields__})
+
+    def rate(a):
+        return optim.lr_at(step, a.max_steps, a.lr, a.warmup, a.lr_schedule, a.min_lr_ratio)
+    before, now = rate(old), rate(args)
+    if abs(now - before) <= 0.01 * before:
+        return []
+    return [f"the learning rate at step {step + 1} is {now:.2e}, where the run had {before:.2e} before: it follows "
+            f"--max_steps ({old.max_steps} -> {args.max_steps}), --lr ({old.lr:g} -> {args.lr:g}) and the schedule"]
+
+
 def counters(saved):
     """state.json as train needs it; the keys that older runs lack get what those runs meant."""
-    older = {"rollbacks": 0, "eval_due": 0, "losses": {}, "scaler": None, "wandb_id": None}
+    older = {"rollbacks": 0, "eval_due": 0, "losses": {}, "scaler": None, "wandb_id": None, "val_sha256": None}
     state = older | {"kept": saved.state.get("best")} | saved.state
     for key, rule in COUNTERS.items():
         value = state.get(key, ...)

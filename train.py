@@ -7,7 +7,9 @@
 
 Reads from top to bottom: data, model, optimizer, resume, then the loop. Randomness is a function of (seed, step), never of
 history, so a resumed run equals the uninterrupted one bit for bit on a CPU, and evaluating more often changes nothing.
+One exception: --spike_rollback goes back to the last checkpoint, so a stop, which saves, can change where to.
 """
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -26,8 +28,8 @@ from knobs import UserError, say
 NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
 SAVE_LIMIT = 3           # saves in a row that failed, then the run stops
 MEASURED = 20            # steps after which the time of the whole run is said, and whether threads wait for each other
+Reached = collections.namedtuple("Reached", "step position tokens_seen skipped")     # how far a run has come
 MANY_EPOCHS = 8          # docs/experiments/, 2026-11-27: from there on single tokens are learned by heart
-VALIDATION = ("train_block_sizes", "batch_size", "eval_batches")    # two figures of a run compare while these stay
 
 
 def advised(typed):
@@ -152,7 +154,9 @@ def train(args, origins, ranks, run_dir, source, resuming):
         data_dir = find_data(args, origins)
     args.data_dir = str(data_dir)
     stop = runtime.StopFlag(ranks)                           # listens from the loop on; before it there is nothing to save
-    data, val = TokenData(data_dir, "train"), TokenData(data_dir, "val")
+    data = TokenData(data_dir, "train")
+    scores = args.eval_interval > 0 or data.meta["val_tokens"] >= args.seq_len    # without: nobody asks held-out text
+    val = TokenData(data_dir, "val") if scores else None
     cfg = shapes.model_config(args, data.vocab_size)
     windows = Windows(data, args.seq_len, args.seed)
     tokenizer = Tokenizer(data.tokenizer_path)
@@ -161,7 +165,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         raise UserError(f"{data_dir} has a tokenizer of {cfg.vocab_size} pieces ({tokenizer.sha256[:12]}), the checkpoint's has "
                         f"{old.vocab_size} ({old.sha256[:12]}): "
                         + data.for_run(saved.state.get("source"), saved.path / "tokenizer.model"))
-    in_place = resuming and run_dir == saved.path.parent
+    in_place = resuming and run_dir.resolve() == saved.path.parent.resolve()
     state = runs.counters(saved) if resuming else None
     if in_place and state["data_sha256"] != data.meta["train_sha256"]:
         raise UserError(f"{data_dir} has changed since this run began (sha256 {data.meta['train_sha256'][:12]}, the checkpoint "
@@ -201,7 +205,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             ema.load(ranks.beside(saved, "ema", model), state["ema_updates"])
         scaler.load(state["scaler"])
         spikes.load(state["losses"])
-        alike = all(saved.config["args"].get(key) == getattr(args, key) for key in VALIDATION)
+        alike = runs.same_validation(saved.config, saved.state, args, data.meta)
         bests = [math.inf if state[key] is None or not alike else state[key] for key in ("best", "kept")]
         return *bests, *(state[key] for key in ("skipped", "position", "tokens_seen", "rollbacks"))
 
@@ -211,6 +215,9 @@ def train(args, origins, ranks, run_dir, source, resuming):
         best, kept, skipped, position, tokens_seen, rollbacks = restore(saved, not fresh)
         best, kept = (best, kept) if in_place else (math.inf, math.inf)
         notes += ["the optimizer starts fresh"] if fresh else []
+        if in_place and state["val_sha256"] not in (None, data.meta["val_sha256"]):
+            notes.append("the validation text is not the one of before: no earlier figure compares, `best` starts anew")
+        notes += runs.rate_jump(saved, args, first_step)
     run_id = sinks.wandb_id(args, state["wandb_id"] if in_place else None)
     rows = args.batch_size * args.grad_accum                # sequences of one optimizer step
     step_tokens = rows * args.seq_len
@@ -233,7 +240,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
     elif args.fade and epochs > MANY_EPOCHS:
         say(f"notice: {epochs:.0f} passes over this text: single tokens unlearn after some five, --train_block_sizes T,64,32 "
             "learns on")
-    held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len).to(device)
+    held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len) if val else windows.batch(0, args.batch_size)
+    held = held.to(device)
     blocks = sorted(set(args.block_choices), reverse=True)
     saved_args = {"args": knobs.to_dict(args, config.TrainArgs), "model": cfg.to_dict()}
 
@@ -277,6 +285,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
         micro = ranks.lowest(micro)         # all ranks do the same number of forwards, and agree between them
     if ranks.main and not in_place and runs.is_used(run_dir):    # last: the arguments have proved to be sound
         runs.archive(run_dir)
+    if in_place:
+        kept = ranks.tell(runs.rewind(run_dir, saved, kept, args, data.meta) if ranks.main else None)
     if args.compile:
         with runtime.autocast(device, dtype):
             compile_step(model, args, (micro, args.seq_len), device)
@@ -326,17 +336,38 @@ def train(args, origins, ranks, run_dir, source, resuming):
                 break
         return nats
 
-    def save(step, is_best):
-        return ranks.save(functools.partial(write, step, is_best), model=model.state_dict(), ema=ema.state() if ema else None,
-                          optimizer=optimizer.state_tensors())
+    def still_sound(step, rows):
+        """Whether training can go on from these weights: an update may have ruined them. Else it says so.
 
-    def write(step, is_best, **tensors):
-        state = {"tokens_seen": tokens_seen, "position": position, "skipped": skipped, "best": runtime.finite(best),
+        One of autocast and float32 is enough. Replicas would add up what backward leaves, parts have none of their own,
+        and a compiled layer has its graphs for training only: there the loss alone is asked.
+        """
+        test = guard.sound if args.compile or ranks.world > 1 else guard.can_learn
+        contexts = (runtime.autocast(device, dtype), contextlib.nullcontext())
+        sound = any(test(model, held[:rows], blocks[-1], context) for context in contexts)
+        ranks.fold(model)
+        if not sound:
+            message = f"step {step} is not saved: its update ruined the weights, held-out text has no finite gradient any more"
+            log.write("warn", step=step, message=message)
+            say(f"warning: {message}; the checkpoints before it are intact")
+        return sound
+
+    def save(good, is_best, score=None):
+        """Save the state after the last finite step -> whether it is there now."""
+        tensors = {"model": model.state_dict(), "ema": ema.state() if ema else None}
+        tensors["optimizer"] = optimizer.state_tensors()
+        return ranks.save(functools.partial(write, good, is_best, score), **tensors)
+
+    def write(good, is_best, score, **tensors):
+        step = good.step
+        state = {"tokens_seen": good.tokens_seen, "position": good.position, "skipped": good.skipped,
+                 "best": runtime.finite(best),
                  "kept": nats if is_best else runtime.finite(kept), "ema_updates": ema.updates if ema else 0, "model": args.model,
-                 "data_sha256": data.meta["train_sha256"], "source": data.meta["source"],
+                 "data_sha256": data.meta["train_sha256"], "val_sha256": data.meta["val_sha256"],
+                 "score": score if score is None else runtime.finite(score), "source": data.meta["source"],
                  "environment": environment, "compiled": args.compile, "precision": str(dtype),
                  "scaler": scaler.state(), "losses": spikes.state(), "rollbacks": rollbacks, "wandb_id": run_id,
-                 "eval_due": int(due and scored_step != step)}
+                 "eval_due": int(due and scored_step != step == good.step)}
         started = time.perf_counter()
         try:
             folder = checkpoint.save(
@@ -368,9 +399,13 @@ def train(args, origins, ranks, run_dir, source, resuming):
             say(f"notice: {note}")
         publish("config.json", checkpoint.to_json(saved_args).decode())
         bad_in_a_row, unsaved, code, saved_at = 0, 0, 0, time.monotonic()
-        step, nats, scored_step = first_step, None, None
+        step, nats, scored_step, ruined_step = first_step, None, None, 0
         held_step = first_step - state["eval_due"] if resuming else -1       # the last one that is on the disk
         while True:
+            # A step that is not finite is skipped and changes no weight. So until the next finite step the state to save
+            # is the one before the first of them: a checkpoint never ends on a step that failed.
+            if not bad_in_a_row:
+                good = Reached(step, position, tokens_seen, skipped)
             last = step == args.max_steps
             # a resume does not repeat what its checkpoint holds; a step that was given up comes here again
             turn = step > held_step
@@ -382,15 +417,22 @@ def train(args, origins, ranks, run_dir, source, resuming):
             every = args.save_interval or 500
             late = args.save_minutes and ranks.tell(time.monotonic() - saved_at >= 60 * args.save_minutes)
             signal = ranks.highest(stop.signal)                   # one rank's is everybody's
-            if turn and step and (last or signal is not None or step % every == 0 or late):
+            save_due = last or signal is not None or step % every == 0 or late
+            if turn and save_due and good.step > max(held_step, ruined_step, 0):
+                few = 1 if signal is not None else micro          # a stop has to be quick
+                ruined_step = 0 if still_sound(good.step, few) else good.step
+            if turn and save_due and good.step > max(held_step, ruined_step, 0):
                 is_best = scored_step == step and nats < kept     # `best`: of what was scored and saved
                 saved_at = time.monotonic()
-                if save(step, is_best):
+                if save(good, is_best, nats if scored_step == step else None):
                     unsaved, kept = 0, nats if is_best else kept
-                    held_step = step
+                    held_step = good.step
                 else:
                     unsaved += 1
-            if unsaved == SAVE_LIMIT or unsaved and (last or signal is not None):
+            lost = unsaved > 0 or good.step == ruined_step > 0
+            if unsaved == SAVE_LIMIT or lost and (last or signal is not None):
+                many = f" ({unsaved} saves failed in a row)" if unsaved else ""
+                say(f"error: step {good.step} is not saved{many}: the run stops; {runs.what_is_there(run_dir)}")
                 code = 1
                 break
             if last or signal is not None:
@@ -458,8 +500,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
             if step + 1 == first_step + MEASURED and step + 1 < args.max_steps:
                 say(f"speed: {progress.eta} to go, measured on these {MEASURED} steps" + runtime.advice_on_threads(device))
             if bad_in_a_row == NON_FINITE_LIMIT:
+                if good.step > max(held_step, ruined_step, 0) and still_sound(good.step, micro):
+                    save(good, False)                        # what the advice below goes on from
                 cause = guard.likely_cause(model, held[:8], blocks[-1], lambda: runtime.autocast(device, dtype), loss, gnorm,
-                                           range(position - NON_FINITE_LIMIT * rows, position), args.lr)
+                                           range(position - NON_FINITE_LIMIT * rows, position), args.lr,
+                                           saved=checkpoint.is_run(run_dir))
                 message = f"{NON_FINITE_LIMIT} steps in a row were not finite, the last is step {step + 1}; likely cause: {cause}"
                 log.write("warn", step=step + 1, message=message)
                 say(f"error: {message}")
@@ -472,7 +517,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         unfinished = step < args.max_steps or due and scored_step != step
         stopped = stop.name if unfinished and not code else None
         log.write("end", step=step, code=code, stopped=stopped, best=None if best == math.inf else best, seconds=progress.elapsed)
-        bits = None if best == math.inf else bits_per_byte(best, val.meta)
+        bits = None if best == math.inf else bits_per_byte(best, data.meta)
         summary = runtime.summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step)
         publish("summary.md", summary)
         log.close(hurry=stop.signal is not None)
@@ -485,7 +530,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     if stopped:
         program = "python" if ranks.world == 1 else "torchrun ..."
         say(f"stopped by {stopped} at step {step}"
-            + f", saved; to go on: {program} -m train --resume {shlex.quote(str(run_dir))}" * (step > 0))
+            + f", saved; to go on: {program} -m train --resume {shlex.quote(str(run_dir))}" * (held_step > 0))
         if runtime.by_torchrun():
             say("notice: if the signal was sent to torchrun (Ctrl-C, kill, a scheduler), torchrun now shows a traceback that "
                 "ends in SignalException and exits with 1, as it always does; the training itself has exited with 0")

@@ -406,9 +406,10 @@ TABLE = {
     "checkpoints/day1/best-step=500.ckpt": "day1/step_000500",
     "checkpoints/sunfish-epoch=00-step=5000.ckpt": "day1/step_005000", "checkpoints/last.ckpt": "day1/step_005000",
     "checkpoints/latest.pt": "day1/step_005000", "checkpoints/best-base.ckpt": "day1/step_001000",
-    "checkpoints/step_000500.pt": "day1/step_000500",
+    "checkpoints/step_000500.pt": "day1/step_000500", "checkpoints/step_007000.pt": "old/step_007000",
+    "checkpoints/sunfish-epoch=00-step=7000.ckpt": "old/step_007000",
 }
-REFUSED = ["checkpoints/day1/step_000501.pt", "checkpoints/step_007000.pt", "checkpoints/day1/model.pt", "checkpoints",
+REFUSED = ["checkpoints/day1/step_000501.pt", "checkpoints/step_007001.pt", "checkpoints/day1/model.pt", "checkpoints",
            "checkpoints/empty", "checkpoints/empty/last.ckpt", "nothing/last.ckpt", "nowhere/last.ckpt", "last.ckpt",
            "", "checkpoints/day1/timestep500.pt", "checkpoints/day1/lastly.pt", "checkpoints/day1/x\0y", "x" * 5000,
            "checkpoints/day1/LOCK", "checkpoints/day1/step_000500/model.safetensors"]
@@ -431,6 +432,88 @@ def test_every_spelling(runs, capsys):
     assert ck.load("my model").step == 500
     put("checkpoints/old", 7001)                      # now the newest run
     assert ck.resolve("checkpoints/last.ckpt").as_posix() == "checkpoints/old/step_007001"
+
+
+def test_a_resume_does_not_choose_between_runs(runs):
+    """It writes into the run: only `last` means the newest of several, any other name has to fit one run alone."""
+    def resumed(typed):
+        return ck.candidates(typed, guess=False)[0].as_posix()
+    assert resumed("checkpoints/last.ckpt") == resumed("checkpoints/latest.pt") == "checkpoints/day1/step_005000"
+    assert resumed("checkpoints/sunfish-epoch=00-step=7000.ckpt") == "checkpoints/old/step_007000"
+    assert resumed("checkpoints/day1/best-base.ckpt") == "checkpoints/day1/step_001000"
+    for typed in ("checkpoints/best-base.ckpt", "checkpoints/best.ckpt", "checkpoints/step_000500.pt"):
+        with pytest.raises(UserError, match=r"there is no checkpoint .*day1/step_005000.*old/step_000500"):
+            resumed(typed)
+    shutil.rmtree("checkpoints/old")
+    assert resumed("checkpoints/best.ckpt") == "checkpoints/day1/step_001000"
+    with pytest.raises(UserError, match="there are: checkpoints/day1/step_000500"):
+        resumed("checkpoints/best-base.ckpt")
+
+
+@pytest.mark.parametrize("when", ["open", "listdir", "read_bytes"])
+def test_a_reader_whose_checkpoint_is_pruned_reads_the_newer_one(tmp_path, monkeypatch, when):
+    """A training saves and prunes between any two operations of a reader."""
+    put(tmp_path, 1, keep_last=1)
+    real, left = ck.verify, [1]
+
+    def prune():
+        if left and left.pop():
+            put(tmp_path, 2, keep_last=1)
+
+    def verify(folder):
+        if when == "open":
+            prune()
+        manifest = real(folder)
+        if when == "read_bytes":
+            prune()
+        return manifest
+    monkeypatch.setattr(ck, "verify", verify)
+    if when == "listdir":
+        listdir = os.listdir
+        monkeypatch.setattr(os, "listdir", lambda *a: prune() or listdir(*a))
+    assert ck.load(tmp_path, parts=PARTS).step == 2
+
+
+def test_a_link_in_the_way_is_removed_and_what_it_names_stays(tmp_path):
+    """Names that a killed writer leaves, as links: the run starts, and only the links go."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("x")
+    put(tmp_path / "run", 5)
+    for name in (".trash-x-1", ".tmp-x-1", ".old-step_000005"):
+        (tmp_path / "run" / name).symlink_to(mine)
+    with ck.run_lock(tmp_path / "run"):
+        assert not leftovers(tmp_path / "run") and (mine / "file").exists() and value_of(tmp_path / "run")[0] == 5
+
+
+def test_best_is_named_before_latest(tmp_path, monkeypatch):
+    """A kill between them: the resume saves that step again, and as the best again. The other way round, never."""
+    put(tmp_path, 1, best=True)
+    real = ck.replace_file
+
+    def killed(path, data, run):
+        if path.name == "latest":
+            raise KeyboardInterrupt
+        real(path, data, run)
+    monkeypatch.setattr(ck, "replace_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        put(tmp_path, 2, best=True)
+    assert ck.read_pointer(tmp_path, "best")[0] == 2 and ck.read_pointer(tmp_path, "latest")[0] == 1
+
+
+def test_a_file_that_shrinks_as_it_is_published_is_no_checkpoint(tmp_path, monkeypatch):
+    """Some network file systems lose the end of a file: the sizes are looked at once more under the final name."""
+    put(tmp_path, 1)
+    real = ck.rename
+
+    def lossy(source, target):
+        real(source, target)
+        if target.name == "step_000002":
+            os.truncate(target / "model.safetensors", 9)
+    monkeypatch.setattr(ck, "rename", lossy)
+    with pytest.raises(OSError, match="another size"):
+        put(tmp_path, 2)
+    assert list(ck.list_steps(tmp_path)) == [1] and value_of(tmp_path)[0] == 1 and not leftovers(tmp_path)
 
 
 def test_pointers_that_are_gone_or_stale(runs, capsys):

@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -153,7 +154,7 @@ def spike(monkeypatch, at, times):
 
     def raised(*args, **kwargs):
         out = real(*args, **kwargs)
-        now = torch.is_grad_enabled() and taken[-1] == at and taken.count(at) <= times
+        now = torch.is_grad_enabled() and args[0].training and taken[-1] == at and taken.count(at) <= times
         return out._replace(loss=out.loss * 50) if now else out
     monkeypatch.setattr(masking, "draw", drawn)
     monkeypatch.setattr(masking, "denoising_loss", raised)
@@ -257,6 +258,66 @@ def test_a_rate_that_ruins_the_weights_ends_with_that_cause(text, tmp_path, caps
     assert "likely cause: the learning rate" in error and "Traceback" not in error, error[-800:]
     import checkpoint
     assert all(checkpoint.load(folder, parts=("model", "optimizer")) for folder in run.glob("step_*")), "saved, but not finite"
+
+
+def ruin(monkeypatch, at):
+    """The update of step `at` really ruins the weights, once: finite they stay, but no text has a finite loss any more."""
+    real, steps = optim.make_optimizer, []
+
+    def made(model, args):
+        optimizer = real(model, args)
+        step = optimizer.step
+
+        def stepped():
+            step()
+            steps.append(1)
+            if len(steps) == at:
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.mul_(1e30)
+        optimizer.step = stepped
+        return optimizer
+    monkeypatch.setattr(optim, "make_optimizer", made)
+
+
+@pytest.mark.parametrize("words", [("--save_interval", 1, "--keep_last", 1), ("--save_interval", 2, "--keep_last", 1),
+                                   ("--save_interval", 1), ("--save_interval", 0, "--save_minutes", 1e-9)], ids=str)
+def test_the_advice_after_numbers_that_are_none_can_be_followed(text, tmp_path, monkeypatch, capsys, words):
+    """Ruined by step 6 and saved between the bad steps: the last good checkpoint is there, and the printed words go on."""
+    import checkpoint
+    run = tmp_path / "run"
+    ruin(monkeypatch, 6)
+    assert fresh(text, run, "--max_steps", 12, "--eval_interval", 0, *words) == 1
+    error = capsys.readouterr().err
+    good = 4 if words[:2] == ("--save_interval", 2) else 5
+    assert checkpoint.read_pointer(run, "latest")[0] == good and max(checkpoint.list_steps(run)) == good
+    [advice] = re.findall(r"resume with (--lr \S+)", error)
+    assert call("--resume", run, *advice.split(), "--max_steps", 12, "--threads", 1, "--no_show_samples") == 0
+    assert log(run, "train")[-1]["step"] == 12 and all(line["loss"] for line in log(run)[-6:])
+
+
+def test_without_a_sound_checkpoint_the_advice_is_a_new_start(text, tmp_path, monkeypatch, capsys):
+    ruin(monkeypatch, 1)
+    assert fresh(text, tmp_path / "run", "--max_steps", 12, "--eval_interval", 0, "--save_interval", 1) == 1
+    assert "start again with --lr" in (error := capsys.readouterr().err) and "resume with" not in error
+    assert not list((tmp_path / "run").glob("step_*"))
+
+
+def test_a_run_that_dies_between_saves_keeps_its_last_finite_step(text, tmp_path, monkeypatch):
+    """The weights are sound, the text is not: nothing of the steps before it is lost."""
+    poison(monkeypatch, {4, 5, 6, 7, 8}, "loss")
+    assert fresh(text, tmp_path / "run", "--max_steps", 20, "--eval_interval", 0) == 1
+    saved = json.loads((tmp_path / "run/step_000003/state.json").read_text())
+    assert (saved["position"], saved["skipped"]) == (3 * 8, 0) and (tmp_path / "run/latest").read_text().startswith("step_000003")
+
+
+def test_a_resume_knows_the_spikes_of_before(text, tmp_path, monkeypatch):
+    """Its first steps are judged by the losses of the run so far, of which one process alone has too few."""
+    run = tmp_path / "run"
+    assert fresh(text, run, *WATCHED, "--max_steps", 16) == 0
+    spike(monkeypatch, 18, 1)
+    assert call("--resume", run, "--max_steps", 20, "--threads", 1, "--no_show_samples") == 0
+    assert [line["step"] for line in log(run, "warn")] == [18]
 
 
 def test_five_bad_steps_name_their_windows(text, tmp_path, monkeypatch, capsys):

@@ -335,6 +335,160 @@ def test_resume_rules(run, capsys):
     assert "lr: 0.003 -> 0.001" in str(log(run, "resume")[-1]["notes"]) and log(run)[-1]["step"] == 6
 
 
+def change_state(folder, **values):
+    """Really saved, then changed and sealed again."""
+    import checkpoint
+    data = checkpoint.to_json(state(folder) | values)
+    (folder / "state.json").write_bytes(data)
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest["files"]["state.json"] = {"size": len(data), "sha256": checkpoint.file_sha256(folder / "state.json")}
+    (folder / "MANIFEST.json").write_bytes(checkpoint.to_json(checkpoint.seal(manifest)))
+
+
+def test_a_resume_compares_with_what_best_names(text, tmp_path):
+    """The lowest figure of all may belong to a step that nobody saved: the next saved one need not be below that."""
+    run = tmp_path / "run"
+    assert fresh(text, run, "--max_steps", 2, "--eval_interval", 2) == 0
+    change_state(run / "step_000002", best=0.001)
+    assert call("--resume", run, "--max_steps", 4, "--threads", 1, "--no_show_samples") == 0
+    assert state(run / "step_000004")["kept"] < state(run / "step_000002")["kept"], "the test needs a better one"
+    assert (run / "best").read_text().startswith("step_000004")
+
+
+def test_a_resume_from_an_earlier_step_keeps_the_later_ones(text, tmp_path, capsys):
+    """The run goes on in its own folder; what it had reached before is a run of its own, best included."""
+    import checkpoint
+    run = tmp_path / "run"
+    assert fresh(text, run, "--max_steps", 9, "--eval_interval", 3, "--save_interval", 3, "--keep_full", 9) == 0
+    assert (run / "best").read_text().startswith("step_000009")
+    before = {name: tree(run / name) for name in ("step_000006", "step_000009")}
+    capsys.readouterr()
+    words = ("--lr", 10, "--lr_schedule", "constant", "--warmup_steps", 0, "--threads", 1, "--no_show_samples")
+    assert call("--resume", run / "step_000003", *words) == 0
+    assert "later checkpoints (step_000006, step_000009) were moved to" in capsys.readouterr().err
+    old = run / "previous_1"
+    assert {name: tree(old / name) for name in before} == before
+    assert [checkpoint.load(old / name).step for name in ("latest", "best")] == [9, 9]
+    assert log(run, "eval")[-1]["val_nelbo"] > log(run, "eval")[1]["val_nelbo"], "the test needs a worse run"
+    assert checkpoint.load(run / "best").step == 3 and checkpoint.load(run).step == 9, "best of what is here"
+    assert call("--resume", run, "--max_steps", 10, "--threads", 1, "--no_show_samples") == 0
+    assert not (run / "previous_2").exists()
+
+
+def test_another_validation_text_has_another_best(text, tmp_path, capsys):
+    """The figures of two texts do not compare, so the first one on the new text is the best."""
+    data, run = Path(shutil.copytree(text, tmp_path / "data")), tmp_path / "run"
+    words = ("--eval_interval", 3, "--threads", 1, "--no_show_samples")
+    assert fresh(data, run, "--max_steps", 3, *words) == 0
+    change_state(run / "step_000003", best=0.001, kept=0.001)
+    assert call("--resume", run, "--max_steps", 6, *words) == 0
+    assert (run / "best").read_text().startswith("step_000003") and "validation text" not in capsys.readouterr().err
+    tokens = (data / "val.bin").read_bytes()
+    (data / "val.bin").write_bytes(tokens[2:] + tokens[:2])
+    meta = json.loads((data / "meta.json").read_text())
+    meta["val_sha256"] = hashlib.sha256((data / "val.bin").read_bytes()).hexdigest()
+    (data / "meta.json").write_text(json.dumps(meta))
+    assert call("--resume", run, "--max_steps", 9, *words) == 0
+    assert "the validation text is not the one of before" in capsys.readouterr().err
+    assert (run / "best").read_text().startswith("step_000009")
+    assert state(run / "step_000009")["kept"] == log(run, "eval")[-1]["val_nelbo"]
+
+
+def test_a_rate_that_nobody_typed_stays(text, tmp_path, capsys):
+    """--optimizer adamw, typed again, is no wish for another rate; and a rate that jumps is told with both figures."""
+    run = tmp_path / "run"
+    words = [word for word in SHAPE if word not in ("--lr", 3e-3)]
+    schedule = ("--lr_schedule", "cosine", "--warmup_steps", 0, "--eval_interval", 0)
+    assert call("--data_dir", text, "--output_dir", run, *words, "--optimizer", "adamw", "--lr", 5e-4, *schedule,
+                "--max_steps", 4, "--save_interval", 2, "--keep_full", 9) == 0
+    capsys.readouterr()
+    once = ("--threads", 1, "--no_show_samples")
+    assert call("--resume", run / "step_000002", "--optimizer", "adamw", *once) == 0
+    assert "lr:" not in (error := capsys.readouterr().err) and "the learning rate at step" not in error
+    rates = [line["lr"] for line in log(run)]
+    assert rates[2:4] == rates[4:6]
+    assert call("--resume", run, "--optimizer", "adamw", "--max_steps", 8, *once) == 0
+    error = capsys.readouterr().err
+    now = log(run)[-4]["lr"]
+    assert f"the learning rate at step 5 is {now:.2e}, where the run had {rates[3]:.2e} before" in error and now > 3 * rates[3]
+    assert call("--resume", run, "--optimizer", "lion", "--reset_optimizer", "--max_steps", 9, *once) == 0
+    assert f"lr: 0.0005 -> {config.RATES['lion']}" in capsys.readouterr().err, "another optimizer brings its own"
+
+
+@pytest.mark.parametrize("how", ["archive", "skip", "error"])
+def test_a_folder_that_is_no_run_is_left_alone(text, tmp_path, monkeypatch, capsys, how):
+    """A repository, text, the folder above running trainings: one sentence, and nothing moves."""
+    (tmp_path / "mine/.git").mkdir(parents=True)
+    (tmp_path / "mine/train.jsonl").write_text('{"text": "namaste"}\n')
+    (tmp_path / "mine/step_000500").mkdir()
+    (tmp_path / "mine/latest").write_text("step_000500\n")
+    before = tree(tmp_path / "mine")
+    assert fresh(text, tmp_path / "mine", "--max_steps", 1, "--if_exists", how) == 2
+    assert "mine is no run folder" in (error := capsys.readouterr().err) and "--output_dir" in error
+    assert tree(tmp_path / "mine") == before and (tmp_path / "mine/.git").exists()
+
+
+def test_what_a_user_put_into_a_run_folder_stays_there(text, run):
+    (run / "notes.txt").write_text("mine")
+    assert fresh(text, run, "--max_steps", 1, "--eval_interval", 0) == 0
+    assert (run / "notes.txt").read_text() == "mine" and (run / "previous_1/step_000004").exists()
+
+
+def test_a_resume_never_takes_another_run(text, tmp_path, monkeypatch, capsys):
+    """Of two runs `last.ckpt` means the newest; a name that no run has is refused with those that there are."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("day1", "day2"):
+        assert fresh(text, Path("checkpoints") / name, "--max_steps", 2, "--eval_interval", 2) == 0
+    before = tree(tmp_path / "checkpoints")
+    once = ("--max_steps", 3, "--threads", 1, "--no_show_samples")
+    for typed in ("best-base.ckpt", "best.ckpt", "step_000002.pt", "base.ckpt"):
+        assert call("--resume", f"checkpoints/{typed}", *once) == 2
+        assert "checkpoints/day1/step_000002, checkpoints/day2/step_000002" in capsys.readouterr().err
+    assert tree(tmp_path / "checkpoints") == before
+    assert call("--resume", "checkpoints/last.ckpt", *once) == 0
+    assert "checkpoint: checkpoints/last.ckpt -> checkpoints/day2/step_000002\n" in capsys.readouterr().err
+    assert log(tmp_path / "checkpoints/day2")[-1]["step"] == 3 and log(tmp_path / "checkpoints/day1")[-1]["step"] == 2
+
+
+def test_without_validation_any_text_is_long_enough(text, tmp_path):
+    """--eval_interval 0 asks nothing of the held-out text, be it shorter than one window."""
+    data = Path(shutil.copytree(text, tmp_path / "data"))
+    (data / "val.bin").write_bytes((data / "val.bin").read_bytes()[:2 * 7])
+    meta = json.loads((data / "meta.json").read_text())
+    meta |= {"val_tokens": 7, "val_sha256": hashlib.sha256((data / "val.bin").read_bytes()).hexdigest()}
+    (data / "meta.json").write_text(json.dumps(meta))
+    assert fresh(data, tmp_path / "run", "--max_steps", 2, "--eval_interval", 0) == 0
+    assert fresh(data, tmp_path / "other", "--max_steps", 2, "--eval_interval", 1) == 2
+
+
+def test_a_resume_on_a_read_only_disk_is_one_sentence(run, monkeypatch, capsys):
+    import builtins
+    import errno
+    real = open
+
+    def read_only(path, mode="r", *more, **options):
+        if str(path).endswith("LOCK"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, mode, *more, **options)
+    monkeypatch.setattr(builtins, "open", read_only)
+    assert call("--resume", run, "--max_steps", 6) == 2
+    error = capsys.readouterr().err
+    assert "cannot write to the run folder" in error and "Read-only" in error and "Traceback" not in error
+
+
+def test_saves_that_fail_for_good_end_the_run_with_a_sentence(text, tmp_path, monkeypatch, capsys):
+    import checkpoint
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+    assert fresh(text, tmp_path / "run", "--max_steps", 2, "--eval_interval", 0) == 0
+    monkeypatch.setattr(checkpoint, "save", full)
+    capsys.readouterr()
+    assert call("--resume", tmp_path / "run", "--max_steps", 9, "--save_interval", 1, "--no_show_samples") == 1
+    error = capsys.readouterr().err
+    assert "error: step 5 is not saved (3 saves failed in a row): the run stops; a resume goes on from step 2" in error
+
+
 def test_resume_at_the_end_has_nothing_to_do(run, capsys):
     before = tree(run / "step_000004")
     for steps in ((), ("--max_steps", 4), ("--max_steps", 3)):
@@ -381,7 +535,7 @@ def poison(monkeypatch, steps, where):
 
     def damaged(*args, **kwargs):
         out = real(*args, **kwargs)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and args[0].training:
             calls.append(1)
             if (len(calls) + 1) // 2 in steps:
                 if where == "loss":
@@ -395,9 +549,20 @@ def poison(monkeypatch, steps, where):
 def test_a_step_that_is_not_finite_is_skipped(text, tmp_path, monkeypatch, where):
     poison(monkeypatch, {3}, where)
     assert fresh(text, tmp_path / "run", *HARD, "--max_steps", 4, "--save_interval", 1, "--eval_interval", 0) == 0
-    files = [weights(tmp_path / "run" / f"step_{step:06d}") for step in (1, 2, 3, 4)]
-    assert files[2] == files[1], "the skipped step changed weights, averages or moments"
-    assert files[1] != files[0] and files[3] != files[2]
+    assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == ["step_000001", "step_000002", "step_000004"]
+    before = state(tmp_path / "run/step_000002")["ema_updates"]
+    assert state(tmp_path / "run/step_000004")["ema_updates"] == before + 1, "the skipped step was averaged"
+    kept = weights(tmp_path / "run/step_000002")
+    shutil.rmtree(tmp_path / "run")
+    poison(monkeypatch, {3, 4}, where)
+    assert fresh(text, tmp_path / "run", *HARD, "--max_steps", 4, "--save_interval", 4, "--eval_interval", 0) == 0
+    assert (tmp_path / "run/latest").read_text().startswith("step_000002"), "the last finite step is saved under its number"
+    assert weights(tmp_path / "run/step_000002") == kept, "the skipped steps changed weights, averages or moments"
+    monkeypatch.undo()
+    assert call("--resume", tmp_path / "run", "--threads", 1) == 0 and state(tmp_path / "run/step_000004")["position"] == 32
+    shutil.rmtree(tmp_path / "run")
+    poison(monkeypatch, {3}, where)
+    assert fresh(text, tmp_path / "run", *HARD, "--max_steps", 4, "--save_interval", 1, "--eval_interval", 0) == 0
     assert [line["skipped"] for line in log(tmp_path / "run")] == [0, 0, 1, 1]
     assert [line["step"] for line in log(tmp_path / "run", "warn")] == [3]
 
