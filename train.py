@@ -419,8 +419,10 @@ def train(args, origins, ranks, run_dir, source, resuming):
             signal = ranks.highest(stop.signal)                   # one rank's is everybody's
             save_due = last or signal is not None or step % every == 0 or late
             if turn and save_due and good.step > max(held_step, ruined_step, 0):
-                few = 1 if signal is not None else micro          # a stop has to be quick
-                ruined_step = 0 if still_sound(good.step, few) else good.step
+                # a stop has to be quick: then only weights under suspicion are asked, with one row
+                ask = signal is None or bad_in_a_row
+                rows_asked = micro if signal is None else 1
+                ruined_step = good.step if ask and not still_sound(good.step, rows_asked) else 0
             if turn and save_due and good.step > max(held_step, ruined_step, 0):
                 is_best = scored_step == step and nats < kept     # `best`: of what was scored and saved
                 saved_at = time.monotonic()
