@@ -398,6 +398,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         for note in notes:
             say(f"notice: {note}")
         publish("config.json", checkpoint.to_json(saved_args).decode())
+        timed = False                                             # the time to go was said
         bad_in_a_row, unsaved, code, saved_at = 0, 0, 0, time.monotonic()
         step, nats, scored_step, ruined_step = first_step, None, None, 0
         held_step = first_step - state["eval_due"] if resuming else -1       # the last one that is on the disk
@@ -499,8 +500,10 @@ def train(args, origins, ranks, run_dir, source, resuming):
                 progress.line(f"step {step + 1}/{args.max_steps} | loss {loss:.4f} | mask {rate:.2f} | lr {lr:.1e} | "
                               f"gnorm {gnorm:.2f} | tok/s {progress.tok_s:.0f} | ETA {progress.eta} | MFU {mfu:.0%} | "
                               f"{memory / 1024:.1f} GB")
-            if step + 1 == first_step + MEASURED and step + 1 < args.max_steps:
-                say(f"speed: {progress.eta} to go, measured on these {MEASURED} steps" + runtime.advice_on_threads(device))
+            measured = step + 1 - first_step
+            if not timed and (measured == MEASURED or measured > 2 and progress.elapsed > 30) and step + 1 < args.max_steps:
+                timed = True
+                say(f"speed: {progress.eta} to go, measured on {measured} steps" + runtime.advice_on_threads(device))
             if bad_in_a_row == NON_FINITE_LIMIT:
                 if good.step > max(held_step, ruined_step, 0) and still_sound(good.step, micro):
                     save(good, False)                        # what the advice below goes on from

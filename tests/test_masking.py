@@ -169,6 +169,8 @@ def test_each_purpose_has_its_own_stream(monkeypatch):
     assert len(asked) == 5 and all(len(times) == 1 for times in asked.values()), "two draws share a purpose"
     for part in (0, 1):
         assert len({times[0][part] for times in asked.values()}) == 5, asked
+    names = ("mask", "blocks", "single", "exit", "drop", "bound", "compar", "0.15", "0.50", "0.85")
+    assert len({real(7, 3, name).initial_seed() % 2 ** 32 for name in names}) == len(names)
 
 
 def test_a_shorter_first_block_may_be_the_whole_block():
