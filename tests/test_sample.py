@@ -497,3 +497,13 @@ def test_the_price_of_profiles(here, capsys, tmp_path):
     cards["block_frozen max" + edge_benchmark.CAREFUL]["judge_nats"] = None          # it wrote nothing but an end
     assert edge_benchmark.price("max", cards) is None
     assert call(edge_benchmark.main, RUNS["primary"], "--profiles", "max", "--grid", "steps=2") == 2
+
+
+def test_a_prompt_that_no_terminal_should_see_raw(here, capsys, tmp_path):
+    """Half a surrogate pair, as a byte that is no UTF-8 comes in, and a C1 control: in --json and --out_json as escapes."""
+    prompt, path = "a\udcff\x9bb", tmp_path / "o.json"
+    text, _ = draw(capsys, "primary", "--prompt", prompt, "--max_new_tokens", 2, "--json", "--out_json", path)
+    for written in (text, path.read_text(encoding="utf-8")):
+        assert "a\\udcff\\u009bb" in written and "\x9b" not in written
+    [record] = json.loads(path.read_text(encoding="utf-8"))["samples"]
+    assert record["prompt"] == json.loads(text)["prompt"] == prompt
