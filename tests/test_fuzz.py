@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from test_train import call, fresh
 
 import checkpoint
+import knobs
 import tokens
 from benchmarks import fuzz
 from knobs import UserError
@@ -152,7 +153,7 @@ def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):
     shutil.copytree(text, data)
     meta = checkpoint.read_json(data / "meta.json")
     (data / "t.model").write_bytes((folder / "o.model").read_bytes())
-    (data / "meta.json").write_bytes(checkpoint.to_json({**meta, "tokenizer": str(data / "t.model")}))
+    (data / "meta.json").write_bytes(checkpoint.to_json(knobs.sealed({**meta, "tokenizer": str(data / "t.model")})))
     refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("made with tokenizer",))
 
 

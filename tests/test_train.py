@@ -21,9 +21,9 @@ from conftest import ROOT, aria, log, tree
 import config
 import guard
 import decode
+import knobs
 import layers
 import shapes
-import knobs
 import masking
 import model as models
 import objective
