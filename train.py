@@ -73,9 +73,11 @@ def compile_step(model, args, shape, device):
     started = time.perf_counter()
     try:
         ids = torch.zeros(shape, dtype=torch.long, device=device)
-        for block in args.block_rules:
-            for first in {block, max(1, block - 1)}:
-                model.hidden_blocks(ids, ids, block, first).sum().backward()
+        forms = [(block, first) for block in args.block_rules for first in {block, max(1, block - 1)}]
+        say(f"compile: {len(forms)} forms of a step; on a CPU that takes minutes (each is kept for the next run)")
+        for number, (block, first) in enumerate(forms, 1):
+            model.hidden_blocks(ids, ids, block, first).sum().backward()
+            say(f"compile: form {number} of {len(forms)}, {time.perf_counter() - started:.0f} s so far")
         model.zero_grad(set_to_none=True)
         say(f"compile: every block rule in {time.perf_counter() - started:.0f} s")
     except Exception as error:  # whatever a compiler, its C++ toolchain or its cache may raise
@@ -83,6 +85,8 @@ def compile_step(model, args, shape, device):
             del layer.train_step
         model.zero_grad(set_to_none=True)
         say(f"compile: failed, going on uncompiled: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        say(f"compile: if it fails each time, a compiler that was killed may have left half a file: delete {cache_dir()}")
 
 
 def main(argv=None, pinned=None):

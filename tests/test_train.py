@@ -846,3 +846,21 @@ def test_each_rank_has_its_own_dropout(text, tmp_path, monkeypatch):
         assert fresh(text, tmp_path / str(rank), "--max_steps", 3, "--eval_interval", 0, "--dropout", 0.1) == 0
     of_steps = [taken[-3:] for taken in seeds.values()]
     assert len({*of_steps[0], *of_steps[1]}) == 6, of_steps
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_compile_shows_how_far_it_is_and_names_its_cache(monkeypatch, capsys, broken):
+    """Each form of a step gets a line; a compiler that fails is followed by the folder to delete, and an uncompiled step."""
+    def compiled(function, **_):
+        def step(*args):
+            if broken:
+                raise RuntimeError("file too short")
+            return function(*args)
+        return step
+    monkeypatch.setattr(torch, "compile", compiled)
+    net = models.build_model(shapes.ModelConfig(model="backup", vocab_size=50, d_model=16, n_layers=2, n_heads=2, d_ff=24))
+    args = config.TrainArgs(seq_len=16, train_block_sizes="T,4", ar_fade=0.0)
+    train.compile_step(net, args, (2, 16), torch.device("cpu"))
+    said = capsys.readouterr().err
+    assert ("form 4 of 4" in said and "failed" not in said) if not broken else "file too short" in said and ": delete /" in said
+    assert ("train_step" in net.layers[0].__dict__) != broken
