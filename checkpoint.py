@@ -22,13 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import knobs
+from common import flags
+from common.flags import Damage, UserError, checked, file_sha256, json_text, say
 from config import TrainArgs
-from objective import block_problems
-from shapes import ModelConfig, count_params, weight_name
-from knobs import Damage, UserError, file_sha256, say
 from model import build_model
-from tokenizer import Tokenizer
+from model_config import ModelConfig, count_params, weight_name
+from objective import block_problems
+from text.tokenizer import Tokenizer
 
 try:
     import fcntl
@@ -220,11 +220,11 @@ def prune(run, step, keep_last, keep_full):
 # ---------------------------------------------------------------------------------------------------- load
 
 def to_json(value):
-    return (knobs.json_text(value, indent=1) + "\n").encode()
+    return (json_text(value, indent=1) + "\n").encode()
 
 def read_json(path):
     try:
-        return knobs.read_json(path)
+        return flags.read_json(path)
     except UserError as error:
         raise Damage(str(error)) from None
 
@@ -316,8 +316,8 @@ def read_part(files):
     if len(files) == 1 and files[0].stem in PARTS:
         tensors = read_tensors(files[0])
     else:
-        import shards
-        tensors = shards.read_whole(files)
+        import checkpoint_shards
+        tensors = checkpoint_shards.read_whole(files)
     return {weight_name(key): t for key, t in tensors.items()}
 
 def load(path, *, parts=("model",), quarantine=False):
@@ -353,7 +353,7 @@ def check_settings(saved):
     where, found = saved.path / "config.json", section(saved, "args")
     if missing := [name for name in READ if name not in found]:
         raise UserError(f"{where} lacks {', '.join(missing)}: another version wrote it, or it was changed by hand")
-    values = knobs.checked(TrainArgs, {name: found[name] for name in READ}, where)
+    values = checked(TrainArgs, {name: found[name] for name in READ}, where)
     problems = [*block_problems("train_block_sizes", values["train_block_sizes"])]
     if "\0" in values["data_dir"]:
         problems.append("data_dir holds a zero byte, which no path can")

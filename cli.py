@@ -11,11 +11,32 @@ import re
 import sys
 from pathlib import Path
 
-import knobs
-from config import ADDED, COMMANDS, PRESETS, RATES, ROOT, SAMPLE_PROFILES, TRAIN_PROFILES, VERSION, SampleArgs
-from config import TrainArgs
-from knobs import UserError, checked, printable, problems_of, read_flags, read_json, run, say, show
-from shapes import count_params, match_d_ff, model_config
+from common.flags import (
+    UserError,
+    be_quiet,
+    checked,
+    commit_hash,
+    printable,
+    problems_of,
+    read_flags,
+    read_json,
+    run,
+    say,
+    show,
+)
+from config import (
+    ADDED,
+    COMMANDS,
+    PRESETS,
+    RATES,
+    ROOT,
+    SAMPLE_PROFILES,
+    TRAIN_PROFILES,
+    VERSION,
+    SampleArgs,
+    TrainArgs,
+)
+from model_config import count_params, match_d_ff, model_config
 
 DERIVED = ": that of "       # in the origin of a rate that comes with the optimizer
 
@@ -28,7 +49,7 @@ def answer_help(cls, prog):
 
 def version():
     """The name and version of this program, with the commit where the code lies in git."""
-    commit = knobs.commit_hash(ROOT)
+    commit = commit_hash(ROOT)
     return f"Aria {VERSION}" + ("" if commit.startswith("unknown") else f" (commit {commit})")
 
 
@@ -93,7 +114,7 @@ def parse(cls, argv, prog, pinned=None, tier=None):
     if preset != "none" and origins["d_ff"] == f"preset {preset}" and args.model == "primary":
         shape = model_config(args, vocab_size=1)                   # the vocabulary is the same on both sides
         args.d_ff = match_d_ff(shape, count_params(dataclasses.replace(shape, model="backup")))
-    knobs.be_quiet(args.quiet)
+    be_quiet(args.quiet)
     return args, origins
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import cli
 import config
-from knobs import UserError, say
-
+from common.flags import UserError, say
 
 ONE_SHOT_DIR = "data/one_shot"    # the starter corpus with the one-shot's settings; more of them: data/one_shot_2 ...
 
@@ -101,7 +100,7 @@ def main(argv=None):
     if all(origins[name] == "default" for name in ("resume", "resume_latest", "ckpt", "if_exists")):
         args.resume_latest, origins["resume_latest"] = True, "one-shot"
     if args.drive:
-        import drive
+        from training import drive
         drive.open_folder(args.drive)
         folders = [args.data_dir]
         if origins["data_dir"] == "default":
@@ -115,10 +114,10 @@ def main(argv=None):
     if str(folder) != args.data_dir:
         args, origins = dataclasses.replace(args, data_dir=str(folder)), origins | {"data_dir": "one-shot"}
     say(f"stage 5, training: {args.model}, {args.n_layers} layers of width {args.d_model}, {args.max_steps} steps on {folder}")
-    import runs
     import train
+    from training import run_folder
     show, quiet = args.show_samples, dataclasses.replace(args, show_samples=False)
-    run = Path(runs.choose(quiet, origins)[0] or args.run_dir)               # --if_exists suffix, --resume PATH: another one
+    run = Path(run_folder.choose(quiet, origins)[0] or args.run_dir)               # --if_exists suffix, --resume PATH: another one
     try:
         code, stopped = train.start(quiet, origins)
     except UserError as error:
@@ -133,9 +132,9 @@ def main(argv=None):
 
 def judge(run, folder, args, show):
     """Stage 6: samples and verdict of the run -> exit code, and what to type next."""
-    import verdict
+    from evaluation import check_run
     say(f"stage 6, verdict: samples and the runbook's criteria for {run}")
-    ok = verdict.passed(verdict.check(run, dataclasses.replace(config.EvaluateArgs(), device=args.device), show))
+    ok = check_run.passed(check_run.check(run, dataclasses.replace(config.EvaluateArgs(), device=args.device), show))
     kind = "eco_hybrid" if args.model == "primary" else "diffusion"
     commands = [command for _, command in config.next_commands(run, args.max_steps, args.max_steps, args.causal)]
     print("next: " + "\n      ".join(commands))

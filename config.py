@@ -15,11 +15,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from knobs import again, knob
+from common.flags import again, knob
+from model_config import OLD_MODELS, ModelKnobs, shape_problems
 from objective import MaskKnobs, block_problems, mask_problems
-from shapes import OLD_MODELS, ModelKnobs, shape_problems
-from sinks import SinkKnobs
 from studies import ExperimentKnobs
+from training.logs import SinkKnobs
 
 ROOT = Path(__file__).resolve().parent
 VERSION = "1.0"

@@ -28,9 +28,17 @@ from pathlib import Path
 
 import cli
 import config
-import shapes
-import knobs
-from knobs import UserError, say
+import model_config
+from common.flags import (
+    UserError,
+    can_write,
+    convert,
+    json_text,
+    say,
+    split_list,
+    to_dict,
+    write_json,
+)
 
 HELD_OUT_ROWS = 64
 CAREFUL = " at one token a forward"
@@ -41,7 +49,7 @@ def peak_rss(run, device):
     """Peak memory in MB while run() works: resident memory where Linux lets us reset its record, else of the process."""
     import torch
 
-    import runtime
+    from common import machine
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError, AttributeError):
@@ -52,7 +60,7 @@ def peak_rss(run, device):
         with contextlib.suppress(OSError, StopIteration):
             lines = Path("/proc/self/status").read_text().split("\n")
             return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-    return runtime.peak_memory_mb(device)
+    return machine.peak_memory_mb(device)
 
 
 def nll(model, prompt, new, frozen):
@@ -90,9 +98,8 @@ def agreement(row, reference):
 
 def measure(tokenizer, prompts, variants, reference, args, frozen, device):
     """variants {name: (model, decode.Settings)} -> {name: the figures of COMMANDS 4.6 and more}; reference: a variant."""
-    from decode import generate
-
-    from judge import distinct, repeat_rate
+    from evaluation.ngram import distinct, repeat_rate
+    from sampling.decode import generate
 
     def decode(variant, prompt):
         model, settings = variant
@@ -158,8 +165,8 @@ class Judges:
     """What stands beside speed and needs the prepared text: the n-gram judge and the held-out bound, each made once."""
 
     def __init__(self, data_dir, tokenizer, saved, device):
-        from judge import NGram
-        from tokens import TokenData
+        from evaluation.ngram import NGram
+        from text.dataset import TokenData
         self.args, self.device, self.ngram, self.known = saved.config["args"], device, None, {}
         try:
             train, self.val = TokenData(data_dir, "train"), TokenData(data_dir, "val")
@@ -178,7 +185,7 @@ class Judges:
     def held_out(self, model, precision, block):
         if self.ngram is None:
             return None
-        from estimators import held_out
+        from evaluation.estimators import held_out
         key = precision, min(block, self.rows.shape[1])
         if key not in self.known:
             self.known[key] = held_out(model, self.rows, [key[1]], 0, 16, 1)[key[1]]["nats"]
@@ -195,7 +202,7 @@ def combinations(grid):
             raise UserError(f"--grid {axis}: write NAME=VALUE,VALUE with a setting of sample such as steps, sampler, threshold, "
                             "block_size, precision, min_decode_layers")
         try:
-            axes.append([(name, knobs.convert(fields[name], value)) for value in knobs.split_list(values)])
+            axes.append([(name, convert(fields[name], value)) for value in split_list(values)])
         except ValueError as error:
             raise UserError(f"--grid {axis}: {error}") from None
     found = [dict(pairs) for pairs in itertools.product(*axes)]
@@ -329,12 +336,12 @@ def main(argv=None):
     import torch
 
     import checkpoint
-    import fast
-    import runtime
     import sample
-    allocator = runtime.start(args.threads)
-    knobs.can_write(args, "out_json")
-    device = runtime.pick_device(args.device)
+    from common import machine
+    from sampling import fast
+    allocator = machine.start(args.threads)
+    can_write(args, "out_json")
+    device = machine.pick_device(args.device)
     prompts = sample.read_prompts(args) if args.prompt or args.prompts_file else list(config.BENCH_PROMPTS)
     args.sampler = sample.masked_sampler(args.sampler)
     models, weights, precisions, saved = {}, {}, {}, None
@@ -380,17 +387,17 @@ def main(argv=None):
                 r["judge_nats"] = judges.ngram and judges.ngram.nats(rows, contexts)
     document = {
         "version": 1, "model": saved.config["model"]["model"], "ckpt": str(saved.path), "step": saved.step,
-        **runtime.environment(device), "allocator": allocator, "weights_bytes": weights, "batch": 1, "seed": args.seed,
-        "prompts": prompts, "params": shapes.count_params(model.cfg), "args": knobs.to_dict(args),
+        **machine.environment(device), "allocator": allocator, "weights_bytes": weights, "batch": 1, "seed": args.seed,
+        "prompts": prompts, "params": model_config.count_params(model.cfg), "args": to_dict(args),
         "judge_nats_of_held_out_text": judges.real(), "results": results}
     for name, r in results.items():
         print(card(name, r, max(map(len, results))))
     if args.profiles:
         document["profiles"] = {name: price(name, results) for name in args.profiles}
-    knobs.write_json(args.out_json, document)
+    write_json(args.out_json, document)
     if args.grid:
         draw(Path(args.out_json).with_suffix(".png"), results, document["judge_nats_of_held_out_text"])
-    print(knobs.json_text(document))
+    print(json_text(document))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,9 @@ from pathlib import Path
 
 import cli
 import config
-import knobs
 import objective
 import sample
-from knobs import UserError, say
+from common.flags import UserError, can_write, say, write_json
 
 PROMPT = 16           # tokens of a held-out beginning, or half of a shorter document
 READ_BEFORE = 0.05    # of a judge's text, that the judged model may know
@@ -33,8 +32,8 @@ ROW = "{:<6} {:<11} {:<11} {:>5} {:>20} {:>20} {:>20}"
 
 def read_text(option, path, tokenizer):
     """The documents of a user's file as lists of ids, BOS first."""
-    import documents
-    from tokenizer import normalise
+    from text import documents
+    from text.tokenizer import normalise
     path = Path(path)
     if not path.is_file() or not documents.kind_of(path):
         raise UserError(f"--{option} {path}: name a .txt or .jsonl file (also .gz, .xz)")
@@ -46,7 +45,7 @@ def read_documents(args, data_dir, tokenizer, saved):
     """Held-out documents as lists of ids, BOS first."""
     import numpy as np
 
-    from tokens import TokenData
+    from text.dataset import TokenData
     if args.text:
         return read_text("text", args.text, tokenizer)
     data = TokenData(data_dir, "val")
@@ -66,7 +65,7 @@ def choose(documents, length, budget, most):
     """Documents at random (the same each time), long ones shortened to so many windows that the budget serves several."""
     import numpy as np
 
-    from estimators import windows
+    from evaluation.estimators import windows
     order = np.random.default_rng(0).permutation(len(documents))[:most or None]
     cap, chosen, used = max(LEAST_WINDOWS, budget // len(order)), {}, 0
     for number in order.tolist():
@@ -80,7 +79,7 @@ def choose(documents, length, budget, most):
 
 def measured(documents, tokenizer):
     """What the figures are divided by: scored tokens, bytes and letters of each document, and its script."""
-    from tokenizer import script_of
+    from text.tokenizer import script_of
     texts = [tokenizer.decode(ids) for ids in documents]
     return {"tokens": [len(ids) - 1 for ids in documents], "bytes": [len(t.encode()) for t in texts],
             "chars": [len(t) for t in texts], "script": [script_of(t) for t in texts]}
@@ -90,7 +89,7 @@ def by_script(nats, texts):
     """{"all": figures, then each script that occurs}."""
     import torch
 
-    from estimators import figures
+    from evaluation.estimators import figures
     found = {}
     for script in ("all", *dict.fromkeys(texts["script"])):
         at = torch.tensor([script in ("all", s) for s in texts["script"]])
@@ -114,7 +113,7 @@ def show(rule, estimate, found):
 
 def score(model, documents, tokenizer, blocks, args, length, batch):
     """The held-out figures, printed as they come -> what --out_json holds."""
-    import estimators
+    from evaluation import estimators
     pieces, texts = estimators.cut(documents, length, model.head.weight.device), measured(documents, tokenizer)
     few = documents
     if args.chain_docs:                            # the costly figures: fewer documents, of each the first window
@@ -151,7 +150,7 @@ def score(model, documents, tokenizer, blocks, args, length, batch):
 def infilling(model, pieces, texts, args, batch):
     import torch
 
-    import estimators
+    from evaluation import estimators
     result = {}
     for rate, (right, asked) in estimators.infilling(model, pieces, args.seed, batch).items():
         line = []
@@ -166,7 +165,7 @@ def infilling(model, pieces, texts, args, batch):
 
 def compared(model, pieces, blocks, args, length, batch):
     """The estimators side by side, on the largest and the smallest block rule of those that leave something to chance."""
-    import estimators
+    from evaluation import estimators
     result, by_chance = {}, [block for block in blocks if block > 1]                 # a block of one token is hidden whole
     for block in sorted({*by_chance[:1], *by_chance[-1:]}, reverse=True):
         found = result[str(block)] = estimators.compare(model, pieces, block, args.repeats, args.seed, batch)
@@ -240,10 +239,10 @@ def sample_quality(model, documents, tokenizer, saved, args, data_dir, judge, un
     """
     import numpy as np
 
-    from decode import generate
-    from judge import NGram, Text, quality, shared, words
-    from tokenizer import script_of
-    from tokens import TokenData
+    from evaluation.ngram import NGram, Text, quality, shared, words
+    from sampling.decode import generate
+    from text.dataset import TokenData
+    from text.tokenizer import script_of
     train = TokenData(data_dir, "train")
     same_tokenizer(train, tokenizer, saved)
     judges, found = {"ngram": NGram(train.tokens, train.vocab_size).nats}, {}
@@ -301,18 +300,18 @@ def main(argv=None):
     args, origins = cli.parse(config.EvaluateArgs, argv, "evaluate")
     cli.announce(args, origins)
     import checkpoint
-    import runtime
-    runtime.start(args.threads)
-    knobs.can_write(args, "out_json", "out_png")
+    from common import machine
+    machine.start(args.threads)
+    can_write(args, "out_json", "out_png")
     if args.check_run:
-        import verdict
-        return 0 if verdict.passed(verdict.check(args.check_run, args)) else 1
+        from evaluation import check_run
+        return 0 if check_run.passed(check_run.check(args.check_run, args)) else 1
     if not args.samples:
         typed = [f"--{f.name}" for f in dataclasses.fields(config.DecodeKnobs) if origins[f.name] == "flag"]
         if typed:
             say(f"notice: without effect: {', '.join(typed)} (they are for the text that --samples 64 asks for)")
     args.sampler = sample.masked_sampler(args.sampler)
-    device = runtime.pick_device(args.device)
+    device = machine.pick_device(args.device)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device)
     judge = ar_judge(args.judge, device, tokenizer, PROMPT + args.max_new_tokens, saved) if args.judge else None
     unread = read_text("judge_text", args.judge_text, tokenizer) if args.judge_text else []
@@ -333,7 +332,7 @@ def main(argv=None):
     if args.samples:
         result["samples"] = sample_quality(model, documents, tokenizer, saved, args, data_dir, judge, unread)
     if args.out_json:
-        knobs.write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed,
+        write_json(args.out_json, {"checkpoint": str(saved.path), "step": saved.step, "seed": args.seed,
                                          "objective": "ar" if model.cfg.causal else "masked", **result})
 
 

@@ -7,9 +7,9 @@ import gc
 
 import torch
 
-import runtime
-from knobs import UserError
-from shapes import count_params
+from common import machine
+from common.flags import UserError
+from model_config import count_params
 
 SPARE = 0.95          # of the memory that is there: the allocator's own losses need the rest
 
@@ -129,7 +129,7 @@ def measured(probe, micro, rows, args, device, later, undo, say):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         probe(micro)
-        need = runtime.peak_memory_mb(device) * 2 ** 20 + later
+        need = machine.peak_memory_mb(device) * 2 ** 20 + later
         if need > limit:
             raise MemoryError(f"{need / 1e9:.1f} GB needed, {limit / 1e9:.1f} GB there")
         return need

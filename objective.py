@@ -6,7 +6,7 @@
 import re
 from dataclasses import dataclass
 
-from knobs import knob, split_list
+from common.flags import knob, split_list
 
 AR_FADE, MOST_HIDDEN = 0.6, 0.8      # docs/experiments/, 2026-11-22
 

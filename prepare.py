@@ -23,23 +23,23 @@ from pathlib import Path
 
 import cli
 import config
-import knobs
+from common import flags as knobs
+from common.flags import check_packages, read_json, say, seal_holds, sealed, write_json
 
 if __name__ == "__main__":
     cli.answer_help(config.PrepareArgs, "prepare")      # before the heavy imports: --help has to be instant
-    knobs.check_packages()
+    check_packages()
 
 import numpy as np
 from tqdm import tqdm
 
-import corpus
-import hub
-import tokens
-from clean import RULES, Cleaner
-from documents import find_files, kind_of, read_documents
-from knobs import UserError
-from spool import Spool
-from tokenizer import NORMALISER, SAMPLE_BYTES, SCRIPTS, Tokenizer, normalise, train_tokenizer
+from common.flags import UserError
+from text import dataset, hub
+from text.clean import RULES, Cleaner
+from text.documents import find_files, kind_of, read_documents
+from text.spool import Spool
+from text.starter import grammar
+from text.tokenizer import NORMALISER, SAMPLE_BYTES, SCRIPTS, Tokenizer, normalise, train_tokenizer
 
 try:
     import fcntl
@@ -57,7 +57,7 @@ def documents_of(args, source, path, log):
     """(text as it stands there, kind of text it should be) of one source."""
     if args.source == "builtin":
         log("notice: the starter corpus is synthetic, made by a small grammar: for trying things out, no more")
-        return ((text, "any") for _, text in corpus.starter_documents(args.seed, args.hinglish_ratio))
+        return ((text, "any") for _, text in grammar.starter_documents(args.seed, args.hinglish_ratio))
     return ((text, source.get("kind", "any")) for text in read_documents(path, log))
 
 
@@ -104,7 +104,7 @@ def get_tokenizer(args, spool, log):
         return train_tokenizer(spool.sample(), path, asked, args.model_type, spool.bytes, log)
     tok = Tokenizer(path)
     with contextlib.suppress(UserError):                   # a text too small for it may have given fewer than asked for
-        if knobs.read_json(path.with_suffix(".json")).get("asked_vocab_size") == asked:
+        if read_json(path.with_suffix(".json")).get("asked_vocab_size") == asked:
             asked = tok.vocab_size
     if asked not in (0, tok.vocab_size):
         raise UserError(f"--tokenizer_vocab {asked}, but {path} has {tok.vocab_size} pieces: delete it or name another "
@@ -119,14 +119,14 @@ def encode(folder, spool, tok, log):
     encode.json says how far both files are good and where the spool goes on: a run that was killed
     continues there.
     """
-    dtype, count, start, sizes = tokens.token_dtype(tok.vocab_size), Counter(), 0, [0, 0]
+    dtype, count, start, sizes = dataset.token_dtype(tok.vocab_size), Counter(), 0, [0, 0]
     progress = folder / "encode.json"
     marks = {"spool": [spool.digest, spool.written], "tokenizer": tok.sha256}
     paths = [folder / f"{split}.bin" for split in SPLITS]
     written = [hashlib.sha256(), hashlib.sha256()]
     with contextlib.suppress(UserError, OSError):
-        saved = knobs.read_json(progress)
-        if knobs.seal_holds(saved) and all(saved[key] == marks[key] for key in marks):
+        saved = read_json(progress)
+        if seal_holds(saved) and all(saved[key] == marks[key] for key in marks):
             found = list(map(hash_of_start, paths, saved["sizes"]))
             whole = [digest.hexdigest() for digest in found] == saved["sha256"]
         else:
@@ -162,7 +162,7 @@ def encode(folder, spool, tok, log):
                 state = dict(start=place, sizes=[f.tell() for f in files],
                              sha256=[digest.hexdigest() for digest in written],
                              count=[[*key, n] for key, n in count.items()])
-                knobs.write_json(progress, knobs.sealed(marks | state))
+                write_json(progress, sealed(marks | state))
         for f in files:
             f.flush()
             os.fsync(f.fileno())
@@ -198,8 +198,8 @@ def printable(path):
 def publish(args, work, spool, tok, digest, count, hashes, log):
     """Rename what is ready. meta.json goes first and comes last: without it nothing here is trusted."""
     folder = work.parent
-    dtype = tokens.token_dtype(tok.vocab_size)
-    meta = dict(version=tokens.VERSION, vocab_size=tok.vocab_size, mask_token_id=tok.vocab_size, pad_id=tok.pad_id,
+    dtype = dataset.token_dtype(tok.vocab_size)
+    meta = dict(version=dataset.VERSION, vocab_size=tok.vocab_size, mask_token_id=tok.vocab_size, pad_id=tok.pad_id,
                 unk_id=tok.unk_id, bos_id=tok.bos_id, eos_id=tok.eos_id, dtype=dtype.name,
                 tokenizer=str(args.tokenizer), tokenizer_sha256=tok.sha256, normaliser=NORMALISER, source=args.source,
                 sources=spool.extra["sources"], scripts={}, settings_sha256=digest, seed=args.seed,
@@ -210,7 +210,7 @@ def publish(args, work, spool, tok, digest, count, hashes, log):
             meta[f"{split}_{what}"] = sum(count[val, script, what] for script in SCRIPTS)
         meta[f"{split}_sha256"] = hashes[val]
         meta["scripts"][split] = {script: count[val, script, "docs"] for script in SCRIPTS}
-    knobs.write_json(work / "meta.json", knobs.sealed(meta))
+    write_json(work / "meta.json", sealed(meta))
     (folder / "meta.json").unlink(missing_ok=True)
     for name in ("train.bin", "val.bin", "meta.json"):
         os.replace(work / name, folder / name)
@@ -226,12 +226,12 @@ def publish(args, work, spool, tok, digest, count, hashes, log):
 def find_sources(args, folder, log):
     """(what meta.json says of each source, their files, the sha256 of everything that decides what comes out)."""
     flags = "source tokenizer_vocab model_type val_doc_frac max_docs max_chars seed".split()
-    settings = {flag: getattr(args, flag) for flag in flags} | {"version": tokens.VERSION, "normaliser": NORMALISER}
+    settings = {flag: getattr(args, flag) for flag in flags} | {"version": dataset.VERSION, "normaliser": NORMALISER}
     settings |= {"clean": args.wants("clean") and RULES, "romanise": args.wants("romanise")}
     if args.source == "builtin" or settings["romanise"]:
         settings["hinglish_ratio"] = args.hinglish_ratio
     if args.source == "builtin":
-        sources, paths = [corpus.describe()], [None]
+        sources, paths = [grammar.describe()], [None]
         settings["corpus"] = sources[0]["version"]
     else:
         if args.source == "files":
@@ -240,7 +240,7 @@ def find_sources(args, folder, log):
         else:                                              # more than the budget, because cleaning takes some of it
             found = hub.download(args.source, Path(args.raw_dir), args.hinglish_ratio, int(1.2 * args.max_chars), log)
         paths = [path for path, _ in found]
-        sources = [record | {"sha256": tokens.file_sha256(path)} for path, record in found]
+        sources = [record | {"sha256": dataset.file_sha256(path)} for path, record in found]
         settings["files"] = [[kind_of(path), s["sha256"]] for path, s in zip(paths, sources, strict=True)]
     return sources, paths, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -260,12 +260,12 @@ def is_current(args, digest, log):
     if args.force or not Path(args.data_dir, "meta.json").exists():
         return False
     try:
-        meta = [tokens.TokenData(args.data_dir, split).meta for split in SPLITS][0]
+        meta = [dataset.TokenData(args.data_dir, split).meta for split in SPLITS][0]
         if "seal" not in meta:
             log(f"{args.data_dir} was made by an older version, which did not seal meta.json: "
                 "building it again")
             return False
-        if meta["settings_sha256"] == digest and meta["tokenizer_sha256"] == tokens.file_sha256(args.tokenizer):
+        if meta["settings_sha256"] == digest and meta["tokenizer_sha256"] == dataset.file_sha256(args.tokenizer):
             log(f"already there: {args.data_dir}, made with these settings ({meta['train_tokens']:,} training tokens); "
                 "--force builds it again")
             return True
@@ -326,7 +326,7 @@ def build(args, log=print):
                 publish(args, work, spool, tok, digest, *encode(work, spool, tok, log), log)
     except OSError as error:
         raise UserError(f"cannot build {folder}: {error}", code=1) from None
-    return knobs.read_json(folder / "meta.json")
+    return read_json(folder / "meta.json")
 
 
 def holds(args):
@@ -346,7 +346,7 @@ def ensure_builtin(folder=config.STARTER_DIR, chars=None, log=print):
 def main(argv=None):
     args, origins = cli.parse(config.PrepareArgs, argv, "prepare")
     cli.announce(args, origins)
-    build(args, knobs.say if args.quiet else lambda text: print(knobs.printable(text)))
+    build(args, say if args.quiet else lambda text: print(knobs.printable(text)))
     print(knobs.printable(f"next: python -m train --data_dir {shlex.quote(args.data_dir)}"))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cli
 import config
-from knobs import UserError, say
+from common.flags import UserError, say
 
 WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 520, 210, 52, 20, 12, 24      # of a chart, in its own units
 BUCKETS = 130                                              # of a curve with more points than these: mean, lowest and highest
@@ -261,7 +261,7 @@ def render(events, name, run=None):
 
 def page(log):
     """train.jsonl -> the page as text."""
-    from verdict import read_log
+    from evaluation.check_run import read_log
     folder, here = Path(log).resolve().parent, Path.cwd()
     run = folder.relative_to(here) if here in folder.parents else folder
     return render(read_log(log), folder.name, run if (folder / "latest").is_file() else None)

@@ -25,14 +25,12 @@ from pathlib import Path
 
 import cli
 import config
-import knobs
-import shapes
-import study_plan
-import study_report
+import model_config
+from common.flags import UserError, read_json, read_lines, say, write_json, write_text
 from config import TrainArgs
-from knobs import UserError, say
+from evaluation import study_plan, study_report
+from evaluation.study_plan import flags, make_plan, rounds, scoring, terms, variants
 from studies import STUDIES
-from study_plan import flags, make_plan, rounds, scoring, terms, variants
 
 try:
     import fcntl
@@ -100,20 +98,20 @@ def last_words(log):
 
 def stopped(run):
     """Whether the last training was asked to save and leave, which it does with 0."""
-    ends = [e for e in knobs.read_lines(run.folder / "train.jsonl") if e["event"] == "end"]
+    ends = [e for e in read_lines(run.folder / "train.jsonl") if e["event"] == "end"]
     return ends and ends[-1].get("stopped")
 
 
 def score_at(run, step):
     """The validation of this run at a step, or None: {block rule: nats}, bits/byte per nat."""
-    for event in reversed(knobs.read_lines(run.folder / "train.jsonl")):
+    for event in reversed(read_lines(run.folder / "train.jsonl")):
         if event["event"] == "eval" and event["step"] == step:
             return event["by_block"], (event["val_bpb"] or event["val_nelbo"]) / event["val_nelbo"]
 
 
 def occupied(run):
     """What is wrong with the run's folder, or None: what lies there has to be the beginning of this very run."""
-    meta = [e for e in knobs.read_lines(run.folder / "train.jsonl") if e["event"] == "meta"]
+    meta = [e for e in read_lines(run.folder / "train.jsonl") if e["event"] == "meta"]
     if meta and (other := study_plan.unlike(study_plan.trained(meta[-1]["config"]["args"]), run.args)):
         return {"status": "failed", "code": 2, "error": f"{run.folder} holds a run with " + ", ".join(
             f"--{name} {value}" for name, value in other.items()) + ": move it away, or name another --output_root"}
@@ -147,11 +145,11 @@ def evaluate(args, run, lock):
 
 def figures(args, run, reference):
     """What a finished run has to say: its line of results.jsonl."""
-    events = knobs.read_lines(run.folder / "train.jsonl")
+    events = read_lines(run.folder / "train.jsonl")
     meta = [e for e in events if e["event"] == "meta"][-1]
-    found = knobs.read_json(run.folder / "evaluate.json")
+    found = read_json(run.folder / "evaluate.json")
     length, a = run.args.seq_len, run.args
-    c = shapes.ModelConfig.from_dict(meta["config"]["model"])
+    c = model_config.ModelConfig.from_dict(meta["config"]["model"])
 
     def named(part):
         return {"T" if b == "T" or int(b) >= length else b: found for b, found in part.items()}
@@ -187,7 +185,7 @@ class Book:
         line = study_report.by_seed(self.root / "results.jsonl").get((run.variant, run.args.seed), {})
         meta = Path(run.args.data_dir, "meta.json")
         same = "terms" in line and not study_plan.unlike(line["terms"], run.args) and line["scoring"] == scoring(self.args, run)
-        if same and meta.exists() and knobs.read_json(meta)["train_sha256"] != line["data_sha256"]:
+        if same and meta.exists() and read_json(meta)["train_sha256"] != line["data_sha256"]:
             return None
         return line if same else None
 
@@ -198,11 +196,11 @@ class Book:
         states = {r.name: {"status": "finished"} if r.name in found else self.state[r.name] for r in self.runs}
         lines, long = list(found.values()), ("name", "curve", "flags", "terms", "documents")
         brief = {name: {k: v for k, v in line.items() if k not in long} for name, line in found.items()}
-        knobs.write_json(self.root / "results.json", {
+        write_json(self.root / "results.json", {
             "version": 1, "study": self.args.study, "match": self.args.match, "halving": self.rungs,
             "runs": [{"name": name, **state, **brief.get(name, {})} for name, state in states.items()]})
         title = f"Study {self.args.study}: {STUDIES[self.args.study].question}" if self.args.study else "Matrix"
-        knobs.write_text(self.root / "summary.md", study_report.markdown(title, lines, states, self.rungs))
+        write_text(self.root / "summary.md", study_report.markdown(title, lines, states, self.rungs))
 
     def complete(self, run, lock, number):
         """Train and evaluate what is not finished."""
@@ -274,7 +272,7 @@ def measure_speed(runs, root, lock):
                 train_block_sizes=str(block), ar_fade=0.0))
             if wrong := train(probe, lock):
                 raise UserError(f"the speed of {run.variant} cannot be measured: {wrong['error']}", code=1)
-            steps = [e for e in knobs.read_lines(folder / "train.jsonl") if e["event"] == "train" and e["step"] > 2]
+            steps = [e for e in read_lines(folder / "train.jsonl") if e["event"] == "train" and e["step"] > 2]
             found[run.variant] += share * statistics.median(e["step_ms"] for e in steps)
         say(f"probe {run.variant}: {found[run.variant]:.0f} ms a step")
     return found
@@ -291,13 +289,13 @@ def execute(args, runs, root):
     with alone(root) as lock:
         path, step_ms = root / "experiment_plan.json", {}
         if args.match == "time":
-            old = knobs.read_json(path) if path.exists() else {}
+            old = read_json(path) if path.exists() else {}
             asked = {run.variant: terms(run.args) for run in runs}
             step_ms = old["step_ms"] if old.get("probed") == asked else measure_speed(runs, root, lock)
             share = {v: step_ms[runs[0].variant] / ms for v, ms in step_ms.items()}
             for run in runs:
                 run.args.max_steps = max(1, round(run.args.max_steps * share[run.variant]))
-        knobs.write_json(path, study_plan.as_json(args, runs, step_ms) | ({"probed": asked} if step_ms else {}))
+        write_json(path, study_plan.as_json(args, runs, step_ms) | ({"probed": asked} if step_ms else {}))
         book = Book(args, runs, root)
         chosen = halve(book, lock) if args.halving else runs
         for number, run in enumerate(chosen, 1):
@@ -338,7 +336,7 @@ def carry_out(args, runs, root):
     if args.execute:
         return execute(args, runs, root)
     if not (root / "results.json").exists():       # a finished matrix keeps the plan that it was run by
-        knobs.write_json(root / "experiment_plan.json", study_plan.as_json(args, runs, {}))
+        write_json(root / "experiment_plan.json", study_plan.as_json(args, runs, {}))
     return 0
 
 

@@ -16,11 +16,9 @@ from pathlib import Path
 
 import cli
 import config
-import knobs
+import model_config
 import objective
-import shapes
-from knobs import UserError, printable, say
-
+from common.flags import UserError, can_write, json_text, printable, say, write_json
 
 NEWEST = "checkpoints/latest"                      # the resolver takes the run there that saved last
 # tokens that a forward may reveal while their words still fit (docs/experiments/decoding.md)
@@ -89,7 +87,7 @@ def settings(args, origins, saved, tokenizer):
 
 def told(s, causal):
     """One line that says how the text is made."""
-    from samplers import ADAPTIVE
+    from sampling.unmasking import ADAPTIVE
     where = {"full": "in one piece",
              "block": f"in blocks of {s.block_size}, with all before them computed again",
              "block_frozen": f"in blocks of {s.block_size} over the exact cache"}[s.mode]
@@ -105,7 +103,7 @@ def told(s, causal):
 
 def idle(args, origins, s):
     """A notice for every typed flag that changes nothing under these settings."""
-    from samplers import ADAPTIVE
+    from sampling.unmasking import ADAPTIVE
     greedy = s.temperature == 0 and not s.temperature_end
     rules = [
         (("block_size",), s.mode == "full", "the text is decoded in one piece, not --blockwise"),
@@ -145,7 +143,7 @@ def degenerate(s, saved):
 
 def too_few(s, tokens):
     """A warning if so many tokens are revealed in too few forwards."""
-    from samplers import ADAPTIVE
+    from sampling.unmasking import ADAPTIVE
     at_once = tokens / s.steps
     if s.sampler in ADAPTIVE:
         if at_once > AT_ONCE["confidence"]:
@@ -161,8 +159,8 @@ def too_few(s, tokens):
 
 def decode_settings(args, saved, mode, eos_id):
     """Also for edge_benchmark and evaluate, whose command lines have modes instead of switches."""
-    from decode import Settings
-    from samplers import ADAPTIVE
+    from sampling.decode import Settings
+    from sampling.unmasking import ADAPTIVE
     depth, layers = args.min_decode_layers, saved.config["model"]["n_layers"]
     if depth > layers:
         say(f"notice: --min_decode_layers {depth}: this model has {layers} layers, all are used")
@@ -241,7 +239,7 @@ def with_gaps(text, tokenizer):
 
 def fill_text(args, model, tokenizer, s, watch):
     """Infill --text once per seed -> records."""
-    from decode import infill
+    from sampling.decode import infill
     fixed, sizes = with_gaps(args.text, tokenizer)
     ids, gaps = [tokenizer.bos_id], []
     for part, size in zip(fixed, [*sizes, 0], strict=True):
@@ -273,8 +271,8 @@ def continue_prompts(args, model, tokenizer, s, prompts, watch, trained_length):
 
     No two samples share a seed: prompts of one file that did would share their errors.
     """
-    from decode import generate
-    from terminal import Stream
+    from sampling.decode import generate
+    from sampling.terminal import Stream
     if model.cfg.model == "backup" and s.mode == "block_frozen":               # its cache grows, so it gets a window
         s = dataclasses.replace(s, window=max(trained_length, s.block_size))
     number = 0
@@ -330,19 +328,19 @@ def main(argv=None, pinned=None):
     args, origins = cli.parse(config.SampleArgs, argv, "sample", pinned=pinned)
     cli.announce(args, origins)
     import checkpoint
-    import fast
-    import runtime
-    from terminal import Watch
-    runtime.start(args.threads)
-    knobs.can_write(args, "out_json")
-    device = runtime.pick_device(args.device)
+    from common import machine
+    from sampling import fast
+    from sampling.terminal import Watch
+    machine.start(args.threads)
+    can_write(args, "out_json")
+    device = machine.pick_device(args.device)
     prompts = read_prompts(args)
     args.ckpt = args.ckpt or newest()
     args.sampler = masked_sampler(args.sampler)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
     precision, why = fast.pick(args.precision, device)
     fast.prepare(model, precision)
-    say(f"model: {model.cfg.model}, {shapes.count_params(model.cfg):,} parameters; products in {precision} ({why})")
+    say(f"model: {model.cfg.model}, {model_config.count_params(model.cfg):,} parameters; products in {precision} ({why})")
     longest = max(len(tokenizer.encode(prompt)) for prompt in prompts) + 1
     args = suited(args, origins, saved, longest)
     s = settings(args, origins, saved, tokenizer)
@@ -364,14 +362,14 @@ def main(argv=None, pinned=None):
         made = continue_prompts(args, model, tokenizer, s, prompts, watch, trained_length)
     for r in made:
         if args.json:
-            print(knobs.json_text(r), flush=True)
+            print(json_text(r), flush=True)
         elif not args.stream or args.text:
             print(("---\n" if records else "") + printable(r["text"]), flush=True)
         records.append(r)
         say("[stats] new={new_tokens} before_eos={tokens_before_eos} forwards={forwards} context={context_passes} "
             "seconds={seconds:.3f} tok/s={tok_per_s:.1f} seed={seed} mode={mode}".format(**r))
     if args.out_json:
-        knobs.write_json(args.out_json, {"checkpoint": str(saved.path), "samples": records})
+        write_json(args.out_json, {"checkpoint": str(saved.path), "samples": records})
 
 
 if __name__ == "__main__":

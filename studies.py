@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from knobs import knob
-from shapes import OLD_MODELS
+from common.flags import knob
+from model_config import OLD_MODELS
 
 # about 5M parameters in the layers. 3,000 steps of 4,096 tokens; evaluation is part of the curve, so it comes often
 SMALL = dict(d_model=256, n_layers=6, n_heads=4, d_ff=1024, memory_slots=16, seq_len=256, batch_size=16, grad_accum=1,

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import cli
 import config
-import knobs
-import shapes
-from knobs import UserError, say
+import model_config
+from common.flags import UserError, printable, say, to_dict
 
 NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
 SAVE_LIMIT = 3           # saves in a row that failed, then the run stops
@@ -39,12 +38,12 @@ def advised(typed):
     free = {"max_steps", "save_interval", "eval_interval", "eval_batches"}            # how long, how often: of no size
     if typed.keys() & (sizes - free) or typed.get("objective") == "ar" or Path(config.TrainArgs.data_dir, "meta.json").exists():
         return {}
-    import runtime
-    if runtime.pick_device(typed.get("device", "auto")).type != "cpu":
+    from common import machine
+    if machine.pick_device(typed.get("device", "auto")).type != "cpu":
         return {}
-    shape = shapes.model_config(config.TrainArgs(**config.PRESETS["starter"]), vocab_size=1)
+    shape = model_config.model_config(config.TrainArgs(**config.PRESETS["starter"]), vocab_size=1)
     backup = dataclasses.replace(shape, model="backup")
-    return config.PRESETS["starter"] | {"d_ff": shapes.match_d_ff(shape, shapes.count_params(backup))}
+    return config.PRESETS["starter"] | {"d_ff": model_config.match_d_ff(shape, model_config.count_params(backup))}
 
 
 def find_data(args, origins):
@@ -97,18 +96,17 @@ def main(argv=None, pinned=None):
 
 def start(args, origins):
     """Train with these arguments, alone or as one of torchrun's processes; -> exit code, the signal that stopped it."""
-    import distributed
-    import runs
+    from training import distributed, run_folder
     if args.print_config:
         cli.announce(args, origins)
     stopped = None
     with distributed.joined(args) as ranks:
-        run_dir, source, resuming = ranks.tell(runs.choose(args, origins) if ranks.main else None)
+        run_dir, source, resuming = ranks.tell(run_folder.choose(args, origins) if ranks.main else None)
         if run_dir is None:
             say(f"skipped: {args.run_dir} already holds a run and --if_exists skip was given")
             ranks.code = 0
         else:
-            with runs.held(Path(run_dir)) if ranks.main else contextlib.nullcontext():
+            with run_folder.held(Path(run_dir)) if ranks.main else contextlib.nullcontext():
                 ranks.code, stopped = train(args, origins, ranks, Path(run_dir), source, resuming)
     return ranks.code, stopped
 
@@ -117,25 +115,21 @@ def train(args, origins, ranks, run_dir, source, resuming):
     import torch
 
     import checkpoint
-    import drive
     import fit
-    import guard
     import masking
-    import optim
     import report
-    import runs
-    import runtime
-    import sinks
-    from decode import Settings, generate
-    from estimators import bits_per_byte, held_out
+    from common import machine
+    from evaluation.estimators import bits_per_byte, held_out
     from model import build_model
-    from tokenizer import Tokenizer
-    from tokens import TokenData, Windows
+    from sampling.decode import Settings, generate
+    from text.dataset import TokenData, Windows
+    from text.tokenizer import Tokenizer
+    from training import drive, logs, optim, recovery, run_folder
 
     # ---- data -----------------------------------------------------------------------------------------------------------
-    sinks.check(args)
-    allocator = runtime.start(args.threads)
-    device = runtime.pick_device(args.device)
+    logs.check(args)
+    allocator = machine.start(args.threads)
+    device = machine.pick_device(args.device)
     if args.preset in config.GPU_ONLY_PRESETS and device.type == "cpu" and origins["device"] != "flag":
         raise UserError(f"--preset {args.preset} is made for GPUs and there is none here: add --device cpu to train it on the "
                         "CPU nevertheless, or take --preset starter")
@@ -157,11 +151,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
     with ranks.main_first():
         data_dir = find_data(args, origins)
     args.data_dir = str(data_dir)
-    stop = runtime.StopFlag(ranks)                           # listens from the loop on; before it there is nothing to save
+    stop = machine.StopFlag(ranks)                           # listens from the loop on; before it there is nothing to save
     data = TokenData(data_dir, "train")
     scores = args.eval_interval > 0 or data.meta["val_tokens"] >= args.seq_len    # without: nobody asks held-out text
     val = TokenData(data_dir, "val") if scores else None
-    cfg = shapes.model_config(args, data.vocab_size)
+    cfg = model_config.model_config(args, data.vocab_size)
     windows = Windows(data, args.seq_len, args.seed)
     tokenizer = Tokenizer(data.tokenizer_path)
     if saved and ranks.main and saved.tokenizer_bytes != tokenizer.model_bytes:
@@ -170,7 +164,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
                         f"{old.vocab_size} ({old.sha256[:12]}): "
                         + data.for_run(saved.state.get("source"), saved.path / "tokenizer.model"))
     in_place = resuming and run_dir.resolve() == saved.path.parent.resolve()
-    state = runs.counters(saved) if resuming else None
+    state = run_folder.counters(saved) if resuming else None
     if in_place and state["data_sha256"] != data.meta["train_sha256"]:
         raise UserError(f"{data_dir} has changed since this run began (sha256 {data.meta['train_sha256'][:12]}, the checkpoint "
                         f"{state['data_sha256'][:12]}): {data.old_text(saved.state.get('source'))}, or fork with --run_name NEW")
@@ -180,12 +174,12 @@ def train(args, origins, ranks, run_dir, source, resuming):
         return 0, None
 
     # ---- model, optimizer, resume ---------------------------------------------------------------------------------------
-    dtype, why = runtime.pick_precision(args.amp, args.amp_dtype, device, state["precision"] if resuming else None)
+    dtype, why = machine.pick_precision(args.amp, args.amp_dtype, device, state["precision"] if resuming else None)
     dtype = {str(d): d for d in (None, torch.bfloat16, torch.float16)}[ranks.tell(str(dtype))]     # rank 0's, if measured
     if args.fsdp and dtype is torch.float16:
         raise UserError("--fsdp works in bf16 or float32: add --no_amp, or use GPUs with bf16")
     room = fit.check(cfg, args, min(args.batch_size, mine.stop - mine.start), device, ranks.world)
-    runtime.seed_everything(args.seed)
+    machine.seed_everything(args.seed)
     weights = saved and ("ema" if "ema" in saved.files and not resuming else "model")       # a fork takes the averaged ones
     if saved and ranks.main and not args.fsdp:
         checkpoint.may_fit(cfg, saved.model)
@@ -198,18 +192,18 @@ def train(args, origins, ranks, run_dir, source, resuming):
     optimizer = optim.make_optimizer(model, args)
     ema = optim.EMA(model, args.ema) if args.ema else None
     scaler = optim.LossScaler(optimizer, device, on=dtype is torch.float16)
-    spikes = guard.SpikeWatch(args.spike_factor)
+    spikes = recovery.SpikeWatch(args.spike_factor)
 
     def restore(saved, with_optimizer=True):
         """Everything but the weights -> best validation, that of `best`, skipped, position, tokens_seen, rollbacks."""
-        state = runs.counters(saved)
+        state = run_folder.counters(saved)
         if with_optimizer:
             optimizer.load_state_tensors(ranks.beside(saved, "optimizer", model))
         if ema and "ema" in saved.files:
             ema.load(ranks.beside(saved, "ema", model), state["ema_updates"])
         scaler.load(state["scaler"])
         spikes.load(state["losses"])
-        alike = runs.same_validation(saved.config, saved.state, args, data.meta)
+        alike = run_folder.same_validation(saved.config, saved.state, args, data.meta)
         bests = [math.inf if state[key] is None or not alike else state[key] for key in ("best", "kept")]
         return *bests, *(state[key] for key in ("skipped", "position", "tokens_seen", "rollbacks"))
 
@@ -221,12 +215,12 @@ def train(args, origins, ranks, run_dir, source, resuming):
         notes += ["the optimizer starts fresh"] if fresh else []
         if in_place and state["val_sha256"] not in (None, data.meta["val_sha256"]):
             notes.append("the validation text is not the one of before: no earlier figure compares, `best` starts anew")
-        notes += runs.rate_jump(saved, args, first_step)
-    run_id = sinks.wandb_id(args, state["wandb_id"] if in_place else None)
+        notes += run_folder.rate_jump(saved, args, first_step)
+    run_id = logs.wandb_id(args, state["wandb_id"] if in_place else None)
     rows = args.batch_size * args.grad_accum                # sequences of one optimizer step
     step_tokens = rows * args.seq_len
-    params = shapes.count_params(cfg)
-    peak = ranks.total(runtime.peak_flops(device, dtype))
+    params = model_config.count_params(cfg)
+    peak = ranks.total(machine.peak_flops(device, dtype))
     say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads"
         f"{f', {ranks.world} processes' if ranks.world > 1 else ''}{', sharded' if args.fsdp else ''}; "
         f"precision {why}; memory: {allocator}")
@@ -247,7 +241,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     held = val.val_windows(args.eval_batches * args.batch_size, args.seq_len) if val else windows.batch(0, args.batch_size)
     held = held.to(device)
     blocks = sorted(set(args.block_choices), reverse=True)
-    saved_args = {"args": knobs.to_dict(args, config.TrainArgs), "model": cfg.to_dict()}
+    saved_args = {"args": to_dict(args, config.TrainArgs), "model": cfg.to_dict()}
 
     def averaged():
         return ema.swap() if ema else contextlib.nullcontext()
@@ -266,7 +260,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             # a probe of --auto_batch is no piece: each rank probes as often as it has to
             piece = stop.piece(agreed=a == 0) if last else contextlib.nullcontext()
             with piece, contextlib.nullcontext() if summing else ranks.accumulate(loss_of):
-                with runtime.autocast(device, dtype):
+                with machine.autocast(device, dtype):
                     out = loss_of(x0[part], draw, args.loss, total, part, early=early, early_weight=args.exit_loss_weight)
                 try:
                     scaler.scale(out.loss).backward()
@@ -287,12 +281,12 @@ def train(args, origins, ranks, run_dir, source, resuming):
         later = 8 * params if fresh else 0                  # the optimizer's state comes with the first step
         micro = fit.measured(probe, micro, mine.stop - mine.start, args, device, later, optimizer.zero_grad, say)
         micro = ranks.lowest(micro)         # all ranks do the same number of forwards, and agree between them
-    if ranks.main and not in_place and runs.is_used(run_dir):    # last: the arguments have proved to be sound
-        runs.archive(run_dir)
+    if ranks.main and not in_place and run_folder.is_used(run_dir):    # last: the arguments have proved to be sound
+        run_folder.archive(run_dir)
     if in_place:
-        kept = ranks.tell(runs.rewind(run_dir, saved, kept, args, data.meta) if ranks.main else None)
+        kept = ranks.tell(run_folder.rewind(run_dir, saved, kept, args, data.meta) if ranks.main else None)
     if args.compile:
-        with runtime.autocast(device, dtype):
+        with machine.autocast(device, dtype):
             compile_step(model, args, (micro, args.seq_len), device)
     loss_of = ranks.replicate(loss_of)                       # after the probe and the compiler: see there
 
@@ -318,7 +312,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     def evaluate(step):
         model.eval()
         try:
-            with torch.no_grad(), runtime.autocast(device, dtype), averaged():
+            with torch.no_grad(), machine.autocast(device, dtype), averaged():
                 score = held_out(model, held, blocks, 0, micro, 1, ranks, stop.piece)
         finally:
             ranks.fold(model)
@@ -336,7 +330,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
                 log.write("sample", step=step, prompt=prompt, text=speak(prompt, 24))
             except FloatingPointError as error:               # NaN logits
                 log.write("warn", step=step, message=f"no sample: {error}")
-            except runtime.Stopped:
+            except machine.Stopped:
                 break
         return nats
 
@@ -346,8 +340,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
         One of autocast and float32 is enough. Replicas would add up what backward leaves, parts have none of their own,
         and a compiled layer has its graphs for training only: there the loss alone is asked.
         """
-        test = guard.sound if args.compile or ranks.world > 1 else guard.can_learn
-        contexts = (runtime.autocast(device, dtype), contextlib.nullcontext())
+        test = recovery.sound if args.compile or ranks.world > 1 else recovery.can_learn
+        contexts = (machine.autocast(device, dtype), contextlib.nullcontext())
         sound = any(test(model, held[:rows], blocks[-1], context) for context in contexts)
         ranks.fold(model)
         if not sound:
@@ -365,10 +359,10 @@ def train(args, origins, ranks, run_dir, source, resuming):
     def write(good, is_best, score, **tensors):
         step = good.step
         state = {"tokens_seen": good.tokens_seen, "position": good.position, "skipped": good.skipped,
-                 "best": runtime.finite(best),
-                 "kept": nats if is_best else runtime.finite(kept), "ema_updates": ema.updates if ema else 0, "model": args.model,
+                 "best": machine.finite(best),
+                 "kept": nats if is_best else machine.finite(kept), "ema_updates": ema.updates if ema else 0, "model": args.model,
                  "data_sha256": data.meta["train_sha256"], "val_sha256": data.meta["val_sha256"],
-                 "score": score if score is None else runtime.finite(score), "source": data.meta["source"],
+                 "score": score if score is None else machine.finite(score), "source": data.meta["source"],
                  "environment": environment, "compiled": args.compile, "precision": str(dtype),
                  "scaler": scaler.state(), "losses": spikes.state(), "rollbacks": rollbacks, "wandb_id": run_id,
                  "eval_due": int(due and scored_step != step == good.step)}
@@ -388,13 +382,13 @@ def train(args, origins, ranks, run_dir, source, resuming):
         return True
 
     # ---- the loop: evaluate, save, stop, step, log; one turn more than steps --------------------------------------------
-    environment = runtime.environment(device)
-    with (stop, runtime.Progress(args, first_step) as progress,
+    environment = machine.environment(device)
+    with (stop, machine.Progress(args, first_step) as progress,
           torch.autograd.set_detect_anomaly(args.detect_anomaly)):
-        log = sinks.Events(runtime.JsonLines(run_dir / "train.jsonl" if ranks.main else None),
-                           sinks.opened(args, run_dir, run_id, first_step + 1 if resuming else 0) if ranks.main else [])
+        log = logs.Events(machine.JsonLines(run_dir / "train.jsonl" if ranks.main else None),
+                           logs.opened(args, run_dir, run_id, first_step + 1 if resuming else 0) if ranks.main else [])
         log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
-                  config=saved_args, params_total=params, params_blocks=shapes.block_params(cfg),
+                  config=saved_args, params_total=params, params_blocks=model_config.block_params(cfg),
                   data={"source": data.meta["source"], "tokens": data.meta["train_tokens"], "sha256": data.meta["train_sha256"]},
                   planned_tokens=planned, precision=why, allocator=allocator, peak_flops=peak, **environment)
         if resuming:
@@ -416,7 +410,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             turn = step > held_step
             due = bool(turn and args.eval_interval and (last or step % args.eval_interval == 0))
             if due and scored_step != step:
-                with contextlib.suppress(runtime.Stopped):        # then the resume evaluates this step
+                with contextlib.suppress(machine.Stopped):        # then the resume evaluates this step
                     nats = evaluate(step)
                     best, scored_step = min(best, nats), step
             every = args.save_interval or 500
@@ -439,7 +433,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             lost = unsaved > 0 or good.step == ruined_step > 0
             if unsaved == SAVE_LIMIT or lost and (last or signal is not None):
                 many = f" ({unsaved} saves failed in a row)" if unsaved else ""
-                say(f"error: step {good.step} is not saved{many}: the run stops; {runs.what_is_there(run_dir)}")
+                say(f"error: step {good.step} is not saved{many}: the run stops; {run_folder.what_is_there(run_dir)}")
                 code = 1
                 break
             if last or signal is not None:
@@ -457,7 +451,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             work = functools.partial(gradients, x0, draw, step)
             try:
                 loss, micro = fit.backing_off(work, micro, len(x0), args, optimizer.zero_grad, say, ranks.world == 1)
-            except runtime.Stopped:                               # nothing of this step has happened: save what was before
+            except machine.Stopped:                               # nothing of this step has happened: save what was before
                 optimizer.zero_grad()
                 continue
             loss = ranks.total(loss)
@@ -469,7 +463,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
                 message = f"loss {loss:.4f} is {loss / usual:.1f} times the median of the last such steps, {usual:.4f}"
                 log.write("warn", step=step + 1, message=message)
                 say(f"warning: step {step + 1}: {message}")
-                if args.spike_rollback and rollbacks < guard.ROLLBACKS and checkpoint.is_run(run_dir):
+                if args.spike_rollback and rollbacks < recovery.ROLLBACKS and checkpoint.is_run(run_dir):
                     saved = checkpoint.load(run_dir, parts=("model", "ema", "optimizer"), quarantine=True)
                     checkpoint.load_into(model, saved.model)
                     best, kept, skipped, _, tokens_seen, _ = restore(saved, bool(saved.optimizer))   # on: other text
@@ -493,11 +487,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
                 say(f"warning: step {step + 1}: loss {loss}, gradient norm {gnorm}: not finite, step skipped")
             optimizer.zero_grad()
             seconds = time.perf_counter() - started
-            rate, memory = draw.hidden / step_tokens, runtime.peak_memory_mb(device)
-            mfu = step_tokens / seconds * shapes.train_flops(cfg, args.seq_len, block, rate) / peak
+            rate, memory = draw.hidden / step_tokens, machine.peak_memory_mb(device)
+            mfu = step_tokens / seconds * model_config.train_flops(cfg, args.seq_len, block, rate) / peak
             progress.step(step + 1, step_tokens, seconds, loss=loss, bound=nats, gnorm=gnorm, mask=rate, mfu=mfu, memory=memory)
-            log.write("train", step=step + 1, loss=runtime.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
-                      gnorm=runtime.finite(gnorm), tok_s=step_tokens / seconds, mfu=mfu, seq_len=args.seq_len,
+            log.write("train", step=step + 1, loss=machine.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
+                      gnorm=machine.finite(gnorm), tok_s=step_tokens / seconds, mfu=mfu, seq_len=args.seq_len,
                       block=block, first=first, global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds,
                       data_ms=data_ms, mem_mb=memory, skipped=skipped, overflows=scaler.overflows)
             if step == first_step or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
@@ -507,11 +501,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
             measured = step + 1 - first_step
             if not timed and (measured == MEASURED or measured > 2 and progress.elapsed > 30) and step + 1 < args.max_steps:
                 timed = True
-                say(f"speed: {progress.eta} to go, measured on {measured} steps" + runtime.advice_on_threads(device))
+                say(f"speed: {progress.eta} to go, measured on {measured} steps" + machine.advice_on_threads(device))
             if bad_in_a_row == NON_FINITE_LIMIT:
                 if good.step > max(held_step, ruined_step, 0) and still_sound(good.step, micro):
                     save(good, False)                        # what the advice below goes on from
-                cause = guard.likely_cause(model, held[:8], blocks[-1], lambda: runtime.autocast(device, dtype), loss, gnorm,
+                cause = recovery.likely_cause(model, held[:8], blocks[-1], lambda: machine.autocast(device, dtype), loss, gnorm,
                                            range(position - NON_FINITE_LIMIT * rows, position), args.lr,
                                            saved=checkpoint.is_run(run_dir))
                 message = f"{NON_FINITE_LIMIT} steps in a row were not finite, the last is step {step + 1}; likely cause: {cause}"
@@ -527,7 +521,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         stopped = stop.name if unfinished and not code else None
         log.write("end", step=step, code=code, stopped=stopped, best=None if best == math.inf else best, seconds=progress.elapsed)
         bits = None if best == math.inf else bits_per_byte(best, data.meta)
-        summary = runtime.summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step)
+        summary = machine.summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step)
         publish("summary.md", summary)
         log.close(hurry=stop.signal is not None)
         if ranks.main:
@@ -540,16 +534,16 @@ def train(args, origins, ranks, run_dir, source, resuming):
         program = "python" if ranks.world == 1 else "torchrun ..."
         say(f"stopped by {stopped} at step {step}"
             + f", saved; to go on: {program} -m train --resume {shlex.quote(str(run_dir))}" * (held_step > 0))
-        if runtime.by_torchrun():
+        if machine.by_torchrun():
             say("notice: if the signal was sent to torchrun (Ctrl-C, kill, a scheduler), torchrun now shows a traceback that "
                 "ends in SignalException and exits with 1, as it always does; the training itself has exited with 0")
     elif speaks and not code:
         model.eval()
         stop.answer = "leaving out the samples; the run is finished and saved"
         try:
-            with stop, contextlib.suppress(runtime.Stopped):
+            with stop, contextlib.suppress(machine.Stopped):
                 for prompt in config.PROMPTS:
-                    print(f"{prompt}{knobs.printable(speak(prompt, 48))}\n---", flush=True)
+                    print(f"{prompt}{printable(speak(prompt, 48))}\n---", flush=True)
         except FloatingPointError:                            # NaN logits
             say(f"error: the trained weights give no finite answer, so there are no samples: --lr {args.lr:g} is too high; "
                 f"train again with a lower one, such as {config.RATES[args.optimizer]:g}")

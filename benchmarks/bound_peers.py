@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import arguments
 
 import config
 import masking
-import runtime
-import tokens
 from benchmarks import peer_models, peers
-from estimators import bits_per_byte
+from common import machine
+from evaluation.estimators import bits_per_byte
+from harness import arguments
+from text import dataset
 
 FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)               # times the published rate
 FIRST = 3, 4, 5                                                  # of FACTORS, tried by everybody
@@ -102,9 +102,9 @@ class Study:
     def __init__(self, args):
         self.args, self.path = args, Path(args.out) / "runs.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        train, self.val = tokens.TokenData(args.data_dir, "train"), tokens.TokenData(args.data_dir, "val")
+        train, self.val = dataset.TokenData(args.data_dir, "train"), dataset.TokenData(args.data_dir, "val")
         self.shape = {name: getattr(args, name) for name in ("d_model", "n_layers", "n_heads", "d_ff", "memory_slots", "seq_len")}
-        self.windows, self.vocab = tokens.Windows(train, args.seq_len, args.seed), train.vocab_size
+        self.windows, self.vocab = dataset.Windows(train, args.seq_len, args.seed), train.vocab_size
         self.held = self.val.val_windows(args.windows, args.seq_len)                # (R, T)
         self.few = self.val.val_windows(args.curve_windows, args.seq_len)
         told = ("batch_size", "judge", "every", "seed", "curve_windows", "windows", "draws")
@@ -335,11 +335,11 @@ def parser():
 
 def main():
     args = parser().parse_args()
-    runtime.start(args.threads)
+    machine.start(args.threads)
     warnings.simplefilter("ignore")                                                # the peers' deprecated calls
     rows, budget = compare(args)
     print(json.dumps({"rows": rows, "budget_s": budget, "settings": vars(args), "dtype": str(peer_models.DTYPE),
-                      **runtime.environment(torch.device("cpu"))}))
+                      **machine.environment(torch.device("cpu"))}))
 
 
 if __name__ == "__main__":

@@ -27,26 +27,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from common import arguments
 
-import fast
-import runtime
-import shapes
+import model_config
 from attention import attend
 from benchmarks import peers
-from decode import Settings, generate
+from common import machine
+from harness import arguments
 from layers import rotary_table
 from model import build_model
+from sampling import fast
+from sampling.decode import Settings, generate
 
 VOCAB, WIDTH, LAYERS, HEADS, FF, BLOCK = 8000, 512, 10, 8, 1536, 32
 
 
 def shape(kind):
-    cfg = shapes.ModelConfig(model=kind, vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=FF)
+    cfg = model_config.ModelConfig(model=kind, vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=FF)
     if kind == "backup":
         return cfg
-    target = shapes.count_params(shape("backup"))
-    return shapes.ModelConfig.from_dict({**cfg.to_dict(), "d_ff": shapes.match_d_ff(cfg, target)})
+    target = model_config.count_params(shape("backup"))
+    return model_config.ModelConfig.from_dict({**cfg.to_dict(), "d_ff": model_config.match_d_ff(cfg, target)})
 
 
 def network(kind, precision):
@@ -298,9 +298,9 @@ def random_prompt(length):
 
 def starter_prompts(tokenizer, length):
     """Documents of the starter corpus end to end, of a seed that no preset trains on."""
-    import corpus
+    from text.starter import grammar
     ids = []
-    for _, text in corpus.starter_documents(seed=991):
+    for _, text in grammar.starter_documents(seed=991):
         ids += [tokenizer.bos_id, *tokenizer.encode(text)]
         if len(ids) >= length:
             return ids[:length]
@@ -347,11 +347,11 @@ def main():
     p.add_argument("--agreement", action="store_true", help="is each cache exact? no timing")
     p.add_argument("--ckpt", help="with --agreement: trained weights of the backup model instead of random ones")
     args = p.parse_args()
-    runtime.start(0)
+    machine.start(0)
     torch.set_grad_enabled(False)
-    print("parameters: " + ", ".join(f"{k} {shapes.count_params(shape(k)):,}" for k in ("primary", "backup")), flush=True)
+    print("parameters: " + ", ".join(f"{k} {model_config.count_params(shape(k)):,}" for k in ("primary", "backup")), flush=True)
     rows = agreement(args) if args.agreement else speed(args)
-    print(json.dumps({"rows": rows, "new": args.new, "rounds": args.rounds, **runtime.environment(torch.device("cpu"))}))
+    print(json.dumps({"rows": rows, "new": args.new, "rounds": args.rounds, **machine.environment(torch.device("cpu"))}))
 
 
 if __name__ == "__main__":

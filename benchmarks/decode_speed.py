@@ -19,15 +19,15 @@ import time
 from functools import partial
 
 import torch
-from common import in_turn
 from torch.profiler import ProfilerActivity, profile
 
-import fast
-import runtime
-import shapes
+import model_config
 from benchmarks.decode_peers import BLOCK, VOCAB, shape
-from decode import Settings, generate
+from common import machine
+from harness import in_turn
 from model import build_model
+from sampling import fast
+from sampling.decode import Settings, generate
 
 ROUNDS, NEW, PER_FORWARD = 7, 128, 4
 CONTEXTS = (256, 1024, 4096)
@@ -87,7 +87,7 @@ def widths(kind, model, precision, product, memory, out):
     model.commit(torch.randint(4, VOCAB, (1, 64)), cache)
     blocks = {w: torch.randint(4, VOCAB, (1, w)) for w in WIDTHS}
     ms = timed({w: lambda b=b: model.logits(model.hidden(b, cache)) for w, b in blocks.items()}, 3 * ROUNDS)
-    params, bytes_each = shapes.count_params(model.cfg), {"fp32": 4, "bf16": 2, "int8": 1}[precision]
+    params, bytes_each = model_config.count_params(model.cfg), {"fp32": 4, "bf16": 2, "int8": 1}[precision]
     print(f"{kind:8} {precision}: a forward of 1 token reads {params * bytes_each / 1e6:.0f} MB, at least "
           f"{1e3 * params * bytes_each / memory:.1f} ms")
     for w, t in ms.items():
@@ -97,10 +97,10 @@ def widths(kind, model, precision, product, memory, out):
 
 
 def main():
-    runtime.start(0)
+    machine.start(0)
     torch.set_grad_enabled(False)
     precision, why = fast.pick("auto", torch.device("cpu"))
-    product, memory = runtime.matmul_flops((torch.bfloat16,), size=2048)[torch.bfloat16], memory_speed()
+    product, memory = machine.matmul_flops((torch.bfloat16,), size=2048)[torch.bfloat16], memory_speed()
     print(f"products in {precision} ({why}); {product / 1e9:.0f} GFLOP/s in bf16, memory {memory / 1e9:.1f} GB/s")
     out = {"precision": precision, "gflops": product / 1e9, "memory_gb_s": memory / 1e9}
     for kind in ("primary", "backup"):
@@ -135,7 +135,7 @@ def main():
         print(f"{kind:8} a prompt of 1,024: one pass {prompt_ms['one_pass']:.0f} ms, by block {prompt_ms['by_block']:.0f} ms; "
               f"a block's forward calls {called} operators, {ran} with those inside", flush=True)
         out[kind] |= {"block_ms": grown, "prompt_ms": prompt_ms, "operators": [called, ran]}
-    print(json.dumps({**out, **runtime.environment(torch.device("cpu"))}))
+    print(json.dumps({**out, **machine.environment(torch.device("cpu"))}))
 
 
 if __name__ == "__main__":

@@ -32,19 +32,19 @@ import math
 import sys
 from pathlib import Path
 
-import common  # noqa: F401  (puts the repository on the path)
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import cli
 import config
+import harness  # noqa: F401  (puts the repository on the path)
+import model_config
 import run_experiments
-import shapes
-import study_plan
 from attention import MultiHead, block_masks
+from common.flags import UserError
 from eco_hybrid import EcoHybrid, EcoLayer
-from knobs import UserError
+from evaluation import study_plan
 from layers import Linear, LocalConv, RMSNorm, TiedHead, initialise, rotary_table, rotate, unit_rms
 from studies import SMALL, STUDIES, Study
 
@@ -345,7 +345,7 @@ def train_flops(name, c, length, block, hidden):
 
 def sizes(name, c, a):
     return {"params": counts(name, c)[0], "params_blocks": counts(name, c)[1],
-            "flops_per_token": shapes.flops_per_token(c, a.seq_len, a.rule_shares, study_plan.asked(a),
+            "flops_per_token": model_config.flops_per_token(c, a.seq_len, a.rule_shares, study_plan.asked(a),
                                                       functools.partial(train_flops, name))}
 
 
@@ -355,8 +355,8 @@ def inside(name, command, words):
     """In a run's own process: change the model and what is said of its size, then be the command."""
     import model
     model.EcoHybrid = VARIANTS[name]
-    shapes.count_params, shapes.block_params = (lambda c: counts(name, c)[0]), (lambda c: counts(name, c)[1])
-    shapes.train_flops = functools.partial(train_flops, name)
+    model_config.count_params, model_config.block_params = (lambda c: counts(name, c)[0]), (lambda c: counts(name, c)[1])
+    model_config.train_flops = functools.partial(train_flops, name)
     return importlib.import_module(command).main(words)
 
 
@@ -365,13 +365,13 @@ def plan(args, origins, root):
     vocab = study_plan.vocabulary(args.data_dir)
     if not vocab:
         raise UserError(f"{args.data_dir} holds no prepared text; first: python -m prepare --data_dir {args.data_dir}")
-    c = shapes.model_config(args, vocab)
+    c = model_config.model_config(args, vocab)
     own = {name: dict(d_ff=match_d_ff(name, c)) for name in VARIANTS}
     STUDIES[STUDY] = Study("What is each choice in EcoHybrid's block worth?", own, base=SMALL)
     args = dataclasses.replace(args, study=STUDY, show_samples=False)
     by_hand = dataclasses.replace(args, match="tokens")          # sizes are equal already
     return args, [run._replace(via=(str(Path(__file__).resolve()), "--variant", run.variant),
-                               counted=sizes(run.variant, shapes.model_config(run.args, vocab), run.args))
+                               counted=sizes(run.variant, model_config.model_config(run.args, vocab), run.args))
                   for run in study_plan.make_plan(by_hand, origins, root)]
 
 

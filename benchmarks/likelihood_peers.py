@@ -27,13 +27,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from common import arguments
 
-import estimators
 import masking
-import runtime
-import shapes
+import model_config
 from benchmarks import peers
+from common import machine
+from evaluation import estimators
+from harness import arguments
 from model import build_model
 
 BOS, BATCH = 2, 16            # BATCH: rows at once, LLaDA's default and everybody's here
@@ -183,7 +183,7 @@ def report(measured, pairs):
 def tiny(kind, length):
     """Random, and far from uniform, so that it matters what is hidden -> (model, a row of BOS and `length` tokens)."""
     torch.manual_seed(0)
-    net = build_model(shapes.ModelConfig(model=kind, vocab_size=9, d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=3,
+    net = build_model(model_config.ModelConfig(model=kind, vocab_size=9, d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=3,
                                          conv_kernel=3))
     net.head.weight.data *= 40
     return net.eval(), torch.tensor([BOS, 5, 7, 4, 8, 5, 6][:length + 1])
@@ -299,7 +299,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="other masks of the same rows, with --ckpt")
     p.add_argument("--threads", type=int, default=0)
     args = p.parse_args(argv)
-    runtime.start(args.threads)
+    machine.start(args.threads)
     there = [name for name in ("LLaDA/get_log_likelihood.py", "RADD/losses.py") if Path(args.peers, name).exists()]
     if not there:
         print(f"no peer is in {args.peers}: it should hold LLaDA/get_log_likelihood.py or RADD/losses.py")
@@ -317,7 +317,7 @@ def main(argv=None):
         measured = measure(found, net, rows, args.copies, args.repeats, args.seed, tell=True)
         result |= {"checkpoint": path, "measured": measured, "pairs": compare(measured)}
         report(measured, result["pairs"])
-    print(json.dumps({**result, "settings": vars(args), **runtime.environment(torch.device("cpu"))}))
+    print(json.dumps({**result, "settings": vars(args), **machine.environment(torch.device("cpu"))}))
     return 0
 
 

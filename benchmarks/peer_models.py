@@ -39,15 +39,15 @@ from torch import nn
 
 import config
 import masking
-import optim
-import runtime
-import shapes
+import model_config
 from benchmarks import peers
+from common import machine
 from layers import rotate
 from model import build_model
+from training import optim
 
 CPU = torch.device("cpu")
-DTYPE = runtime.pick_precision("auto", "bf16", CPU)[0]
+DTYPE = machine.pick_precision("auto", "bf16", CPU)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Student:
 
 def target(setting):
     """The number of parameters that everybody is brought to: our backup's."""
-    return shapes.count_params(shapes.model_config(config.TrainArgs(model="backup", **setting.shape), setting.vocab))
+    return model_config.count_params(model_config.model_config(config.TrainArgs(model="backup", **setting.shape), setting.vocab))
 
 
 def size(model):
@@ -105,7 +105,7 @@ def stepper(net, optimizer, loss, before=lambda n: None, after=lambda: None):
     """The step that nearly everybody takes; loss(ids (B, T)) -> scalar."""
     def step(x, n):
         before(n)
-        with runtime.autocast(CPU, DTYPE):
+        with machine.autocast(CPU, DTYPE):
             out = loss(x)
         out.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -131,9 +131,9 @@ def ours(setting, rate, kind, blocks=None, optimizer="adamw"):
     args = config.TrainArgs(model="backup" if causal else kind, batch_size=s.rows, grad_accum=1, lr=rate, optimizer=optimizer,
                             objective="ar" if causal else "masked", max_steps=s.steps, seed=s.seed,
                             train_block_sizes=blocks or "T", **s.shape)
-    cfg = shapes.model_config(args, s.vocab)
+    cfg = model_config.model_config(args, s.vocab)
     if kind == "primary":
-        cfg = dataclasses.replace(cfg, d_ff=shapes.match_d_ff(cfg, target(s)))
+        cfg = dataclasses.replace(cfg, d_ff=model_config.match_d_ff(cfg, target(s)))
     net = build_model(cfg)
     moving = optim.make_optimizer(net, args)
 
@@ -141,7 +141,7 @@ def ours(setting, rate, kind, blocks=None, optimizer="adamw"):
         moving.set_lr(optim.lr_at(n, args.max_steps, args.lr, args.warmup, args.lr_schedule, args.min_lr_ratio))
         block, first = masking.pick_blocks(args.block_choices, T, s.seed, n, args.single_chance(n))
         draw = masking.whole_rows(*x.shape) if causal else masking.draw(args, s.seed, n, len(x), T, block, first)
-        with runtime.autocast(CPU, DTYPE):
+        with machine.autocast(CPU, DTYPE):
             out = masking.denoising_loss(net, x, draw, args.loss, masking.normaliser(args.loss, draw))
         out.loss.backward()
         optim.clip_grad_norm(net, args.grad_clip)
@@ -232,8 +232,7 @@ def torchdiff(folder, setting, rate, optimizer="auto"):
     root, s = peers.find(folder, "pip/torchdiff"), setting
     peers.packages(folder, "hf"), peers.packages(folder, "pip")
     peers.bare("torchdiff", root)
-    from torchdiff import model as peer
-    from torchdiff import train
+    from torchdiff import model as peer, train
     d, mask = s.shape["d_model"], s.vocab
 
     def make(ff):

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, arguments, in_turn
+from harness import ROOT, arguments, in_turn
 
 
 def main():
@@ -26,10 +26,10 @@ def main():
     args = parser.parse_args()
     import sentencepiece
 
-    from clean import Cleaner
-    from documents import find_files, read_documents
-    from romanise import Romaniser
-    from tokenizer import Tokenizer, normalise, train_tokenizer
+    from text.clean import Cleaner
+    from text.documents import find_files, read_documents
+    from text.romanise import Romaniser
+    from text.tokenizer import Tokenizer, normalise, train_tokenizer
     texts, size = [], 0
     for path in find_files(args.files):
         for text in read_documents(path):

@@ -16,10 +16,9 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from common import arguments
-
-import romanise
-from knobs import UserError
+from common.flags import UserError
+from harness import arguments
+from text import romanise
 
 STYLES = (8, 32)
 DEVANAGARI = re.compile("[\u0900-\u097f]")

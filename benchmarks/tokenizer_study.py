@@ -13,9 +13,8 @@ import time
 from itertools import accumulate, takewhile
 from pathlib import Path
 
-from common import arguments, in_turn
-
-from tokenizer import normalise, train_tokenizer
+from harness import arguments, in_turn
+from text.tokenizer import normalise, train_tokenizer
 
 ROUNDS = 5
 

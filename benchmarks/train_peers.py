@@ -20,11 +20,11 @@ import time
 import warnings
 
 import torch
-from common import arguments
 
-import runtime
 from benchmarks import peer_models, peers
 from benchmarks.peer_models import DTYPE, Setting
+from common import machine
+from harness import arguments
 
 VOCAB = 8000                                                     # the mask is one more row
 SHAPES = {
@@ -143,11 +143,11 @@ def main():
     p.add_argument("--shapes", nargs="+", default=["d256", "d512"], choices=list(SHAPES))
     p.add_argument("--rounds", type=int, default=4)
     args = p.parse_args()
-    told = runtime.start(0)
+    told = machine.start(0)
     warnings.simplefilter("ignore")                                                # the peers' deprecated calls
     print(f"training in {DTYPE or torch.float32}, {torch.get_num_threads()} threads; memory: {told}", flush=True)
     rows = [row for shape in args.shapes for row in compare(shape, args)]
-    print(json.dumps({"rows": rows, "rounds": args.rounds, "dtype": str(DTYPE), **runtime.environment(torch.device("cpu"))}))
+    print(json.dumps({"rows": rows, "rounds": args.rounds, "dtype": str(DTYPE), **machine.environment(torch.device("cpu"))}))
 
 
 if __name__ == "__main__":

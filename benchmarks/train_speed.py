@@ -24,15 +24,15 @@ import time
 from pathlib import Path
 
 import torch
-from common import ROOT, arguments, tiny_text
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import masking
-import optim
-import runtime
-import shapes
+import model_config
+from common import machine
+from harness import ROOT, arguments, tiny_text
 from model import build_model
+from training import optim
 
 VOCAB = 8000
 COMPILED, RECOMPUTED = " compiled", " recomputed"
@@ -69,10 +69,10 @@ class Variant:
         settings, batch = SHAPES[shape]
         args = config.TrainArgs(model=model, batch_size=batch, grad_accum=1, optimizer=optimizer, exit_loss_weight=exit_weight,
                                 **settings)
-        cfg = shapes.model_config(args, VOCAB)
+        cfg = model_config.model_config(args, VOCAB)
         if model == "primary":
             backup = dataclasses.replace(cfg, model="backup")
-            cfg = dataclasses.replace(cfg, d_ff=shapes.match_d_ff(cfg, shapes.count_params(backup)))
+            cfg = dataclasses.replace(cfg, d_ff=model_config.match_d_ff(cfg, model_config.count_params(backup)))
         torch.manual_seed(0)
         self.args, self.cfg, self.dtype = args, cfg, dtype
         self.block = args.seq_len if block == "T" else int(block)
@@ -95,7 +95,7 @@ class Variant:
                 for layer in self.model.layers:
                     layer.__dict__.pop("train_step", None)
                 started = time.perf_counter()
-                with runtime.autocast(torch.device("cpu"), self.dtype):
+                with machine.autocast(torch.device("cpu"), self.dtype):
                     train.compile_step(self.model, args, (args.batch_size, args.seq_len), "cpu")
                 self.compile_s[state] = time.perf_counter() - started
 
@@ -105,7 +105,7 @@ class Variant:
         draw = masking.draw(self.args, 1, self.count, len(x0), self.args.seq_len, self.block)
         self.count += 1
         marks.append(time.perf_counter())
-        with runtime.autocast(torch.device("cpu"), self.dtype):
+        with machine.autocast(torch.device("cpu"), self.dtype):
             early = masking.pick_exit(self.cfg.n_layers, 1, self.count) if self.cfg.exits else None
             out = masking.denoising_loss(self.model, x0, draw, "elbo", masking.normaliser("elbo", draw), early=early,
                                          early_weight=self.args.exit_loss_weight)
@@ -143,7 +143,7 @@ def report(variants, peak):
         data, forward, backward, update = (1e3 * statistics.median(column) for column in zip(*v.parts, strict=True))
         whole = sorted(sum(p) for p in v.parts)
         seconds = statistics.median(whole)
-        rows.append({**v.name, "length": v.args.seq_len, "params": shapes.count_params(v.cfg),
+        rows.append({**v.name, "length": v.args.seq_len, "params": model_config.count_params(v.cfg),
                      "tok_per_s": v.tokens / seconds, "step_ms": 1e3 * seconds,
                      "step_ms_min": 1e3 * whole[0], "step_ms_max": 1e3 * whole[-1], "forward_ms": forward,
                      "backward_ms": backward, "optimizer_ms": update, "data_ms": data, "gflop": v.flops / 1e9,
@@ -188,7 +188,7 @@ def child():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     times = [sum(v.step()) for _ in range(4)]
     faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / len(times)
-    print(json.dumps({"step_ms": 1e3 * statistics.median(times), "faults": faults, "peak_mb": runtime.peak_memory_mb()}))
+    print(json.dumps({"step_ms": 1e3 * statistics.median(times), "faults": faults, "peak_mb": machine.peak_memory_mb()}))
 
 
 def memory(steps=2000, early=200):
@@ -225,17 +225,17 @@ def main():
     p.add_argument("--memory", action="store_true")
     p.add_argument("--child", action="store_true")
     args = p.parse_args()
-    told = runtime.start(0)
+    told = machine.start(0)
     if args.child:
         return child()
     if args.memory:
-        print(json.dumps({"memory": memory(), **runtime.environment(torch.device("cpu"))}))
+        print(json.dumps({"memory": memory(), **machine.environment(torch.device("cpu"))}))
         return
     if args.allocator:
-        print(json.dumps({"allocator": allocator(args.rounds), **runtime.environment(torch.device("cpu"))}))
+        print(json.dumps({"allocator": allocator(args.rounds), **machine.environment(torch.device("cpu"))}))
         return
-    speed = runtime.matmul_flops((torch.bfloat16, torch.float32), size=2048)
-    dtype, why = runtime.pick_precision("auto", "bf16", torch.device("cpu"))
+    speed = machine.matmul_flops((torch.bfloat16, torch.float32), size=2048)
+    dtype, why = machine.pick_precision("auto", "bf16", torch.device("cpu"))
     peak = speed[dtype or torch.float32]
     print(f"matmul peak: bf16 {speed[torch.bfloat16] / 1e9:.0f} GFLOP/s, float32 {speed[torch.float32] / 1e9:.0f}; "
           f"training in {why}; memory: {told}")
@@ -251,7 +251,7 @@ def main():
         measure(variants, args.rounds)
         rows += report(variants, peak)
     print(json.dumps({"rows": rows, "exponents": exponents(rows) if args.lengths else {}, "rounds": args.rounds,
-                      "peak_gflops": {str(d): f / 1e9 for d, f in speed.items()}, **runtime.environment(torch.device("cpu"))}))
+                      "peak_gflops": {str(d): f / 1e9 for d, f in speed.items()}, **machine.environment(torch.device("cpu"))}))
 
 
 if __name__ == "__main__":

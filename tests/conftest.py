@@ -30,7 +30,7 @@ def no_network(monkeypatch):
 def aloud():
     """--quiet of one test silences no other one in the same process."""
     yield
-    from knobs import be_quiet
+    from common.flags import be_quiet
     be_quiet(False)
 
 
@@ -46,7 +46,7 @@ def aria(command, *args, cwd, timeout=240, env=None, check=None):
 
 def call(main, *words):
     """An entry point in this process, as a command line would end -> exit code."""
-    from knobs import UserError
+    from common.flags import UserError
     try:
         return main([str(word) for word in words]) or 0
     except UserError as error:
@@ -76,7 +76,7 @@ def trap(canary):
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """Token files of a few thousand tokens, so that a few dozen steps are more than an epoch. Tests read and copy them."""
-    from common import tiny_text
+    from harness import tiny_text
     folder = tiny_text(tmp_path_factory.mktemp("text"))
     before = tree(folder)
     yield folder

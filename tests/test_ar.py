@@ -5,24 +5,23 @@ import shutil
 
 import pytest
 import torch
-from conftest import call
 from test_train import curve, fresh, weights
 
 import checkpoint
 import cli
 import config
-import decode
 import edge_benchmark
-import knobs
 import masking
+import model_config
 import sample
-import shapes
-import study_report
 import train
-import verdict
-from decode import Settings, generate
+from common.flags import UserError, to_dict
+from conftest import call
+from evaluation import check_run, study_report
 from model import build_model
-from optim import make_optimizer
+from sampling import decode
+from sampling.decode import Settings, generate
+from training.optim import make_optimizer
 
 V = 23
 AR = ("--model", "backup", "--objective", "ar")
@@ -31,7 +30,7 @@ AR = ("--model", "backup", "--objective", "ar")
 def tiny(**changes):
     torch.manual_seed(0)
     shape = {**dict(d_model=32, n_layers=2, n_heads=2, d_ff=48), **changes}
-    return build_model(shapes.ModelConfig(model="backup", vocab_size=V, causal=True, **shape)).eval()
+    return build_model(model_config.ModelConfig(model="backup", vocab_size=V, causal=True, **shape)).eval()
 
 
 def some(rows, length):
@@ -94,7 +93,7 @@ def test_decoding_is_the_greedy_path_and_one_forward_per_token():
     assert one[0] == two[1], "a row depends on its batch"
     slid = generate(net, prompt * 4, Settings(max_new_tokens=30, steps=1, window=8), [1])
     assert len(slid.rows[0]) == 30 and slid.cache_bytes == 2 * 2 * 8 * 32 * 4, "the cache slides when the text outgrows it"
-    with pytest.raises(knobs.UserError, match="--objective masked"):
+    with pytest.raises(UserError, match="--objective masked"):
         decode.infill(net, [2, 5, V, 6], Settings(max_new_tokens=1, steps=1), [1])
 
 
@@ -153,15 +152,15 @@ def test_its_held_out_figure_is_called_nll(run):
     for name in ("summary.md", "report.html"):
         page = (run / name).read_text(encoding="utf-8")
         assert "best held-out NLL" in page and "held-out bound" not in page.lower(), name
-    log = [{**e, "step": e["step"] + 10} if e["event"] == "train" else e for e in verdict.read_log(run / "train.jsonl")]
-    [mask] = [line for line in verdict.judge(log, {}, None, None) if line.name == "mask metric in range"]
+    log = [{**e, "step": e["step"] + 10} if e["event"] == "train" else e for e in check_run.read_log(run / "train.jsonl")]
+    [mask] = [line for line in check_run.judge(log, {}, None, None) if line.name == "mask metric in range"]
     assert mask.ok, mask.number
     lines = [{"objective": "masked"}, {"objective": "ar"}]
     assert [study_report.measure(part) for part in (lines[:1], lines[1:], lines)] == ["bound", "NLL", "bound (of ar: the NLL)"]
 
 
 def test_a_checkpoint_from_before_the_knob_is_masked():
-    saved = {"args": knobs.to_dict(config.TrainArgs(model="backup"))}
+    saved = {"args": to_dict(config.TrainArgs(model="backup"))}
     del saved["args"]["objective"]
     args, origins = cli.parse(config.TrainArgs, ["--model", "backup"], "train")
     assert cli.resume_check(saved, args, origins)[0].objective == "masked"

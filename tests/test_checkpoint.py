@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import scratch
-from conftest import trap
 from safetensors import SafetensorError
 from safetensors.torch import save as safetensors_bytes
 
 import checkpoint as ck
-from benchmarks.faults import points
-from knobs import UserError
+from common.flags import UserError
+from conftest import trap
+from harness import scratch
+from stress.faults import points
 
 PARTS = ("model", "ema", "optimizer")
 

@@ -6,13 +6,12 @@ import random
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-import clean
-import corpus
-from clean import Cleaner
-from tokenizer import normalise
+from text import clean
+from text.clean import Cleaner
+from text.starter import grammar
+from text.tokenizer import normalise
 
 STORY = ("एक गाँव में एक बूढ़ा किसान रहता था। उसके चार बेटे थे और वे चारों हमेशा आपस में झगड़ते रहते थे। किसान ने उन्हें बहुत "
          "समझाया पर किसी ने उसकी बात नहीं मानी। एक दिन उसने लकड़ियों का गट्ठर मँगवाया और कहा कि इसे तोड़कर दिखाओ।")
@@ -80,7 +79,7 @@ def changed(text, share, seed):
 def test_near_duplicates_of_every_length():
     """2 % of the words changed: found; 30 % changed: another document. Unrelated documents of the corpus: never found."""
     for sentences in (4, 40, 400):                          # short ones compare all shingles, long ones a sample
-        body = " ".join(corpus.starter_document(5, i, 0.0)[1] for i in range(sentences))
+        body = " ".join(grammar.starter_document(5, i, 0.0)[1] for i in range(sentences))
         cleaner = Cleaner()
         assert cleaner(body)
         assert not cleaner(changed(body, 0.02, 1)), sentences
@@ -88,7 +87,7 @@ def test_near_duplicates_of_every_length():
         assert not cleaner(body[:len(body) * 3 // 5]), "a part of a document that was there"
     cleaner = Cleaner()
     rnd = random.Random(0)
-    words = sorted({w for i in range(300) for w in corpus.starter_document(1, i, 0.0)[1].split()})
+    words = sorted({w for i in range(300) for w in grammar.starter_document(1, i, 0.0)[1].split()})
     for _ in range(3000):                                   # the same words in any order: no shared shingles
         cleaner(" ".join(rnd.choices(words, k=60)))
     assert not cleaner.dropped["near duplicate"] and not cleaner.dropped["exact duplicate"]

@@ -12,28 +12,27 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import conftest
 import pytest
 import torch
-from conftest import ROOT, RUNS, log
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from test_train import curve, fresh
 
 import checkpoint
 import cli
 import colab_train_eco
 import config
-import decode
-import drive
+import conftest
 import evaluate
 import fit
-import knobs
 import masking
 import prepare
 import sample
 import train
-import verdict
+from common.flags import UserError, to_dict
+from conftest import ROOT, RUNS, log
+from evaluation import check_run
+from sampling import decode
+from training import drive
 
 BASE = {"event": "train", "skipped": 0, "step_ms": 100.0, "mask": 0.5}
 
@@ -55,8 +54,8 @@ def failed(lines):
 
 
 def test_a_good_run_passes_everything():
-    lines = verdict.judge(good_log(), dict.fromkeys(range(100, 501, 100), True), 500, good_samples())
-    assert not failed(lines) and verdict.passed(lines) is True and {line.step for line in lines} == {20, 100, 500}
+    lines = check_run.judge(good_log(), dict.fromkeys(range(100, 501, 100), True), 500, good_samples())
+    assert not failed(lines) and check_run.passed(lines) is True and {line.step for line in lines} == {20, 100, 500}
 
 
 def spoil(step, **values):
@@ -106,33 +105,33 @@ def test_each_criterion_can_fail_alone(what):
     run = dict(log=good_log(), folders=dict.fromkeys(range(100, 501, 100), True), latest=500, samples=good_samples())
     breaks, wanted = BROKEN[what]
     breaks(run)
-    lines = verdict.judge(run["log"], run["folders"], run["latest"], run["samples"])
+    lines = check_run.judge(run["log"], run["folders"], run["latest"], run["samples"])
     assert failed(lines) == wanted
     soft = {"throughput stable", "loss down by 20 %, the target"}
-    assert verdict.passed(lines) is (set(wanted) <= soft), "soft ones do not decide"
-    told = list(verdict.table(lines))
+    assert check_run.passed(lines) is (set(wanted) <= soft), "soft ones do not decide"
+    told = list(check_run.table(lines))
     advice = [t for t in told if t.startswith("advice: ")]
     assert 1 <= len(advice) == len({line.advice for line in lines if line.ok is False})
 
 
 def test_a_short_run_is_neither_good_nor_bad():
-    lines = verdict.judge(good_log(12), {12: True}, 12, good_samples())
-    assert {line.ok for line in lines} == {None} and verdict.passed(lines) is None
-    lines = verdict.judge(good_log(40), {40: True}, 40, good_samples())
+    lines = check_run.judge(good_log(12), {12: True}, 12, good_samples())
+    assert {line.ok for line in lines} == {None} and check_run.passed(lines) is None
+    lines = check_run.judge(good_log(40), {40: True}, 40, good_samples())
     assert {line.step for line in lines if line.ok} == {20} and {line.ok for line in lines if line.step > 20} == {None}
     again = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 0.99}]        # done again after a resume: the later counts
-    assert failed(verdict.judge(again, {}, None, None)) == ["mask metric in range"]
+    assert failed(check_run.judge(again, {}, None, None)) == ["mask metric in range"]
     single = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 1.0, "block": 1}]     # a block of one token is all hidden
-    assert not failed(verdict.judge(single, {}, None, None))
+    assert not failed(check_run.judge(single, {}, None, None))
     part = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 0.5, "block": 1}]
-    assert failed(verdict.judge(part, {}, None, None)) == ["mask metric in range"]
+    assert failed(check_run.judge(part, {}, None, None)) == ["mask metric in range"]
 
 
 def corrupted(steps=500, **settings):
     """The log of a run of which only the corruption is real: pick_blocks and draw, as training calls them."""
     args = config.TrainArgs(**{"seq_len": 64, "batch_size": 16, "grad_accum": 1, "max_steps": 500, **settings})
     rows = args.batch_size * args.grad_accum
-    log = [{"event": "meta", "config": {"args": knobs.to_dict(args, config.TrainArgs)}}]
+    log = [{"event": "meta", "config": {"args": to_dict(args, config.TrainArgs)}}]
     for step in range(steps):
         chance = args.single_chance(step)
         block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step, chance)
@@ -146,7 +145,7 @@ def corrupted(steps=500, **settings):
 
 
 def mask_line(log):
-    [line] = [line for line in verdict.judge(log, {}, None, None) if line.name == "mask metric in range"]
+    [line] = [line for line in check_run.judge(log, {}, None, None) if line.name == "mask metric in range"]
     return line
 
 
@@ -193,7 +192,7 @@ def test_special_tokens_of_a_text_are_counted(here, monkeypatch):
     rows = iter([[ordinary, ordinary], [ordinary, mask], [tokenizer.unk_id], [tokenizer.pad_id]])
     monkeypatch.setattr(decode, "generate", lambda *_: SimpleNamespace(rows=[next(rows)]))
     monkeypatch.setattr(type(tokenizer), "written", lambda self, ids: "")
-    samples, _ = verdict.write_samples(RUNS["primary"], device)
+    samples, _ = check_run.write_samples(RUNS["primary"], device)
     assert [s["special"] for s in samples] == [0, 1, 1, 1]
 
 
@@ -206,7 +205,7 @@ def test_check_run_reads_a_real_run(trained, tmp_path, capsys, monkeypatch):
     assert shown.count("not reached") >= 11 and "verdict: not reached" in shown
     saved = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))
     assert [s["prompt"] for s in saved["samples"]] == list(config.PROMPTS) and saved["step"] == 12 and saved["passed"] is None
-    words = ["--prompt", config.PROMPTS[0], *(f"--{k}={v}" for k, v in verdict.SETTINGS.items())]
+    words = ["--prompt", config.PROMPTS[0], *(f"--{k}={v}" for k, v in check_run.SETTINGS.items())]
     sample.main([run, *words, "--precision", "fp32", "--threads", "1"])         # the runbook's sampling command
     assert capsys.readouterr().out.strip() == (config.PROMPTS[0] + saved["samples"][0]["text"]).strip()
 
@@ -376,7 +375,7 @@ def test_the_one_shot_goes_on_by_itself_and_judges_itself(tmp_path, monkeypatch,
     assert log(run, "resume")[0]["step"] == 4 and [e["step"] for e in log(run)] == list(range(1, 22))
     assert json.loads((run / "verdict.json").read_text(encoding="utf-8"))["criteria"][0]["ok"] is True
     assert colab_train_eco.main([*words, "--max_steps", "21"]) == 0    # nothing left to do: judged again
-    with pytest.raises(knobs.UserError, match="--if_exists archive"):    # the advice after an OOM, in the same folder
+    with pytest.raises(UserError, match="--if_exists archive"):    # the advice after an OOM, in the same folder
         colab_train_eco.main([*words, "--max_steps", "30", "--d_model", "32"])
     real = masking.draw                                     # a corruption that hides far more than the settings ask for
     monkeypatch.setattr(masking, "draw", lambda args, *rest: real(dataclasses.replace(args, min_mask_rate=0.97), *rest))
@@ -440,10 +439,10 @@ def test_the_hint_of_a_starter_run_whose_text_was_replaced_brings_it_back(tmp_pa
     prepare.main(["--source", "builtin", "--data_dir", "data/builtin", "--tokenizer", tokenizer, "--tokenizer_vocab", vocab,
                   "--max_chars", "40000"])
     resume = ["--resume", "checkpoints/starter", "--max_steps", "3", "--threads", "1", "--no_show_samples"]
-    with pytest.raises(knobs.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         train.main(resume)
     if vocab == "400":
-        with pytest.raises(knobs.UserError, match="builds it again, or give a text"):
+        with pytest.raises(UserError, match="builds it again, or give a text"):
             evaluate.main(["--ckpt", "checkpoints/starter", "--threads", "1"])
     [command] = re.findall("python -m prepare (.*) builds it again", str(caught.value))
     prepare.main(shlex.split(command))
@@ -547,5 +546,5 @@ def test_the_notebook_runs(corpus_dir, tmp_path, monkeypatch):
     (["--check_run", "nothing"], "nothing"), (["--check_run", "a", "--ckpt", "b"], "only one"), ([], "--ckpt is missing")])
 def test_slips_of_check_run(tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(knobs.UserError, match=told):
+    with pytest.raises(UserError, match=told):
         evaluate.main(words)

@@ -14,18 +14,30 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 import config
-import knobs
-import shapes
+import model_config
+from common import flags as knobs
+from common.flags import (
+    LIMITS,
+    UserError,
+    can_write,
+    checked,
+    convert,
+    describe,
+    flag_names,
+    help_text,
+    read_flags,
+    say,
+    to_dict,
+    write_json,
+)
 from config import BenchArgs, ColabArgs, EvaluateArgs, PrepareArgs, SampleArgs, TrainArgs
-from knobs import UserError
-from shapes import ModelConfig
+from model_config import ModelConfig
 
 FLAGS = Path(__file__).with_name("flags.txt")
 
@@ -71,7 +83,7 @@ def test_every_flag_in_four_spellings(prog):
         text, value = another(f)
         for name in (f.name, *f.metadata.get("aliases", ())):
             for argv in spellings(name, text):
-                typed, problems, _ = knobs.read_flags(cls, argv, prog)
+                typed, problems, _ = read_flags(cls, argv, prog)
                 assert (typed, problems) == ({f.name: value}, []), argv
 
 
@@ -82,10 +94,10 @@ def test_switches_have_three_forms(prog):
         if f.type is bool:
             x, no_x = f"--{f.name}", f"--no_{f.name}"
             for argv in ([x], [x, "True"], [x, "yes"], [x + "=True"], [x + "=1"]):
-                assert knobs.read_flags(cls, argv, prog) == ({f.name: True}, [], set()), argv
+                assert read_flags(cls, argv, prog) == ({f.name: True}, [], set()), argv
             for argv in ([no_x], [f"--no-{f.name}"], [x, "false"], [x, "no"], [x + "=False"]):
-                assert knobs.read_flags(cls, argv, prog) == ({f.name: False}, [], set()), argv
-            assert knobs.read_flags(cls, [f"--no_{f.name}", "True"], prog)[1]
+                assert read_flags(cls, argv, prog) == ({f.name: False}, [], set()), argv
+            assert read_flags(cls, [f"--no_{f.name}", "True"], prog)[1]
 
 
 def test_amp_takes_all_forms():
@@ -149,7 +161,7 @@ def test_whole_order_of_precedence(tmp_path):
 
 def test_a_saved_config_reproduces_the_run(tmp_path):
     args, _ = parse(TrainArgs, "--preset tiny --lr 0.002 --dropout 0.125 --model eco")
-    (tmp_path / "config.json").write_text(json.dumps({"args": knobs.to_dict(args), "model": {}}))
+    (tmp_path / "config.json").write_text(json.dumps({"args": to_dict(args), "model": {}}))
     again, _ = parse(TrainArgs, ["--config", str(tmp_path / "config.json")])
     assert dataclasses.replace(again, preset="tiny", config=args.config) == args
 
@@ -253,7 +265,7 @@ def test_every_one_letter_slip_gets_its_suggestion():
 
 
 ODD = ["--", "-", "\\", "=", "--=", "--lr=", "T", "1", "0.5", "micro", "none", "--no_"]
-WORD = st.one_of(st.sampled_from([f"--{n}" for n in knobs.flag_names(TrainArgs)] + ODD), st.text(max_size=6))
+WORD = st.one_of(st.sampled_from([f"--{n}" for n in flag_names(TrainArgs)] + ODD), st.text(max_size=6))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -276,7 +288,7 @@ KEYS = st.sampled_from([*TrainArgs.__dataclass_fields__, "args", "vocab_size", "
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(KEYS, JSON, max_size=4))
 def test_no_json_value_ends_in_a_traceback(saved):
-    for read in (lambda: knobs.checked(TrainArgs, saved, "it"), lambda: ModelConfig.from_dict(saved)):
+    for read in (lambda: checked(TrainArgs, saved, "it"), lambda: ModelConfig.from_dict(saved)):
         try:
             read()
         except UserError:
@@ -315,10 +327,10 @@ TABLE = [("preset", "nano", 2048, 0.29), ("preset", "tiny", 2048, 1.05), ("prese
 @pytest.mark.parametrize("flag, name, vocab, millions", TABLE)
 def test_presets_have_the_documented_size(flag, name, vocab, millions):
     args, _ = parse(TrainArgs, f"--model backup --{flag} {name}")
-    backup = shapes.count_params(shapes.model_config(args, vocab)) / 1e6
+    backup = model_config.count_params(model_config.model_config(args, vocab)) / 1e6
     assert round(backup, 2 if millions < 2 else 1) == millions
     args, _ = parse(TrainArgs, f"--{flag} {name}")
-    primary = shapes.count_params(shapes.model_config(args, vocab)) / 1e6
+    primary = model_config.count_params(model_config.model_config(args, vocab)) / 1e6
     if flag == "preset" and name != "none":
         assert abs(primary / backup - 1) < 0.02
     else:
@@ -328,7 +340,7 @@ def test_presets_have_the_documented_size(flag, name, vocab, millions):
 @pytest.mark.parametrize("name", [n for n in config.PRESETS if n != "none"])
 def test_primary_is_matched_unless_its_width_is_typed(name):
     shape = "--n_layers 5 --memory_slots 4 --d_model 384 --n_heads 6"
-    counts = [shapes.block_params(shapes.model_config(parse(TrainArgs, f"--preset {name} --model {m} {shape}")[0], 1))
+    counts = [model_config.block_params(model_config.model_config(parse(TrainArgs, f"--preset {name} --model {m} {shape}")[0], 1))
               for m in ("primary", "backup")]
     assert abs(counts[0] / counts[1] - 1) < 0.02
     assert parse(TrainArgs, f"--preset {name} --d_ff 640")[0].d_ff == 640
@@ -336,7 +348,7 @@ def test_primary_is_matched_unless_its_width_is_typed(name):
 
 def test_the_guides_slow_machine_shape():
     args, _ = parse(TrainArgs, "--preset micro --model backup --n_layers 6 --n_heads 6 --d_model 384 --d_ff 1536")
-    assert round(shapes.count_params(shapes.model_config(args, 8192)) / 1e6, 1) == 17.3
+    assert round(model_config.count_params(model_config.model_config(args, 8192)) / 1e6, 1) == 17.3
 
 
 def test_model_config_round_trip_is_strict():
@@ -347,8 +359,8 @@ def test_model_config_round_trip_is_strict():
     for damage in ({"d_model": 63}, {"d_model": "64"}, {"n_heads": 0}, {"vocab_size": 0}, {"model": "x"}, {"extra": 1}):
         with pytest.raises(UserError):
             ModelConfig.from_dict({**saved, **damage})
-    assert ModelConfig.from_dict({k: v for k, v in saved.items() if k not in shapes.ADDED}) == c, "an older checkpoint"
-    for key in set(saved) - set(shapes.ADDED):
+    assert ModelConfig.from_dict({k: v for k, v in saved.items() if k not in model_config.ADDED}) == c, "an older checkpoint"
+    for key in set(saved) - set(model_config.ADDED):
         with pytest.raises(UserError):
             ModelConfig.from_dict({k: v for k, v in saved.items() if k != key})
 
@@ -364,13 +376,13 @@ def test_closed_form_counts_equal_the_real_models(kind, shape):
     c = ModelConfig(model=kind, vocab_size=100, **shape)
     with torch.device("meta"):
         real = build(c)
-    assert sum(p.numel() for p in real.parameters()) == shapes.count_params(c)
+    assert sum(p.numel() for p in real.parameters()) == model_config.count_params(c)
 
 
 # ---- resume (S4) ---------------------------------------------------------------------------------------------------
 
 def resume(old_line, line):
-    old = json.loads(json.dumps(knobs.to_dict(parse(TrainArgs, old_line)[0])))
+    old = json.loads(json.dumps(to_dict(parse(TrainArgs, old_line)[0])))
     args, origins = parse(TrainArgs, line)
     return (*cli.resume_check(old, args, origins), origins)
 
@@ -398,7 +410,7 @@ def test_resume_with_the_runs_own_preset_keeps_what_was_changed_then():
 
 
 def test_a_tier_never_overrules_a_checkpoint():
-    saved = knobs.to_dict(parse(TrainArgs, "--preset nano --seq_len 32")[0])
+    saved = to_dict(parse(TrainArgs, "--preset nano --seq_len 32")[0])
     for line in ("--resume", "--resume --preset starter --model backup"):
         args, origins = parse(ColabArgs, line, tier={"seq_len": 2048, "batch_size": 3})
         if "starter" in line:
@@ -411,7 +423,7 @@ def test_a_tier_never_overrules_a_checkpoint():
 
 
 def test_resume_rejects_a_config_of_another_version():
-    old = knobs.to_dict(TrainArgs())
+    old = to_dict(TrainArgs())
     with pytest.raises(UserError, match="lacks lr"):
         cli.resume_check({k: v for k, v in old.items() if k != "lr"}, TrainArgs(), dict.fromkeys(old, "default"))
     with pytest.raises(UserError, match="unknown setting zzz"):
@@ -420,13 +432,13 @@ def test_resume_rejects_a_config_of_another_version():
 
 def test_every_knob_has_a_known_resume_rule_and_known_metadata():
     known = {"help", "resume", "choices", "values", "aliases", "shortcuts", "bare", "many", "positional", "rare",
-             "elsewhere", *knobs.LIMITS}
+             "elsewhere", *LIMITS}
     for cls in config.COMMANDS.values():
         for f in dataclasses.fields(cls):
             assert f.metadata["resume"] in ("must", "may", "ignore") and set(f.metadata) <= known and f.metadata["help"]
             if f.default not in (None, ()):                       # a default obeys its own limits
-                assert knobs.convert(f, f.default) == f.default
-        names = [name for _, names, *_ in knobs.describe(cls) for name in names]
+                assert convert(f, f.default) == f.default
+        names = [name for _, names, *_ in describe(cls) for name in names]
         assert len(names) == len(set(names))
 
 
@@ -531,7 +543,7 @@ def test_a_wrapper_cannot_be_contradicted():
 
 def frozen_flags():
     return "".join(f"{prog} {' '.join(names)} {kind or 'switch'} [{default}]\n" for prog, cls in config.COMMANDS.items()
-                   for _, names, kind, default, _, _ in knobs.describe(cls))
+                   for _, names, kind, default, _, _ in describe(cls))
 
 
 def test_flags_are_frozen():
@@ -540,18 +552,18 @@ def test_flags_are_frozen():
 
 def test_help_and_table_come_from_the_declarations():
     for prog, cls in config.COMMANDS.items():
-        whole, table = knobs.help_text(cls, prog), knobs.table(cls)
+        whole, table = help_text(cls, prog), knobs.table(cls)
         words = " ".join(whole.split())                             # as the text is wrapped
         for f in dataclasses.fields(cls):
             assert f"--{f.name}" in whole and f"`--{f.name}`" in table and " ".join(f.metadata["help"].split()) in words
         assert all(line.count("|") == 5 for line in table.split("\n"))
-    assert knobs.help_text(TrainArgs, "train", everything=False).count("\n  --") <= 42
+    assert help_text(TrainArgs, "train", everything=False).count("\n  --") <= 42
 
 
 @pytest.mark.parametrize("prog, cls", config.COMMANDS.items())
 def test_help_begins_with_usage_and_examples_and_ends_with_what_all_share(prog, cls):
     for everything in (False, True):
-        lines = knobs.help_text(cls, prog, everything).split("\n")
+        lines = help_text(cls, prog, everything).split("\n")
         assert max(map(len, lines)) <= 80 and lines[0].startswith(f"usage: python -m {prog} ")
         groups = [line for line in lines[1:] if re.match(r"[A-Z][\w ]+$", line)]
         own = cls.__doc__ if "__doc__" in vars(cls) and len(cls.__doc__) < 30 else groups[1]
@@ -575,7 +587,7 @@ def test_every_command_tells_its_version_and_can_be_quiet(prog, capsys, monkeypa
     for flags, heard in (([], 3), (["--quiet"], 2)):
         cli.parse(cls, [*words, *flags], prog)
         for line in ("step 3 of 4", "warning: the disk is slow", "notice: synthetic text"):
-            knobs.say(line)
+            say(line)
         assert len(capsys.readouterr().err.splitlines()) == heard
 
 
@@ -631,7 +643,7 @@ def test_old_names_run_as_module_and_as_file(shim):
         pytest.skip(f"{target}.py does not exist yet")
     outputs = {subprocess.run([sys.executable, *how, "--help"], cwd=config.ROOT, capture_output=True, text=True).stdout
                for how in (["-m", f"diffusion.{shim}"], [f"diffusion/{shim}.py"])}
-    assert outputs == {knobs.help_text(config.COMMANDS[target], target, everything=False) + "\n"}
+    assert outputs == {help_text(config.COMMANDS[target], target, everything=False) + "\n"}
     if target in ("train", "sample"):
         wrong = "primary" if shim.endswith("_diffusion") else "backup"
         argv = [sys.executable, "-m", f"diffusion.{shim}", "--ckpt", "x", "--model", wrong]
@@ -654,21 +666,21 @@ def test_a_result_never_takes_the_place_of_a_link_a_device_or_a_pipe(tmp_path):
     full.symlink_to("/dev/full")                                   # what stands for /dev/null: no test may touch the real one
     for path in (link, pipe):
         args = SimpleNamespace(out_json=path)
-        knobs.can_write(args, "out_json")
-        knobs.write_json(path, {"a": 1})
+        can_write(args, "out_json")
+        write_json(path, {"a": 1})
     assert link.is_symlink() and json.loads(real.read_text(encoding="utf-8")) == {"a": 1}
     assert stat.S_ISFIFO(pipe.stat().st_mode) and json.loads(os.read(reader, 99)) == {"a": 1}
     os.close(reader)
-    with pytest.raises(knobs.UserError, match="full.json"):        # written into: there is no room in it
-        knobs.write_json(full, {"a": 1})
+    with pytest.raises(UserError, match="full.json"):        # written into: there is no room in it
+        write_json(full, {"a": 1})
     assert full.is_symlink() and not [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
-    with pytest.raises(knobs.UserError, match="out_json"):
-        knobs.can_write(SimpleNamespace(out_json=tmp_path), "out_json")
+    with pytest.raises(UserError, match="out_json"):
+        can_write(SimpleNamespace(out_json=tmp_path), "out_json")
 
 
 def test_a_run_folder_needs_a_name_in_utf8(capsys):
     """The library that reads tensors opens no other: said before the training, not after it."""
     for flag in ("--output_dir", "--run_name"):
-        with pytest.raises(knobs.UserError, match=f"{flag} .*not UTF-8"):
+        with pytest.raises(UserError, match=f"{flag} .*not UTF-8"):
             cli.parse(config.TrainArgs, [flag, "run\udcff"], "train")
     cli.parse(config.TrainArgs, ["--output_dir", "रन"], "train")

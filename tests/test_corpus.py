@@ -10,7 +10,7 @@ from itertools import islice
 
 import pytest
 
-import corpus
+from text.starter import grammar
 
 # VERSION -> sha256 of the first 1,000 documents. When the text changes, bump VERSION and write its hash here.
 GOLDEN = {1: "fc1c4c8ed4803d3708b55e304146d23dd8b544bbc878cfff6c78e5e87ec2a0fd"}
@@ -18,7 +18,7 @@ GOLDEN = {1: "fc1c4c8ed4803d3708b55e304146d23dd8b544bbc878cfff6c78e5e87ec2a0fd"}
 
 @pytest.fixture(scope="module")
 def docs():
-    return list(islice(corpus.starter_documents(seed=0), 20_000))
+    return list(islice(grammar.starter_documents(seed=0), 20_000))
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +42,22 @@ def clauses(hindi):
 # ---- stability
 
 def test_golden():
-    text = "\0".join(f"{script} {text}" for script, text in islice(corpus.starter_documents(seed=0), 1000))
-    assert hashlib.sha256(text.encode()).hexdigest() == GOLDEN[corpus.VERSION], "text changed: bump VERSION, add its hash"
+    text = "\0".join(f"{script} {text}" for script, text in islice(grammar.starter_documents(seed=0), 1000))
+    assert hashlib.sha256(text.encode()).hexdigest() == GOLDEN[grammar.VERSION], "text changed: bump VERSION, add its hash"
 
 
 def test_a_document_needs_no_history(docs):
     for index in (19_999, 0, 777, 12_345, 777):
-        assert corpus.starter_document(0, index) == docs[index]
-    assert list(islice(corpus.starter_documents(seed=3), 50)) == list(islice(corpus.starter_documents(seed=3), 50))
-    assert list(islice(corpus.starter_documents(seed=1), 50)) != docs[:50]
+        assert grammar.starter_document(0, index) == docs[index]
+    assert list(islice(grammar.starter_documents(seed=3), 50)) == list(islice(grammar.starter_documents(seed=3), 50))
+    assert list(islice(grammar.starter_documents(seed=1), 50)) != docs[:50]
 
 
 # ---- shape of the text
 
 @pytest.mark.parametrize("ratio", [0, 0.35, 1])
 def test_script_ratio(ratio):
-    latin = sum(script == "latin" for script, _ in islice(corpus.starter_documents(seed=9, hinglish_ratio=ratio), 4000))
+    latin = sum(script == "latin" for script, _ in islice(grammar.starter_documents(seed=9, hinglish_ratio=ratio), 4000))
     assert abs(latin / 4000 - ratio) < 0.03
     assert ratio not in (0, 1) or latin == 4000 * ratio
 
@@ -93,9 +93,9 @@ def test_variety(docs):
 
 
 def test_every_kind_is_told_without_a_gap(hindi):
-    for kind in corpus.KINDS.values():
+    for kind in grammar.KINDS.values():
         for seed in range(30):
-            assert corpus.tell(kind, corpus.Doc(random.Random(seed).random))
+            assert grammar.tell(kind, grammar.Doc(random.Random(seed).random))
     assert not any(re.search(r"[A-Za-z~=\[\]|@¶]", text) for text in hindi)
 
 
@@ -121,7 +121,7 @@ def test_a_typist_keeps_to_one_spelling(hinglish):
 # ---- grammar
 
 def split(text):
-    return set(corpus.nfc(text).split())
+    return set(grammar.nfc(text).split())
 
 
 FEMININE = split("कहानी किताब चाय लड़की घड़ी साइकिल कमीज़ साड़ी टोपी गेंद गुड़िया बिल्ली चाबी खीर औरत बहन सहेली")
@@ -162,7 +162,7 @@ def test_oblique_case_before_a_postposition(hindi):
 
 def rx(pattern):
     """A pattern in which > ends a Devanagari word (a vowel sign is no \\w, so \\b would lie)."""
-    return re.compile(corpus.nfc(pattern).replace(">", r"(?![\u0900-\u0963])"))
+    return re.compile(grammar.nfc(pattern).replace(">", r"(?![\u0900-\u0963])"))
 
 
 def test_transitive_perfective_agrees_with_the_object(hindi):
@@ -224,7 +224,7 @@ def test_the_speaker_keeps_one_gender(hindi):
 
 
 def test_describe_and_main(capsys):
-    about = corpus.describe()
-    assert "synthetic" in about["name"] and about["version"] == corpus.VERSION and "Aria" in about["licence"]
-    corpus.main(["--docs", "2", "--seed", "5"])
+    about = grammar.describe()
+    assert "synthetic" in about["name"] and about["version"] == grammar.VERSION and "Aria" in about["licence"]
+    grammar.main(["--docs", "2", "--seed", "5"])
     assert capsys.readouterr().out.count("[") == 2

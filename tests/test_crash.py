@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 import checkpoint as ck
-from knobs import UserError
+from common.flags import UserError
+from conftest import ROOT
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks for a small file system")

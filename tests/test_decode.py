@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-import shapes
-import samplers
-from knobs import UserError
-from decode import MODES, Canvas, Settings, generate, infill
+import model_config
+from common.flags import UserError
 from model import build_model
-from samplers import LOOKING, NAMES, Look, distribution, reveal_count
+from sampling import unmasking
+from sampling.decode import MODES, Canvas, Settings, generate, infill
+from sampling.unmasking import LOOKING, NAMES, Look, distribution, reveal_count
 
 V, EOS = 17, 3
 MASK = V
@@ -84,7 +84,7 @@ def check_case(rnd, longest):
     habit = rnd.choice(["plain", "mask_lover", "all_eos", "no_eos", "constant"])
     vocab = rnd.choice([V, V, 5])                                                  # 5: pad, three specials and one real token
     s = random_settings(rnd, longest, guidance_scale=rnd.choice([1.0, 1.0, 2.0]))
-    if s.sampler in samplers.ADAPTIVE:
+    if s.sampler in unmasking.ADAPTIVE:
         s.remask = 0.0
     B = rnd.randint(1, 3)
     prompts = [[2, *(rnd.randint(4, vocab - 1) for _ in range(rnd.randint(0, 12)))] for _ in range(B)]
@@ -145,7 +145,7 @@ def test_a_row_is_never_behind_its_schedule_and_ahead_by_a_part_of_the_steps(rul
             left = masked
             for step in range(steps):
                 left -= reveal_count(left, step, steps, rule) if left else 0
-                ahead = masked * samplers.masked_share(step + 1, steps, rule) - left
+                ahead = masked * unmasking.masked_share(step + 1, steps, rule) - left
                 assert -1e-9 <= ahead <= steps / part + 1e-9
 
 
@@ -212,7 +212,7 @@ def test_the_lowest_temperature_is_greedy():
     assert distribution(z, 5e-324, 0, 1.0).argmax(-1).tolist() == z.argmax(-1).tolist()
     assert distribution(torch.zeros(1, 4), 1e-310, 0, 1.0).tolist() == [[0.25] * 4]          # equals stay equal
     look, g = Look(z), torch.Generator().manual_seed(2)
-    plain, noisy = (samplers.confidence(look, 50, Settings(50, 50, alg_temp=t), g).tolist() for t in (0.0, 1e-310))
+    plain, noisy = (unmasking.confidence(look, 50, Settings(50, 50, alg_temp=t), g).tolist() for t in (0.0, 1e-310))
     assert plain == noisy
 
 
@@ -235,7 +235,7 @@ class RowWise(Fake):
 @pytest.mark.parametrize("sampler", NAMES)
 def test_same_seed_same_text_whatever_the_batch(sampler):
     """Neighbours of other lengths, other seeds and other progress change nothing."""
-    for remask in (0.0, 0.3) if sampler not in samplers.ADAPTIVE else (0.0,):
+    for remask in (0.0, 0.3) if sampler not in unmasking.ADAPTIVE else (0.0,):
         for eos in (None, EOS):
             s = Settings(20, 12, mode="block", block_size=7, sampler=sampler, eos_id=eos, remask=remask, threshold=0.2,
                          alg_temp=0.3)
@@ -280,7 +280,7 @@ def test_confidence_ignores_a_constant_added_to_a_position():
     z, g = torch.randn(6, V + 1), torch.Generator()
     shifted = z + torch.tensor([0.0, 100.0, -50.0, 3.0, 0.0, 9.0])[:, None]
     s = Settings(6, 6)
-    assert torch.equal(samplers.confidence(Look(z), 4, s, g), samplers.confidence(Look(shifted), 4, s, g))
+    assert torch.equal(unmasking.confidence(Look(z), 4, s, g), unmasking.confidence(Look(shifted), 4, s, g))
 
 
 def looked(*sure):
@@ -292,23 +292,23 @@ def looked(*sure):
 def test_adaptive_rules_by_hand():
     look = looked(0.5, 0.95, 0.2, 0.92, 0.91)
     s, g = Settings(5, 5, threshold=0.9), None
-    assert samplers.threshold(look, 1, s, g).tolist() == [1, 3, 4]
-    assert samplers.threshold(looked(0.1, 0.3), 1, s, g).tolist() == [1]                     # never nothing
+    assert unmasking.threshold(look, 1, s, g).tolist() == [1, 3, 4]
+    assert unmasking.threshold(looked(0.1, 0.3), 1, s, g).tolist() == [1]                     # never nothing
     # factor, 1 - 0.8 = 0.2: n = 1: 2 * 0.05 fits; n = 2: 3 * 0.08 = 0.24 does not, nor do more
-    assert samplers.factor(look, 1, Settings(5, 5, threshold=0.8), g).tolist() == [1]
-    assert samplers.factor(look, 1, Settings(5, 5, threshold=0.7), g).tolist() == [1, 3]
+    assert unmasking.factor(look, 1, Settings(5, 5, threshold=0.8), g).tolist() == [1]
+    assert unmasking.factor(look, 1, Settings(5, 5, threshold=0.7), g).tolist() == [1, 3]
     h = look.entropy.tolist()
     budget = h[1] + h[3]                                                           # the two surest are free beside the third
-    assert samplers.entropy(look, 1, Settings(5, 5, threshold=1 - budget - 1e-4), g).tolist() == [1, 3, 4]
-    assert samplers.entropy(look, 1, Settings(5, 5, threshold=1.0), g).tolist() == [1]
-    assert samplers.margin(look, 2, s, g).tolist() == [1, 3]
+    assert unmasking.entropy(look, 1, Settings(5, 5, threshold=1 - budget - 1e-4), g).tolist() == [1, 3, 4]
+    assert unmasking.entropy(look, 1, Settings(5, 5, threshold=1.0), g).tolist() == [1]
+    assert unmasking.margin(look, 2, s, g).tolist() == [1, 3]
     certain = looked(1.0, 1.0, 1.0)
-    assert all(len(LOOKING[name](certain, 1, s, g)) == 3 for name in samplers.ADAPTIVE)      # 0 * -inf is not a number
+    assert all(len(LOOKING[name](certain, 1, s, g)) == 3 for name in unmasking.ADAPTIVE)      # 0 * -inf is not a number
 
 
 def test_alg_temp_moves_the_choice_from_the_surest_to_any():
     look, g = looked(0.9, 0.5, 0.3, 0.2), torch.Generator().manual_seed(0)
-    firsts = [[int(samplers.confidence(look, 1, Settings(4, 4, alg_temp=t), g)) for _ in range(400)] for t in (0.0, 1.0, 1e6)]
+    firsts = [[int(unmasking.confidence(look, 1, Settings(4, 4, alg_temp=t), g)) for _ in range(400)] for t in (0.0, 1.0, 1e6)]
     assert set(firsts[0]) == {0}
     assert firsts[1].count(0) / 400 == pytest.approx(0.9 / 1.9, abs=0.09)          # chances as the confidences
     assert firsts[2].count(0) / 400 == pytest.approx(0.25, abs=0.09)
@@ -316,7 +316,7 @@ def test_alg_temp_moves_the_choice_from_the_surest_to_any():
 
 def test_repetition_penalty_divides_and_multiplies():
     z = torch.tensor([[2.0, -2.0, 1.0, -float("inf")]])
-    assert samplers.discourage(z.clone(), torch.tensor([0, 1, 3]), 2.0).tolist() == [[1.0, -4.0, 1.0, -float("inf")]]
+    assert unmasking.discourage(z.clone(), torch.tensor([0, 1, 3]), 2.0).tolist() == [[1.0, -4.0, 1.0, -float("inf")]]
 
 
 JOINT = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) ** 3
@@ -442,7 +442,7 @@ def test_full_depth_is_bit_for_bit_no_early_exit(model):
 
 def small(model, seed=3, exits=False):
     torch.manual_seed(seed)
-    net = build_model(shapes.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=2, n_heads=2, d_ff=48,
+    net = build_model(model_config.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=2, n_heads=2, d_ff=48,
                                          memory_slots=4, exits=exits, conv_kernel=7)).eval()
     with torch.no_grad():
         for p in net.parameters():
@@ -544,7 +544,7 @@ def test_cached_text_equals_uncached_text(model):
                 masked = torch.tensor([i for i, t in enumerate(block) if t == 40])
                 if len(masked):
                     count = reveal_count(len(masked), step, min(4, n), "linear")
-                    for i in masked[samplers.confidence(Look(z[masked]), count, s, g)].tolist():
+                    for i in masked[unmasking.confidence(Look(z[masked]), count, s, g)].tolist():
                         block[i] = int(z[i].argmax())
             text += block
         assert got == text[len(prompt):], seed
@@ -552,7 +552,7 @@ def test_cached_text_equals_uncached_text(model):
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
 def test_longer_than_any_training_length(model):
-    net = build_model(shapes.ModelConfig(model=model, vocab_size=V, d_model=16, n_layers=1, n_heads=2, d_ff=16,
+    net = build_model(model_config.ModelConfig(model=model, vocab_size=V, d_model=16, n_layers=1, n_heads=2, d_ff=16,
                                          memory_slots=2)).eval()
     out = generate(net, [2], Settings(200, 2, mode="block_frozen", block_size=16, eos_id=None), [0])
     assert len(out.rows[0]) == 200 and MASK not in out.rows[0]
@@ -573,8 +573,8 @@ def test_sharing_a_forward_with_the_commit_changes_no_text(sampler, monkeypatch)
 
 def test_the_threshold_itself_is_sure_enough():
     look = Look(torch.tensor([[0.0, -float("inf")], [0.0, 0.0], [0.0, -float("inf")]]))      # 1, 0.5 and 1
-    assert sorted(samplers.threshold(look, 1, Settings(3, 3, threshold=1.0), None).tolist()) == [0, 2]
-    assert len(samplers.threshold(look, 1, Settings(3, 3, threshold=0.5), None)) == 3
+    assert sorted(unmasking.threshold(look, 1, Settings(3, 3, threshold=1.0), None).tolist()) == [0, 2]
+    assert len(unmasking.threshold(look, 1, Settings(3, 3, threshold=0.5), None)) == 3
 
 
 def test_top_p_ends_where_the_mass_is_reached():
@@ -585,8 +585,8 @@ def test_top_p_ends_where_the_mass_is_reached():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_temperature_end_is_reached_at_the_last_forward(mode, monkeypatch):
-    heats, real = [], samplers.draw
-    monkeypatch.setattr(samplers, "draw", lambda z, heat, *rest: heats.append(heat) or real(z, heat, *rest))
+    heats, real = [], unmasking.draw
+    monkeypatch.setattr(unmasking, "draw", lambda z, heat, *rest: heats.append(heat) or real(z, heat, *rest))
     generate(Fake("no_eos"), [2, 5], Settings(5, 5, mode=mode, block_size=5, temperature=1.0, temperature_end=0.2), [0])
     assert heats == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 

@@ -17,18 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, log
 
 import checkpoint
-import guard
 import config
-import distributed
-import estimators
-import knobs
 import masking
-import shapes
+import model_config
 import train
+from common.flags import UserError
+from conftest import ROOT, log
+from evaluation import estimators
 from model import build_model
+from training import distributed, recovery
 
 # 12 rows a step: alone 4 + 4 + 4, two ranks 4 + 2 each, four ranks 3 each, so no two ways add up in the same order.
 # The rate is the default: AdamW divides by the gradient's own size; where that is 1e-8, a sum's order moves a weight by lr/100.
@@ -207,7 +206,7 @@ def test_a_signal_in_the_middle_of_a_step_of_two_ranks(text, tmp_path, monkeypat
     words = ("--data_dir", text, *SHAPE, *PRIMARY, "--max_steps", 4, "--eval_interval", 0)
     assert alone(*words, "--output_dir", tmp_path / "one") == 0
     monkeypatch.setattr(masking, "denoising_loss", signalled)
-    monkeypatch.setattr(guard, "sound", lambda *_: True)              # asked at each save: its forwards are not counted here
+    monkeypatch.setattr(recovery, "sound", lambda *_: True)              # asked at each save: its forwards are not counted here
     codes, printed = forked(2, tmp_path, *words, "--output_dir", tmp_path / "two")
     monkeypatch.undo()
     assert codes == [0, 0] and "stopped by SIGTERM at step 2, saved" in printed, printed[-3000:]
@@ -258,7 +257,7 @@ def test_an_evaluation_is_shared(kind, tmp_path):
     shape = dict(d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=2, block_size=4)
     kind, causal = ("backup", True) if kind == "ar" else (kind, False)
     torch.manual_seed(3)
-    net = build_model(shapes.ModelConfig(model=kind, vocab_size=50, causal=causal, **shape)).eval()
+    net = build_model(model_config.ModelConfig(model=kind, vocab_size=50, causal=causal, **shape)).eval()
     rows, work, real = torch.randint(4, 50, (10, 16)), [], net.hidden_blocks
     net.hidden_blocks = lambda xt, *more: work.append(len(xt)) or real(xt, *more)
 
@@ -286,14 +285,14 @@ def test_an_evaluation_is_shared(kind, tmp_path):
 
 
 def test_slips_of_many_processes(text, tmp_path, monkeypatch, capsys):
-    with pytest.raises(knobs.UserError, match=r"4 x --grad_accum 2 = 8 .* over 3 processes"):
+    with pytest.raises(UserError, match=r"4 x --grad_accum 2 = 8 .* over 3 processes"):
         distributed.Ranks(0, 3).share(4, 2)
-    with pytest.raises(knobs.UserError, match="torchrun --nproc_per_node"):
+    with pytest.raises(UserError, match="torchrun --nproc_per_node"):
         alone("--data_dir", text, *SHAPE, "--fsdp", "--output_dir", tmp_path / "run")
     for words in (("--optimizer", "muon"), ("--compile",)):
-        with pytest.raises(knobs.UserError, match=f"{words[0]}.*--fsdp|--fsdp.*{words[0]}"):
+        with pytest.raises(UserError, match=f"{words[0]}.*--fsdp|--fsdp.*{words[0]}"):
             alone("--fsdp", *words)
-    with pytest.raises(knobs.UserError, match="--device cuda:1"):
+    with pytest.raises(UserError, match="--device cuda:1"):
         distributed.choose_device("cuda:1", 2, 0)
     assert not list(tmp_path.iterdir())
 

@@ -7,13 +7,13 @@ import re
 import shlex
 from pathlib import Path
 
-import conftest  # noqa: F401  (puts the repository on the path)
 import pytest
 
 import cli
 import config
-import knobs
-import study_report
+import conftest  # noqa: F401  (puts the repository on the path)
+from common.flags import table
+from evaluation import study_report
 
 ROOT = config.ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,7 +26,7 @@ def fences(text):
 
 
 def flags_page():
-    parts = [f"## {name}\n\n{knobs.table(cls)}\n" for name, cls in config.COMMANDS.items()]
+    parts = [f"## {name}\n\n{table(cls)}\n" for name, cls in config.COMMANDS.items()]
     return "# Every flag\n\nGenerated from config.py by `python tests/test_docs.py`.\n\n" + "\n".join(parts)
 
 

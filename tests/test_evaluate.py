@@ -8,21 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import RUNS, TINY, call
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import checkpoint
-import estimators
 import evaluate
-import judge
 import masking
-import shapes
+import model_config
 import train
-from estimators import cut, ratio, windows
+from conftest import RUNS, TINY, call
+from evaluation import estimators, ngram as judge
+from evaluation.estimators import cut, ratio, windows
 from model import build_model
-from tokenizer import script_of
-from tokens import TokenData
+from text.dataset import TokenData
+from text.tokenizer import script_of
 
 V, T = 9, 6
 TEXT = torch.tensor([2, 5, 7, 4, 8, 5])
@@ -31,7 +29,7 @@ TEXT = torch.tensor([2, 5, 7, 4, 8, 5])
 def tiny(kind, scale=40):
     """Far from uniform, so that the bound depends on which tokens are hidden."""
     torch.manual_seed(0)
-    net = build_model(shapes.ModelConfig(model=kind, vocab_size=V, d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=3,
+    net = build_model(model_config.ModelConfig(model=kind, vocab_size=V, d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=3,
                                          conv_kernel=3))
     with torch.no_grad():
         net.head.weight *= scale

@@ -15,19 +15,16 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, aria, latest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import cli
 import config
-import knobs
+import model_config
 import run_experiments as experiments
-import shapes
-import study_plan
-import study_report
+from common.flags import UserError, read_lines, to_dict
 from config import ExperimentArgs, TrainArgs
-from knobs import UserError
+from conftest import ROOT, aria, latest
+from evaluation import study_plan, study_report
 from studies import STUDIES
 
 A8 = """python -m diffusion.run_experiments \\
@@ -79,8 +76,8 @@ def test_a_study_changes_what_it_says_and_nothing_else(name):
                 assert getattr(run.args, f.name) == diff.get(f.name, base[f.name]), (run.name, f.name)
         if f"--data_dir {run.args.data_dir}" not in " ".join(study.before):
             assert run.args.data_dir == TrainArgs.data_dir
-        shape, reference = (shapes.model_config(a, 8000) for a in (run.args, first))
-        assert abs(shapes.block_params(shape) / shapes.block_params(reference) - 1) < 0.01
+        shape, reference = (model_config.model_config(a, 8000) for a in (run.args, first))
+        assert abs(model_config.block_params(shape) / model_config.block_params(reference) - 1) < 0.01
     assert study.variants[runs[0].variant].items() <= study.base.items(), "the reference is the base"
     for line in study.before:
         cli.parse(config.PrepareArgs, shlex.split(line)[3:], "prepare")
@@ -106,7 +103,7 @@ def test_what_makes_a_run_the_one_that_it_is():
     assert study_plan.unlike(saved | {"max_mask_rate": 1.0}, a) == {"max_mask_rate": 1.0}
     assert study_plan.unlike(saved, dataclasses.replace(a, lr=0.5, train_block_sizes="T")) == {
         "lr": 0.01, "train_block_sizes": "T,32,4,1", "ar_fade": 0.6, "max_mask_rate": 0.8}
-    old = {key: value for key, value in knobs.to_dict(a).items() if key not in ("ar_fade", "wandb")}
+    old = {key: value for key, value in to_dict(a).items() if key not in ("ar_fade", "wandb")}
     assert study_plan.unlike(study_plan.trained(old | {"max_mask_rate": 1.0}), a) == {"ar_fade": 0.0, "max_mask_rate": 1.0}
 
 
@@ -149,12 +146,12 @@ def test_a_run_under_two_names_counts_once(tmp_path):
     assert sorted(line["bound"]["T"]["nats"] for line in found) == [5.1, 5.2]
 
 
-@pytest.mark.parametrize("match, cost", [("params", shapes.block_params), ("flops", None), ("tokens", None)])
+@pytest.mark.parametrize("match, cost", [("params", model_config.block_params), ("flops", None), ("tokens", None)])
 def test_what_is_matched(match, cost):
     _, runs = plan(f"--match {match} --n_layers 4 --seq_len 256")
     found = {}
     for run in runs:
-        c = shapes.model_config(run.args, 8000)
+        c = model_config.model_config(run.args, 8000)
         found[run.args.model] = (cost(c) if cost else study_plan.flops(c, run.args), run.args.d_ff)
     (p, p_ff), (b, b_ff) = found["primary"], found["backup"]
     assert p_ff == 1024 and (b_ff == 1024 if match == "tokens" else b_ff != 1024 and abs(b / p - 1) < 0.01)
@@ -223,9 +220,9 @@ def test_a_curve_counts_a_repeated_step_once():
 def test_a_torn_line_is_neither_read_nor_kept(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_bytes(b'{"name": "a", "x": 1}\n{"name": "b", "x"')
-    assert knobs.read_lines(path) == [{"name": "a", "x": 1}]
+    assert read_lines(path) == [{"name": "a", "x": 1}]
     study_report.append(path, {"name": "a", "x": 2})
-    assert knobs.read_lines(path) == [{"name": "a", "x": 1}, {"name": "a", "x": 2}]
+    assert read_lines(path) == [{"name": "a", "x": 1}, {"name": "a", "x": 2}]
 
 
 # ---- for real ---------------------------------------------------------------------------------------------------------
@@ -254,7 +251,7 @@ def test_halving_goes_on_after_a_sigkill_and_drops_one(folder):
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = aria("run_experiments", *WORDS, "--halving", "--execute", cwd=folder, check=0)
-    events = knobs.read_lines(run / "train.jsonl")
+    events = read_lines(run / "train.jsonl")
     resumed = [e["step"] for e in events if e["event"] == "resume"]
     assert resumed and resumed[0] >= 5 and not list(run.glob("previous_*")), "it began again"
     states = {r["name"]: r for r in json.loads((folder / "out/results.json").read_text())["runs"]}
@@ -279,7 +276,7 @@ def test_without_halving_the_dropped_one_is_finished_from_where_it_stopped(folde
         assert line["params"] > line["params_blocks"] > 0 and line["tok_s"] * line["seconds"] == pytest.approx(40 * 64)
         assert [row[0] for row in line["curve"]] == [0, 20, 40] and set(line["chain_rule"]) == {"T", "8"}
     dropped, = set(lines) - {json.loads(before)["name"]}
-    events = knobs.read_lines(folder / "out" / dropped / "train.jsonl")
+    events = read_lines(folder / "out" / dropped / "train.jsonl")
     ends = [e["step"] for e in events if e["event"] == "end"]             # stopped at 20, or too fast for that
     resumed = [e["step"] for e in events if e["event"] == "resume"]
     assert ends[-1] == 40 and resumed == ends[:-1] and not list((folder / "out" / dropped).glob("previous_*")), "it began again"
@@ -331,7 +328,7 @@ def test_a_training_that_somebody_stopped_is_not_finished(folder):
         said = process.communicate(timeout=100)[1]
     assert process.returncode == 1 and "stopped by SIGTERM at step" in said and not (run / "evaluate.json").exists()
     assert not (folder / "stopped/results.jsonl").exists()
-    assert knobs.read_lines(run / "train.jsonl")[-1]["stopped"] == "SIGTERM"
+    assert read_lines(run / "train.jsonl")[-1]["stopped"] == "SIGTERM"
 
 
 def test_the_advice_about_missing_text_makes_it(tmp_path, monkeypatch):

@@ -2,16 +2,16 @@
 import pytest
 import torch
 
-import shapes
-import fast
-from decode import Settings, generate
-from knobs import UserError
+import model_config
+from common.flags import UserError
 from model import build_model
+from sampling import fast
+from sampling.decode import Settings, generate
 
 
 def net(kind):
     torch.manual_seed(1)
-    model = build_model(shapes.ModelConfig(model=kind, vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=128,
+    model = build_model(model_config.ModelConfig(model=kind, vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=128,
                                            memory_slots=4)).eval()
     with torch.no_grad():
         model.head.weight.mul_(5)

@@ -11,17 +11,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import conftest
-from conftest import trap
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from test_train import call, fresh
 
 import checkpoint
-import knobs
-import tokens
-from benchmarks import fuzz
-from knobs import UserError
+import conftest
+from common.flags import UserError, sealed
+from conftest import trap
+from stress import fuzz
+from text import dataset
 
 FAST = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 EDITS = st.lists(st.tuples(st.sampled_from("flip cut drop put zero".split()), st.floats(0, 1, exclude_max=True),
@@ -153,7 +151,7 @@ def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):
     shutil.copytree(text, data)
     meta = checkpoint.read_json(data / "meta.json")
     (data / "t.model").write_bytes((folder / "o.model").read_bytes())
-    (data / "meta.json").write_bytes(checkpoint.to_json(knobs.sealed({**meta, "tokenizer": str(data / "t.model")})))
+    (data / "meta.json").write_bytes(checkpoint.to_json(sealed({**meta, "tokenizer": str(data / "t.model")})))
     refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("made with tokenizer",))
 
 
@@ -168,7 +166,7 @@ def test_train_bin_of_another_dtype(text, run, tmp_path, capsys):
     (data / "train.bin").write_bytes(ids.tobytes())
     refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("train.bin", "sha256"))
     with pytest.raises(UserError, match="sha256"):
-        tokens.TokenData(data)
+        dataset.TokenData(data)
 
 
 def test_pickles_named_like_a_checkpoint(run, tmp_path, capsys):

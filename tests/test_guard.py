@@ -12,19 +12,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import log
 from safetensors.torch import load_file, save_file
 from test_train import HARD, call, fresh, poison, weights
 from torch import nn
 
-import guard
 import masking
-import optim
-import runtime
-import shapes
+import model_config
+from common import machine
 from config import ADDED, TrainArgs
+from conftest import log
 from model import build_model
-
+from training import optim, recovery
 
 # ---- loss scaling, on CPU tensors -------------------------------------------------------------------------------------
 
@@ -102,7 +100,7 @@ def test_the_run_survives_overflows_and_stores_the_scale(text, tmp_path, monkeyp
         def __init__(self, optimizer, device, on):
             super().__init__(optimizer, device, on)
             self.scaler._init_scale = 2.0 ** 30
-    monkeypatch.setattr(runtime, "pick_precision", lambda *_: (torch.float16, "fp16"))
+    monkeypatch.setattr(machine, "pick_precision", lambda *_: (torch.float16, "fp16"))
     monkeypatch.setattr(optim, "LossScaler", Large)
     a, b = tmp_path / "a", tmp_path / "b"
     words = (*HARD, "--max_steps", 40, "--save_interval", 30, "--eval_interval", 0, "--log_interval", 1)
@@ -125,23 +123,23 @@ def test_amp_dtype_on_a_gpu(monkeypatch, asked, has_bf16, want):
     """No GPU here: what it answers is set, also that torch says yes where bf16 is only emulated (a T4)."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation)
-    dtype, why = runtime.pick_precision("auto", asked, torch.device("cuda"))
+    dtype, why = machine.pick_precision("auto", asked, torch.device("cuda"))
     assert dtype is want and ("scaling" in why) == (want is torch.float16) and ("no bf16" in why) == (not has_bf16)
 
 
 # ---- spikes -------------------------------------------------------------------------------------------------------------
 
 def test_a_spike_is_far_above_the_median_of_the_window():
-    watch = guard.SpikeWatch(3)
-    assert not any(watch.spike(9.0 ** n, 64) for n in range(guard.ENOUGH)), "too few losses to know what is usual"
+    watch = recovery.SpikeWatch(3)
+    assert not any(watch.spike(9.0 ** n, 64) for n in range(recovery.ENOUGH)), "too few losses to know what is usual"
     watch.losses.clear()
-    assert not any(watch.spike(1.0 + n % 3, 64) for n in range(200)) and len(watch.losses[64]) == guard.WINDOW
+    assert not any(watch.spike(1.0 + n % 3, 64) for n in range(200)) and len(watch.losses[64]) == recovery.WINDOW
     assert watch.spike(5.9, 64) is None and watch.spike(6.1, 64) == 2.0
     assert not any(watch.spike(9.0, 128) for _ in range(60)), "whole rows may cost more than blocks: a rule is judged by itself"
-    other = guard.SpikeWatch(3)
+    other = recovery.SpikeWatch(3)
     other.load(json.loads(json.dumps(watch.state())))
     assert other.losses == watch.losses and other.spike(6.2, 64) == watch.spike(6.2, 64)
-    assert not any(guard.SpikeWatch(0).spike(x, 64) for x in [1.0] * 60 + [1e9])
+    assert not any(recovery.SpikeWatch(0).spike(x, 64) for x in [1.0] * 60 + [1e9])
 
 
 def spike(monkeypatch, at, times):
@@ -216,12 +214,12 @@ def test_a_spike_before_the_first_checkpoint_is_only_logged(text, tmp_path, monk
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return build_model(shapes.model_config(TrainArgs(d_model=16, n_layers=2, n_heads=2, d_ff=32, memory_slots=2), vocab_size=60))
+    return build_model(model_config.model_config(TrainArgs(d_model=16, n_layers=2, n_heads=2, d_ff=32, memory_slots=2), vocab_size=60))
 
 
 def cause(net, autocast=contextlib.nullcontext, loss=math.nan):
     rows = torch.randint(4, 60, (2, 16), generator=torch.Generator().manual_seed(1))
-    return guard.likely_cause(net, rows, 8, autocast, loss, math.inf, range(40, 80), 1e-3)
+    return recovery.likely_cause(net, rows, 8, autocast, loss, math.inf, range(40, 80), 1e-3)
 
 
 def test_the_likely_cause(net):
@@ -340,7 +338,7 @@ def test_detect_anomaly_stops_at_the_operation(text, tmp_path, monkeypatch, caps
 def test_the_log_has_whole_lines_only(tmp_path, monkeypatch, capsys):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"event": "a"}\n{"event": "tor')
-    log_file = runtime.JsonLines(path)
+    log_file = machine.JsonLines(path)
     log_file.write("b", loss=math.nan, nested={"c": [1.5, math.inf]}, text="हिन्दी")
     real, turn = log_file.file, itertools.count()
 

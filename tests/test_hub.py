@@ -20,9 +20,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import config
-import corpus
-import hub
-from tokens import TokenData
+from text import hub
+from text.dataset import TokenData
+from text.starter import grammar
 
 pytest.importorskip("datasets")
 import pyarrow  # noqa: E402
@@ -35,7 +35,7 @@ def rows(script, start, count):
     """Documents of the starter corpus in one script, each with its number, so that a lost or doubled row shows."""
     texts, i = [], 0
     while len(texts) < start + count:
-        kind, text = corpus.starter_document(3, i, 0.5)
+        kind, text = grammar.starter_document(3, i, 0.5)
         i += 1
         if kind == script:
             texts.append(f"{text} {'क' if script == 'devanagari' else 'k'}{len(texts)}")

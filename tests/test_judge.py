@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from judge import NGram, distinct, repeat_rate
+from evaluation.ngram import NGram, distinct, repeat_rate
 
 RNG = np.random.default_rng(0)
 

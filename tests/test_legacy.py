@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, aria
 
 import colab_train_eco
-import knobs
 import train
+from common.flags import read_json
+from conftest import ROOT, aria
 
 TRAIN = """python -m diffusion.train_{0} \\
   --data_dir data/processed \\
@@ -72,7 +72,7 @@ def test_train_then_sample(folder, name):
     assert done.returncode == 0, done.stderr[-3000:]
     run = folder / f"checkpoints/{name}_hi"
     assert (run / "step_000002/model.safetensors").exists() and (run / "latest").read_text().startswith("step_000002")
-    saved = knobs.read_json(run / "config.json")["args"]
+    saved = read_json(run / "config.json")["args"]
     assert (saved["model"], saved["masking_strategy"], saved["seq_len"]) == (MODELS[name], "span", 32)
     steps = 16 if name == "diffusion" else 12
     done = paste(SAMPLE.format(name, steps), "--threads", 1, cwd=folder, by_path=name == "diffusion")
@@ -109,7 +109,7 @@ def test_one_shot_from_nothing(tmp_path):
     """No text: the starter corpus, announced and recorded; the runbook's sampling command works on the result."""
     done = paste(ONE_SHOT, "--allow_cpu", *SMALL, *SHORT, "--no_compile", "--max_chars", 100_000, cwd=tmp_path, by_path=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "synthetic" in done.stderr and knobs.read_json(tmp_path / "data/builtin/meta.json")["source"] == "builtin"
+    assert "synthetic" in done.stderr and read_json(tmp_path / "data/builtin/meta.json")["source"] == "builtin"
     run = tmp_path / "checkpoints/eco_hybrid_hi"
     assert "builtin" in (run / "summary.md").read_text(encoding="utf-8") and (run / "latest").exists()
     meta = json.loads((run / "train.jsonl").read_text(encoding="utf-8").split("\n")[0])

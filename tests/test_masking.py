@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import masking
 from config import TrainArgs
-from shapes import ModelConfig
 from model import build_model
+from model_config import ModelConfig
 
 BASE = dict(mask_schedule="linear", min_mask_rate=0.0, most_hidden=1.0, time_mode="continuous",
             timestep_sampling="stratified", timesteps=16, masking_strategy="token", mean_span_length=3.0)

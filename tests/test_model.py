@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import masking
-import shapes
+import model_config
 from layers import LocalConv, rotary_table
 from model import build_model
 
@@ -18,7 +18,7 @@ MODELS = ("primary", "backup")
 def tiny(model, vocab=40, **changes):
     torch.manual_seed(1)
     shape = dict(d_model=32, n_layers=3, n_heads=4, d_ff=48, memory_slots=4, conv_kernel=5)
-    net = build_model(shapes.ModelConfig(model=model, vocab_size=vocab, **{**shape, **changes}))
+    net = build_model(model_config.ModelConfig(model=model, vocab_size=vocab, **{**shape, **changes}))
     with torch.no_grad():
         for p in net.parameters():                     # away from the symmetric start, so that every path matters
             p += 0.1 * torch.randn_like(p)
@@ -179,7 +179,7 @@ def test_cache_after_reset_is_a_new_one(model):
 def test_parameter_count_is_the_formula(model):
     for changes in ({}, dict(d_model=48, n_heads=6, d_ff=100, n_layers=2, memory_slots=7, conv_kernel=3, d_mem=12)):
         net = tiny(model, **changes)
-        assert sum(p.numel() for p in net.parameters()) == shapes.count_params(net.cfg)
+        assert sum(p.numel() for p in net.parameters()) == model_config.count_params(net.cfg)
 
 
 @torch.no_grad()
@@ -217,9 +217,9 @@ def test_rows_of_a_batch_do_not_mix(model):
 def test_early_exits_see_what_decoding_at_that_depth_sees(model, block):
     """Training's early hidden states are the cached block's at that depth, and every exit's norm gets its gradient."""
     torch.manual_seed(0)
-    cfg = shapes.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48, memory_slots=4, exits=True)
+    cfg = model_config.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48, memory_slots=4, exits=True)
     net = build_model(cfg)
-    assert sum(p.numel() for p in net.parameters()) == shapes.count_params(cfg)
+    assert sum(p.numel() for p in net.parameters()) == model_config.count_params(cfg)
     with torch.no_grad():
         net.exits.early_norm.add_(torch.randn_like(net.exits.early_norm))
     xt, x0 = torch.randint(4, 41, (2, 24)), torch.randint(4, 40, (2, 24))
@@ -302,7 +302,7 @@ def test_one_token_is_convolved_as_in_a_sequence(reach):
 def test_commit_and_hidden_is_commit_then_hidden(block):
     """One pass for a finished block and the first forward of the next: same hidden states, same cache, from an empty one too."""
     torch.manual_seed(0)
-    net = build_model(shapes.ModelConfig(model="primary", vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48,
+    net = build_model(model_config.ModelConfig(model="primary", vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48,
                                          memory_slots=4, conv_kernel=7)).eval()
     one, two = net.new_cache(2), net.new_cache(2)
     with torch.no_grad():
@@ -376,29 +376,29 @@ def depthwise_backward(grad, x, w, *_, **__):
 def test_the_flops_formula_counts_what_a_step_does(shape, block):
     """train_flops against torch's counter during a real forward and backward, within 5 %."""
     length, rows = 128, 2
-    cfg = shapes.ModelConfig(vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=96, memory_slots=8, **shape)
+    cfg = model_config.ModelConfig(vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=96, memory_slots=8, **shape)
     args = config.TrainArgs(seq_len=length)
     draw = masking.whole_rows(rows, length) if cfg.causal else masking.draw(args, 1, 1, rows, length, block)
     net, x0 = build_model(cfg), torch.randint(1, 300, (rows, length))
     with (FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: depthwise_backward}) as counter,
           torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
         masking.denoising_loss(net, x0, draw, "elbo", 1, early=1 if cfg.exits else None, early_weight=0.5).loss.backward()
-    formula = rows * length * shapes.train_flops(cfg, length, block, draw.hidden / (rows * length))
+    formula = rows * length * model_config.train_flops(cfg, length, block, draw.hidden / (rows * length))
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_the_mean_flops_of_a_run_are_those_of_its_steps():
     """Blocks of one token are hidden whole, and are drawn more often while they fade."""
-    cfg = shapes.ModelConfig(model="primary", vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=96, memory_slots=8)
+    cfg = model_config.ModelConfig(model="primary", vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=96, memory_slots=8)
     args = config.TrainArgs(seq_len=128, max_steps=1000, ar_fade=0.5, train_block_sizes="T,4,1")
     total = 0
     for step in range(args.max_steps):
         block, first = masking.pick_blocks(args.block_choices, 128, 1, step, args.single_chance(step))
-        total += shapes.train_flops(cfg, 128, block, masking.draw(args, 1, step, 4, 128, block, first).hidden / (4 * 128))
-    counted = shapes.flops_per_token(cfg, 128, args.rule_shares, 0.4)
+        total += model_config.train_flops(cfg, 128, block, masking.draw(args, 1, step, 4, 128, block, first).hidden / (4 * 128))
+    counted = model_config.flops_per_token(cfg, 128, args.rule_shares, 0.4)
     assert counted == pytest.approx(total / args.max_steps, rel=0.02)
-    alone = shapes.flops_per_token(cfg, 128, {1: 1.0}, 0.4)
-    assert alone == round(shapes.train_flops(cfg, 128, 1, 1.0))
+    alone = model_config.flops_per_token(cfg, 128, {1: 1.0}, 0.4)
+    assert alone == round(model_config.train_flops(cfg, 128, 1, 1.0))
 
 
 # ---- --activation_checkpointing --------------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ def test_recomputed_layers_keep_their_input_alone(model, block, dtype):
 def test_single_tokens_are_exact_however_slim_a_head_is(d_mem):
     """Heads of one, two and three numbers: training's form of single tokens gives what decoding with its cache gives."""
     torch.manual_seed(0)
-    net = build_model(shapes.ModelConfig(model="primary", vocab_size=40, d_model=16, n_layers=2, n_heads=2, d_ff=24,
+    net = build_model(model_config.ModelConfig(model="primary", vocab_size=40, d_model=16, n_layers=2, n_heads=2, d_ff=24,
                                          memory_slots=16, d_mem=d_mem))
     x0 = torch.randint(4, 40, (8, 96))
     xt = torch.full_like(x0, net.cfg.mask_id)

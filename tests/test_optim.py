@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import checkpoint
-import shapes
-import optim
-from knobs import UserError
+import model_config
+from common.flags import UserError
 from model import build_model
+from training import optim
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,7 +124,7 @@ def test_groups_by_name():
 
 @pytest.mark.parametrize("name", ["primary", "backup"])
 def test_groups_of_the_real_models(name):
-    cfg = shapes.ModelConfig(model=name, vocab_size=97, d_model=32, n_layers=2, n_heads=4, d_ff=48, memory_slots=4)
+    cfg = model_config.ModelConfig(model=name, vocab_size=97, d_model=32, n_layers=2, n_heads=4, d_ff=48, memory_slots=4)
     net = build_model(cfg)
     decayed = {n for g in optim.param_groups(net, 0.1) for n in g["names"] if g["weight_decay"]}
     linears = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, nn.Linear)}

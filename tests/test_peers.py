@@ -8,17 +8,17 @@ import math
 import sys
 from types import SimpleNamespace
 
-import conftest  # noqa: F401  (puts the repository on the path)
 import pytest
 import torch
 
-import estimators
+import conftest  # noqa: F401  (puts the repository on the path)
 import masking
-import shapes
+import model_config
 from benchmarks import bound_peers, decode_peers, likelihood_peers, peer_models, peers, train_peers
+from evaluation import estimators
 from model import build_model
 
-CFG = shapes.ModelConfig(model="backup", vocab_size=60, d_model=32, n_layers=3, n_heads=4, d_ff=48)
+CFG = model_config.ModelConfig(model="backup", vocab_size=60, d_model=32, n_layers=3, n_heads=4, d_ff=48)
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def engines_there(tmp_path):
 @pytest.mark.parametrize("kind", ["primary", "backup"])
 def test_engines_are_given_exactly_our_logits(kind, net):
     """Both adapters where a token is hidden: the model's own logits, and the very CE that our estimators add up."""
-    model = build_model(shapes.ModelConfig(model=kind, vocab_size=60, d_model=32, n_layers=2, n_heads=4, d_ff=48)).eval()
+    model = build_model(model_config.ModelConfig(model=kind, vocab_size=60, d_model=32, n_layers=2, n_heads=4, d_ff=48)).eval()
     counted = likelihood_peers.Counted(model)
     hidden = (torch.arange(36).view(3, 12) % 3 == 1) & (torch.arange(12) > 0)
     xt = torch.where(hidden, model.cfg.mask_id, ROWS)

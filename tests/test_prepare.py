@@ -19,16 +19,14 @@ import pytest
 
 import cli
 import config
-import corpus
-import documents
 import prepare
-import spool
-import tokenizer
-from knobs import UserError
-from documents import find_files, read_documents
+from common.flags import UserError
 from prepare import build, ensure_builtin
-from tokenizer import Tokenizer, normalise
-from tokens import KEYS, TokenData
+from text import documents, spool, tokenizer
+from text.dataset import KEYS, TokenData
+from text.documents import find_files, read_documents
+from text.starter import grammar
+from text.tokenizer import Tokenizer, normalise
 
 SETTINGS = config.PrepareArgs(source="files", tokenizer_vocab=400)
 
@@ -585,7 +583,7 @@ def test_parquet(tmp_path):
 
 def test_cleaning_and_its_report(tmp_path):
     """--clean drops the copies and the junk, says so, and writes the page; without it every document stays."""
-    docs = [corpus.starter_document(3, n, 0.0)[1] for n in range(80)]
+    docs = [grammar.starter_document(3, n, 0.0)[1] for n in range(80)]
     dirty = [*docs, docs[3], "?? 12 34 --", "नहीं " * 40]
     folder, said = prepared(tmp_path, dirty, clean="on", report=str(tmp_path / "r.html"))
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -651,7 +649,7 @@ def test_starter_corpus(tmp_path, monkeypatch):
     for split in ("train", "val"):                                  # X1: both scripts in both splits
         assert meta["scripts"][split]["devanagari"] > 0 < meta["scripts"][split]["latin"]
     before = contents(Path(folder))
-    monkeypatch.setattr(corpus, "starter_documents", None)          # nothing is generated a second time
+    monkeypatch.setattr(grammar, "starter_documents", None)          # nothing is generated a second time
     said.clear()
     ensure_builtin(tmp_path / "builtin", chars=60_000, log=said.append)
     assert "already there" in said[0] and contents(Path(folder)) == before

@@ -14,17 +14,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import config
 import evaluate
-import knobs
 import report
-import runtime
 import sample
 import train
-import verdict
+from common import machine
+from common.flags import UserError
+from evaluation import check_run
 
 META = dict(event="meta", argv=["train"], params_total=7, device="cpu", data={"source": "files", "sha256": "ab"},
             config={"args": {"max_steps": 100, "model": "primary"}})
@@ -99,7 +98,7 @@ def test_any_log_gives_a_page(log):
 def test_torn_lines_and_strange_bytes_are_left_out(tmp_path):
     good = json.dumps(train_line(3, 2.5, text="a\u2028b"), ensure_ascii=False).encode()
     (tmp_path / "train.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"step": 1}\n' + b"[" * 100_000 + b"\n" + good + b'\n{"event": "tra')
-    assert verdict.read_log(tmp_path / "train.jsonl") == [train_line(3, 2.5, text="a\u2028b")]
+    assert check_run.read_log(tmp_path / "train.jsonl") == [train_line(3, 2.5, text="a\u2028b")]
     assert "step 3 of" in report.page(tmp_path / "train.jsonl")
 
 
@@ -120,7 +119,7 @@ def test_ticks_are_round_and_inside():
 def test_the_command(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     (run / "step_000001").mkdir(parents=True)
-    with pytest.raises(knobs.UserError, match="no train.jsonl"):
+    with pytest.raises(UserError, match="no train.jsonl"):
         report.main([str(run)])
     (run / "train.jsonl").write_text("\n".join(map(json.dumps, (META, train_line(1)))))
     assert report.main([str(run)]) is None
@@ -128,7 +127,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert page == report.page(run / "train.jsonl")
     report.main([str(run / "step_000001"), "--out", str(tmp_path / "a.html")])
     assert (tmp_path / "a.html").read_text(encoding="utf-8") == page
-    with pytest.raises(knobs.UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         report.main([str(run), "--out", str(tmp_path / "no/such/a.html")])
 
 
@@ -185,7 +184,7 @@ def test_every_command_that_a_run_names_works(trained, tmp_path, monkeypatch, na
     for command in named:
         _, _, program, *words = shlex.split(command)
         assert not mains[program]([*words, *LESS[program]]), command
-    steps = report.history(verdict.read_log(run / "train.jsonl"))["train"]
+    steps = report.history(check_run.read_log(run / "train.jsonl"))["train"]
     assert steps.keys() == set(range(1, 25)), "it went on to twice the steps"
 
 
@@ -194,9 +193,9 @@ def test_a_run_without_a_checkpoint_names_no_command(tmp_path):
     assert "python -m" not in page and "No checkpoint" in page
     data = SimpleNamespace(meta={"source": "files", "train_tokens": 9})
     told = (config.TrainArgs(), tmp_path, 7, data, math.inf, None, SimpleNamespace(warm=[], elapsed=1.0), 0, 0)
-    assert "python -m" not in runtime.summary(*told)
+    assert "python -m" not in machine.summary(*told)
     (tmp_path / "latest").write_text("step_000001\n")
-    assert runtime.summary(*told).count("python -m") == 3
+    assert machine.summary(*told).count("python -m") == 3
 
 
 @pytest.mark.parametrize("name, words", [("SIGINT", "Ctrl-C"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGHUP")])

@@ -10,15 +10,14 @@ import sys
 import time
 import unicodedata
 
-import conftest
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-import corpus
-import romanise
+import conftest
 from benchmarks import romanise_eval
-from romanise import Romaniser
+from text import romanise
+from text.romanise import Romaniser
+from text.starter import grammar
 
 # a word and the spellings that we would take from a typist: ours must be one of them
 GOLDEN = """
@@ -146,7 +145,7 @@ def fold(spelling):
 
 def test_the_starter_corpus_agrees():
     """Our grammar types its own inflected words by rules of its own: both agree but for habits, and for odd plurals."""
-    typist, pairs = Romaniser(), list(corpus.ROMAN.items())
+    typist, pairs = Romaniser(), list(grammar.ROMAN.items())
     same = [fold(typist(word)) == fold(typed) for word, typed in pairs]
     assert len(pairs) > 2500 and sum(same) / len(same) > 0.95
 
@@ -168,7 +167,7 @@ def test_the_command(tmp_path):
 
 
 def test_a_megabyte_takes_less_than_a_second():
-    text = "\n".join(text for script, text in itertools.islice(corpus.starter_documents(0, 0.0), 1200))
+    text = "\n".join(text for script, text in itertools.islice(grammar.starter_documents(0, 0.0), 1200))
     size = len(text.encode()) / 1e6
     started = time.process_time()
     Romaniser(5)(text)

@@ -8,18 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import RUNS, TINY, aria, call
 
 import checkpoint
 import cli
 import config
-import decode
 import edge_benchmark
 import evaluate
-import judge
 import sample
 import train
-import verdict
+from conftest import RUNS, TINY, aria, call
+from evaluation import check_run, ngram
+from sampling import decode
 
 MODES = {"full": (), "block": ("--blockwise",), "block_frozen": ("--blockwise", "--frozen_context")}
 EDGE = """python -m sample \\
@@ -175,7 +174,7 @@ def test_no_half_letter_at_the_end(here, capsys, monkeypatch):
     for flags in ((), ("--stream",)):
         assert draw(capsys, "primary", "--prompt", "आज ", *flags)[0] == "आज कल "
     assert json.loads(draw(capsys, "primary", "--prompt", "आज ", "--json")[0])["text"] == "आज कल "
-    samples, _ = verdict.write_samples(RUNS["primary"], torch.device("cpu"))
+    samples, _ = check_run.write_samples(RUNS["primary"], torch.device("cpu"))
     assert {s["text"] for s in samples} == {"कल "}
 
 
@@ -400,8 +399,8 @@ def test_nll_is_the_exact_chain_rule(here, kind):
 
 def test_figures_by_hand():
     assert edge_benchmark.agreement([1, 2, 3], [1, 5, 3, 4]) == 0.5 and edge_benchmark.agreement([], []) == 1
-    assert judge.distinct([[1, 2, 1, 2], [2, 1]], 2) == 0.5 and judge.distinct([[1], []], 2) is None
-    assert judge.repeat_rate([[1, 2, 3, 4] * 2, [1, 2, 3, 4]]) == 1 / 6 and judge.repeat_rate([[1]]) == 0
+    assert ngram.distinct([[1, 2, 1, 2], [2, 1]], 2) == 0.5 and ngram.distinct([[1], []], 2) is None
+    assert ngram.repeat_rate([[1, 2, 3, 4] * 2, [1, 2, 3, 4]]) == 1 / 6 and ngram.repeat_rate([[1]]) == 0
 
 
 @pytest.mark.parametrize("blocks, size, whole", [("1", 1, False), ("4,2", 4, False), ("T,1", 1, True)])

@@ -16,16 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from common import scratch
 
 import checkpoint
-import distributed
-import knobs
-import optim
-import shards
+import checkpoint_shards
+from common.flags import Damage, UserError, file_sha256
 from config import TrainArgs
+from harness import scratch
 from model import build_model
-from shapes import ModelConfig
+from model_config import ModelConfig
+from training import distributed, optim
 
 # two heads over three and four ranks: some of them hold nothing of a slot's names
 CFG = ModelConfig(model="primary", vocab_size=50, d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=2)
@@ -147,7 +146,7 @@ def test_another_model_is_refused_on_every_rank(saved, ram):
         model = build_model(ModelConfig(**{**vars(CFG), "d_ff": 32}))
         try:
             ranks.place(model, torch.device("cpu"), None, checkpoint.load(saved, parts=()).files["model"])
-        except knobs.UserError as error:
+        except UserError as error:
             return str(error)
     for why in together(2, work, ram / "other"):
         assert re.search(r"does not fit the model: layers\.0\.in_proj\.weight is \(\d+, 16\) there and \(\d+, 16\) here", why)
@@ -209,7 +208,7 @@ def test_a_rank_killed_in_a_save(ram, victim, at):
     def work(ranks):
         model, _, ema = trained(ranks)
         store(ranks, run, 1, model, ema=ema)
-        real, calls = shards.dcp.save, [0]
+        real, calls = checkpoint_shards.dcp.save, [0]
 
         def save(*args, **kwargs):
             calls[0] += 1
@@ -219,7 +218,7 @@ def test_a_rank_killed_in_a_save(ram, victim, at):
             if ranks.rank == victim and (at, calls[0]) == ("after", 2):
                 os.kill(os.getpid(), signal.SIGKILL)
             return done
-        shards.dcp.save = save
+        checkpoint_shards.dcp.save = save
         try:
             store(ranks, run, 2, model, ema=ema)
         except (RuntimeError, OSError) as error:                 # distributed.joined makes a sentence of it
@@ -258,7 +257,7 @@ def forge(source, target, change):
     manifest = checkpoint.read_manifest(target)
     change(target, manifest)
     for file in manifest["files"]:
-        manifest["files"][file] = {"size": (target / file).stat().st_size, "sha256": knobs.file_sha256(target / file)}
+        manifest["files"][file] = {"size": (target / file).stat().st_size, "sha256": file_sha256(target / file)}
     (target / "MANIFEST.json").write_bytes(checkpoint.to_json(checkpoint.seal(manifest)))
     return target
 
@@ -301,7 +300,7 @@ def drop(folder, manifest):
 def test_parts_that_make_no_whole_are_refused(saved, tmp_path, change):
     """Whatever the manifest says; and --resume_latest takes the checkpoint before."""
     forge(saved, tmp_path / "step_000005", change)
-    with pytest.raises(knobs.Damage, match=r"model-0000"):
+    with pytest.raises(Damage, match=r"model-0000"):
         checkpoint.load(tmp_path / "step_000005")
 
 
@@ -311,7 +310,7 @@ def test_a_flipped_bit_in_any_shard_is_found(saved, tmp_path):
         data = bytearray((folder / name).read_bytes())
         data[-3] ^= 16
         (folder / name).write_bytes(data)
-        with pytest.raises(knobs.Damage, match=re.escape(name)):
+        with pytest.raises(Damage, match=re.escape(name)):
             checkpoint.load(folder, parts=())
 
 

@@ -7,13 +7,12 @@ import threading
 import time
 
 import pytest
-from conftest import aria, log
 from test_train import HARD, call, fresh, weights
 
 import config
-import knobs
-import sinks
-
+from common.flags import UserError
+from conftest import aria, log
+from training import logs as sinks
 
 # ---- a sink may do what it likes -----------------------------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ def test_what_is_missing_is_told_before_anything_is_loaded(tmp_path, monkeypatch
     assert "wandb login" in done.stderr and "Traceback" not in done.stderr and not list(tmp_path.glob("checkpoints/*"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for words, package in ((["--wandb"], "wandb"), (["--tensorboard"], "tensorboard")):
-        with pytest.raises(knobs.UserError, match=f"pip install {package}") as error:
+        with pytest.raises(UserError, match=f"pip install {package}") as error:
             call_raw(words)
         assert error.value.code == 3
 
@@ -168,5 +167,5 @@ def test_a_missing_tensorboard_is_said_once(tmp_path, monkeypatch, capsys):
 
 
 def test_wandb_flags_need_wandb():
-    with pytest.raises(knobs.UserError, match="--wandb_tags needs --wandb"):
+    with pytest.raises(UserError, match="--wandb_tags needs --wandb"):
         call_raw(["--wandb_tags", "a"])

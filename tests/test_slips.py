@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 
-import conftest
 import pytest
+
+import conftest
 from conftest import ROOT, aria
 
 RUN = "checkpoints/eco_hybrid_hi"

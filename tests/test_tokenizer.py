@@ -9,9 +9,18 @@ import unicodedata
 import pytest
 import sentencepiece
 
-import tokenizer
-from knobs import UserError
-from tokenizer import BOS, EOS, LINE_BYTES, Tokenizer, normalise, script_of, sentences, train_tokenizer
+from common.flags import UserError
+from text import tokenizer
+from text.tokenizer import (
+    BOS,
+    EOS,
+    LINE_BYTES,
+    Tokenizer,
+    normalise,
+    script_of,
+    sentences,
+    train_tokenizer,
+)
 
 HINDI = "मुझे एक अच्छी कहानी सुनाओ। भारत में आज मौसम कैसा है? पिताजी ने क़लम और सड़क देखी।"
 HINGLISH = "yaar mujhe samajh nahi aa raha, kal 25 log bazaar gaye the! Tum kahan ho?"

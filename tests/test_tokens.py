@@ -7,16 +7,15 @@ import time
 import numpy as np
 import pytest
 
-import knobs
-import tokens
-from knobs import UserError
-from tokens import TokenData, Windows, permute
+from common.flags import UserError, sealed, write_json
+from text import dataset
+from text.dataset import TokenData, Windows, permute
 
 
 def write_data(folder, train, val=None, vocab=500, **changes):
     """A prepared folder by hand."""
     folder.mkdir(exist_ok=True)
-    dtype = tokens.token_dtype(vocab)
+    dtype = dataset.token_dtype(vocab)
     meta = dict(version=1, vocab_size=vocab, mask_token_id=vocab, pad_id=0, unk_id=1, bos_id=2, eos_id=3,
                 dtype=dtype.name, tokenizer="tokenizer.model", tokenizer_sha256="0" * 64, normaliser="v1",
                 source="files", scripts={}, sources=[], settings_sha256="1" * 64, seed=1)
@@ -48,10 +47,10 @@ def test_reads_what_was_written(tmp_path):
             assert not found.tokens.flags.writeable and found.dtype.itemsize == (2 if vocab < 65536 else 4)
 
 
-@pytest.mark.parametrize("key", list(tokens.KEYS))
+@pytest.mark.parametrize("key", list(dataset.KEYS))
 def test_each_key_is_required_and_typed(tmp_path, key):
     for value, why in ((None, f"no '{key}'"), ([1], key), (True, key), (-1, key), (1e3, key), ("x" * 5, key)):
-        if type(value) is tokens.KEYS[key] and key != "dtype" and key != "normaliser":
+        if type(value) is dataset.KEYS[key] and key != "dtype" and key != "normaliser":
             continue                                                # a right type
         with pytest.raises(UserError, match=why):
             TokenData(write_data(tmp_path / "d", range(4, 50), **{key: value}))
@@ -124,7 +123,7 @@ def test_big_files_are_checked_as_they_are_read(tmp_path, monkeypatch):
     folder = write_data(tmp_path / "d", [*range(4, 400), 500, 5, 5, 5])
     with pytest.raises(UserError, match="the id 500, the mask"):
         TokenData(folder)
-    monkeypatch.setattr(tokens, "SCAN_BYTES", 100)
+    monkeypatch.setattr(dataset, "SCAN_BYTES", 100)
     late = Windows(TokenData(folder), 10, seed=1)
     with pytest.raises(UserError, match="the id 500, the mask"):
         late.batch(0, late.per_epoch)
@@ -134,7 +133,7 @@ def test_a_changed_meta_is_refused(tmp_path):
     """Whatever bit of a sealed meta.json flips, it is refused, be it a figure that nothing else could check."""
     folder = write_data(tmp_path / "d", range(4, 50))
     path = folder / "meta.json"
-    knobs.write_json(path, knobs.sealed({**json.loads(path.read_bytes()), "flags": "--source files --input 'क ख'"}))
+    write_json(path, sealed({**json.loads(path.read_bytes()), "flags": "--source files --input 'क ख'"}))
     assert TokenData(folder).meta["val_bytes"] == 230
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b'"val_bytes": 230', b'"val_bytes": 232'))
@@ -184,7 +183,7 @@ def test_permutation_looks_random():
     assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.1
     assert np.abs(np.diff(order)).mean() == pytest.approx(n / 3, rel=0.1)
     assert len(set(np.diff(order).tolist())) > n / 2
-    first = permute(np.zeros(20_000, int), 10, tokens._hash(3, np.arange(20_000)))
+    first = permute(np.zeros(20_000, int), 10, dataset._hash(3, np.arange(20_000)))
     counts = np.bincount(first.astype(int), minlength=10)
     assert ((counts - 2000) ** 2 / 2000).sum() < 30                 # chi-square, 9 degrees: p about 0.0004
 

@@ -13,23 +13,22 @@ import sys
 import time
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
-from conftest import ROOT, aria, log, tree
 
 import config
-import guard
-import decode
-import knobs
+import conftest
 import layers
-import shapes
 import masking
 import model as models
+import model_config
 import objective
-import optim
-import runtime
 import train
+from common import machine
+from common.flags import read_json, sealed
+from conftest import ROOT, aria, log, tree
+from sampling import decode
+from training import optim, recovery
 
 SHAPE = ("--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 32, "--memory_slots", 2, "--seq_len", 16,
          "--batch_size", 4, "--grad_accum", 2, "--train_block_sizes", "T,8,4", "--block_size", 4, "--lr", 3e-3,
@@ -114,7 +113,7 @@ def test_another_validation_has_another_best(text, tmp_path):
 def test_text_of_unknown_size_is_scored_in_nats(text, tmp_path, capsys):
     shutil.copytree(text, tmp_path / "data")
     meta = json.loads((tmp_path / "data/meta.json").read_text())
-    (tmp_path / "data/meta.json").write_text(json.dumps(knobs.sealed(meta | {"val_bytes": 0})))
+    (tmp_path / "data/meta.json").write_text(json.dumps(sealed(meta | {"val_bytes": 0})))
     assert fresh(tmp_path / "data", tmp_path / "run", "--max_steps", 1) == 0
     assert "bits/byte" not in re.findall("^eval .*", capsys.readouterr().err, re.M)[0]
 
@@ -180,7 +179,7 @@ def test_resume_equals_the_uninterrupted_run(text, tmp_path, kind, optimizer):
     a, b = tmp_path / "a", tmp_path / "b"
     assert fresh(text, a, *HARD, "--model", kind, "--optimizer", optimizer, "--max_steps", 52, "--save_interval", 19,
                  "--eval_interval", 7, "--log_interval", 3) == 0
-    windows = knobs.read_json(text / "meta.json")["train_tokens"] // 16
+    windows = read_json(text / "meta.json")["train_tokens"] // 16
     assert 19 * 8 < windows < 52 * 8 and windows % (19 * 8), "the resume has to be mid-epoch, and the end in the next one"
     shutil.copytree(a / "step_000019", b / "step_000019")
     assert call("--resume", b, "--eval_interval", 10, "--save_interval", 23, "--log_interval", 2, "--threads", 1,
@@ -190,7 +189,7 @@ def test_resume_equals_the_uninterrupted_run(text, tmp_path, kind, optimizer):
     assert files == weights(b / "step_000052")
     one, two = curve(a), curve(b)
     assert list(one) == list(range(1, 53)) and two == {step: one[step] for step in range(20, 53)}, "a record per step"
-    ends = [knobs.read_json(run / "step_000052" / "state.json") for run in (a, b)]
+    ends = [read_json(run / "step_000052" / "state.json") for run in (a, b)]
     assert all(ends[0][key] == ends[1][key] for key in ("position", "tokens_seen", "skipped", "ema_updates"))
 
 
@@ -232,7 +231,7 @@ def test_sigterm_saves_and_the_resume_changes_nothing(text, tmp_path, capsys):
             process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 0 and "stopped by SIGTERM" in errors, errors[-2000:]
-    stopped = knobs.read_json(b / (b / "latest").read_text().split()[0] / "state.json")["step"]
+    stopped = read_json(b / (b / "latest").read_text().split()[0] / "state.json")["step"]
     assert 5 <= stopped < 120
     hint = re.search(r"to go on: python -m train (.*)$", errors, re.M)[1]
     assert call(*shlex.split(hint), "--threads", 1) == 0
@@ -261,7 +260,7 @@ def test_a_signal_ends_a_step_or_an_evaluation_in_its_middle(many_parts, text, t
     reference, words = many_parts
     module, name = {"forward": (masking, "denoising_loss"), "backward": (layers, "let_signals_in")}[place]
     real, calls = getattr(module, name), []
-    monkeypatch.setattr(guard, "can_learn", lambda *_: True)          # asked at each save: its forwards are not counted here
+    monkeypatch.setattr(recovery, "can_learn", lambda *_: True)          # asked at each save: its forwards are not counted here
 
     def signalled(*args, **kwargs):
         calls.append(place)
@@ -389,7 +388,7 @@ def test_another_validation_text_has_another_best(text, tmp_path, capsys):
     (data / "val.bin").write_bytes(tokens[2:] + tokens[:2])
     meta = json.loads((data / "meta.json").read_text())
     meta["val_sha256"] = hashlib.sha256((data / "val.bin").read_bytes()).hexdigest()
-    (data / "meta.json").write_text(json.dumps(knobs.sealed(meta)))
+    (data / "meta.json").write_text(json.dumps(sealed(meta)))
     assert call("--resume", run, "--max_steps", 9, *words) == 0
     assert "the validation text is not the one of before" in capsys.readouterr().err
     assert (run / "best").read_text().startswith("step_000009")
@@ -458,7 +457,7 @@ def test_without_validation_any_text_is_long_enough(text, tmp_path):
     (data / "val.bin").write_bytes((data / "val.bin").read_bytes()[:2 * 7])
     meta = json.loads((data / "meta.json").read_text())
     meta |= {"val_tokens": 7, "val_sha256": hashlib.sha256((data / "val.bin").read_bytes()).hexdigest()}
-    (data / "meta.json").write_text(json.dumps(knobs.sealed(meta)))
+    (data / "meta.json").write_text(json.dumps(sealed(meta)))
     assert fresh(data, tmp_path / "run", "--max_steps", 2, "--eval_interval", 0) == 0
     assert fresh(data, tmp_path / "other", "--max_steps", 2, "--eval_interval", 1) == 2
 
@@ -612,7 +611,7 @@ def test_nothing_is_compiled_in_mid_run(kind, rules, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: real(f, backend="eager", dynamic=dynamic))
     args = config.TrainArgs(model=kind, d_model=16, n_layers=3, n_heads=2, d_ff=24, memory_slots=2, seq_len=32,
                             train_block_sizes="T,8", exit_loss_weight=0.1)
-    net = models.build_model(shapes.model_config(args, 50))
+    net = models.build_model(model_config.model_config(args, 50))
     torch.compiler.reset()
     counters.clear()
     train.compile_step(net, args, (2, 32), "cpu")
@@ -684,7 +683,7 @@ def test_quiet_leaves_only_warnings_and_the_files(text, tmp_path, capsys):
 @pytest.mark.parametrize("seconds, told", [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (7445, "2:04:05"), (86399, "23:59:59"),
                                            (86400, "1 d 0 h"), (644 * 3600 + 916, "26 d 20 h")])
 def test_time_left_in_words(seconds, told):
-    assert runtime.duration(seconds) == told
+    assert machine.duration(seconds) == told
 
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
@@ -701,7 +700,7 @@ def test_the_loss_falls(text, tmp_path, kind):
 def test_one_batch_is_learned_by_heart(kind):
     args = config.TrainArgs(model=kind, d_model=32, n_layers=2, n_heads=2, d_ff=64, memory_slots=4, weight_decay=0.0)
     torch.manual_seed(0)
-    net = models.build_model(shapes.model_config(args, vocab_size=60))
+    net = models.build_model(model_config.model_config(args, vocab_size=60))
     optimizer = optim.make_optimizer(net, args)
     optimizer.set_lr(1e-2)
     x0 = torch.randint(4, 60, (2, 16))
@@ -732,7 +731,7 @@ def test_what_no_machine_holds_is_refused_before_anything_is_built(words, said, 
 
 
 def test_memory_comes_before_the_first_step_and_time_after_twenty(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "thread_times", lambda: ([6.0, 5.0, 7.0], [1.0, 1.1, 0.9]))
+    monkeypatch.setattr(machine, "thread_times", lambda: ([6.0, 5.0, 7.0], [1.0, 1.1, 0.9]))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert fresh(text, tmp_path / "run", "--max_steps", 25, "--eval_interval", 0, "--log_interval", 1) == 0
     lines = capsys.readouterr().err.splitlines()
@@ -747,14 +746,14 @@ def test_memory_comes_before_the_first_step_and_time_after_twenty(text, tmp_path
 
 def test_threads_that_wait_are_told_from_threads_that_help():
     """Recorded on two cores, seconds of the same products with two threads and with one: alone, then beside two busy loops."""
-    assert runtime.waiting_threads([0.011, 0.011, 0.012], [0.021, 0.020, 0.020]) is None
-    assert runtime.waiting_threads([0.019, 0.02, 0.2], [0.02, 0.019, 0.02]) is None, "one hiccup is no busy machine"
-    assert runtime.waiting_threads([0.24, 0.31, 0.12], [0.04, 0.05, 0.04]) == pytest.approx(6)
+    assert machine.waiting_threads([0.011, 0.011, 0.012], [0.021, 0.020, 0.020]) is None
+    assert machine.waiting_threads([0.019, 0.02, 0.2], [0.02, 0.019, 0.02]) is None, "one hiccup is no busy machine"
+    assert machine.waiting_threads([0.24, 0.31, 0.12], [0.04, 0.05, 0.04]) == pytest.approx(6)
 
 
 def test_the_times_of_threads_are_taken_and_their_number_stays():
     before = torch.get_num_threads()
-    many, one = runtime.thread_times(rounds=2)
+    many, one = machine.thread_times(rounds=2)
     assert torch.get_num_threads() == before and min(many + one) > 0
 
 
@@ -791,7 +790,7 @@ def test_a_cpu_without_text_trains_the_starter_preset_unless_a_size_is_typed(wor
 
 
 def test_samples_of_ruined_weights_end_in_a_sentence(text, tmp_path, monkeypatch, capsys):
-    import decode
+    from sampling import decode
 
     def ruined(*_args, **_more):
         raise FloatingPointError("the denoiser returned NaN at forward 1; the checkpoint is damaged")
@@ -818,15 +817,15 @@ def test_validation_scores_the_averaged_weights(text, tmp_path):
     """Those of the checkpoint's ema file, not the raw ones beside them."""
     from safetensors.torch import load_file
 
-    import estimators
-    from tokens import TokenData
+    from evaluation import estimators
+    from text.dataset import TokenData
     run = tmp_path / "run"
     assert fresh(text, run, "--max_steps", 6, "--ema", 0.9, "--eval_interval", 6, "--save_interval", 6) == 0
     folder, saved = run / "step_000006", json.loads((run / "config.json").read_text())
     held = TokenData(text, "val").val_windows(4, 16)
     scores = {}
     for part in ("model", "ema"):
-        net = models.build_model(shapes.ModelConfig.from_dict(saved["model"]))
+        net = models.build_model(model_config.ModelConfig.from_dict(saved["model"]))
         net.load_state_dict(load_file(folder / f"{part}.safetensors"))
         found = estimators.held_out(net.eval(), held, [16, 8, 4], 0, 4, 1)
         scores[part] = sum(r["nats"] for r in found.values()) / 3
@@ -835,7 +834,7 @@ def test_validation_scores_the_averaged_weights(text, tmp_path):
 
 
 def test_each_rank_has_its_own_dropout(text, tmp_path, monkeypatch):
-    import distributed
+    from training import distributed
     seeds = {}
     real = torch.manual_seed
     for rank in (0, 1):
@@ -858,7 +857,7 @@ def test_compile_shows_how_far_it_is_and_names_its_cache(monkeypatch, capsys, br
             return function(*args)
         return step
     monkeypatch.setattr(torch, "compile", compiled)
-    net = models.build_model(shapes.ModelConfig(model="backup", vocab_size=50, d_model=16, n_layers=2, n_heads=2, d_ff=24))
+    net = models.build_model(model_config.ModelConfig(model="backup", vocab_size=50, d_model=16, n_layers=2, n_heads=2, d_ff=24))
     args = config.TrainArgs(seq_len=16, train_block_sizes="T,4", ar_fade=0.0)
     train.compile_step(net, args, (2, 16), torch.device("cpu"))
     said = capsys.readouterr().err

@@ -10,10 +10,10 @@ import shlex
 import shutil
 
 import pytest
-from conftest import ROOT, call
 
 import cli
 import config
+from conftest import ROOT, call
 
 SEEDS = ROOT.parent / "shared" / "seeds"
 FOUND = sorted(path for number in ("000", "001", "002", "004") for path in SEEDS.glob(number + "*.txt"))

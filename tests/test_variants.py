@@ -9,14 +9,14 @@ import shlex
 
 import pytest
 import torch
-from conftest import latest
 from safetensors import safe_open
 
+import model_config
 import run_experiments
-import shapes
 from benchmarks import eco_variants
 from benchmarks.eco_variants import VARIANTS
-from knobs import UserError
+from common.flags import UserError
+from conftest import latest
 from eco_hybrid import SHARED
 from layers import rotary_table, rotate, unit_rms
 from studies import STUDIES
@@ -28,7 +28,7 @@ STUDY = dict(model="primary", vocab_size=4000, d_model=128, n_layers=4, n_heads=
 
 def tiny(name, **changes):
     torch.manual_seed(1)
-    net = VARIANTS[name](shapes.ModelConfig(**SHAPE | changes))
+    net = VARIANTS[name](model_config.ModelConfig(**SHAPE | changes))
     with torch.no_grad():
         for p in net.parameters():                     # away from the symmetric start, so that every path matters
             p += 0.1 * torch.randn_like(p)
@@ -78,21 +78,21 @@ def test_block_rule(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_layers_are_of_one_size_and_counted_truly(name):
-    c = shapes.ModelConfig(**STUDY)
-    c = shapes.ModelConfig(**STUDY | dict(d_ff=eco_variants.match_d_ff(name, c)))
+    c = model_config.ModelConfig(**STUDY)
+    c = model_config.ModelConfig(**STUDY | dict(d_ff=eco_variants.match_d_ff(name, c)))
     net = VARIANTS[name](c)
     size = sum(p.numel() for p in net.layers.parameters())
-    assert abs(size / shapes.block_params(shapes.ModelConfig(**STUDY)) - 1) < 0.02
+    assert abs(size / model_config.block_params(model_config.ModelConfig(**STUDY)) - 1) < 0.02
     assert eco_variants.counts(name, c) == (sum(p.numel() for p in net.parameters()), size)
     if name == "reference":
-        assert eco_variants.counts(name, c) == (shapes.count_params(c), shapes.block_params(c)) and c.d_ff == 512
+        assert eco_variants.counts(name, c) == (model_config.count_params(c), model_config.block_params(c)) and c.d_ff == 512
 
 
 @pytest.mark.parametrize("block", [16, 128])
 def test_arithmetic_of_the_reference_is_the_formula(block):
-    c = shapes.ModelConfig(**STUDY)
+    c = model_config.ModelConfig(**STUDY)
     counted = eco_variants.train_flops("reference", c, 128, block, 0.5)
-    assert counted == pytest.approx(shapes.train_flops(c, 128, block, 0.5), rel=0.05)
+    assert counted == pytest.approx(model_config.train_flops(c, 128, block, 0.5), rel=0.05)
 
 
 # ---- what each changes ------------------------------------------------------------------------------------------------

@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 import torch
 
-import samplers
-from knobs import UserError
+from common.flags import UserError
 from masking import folded, shifted
-from samplers import LOOKING, Look
+from sampling import unmasking
+from sampling.unmasking import LOOKING, Look
 
 MODES = ("full", "block", "block_frozen")
 
@@ -110,22 +110,22 @@ def plan(canvas, row, lo, hi, here, start, step, steps, s):
         return None
     if step + 1 == steps:
         return Turn(row, masked, None, none)
-    before, after = (samplers.masked_share(i, steps, s.reveal) for i in (step, step + 1))
+    before, after = (unmasking.masked_share(i, steps, s.reveal) for i in (step, step + 1))
     back, stay, count = none, after / before, None
     if s.remask:
         back, stay = going_back(canvas.chance[row, lo:hi], start & ~here, before, after, s, generator)
     if s.sampler == "ancestral":
-        look_at = masked[samplers.ancestral(len(masked), stay, generator).to(masked.device)]
+        look_at = masked[unmasking.ancestral(len(masked), stay, generator).to(masked.device)]
     else:
         if s.remask:                                                               # what goes back comes on top of the schedule
             target = round(int(start.sum()) * after)
             back = back[:target]
             count = min(len(masked), max(0, len(masked) + len(back) - target))
         else:
-            count = samplers.reveal_count(len(masked), step, steps, s.reveal)
+            count = unmasking.reveal_count(len(masked), step, steps, s.reveal)
         look_at = masked if count else none
         if s.sampler == "random":
-            look_at = masked[samplers.random(len(masked), count, generator).to(masked.device)]
+            look_at = masked[unmasking.random(len(masked), count, generator).to(masked.device)]
     if not len(look_at) and not len(back):
         return None
     return Turn(row, look_at, count if s.sampler in LOOKING else None, back)
@@ -219,10 +219,10 @@ def reveal(canvas, turn, logits, lo, hi, heat, s):
     canvas.forwards[row] += 1
     if s.repetition_penalty != 1:
         seen = canvas.ids[row, :hi].unique()
-        logits = samplers.discourage(logits, seen[seen != canvas.mask_id], s.repetition_penalty)
+        logits = unmasking.discourage(logits, seen[seen != canvas.mask_id], s.repetition_penalty)
     look = Look(logits)
     chosen = slice(None) if turn.count is None else LOOKING[s.sampler](look, turn.count, s, generator)
-    tokens = samplers.draw(logits[chosen], heat, s, generator)
+    tokens = unmasking.draw(logits[chosen], heat, s, generator)
     at = lo + turn.look_at[chosen]
     canvas.ids[row, at] = tokens
     if canvas.keep_chance:

@@ -10,9 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import checkpoint
-import drive
+from common.flags import Damage, UserError, say
 from config import TrainArgs
-from knobs import Damage, UserError, say
+from training import drive
 
 VALIDATION = ("train_block_sizes", "batch_size", "eval_batches")    # two figures of a run compare while these stay
 # what a training writes into its run folder, next to the folders of its checkpoints
@@ -186,7 +186,7 @@ def rewind(run_dir, saved, kept, args, meta):
 
 def rate_jump(saved, args, step):
     """[a sentence], if the rate of the next update is another one than the run before this resume would have taken."""
-    import optim
+    from training import optim
     old = TrainArgs(**{key: value for key, value in saved.config["args"].items() if key in TrainArgs.__dataclass_fields__})
 
     def rate(a):

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from knobs import UserError
+from common.flags import UserError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")      # what it tells each process
 TIMEOUT = timedelta(minutes=30)    # of one wait: rank 0 may be writing a large checkpoint. A dead process shows at once
@@ -141,12 +141,12 @@ class Ranks:
                 for p in model.parameters():
                     dist.broadcast(p.detach(), 0)
             return model
-        import shards                                            # a second of imports that only --fsdp needs
+        import checkpoint_shards  # a second of imports that only --fsdp needs
         for p in model.parameters():
             dist.broadcast(p.detach(), 0)
         model = shard(model, device, dtype, self.world)
         if source:
-            shards.read_into(source, model)
+            checkpoint_shards.read_into(source, model)
         return model
 
     def replicate(self, loss):
@@ -175,15 +175,15 @@ class Ranks:
     def save(self, write, **parts):
         """write(**tensors) on rank 0 -> its result; sharded it gets a function instead, by which all ranks write theirs."""
         if self.sharded:
-            import shards
-            return shards.save(self, {part: tensors for part, tensors in parts.items() if tensors}, write)
+            import checkpoint_shards
+            return checkpoint_shards.save(self, {part: tensors for part, tensors in parts.items() if tensors}, write)
         return self.tell(self.main and write(**{f"{part}_state": tensors for part, tensors in parts.items()}))
 
     def beside(self, saved, part, model):
         """What was saved beside the weights (ema, optimizer): whole, or sharded as the weights are. None: it was not."""
         if self.sharded:
-            import shards
-            return shards.read_beside(saved.files[part], model) if part in saved.files else None
+            import checkpoint_shards
+            return checkpoint_shards.read_beside(saved.files[part], model) if part in saved.files else None
         return getattr(saved, part)
 
 
@@ -196,7 +196,12 @@ def shard(model, device, dtype, world):
     """FSDP2: each layer's matrices are one unit, gathered in `dtype` when needed; the rest (head, norms, convolutions) is the
     root's, in float32 like everything that autocast leaves alone, and stays gathered from forward to backward."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
     mesh = init_device_mesh(device.type, (world,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.layers:

@@ -12,9 +12,8 @@ import struct
 from collections import Counter
 from pathlib import Path
 
-import knobs
-from knobs import UserError
-from tokenizer import SAMPLE_BYTES, SCRIPTS, normalise, script_of
+from common.flags import UserError, file_sha256, read_json, seal_holds, sealed, write_json
+from text.tokenizer import SAMPLE_BYTES, SCRIPTS, normalise, script_of
 
 ENOUGH = 20                                # a script with so many documents is in validation for certain
 BATCH_CHARS = 500_000                      # text that is encoded at a time
@@ -85,17 +84,17 @@ class Spool:
         self.file.close()
         self.written = self.hash.hexdigest()
         plan = {key: getattr(self, key) for key in KEPT} | {"forced": sorted(self.forced), "digest": self.digest}
-        knobs.write_json(self.plan_path, knobs.sealed(plan))
+        write_json(self.plan_path, sealed(plan))
 
     def restore(self, log):
         """Is there a spool of these settings, whole? Then its plan is taken over."""
         try:
-            plan = knobs.read_json(self.plan_path)
+            plan = read_json(self.plan_path)
         except UserError:
             return False
         if plan.get("digest") != self.digest or not self.path.exists():
             return False
-        if not knobs.seal_holds(plan) or knobs.file_sha256(self.path) != plan["written"]:
+        if not seal_holds(plan) or file_sha256(self.path) != plan["written"]:
             log(f"notice: {self.path}, left by a run that was broken off, is damaged: reading the text "
                 "again")
             return False
@@ -111,7 +110,7 @@ class Spool:
         """(place after it, is it validation, script, hash, text), in the order of the sources."""
         romaniser = None
         if self.romanised:
-            from romanise import Romaniser
+            from text.romanise import Romaniser
             romaniser = [Romaniser(style) for style in range(16)]        # so many typists
         with open(self.path, "rb") as f:
             f.seek(start)

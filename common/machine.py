@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import knobs
+from common.flags import UserError, commit_hash, json_text, mute, say
 from config import ROOT, next_commands
-from knobs import UserError
 
 ECHO = 2.0          # seconds in which a second SIGINT under torchrun is the first one, passed on
 
@@ -200,7 +199,7 @@ def environment(device):
     """What a reader needs to repeat a number."""
     return {"torch": torch.__version__, "python": platform.python_version(), "device": str(device),
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "threads": torch.get_num_threads(), "commit": knobs.commit_hash(ROOT)}
+            "threads": torch.get_num_threads(), "commit": commit_hash(ROOT)}
 
 
 def by_torchrun():
@@ -340,7 +339,7 @@ class Progress:
             try:
                 self.bar.update(done - self.bar.n)               # less than 0 after a rollback
             except OSError:
-                knobs.mute(sys.stderr)
+                mute(sys.stderr)
 
     @property
     def eta(self):
@@ -351,7 +350,7 @@ class Progress:
         return time.perf_counter() - self.began
 
     def line(self, text):
-        knobs.say(text)
+        say(text)
 
 
 def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step):
@@ -390,7 +389,7 @@ class JsonLines:
     def write(self, event, **values):
         if self.file is None:
             return
-        line = (knobs.json_text(finite({"event": event, **values})) + "\n").encode()
+        line = (json_text(finite({"event": event, **values})) + "\n").encode()
         size = os.fstat(self.file.fileno()).st_size
         try:
             if self.file.write(line) < len(line):
@@ -398,7 +397,7 @@ class JsonLines:
         except OSError as error:
             self.file.truncate(size)
             if not self.told:
-                knobs.say(f"warning: {self.file.name}: lines are lost: {error.strerror}")
+                say(f"warning: {self.file.name}: lines are lost: {error.strerror}")
             self.told = True
 
     def close(self):

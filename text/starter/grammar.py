@@ -19,9 +19,9 @@ from bisect import bisect
 from itertools import accumulate, count
 
 import config
-import knobs
-import starter
-from starter import lexicon
+from common.flags import run
+from text import starter
+from text.starter import lexicon
 
 VERSION = 1                                     # bump it whenever any text changes: a golden hash in the tests insists
 HINGLISH = config.PrepareArgs.hinglish_ratio
@@ -402,4 +402,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    knobs.run(main)
+    run(main)

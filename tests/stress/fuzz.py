@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import arguments, scratch, tiny_text
+from harness import arguments, scratch, tiny_text
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
@@ -30,14 +30,14 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import cli
 import config
-import runs
+import model_config
 import sample
-import shapes
 import train
-from documents import read_documents
-from knobs import UserError
-from tokenizer import Tokenizer, normalise
-from tokens import TokenData, Windows
+from common.flags import UserError
+from text.dataset import TokenData, Windows
+from text.documents import read_documents
+from text.tokenizer import Tokenizer, normalise
+from training import run_folder
 
 COUNTS = {"raw": 3000, "train.bin": 2000, "meta": 5000, "manifest": 2000, "state": 2500, "config": 2500, "header": 2500,
           "shard": 2500, "tokenizer": 600, "prompt": 3000, "prompts_file": 1000, "documents": 1500, "config_file": 1500}
@@ -124,9 +124,9 @@ def forged(lab, name, data, source="ckpt"):
         saved = checkpoint.load(folder, parts=("model", "ema", "optimizer"))
         args, origins = cli.parse(config.TrainArgs, [], "train")
         args, _ = cli.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
-        cfg = shapes.model_config(args, lab.tokenizer.vocab_size)
+        cfg = model_config.model_config(args, lab.tokenizer.vocab_size)
         checkpoint.may_fit(cfg, saved.model)
-        runs.counters(saved)
+        run_folder.counters(saved)
     finally:
         put(lab, f"{source}/{name}", (step / name).read_bytes())
         put(lab, f"{source}/MANIFEST.json", sound)

@@ -14,8 +14,8 @@ import re
 import sys
 import unicodedata
 
-import knobs
-from starter import lexicon
+from common.flags import run
+from text.starter import lexicon
 
 # ------------------------------------------------------------------------------------------------ tables: letters to sounds
 # sounds: one Latin letter or digraph for a consonant; capitals are the long or second vowel: A aa, I ee, U oo, E ai, O au
@@ -400,4 +400,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    knobs.run(main)
+    run(main)

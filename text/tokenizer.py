@@ -16,8 +16,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from common.flags import UserError
 from config import PrepareArgs
-from knobs import UserError
 
 NORMALISER = "v1"          # any change of the rules below needs a new version
 PAD, UNK, BOS, EOS = 0, 1, 2, 3

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from knobs import UserError, knob, need, say, split_list
+from common.flags import UserError, knob, need, say, split_list
 
 ROOM = 10_000            # events that may wait for a sink; one that is further behind is dropped
 PATIENCE = 30            # seconds that W&B may take to begin, and to end

@@ -22,21 +22,21 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import ROOT, arguments, scratch, tiny_text
+from harness import ROOT, arguments, scratch, tiny_text
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
-import torch._dynamo     # noqa: F401  (what train imports late, imported once)
+import torch._dynamo  # noqa: F401  (what train imports late, imported once)
 import tqdm
 
 import checkpoint
-import decode            # noqa: F401
-import evaluate          # noqa: F401
-import knobs
-import optim
-import runtime
+import evaluate  # noqa: F401
 import train
-from benchmarks.faults import points
+from common import flags as knobs, machine
+from common.flags import UserError, read_json
+from sampling import decode  # noqa: F401
+from stress.faults import points
+from training import optim
 
 STEPS, SAVES = 8, 4
 SHAPE = ("--d_model 16 --n_layers 2 --n_heads 2 --d_ff 32 --memory_slots 2 --seq_len 16 --batch_size 4 --block_size 4 "
@@ -80,7 +80,7 @@ class Bomb:
         self.disk.__enter__()                                     # until this process ends
         for owner, name in ((optim.Optimizers, "step"), (optim.EMA, "update")):
             setattr(owner, name, self.around(f"optim {name}", getattr(owner, name)))
-        save, write_line = checkpoint.save, runtime.JsonLines.write
+        save, write_line = checkpoint.save, machine.JsonLines.write
 
         def watched_save(*args, **kwargs):
             self.saving = True
@@ -96,7 +96,7 @@ class Bomb:
             if (self.kind, self.passed["line"], self.signals[0]) == ("line", self.at, signal.SIGKILL):    # tear it
                 log.file.truncate((size + os.fstat(log.file.fileno()).st_size) // 2)
             self.point("after a log line", "line")
-        checkpoint.save, runtime.JsonLines.write = watched_save, watched_line
+        checkpoint.save, machine.JsonLines.write = watched_save, watched_line
 
     def around(self, name, real):
         def call(*args, **kwargs):
@@ -193,7 +193,7 @@ class Lab:
 def outcome(run):
     """All that must not depend on kills."""
     end, lines = run / checkpoint.step_name(STEPS), [json.loads(line) for line in (run / "train.jsonl").read_bytes().splitlines()]
-    state = knobs.read_json(end / "state.json")
+    state = read_json(end / "state.json")
     return {"files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(end.glob("*.safetensors"))},
             "state": {key: state[key] for key in COUNTERS},
             "curve": {line["step"]: [line[key] for key in FIGURES] for line in lines if line["event"] == "train"},
@@ -207,7 +207,7 @@ def whole(run):
     try:
         for folder in checkpoint.list_steps(run).values():
             checkpoint.verify(folder)
-    except knobs.UserError as damage:
+    except UserError as damage:
         return str(damage)
 
 

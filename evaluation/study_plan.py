@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import config
-import knobs
-import shapes
+import model_config
+from common.flags import UserError, problems_of, read_json, say
 from config import TrainArgs
-from knobs import UserError, say
 from studies import STUDIES
 
 ROUNDS = 3            # of --halving at most: an eighth, a quarter, half
@@ -42,8 +41,8 @@ class Run(NamedTuple):
 
     @property
     def sizes(self):
-        c = shapes.model_config(self.args, vocabulary(self.args.data_dir))
-        return self.counted or {"params": shapes.count_params(c), "params_blocks": shapes.block_params(c),
+        c = model_config.model_config(self.args, vocabulary(self.args.data_dir))
+        return self.counted or {"params": model_config.count_params(c), "params_blocks": model_config.block_params(c),
                                 "flops_per_token": flops(c, self.args)}
 
 
@@ -66,11 +65,11 @@ def asked(a):
 
 def vocabulary(data_dir):
     meta = Path(data_dir, "meta.json")
-    return knobs.read_json(meta).get("vocab_size", 0) if meta.exists() else 0
+    return read_json(meta).get("vocab_size", 0) if meta.exists() else 0
 
 
 def flops(c, a):
-    return shapes.flops_per_token(c, a.seq_len, a.rule_shares, asked(a))
+    return model_config.flops_per_token(c, a.seq_len, a.rule_shares, asked(a))
 
 
 def settings(args):
@@ -80,17 +79,17 @@ def settings(args):
     found, problems, vocab = {}, [], vocabulary(base.data_dir)
     for name, diff in variants(args).items():
         a = found[name] = dataclasses.replace(base, **diff)
-        problems += [f"{name}: {p}" for p in knobs.problems_of(a)]
+        problems += [f"{name}: {p}" for p in problems_of(a)]
         if args.match == "tokens" or problems:
             continue
         first = next(iter(found.values()))
-        cost = shapes.block_params if args.match != "flops" else lambda c, a=a: flops(c, a)
-        goal = flops(shapes.model_config(first, vocab), first) if args.match == "flops" else \
-            shapes.block_params(shapes.model_config(first, vocab))
-        shape = shapes.model_config(a, vocab)
+        cost = model_config.block_params if args.match != "flops" else lambda c, a=a: flops(c, a)
+        goal = flops(model_config.model_config(first, vocab), first) if args.match == "flops" else \
+            model_config.block_params(model_config.model_config(first, vocab))
+        shape = model_config.model_config(a, vocab)
         if cost(shape) != goal:
-            a.d_ff = shapes.match_d_ff(shape, goal, cost)
-            if abs(gap := cost(shapes.model_config(a, vocab)) / goal - 1) > 0.01:
+            a.d_ff = model_config.match_d_ff(shape, goal, cost)
+            if abs(gap := cost(model_config.model_config(a, vocab)) / goal - 1) > 0.01:
                 say(f"notice: {name} has {gap:+.1%} of the {args.match} of {next(iter(found))}, even with --d_ff {a.d_ff}")
     if problems:
         raise UserError("\n  ".join(problems))

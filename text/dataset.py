@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 import config
-import knobs
-from knobs import UserError
-from tokenizer import NORMALISER
+from common import flags as knobs
+from common.flags import UserError, read_json, say, seal_holds
+from text.tokenizer import NORMALISER
 
 VERSION = 1
 # every key of meta.json with its type and, for numbers, the smallest value allowed
@@ -128,10 +128,10 @@ class TokenData:
         """meta.json with its seal checked; only a file of an older version has none, which is said once."""
         name = self.dir / "meta.json"
         try:
-            meta = knobs.read_json(name)
+            meta = read_json(name)
         except UserError as error:
             self.refuse(str(error))
-        if "seal" in meta and not knobs.seal_holds(meta):
+        if "seal" in meta and not seal_holds(meta):
             self.refuse(f"{name} was changed after it was written: its seal does not fit")
         self.check_meta(meta)
         if "seal" in meta:
@@ -140,7 +140,7 @@ class TokenData:
             self.refuse(f"{name} has keys that it should not have, and no seal")
         elif str(name) not in told:
             told.add(str(name))
-            knobs.say(f"notice: {name} has no seal, as older versions wrote it, so its figures cannot be "
+            say(f"notice: {name} has no seal, as older versions wrote it, so its figures cannot be "
                       f"checked; {how_to_rebuild(self.dir)}")
         return meta
 

@@ -16,9 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, arguments
-
 import checkpoint
+from harness import ROOT, arguments
 
 os.environ["PYTHONPATH"] = str(ROOT)
 SHAPE = ("--d_model", 32, "--n_layers", 2, "--n_heads", 2, "--d_ff", 48, "--memory_slots", 4, "--seq_len", 32, "--batch_size", 4,

@@ -12,8 +12,7 @@ import re
 import zlib
 from pathlib import Path
 
-import knobs
-from knobs import UserError
+from common.flags import UserError, need
 
 OPEN = {".gz": gzip.open, ".xz": lzma.open}
 LINE_BYTES = 1 << 24                       # a longer document is cut, so that a file of one line fits into memory
@@ -132,7 +131,7 @@ def read_documents(path, log=print):
 
 def read_parquet(path):
     """The column "text" of a parquet file, a batch of rows at a time."""
-    knobs.need("pyarrow", f"to read {path}")
+    need("pyarrow", f"to read {path}")
     import pyarrow
     import pyarrow.parquet
     try:

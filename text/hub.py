@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
-import knobs
-from knobs import UserError
+from common.flags import UserError, need, read_json, write_json
 
 WAITS = (1, 2, 4, 8, 16)                   # seconds before the next try; one new row, and they start over
 SYNC_ROWS = 1000                           # rows between two states on disk
@@ -181,7 +180,7 @@ class Raw:
         self.part, self.state_path = self.path.with_suffix(".jsonl.part"), self.path.with_suffix(".state.json")
         self.state = dict(asdict(source), rows=0, bytes=0, chars=0, ended=False, at=None)
         with contextlib.suppress(UserError, OSError):      # nothing usable there: from the beginning
-            saved = knobs.read_json(self.state_path)
+            saved = read_json(self.state_path)
             there = (self.path if self.path.exists() else self.part).stat().st_size
             fixed = [key for key in asdict(source) if key != "share" and (key != "revision" or source.revision)]
             if set(saved) == set(self.state) and there >= saved["bytes"] and all(saved[k] == self.state[k] for k in fixed):
@@ -250,7 +249,7 @@ class Raw:
             f.flush()
             os.fsync(f.fileno())
             s.update(rows=s["rows"] + new, chars=s["chars"] + more, bytes=os.fstat(f.fileno()).st_size, at=at)
-            knobs.write_json(self.state_path, s)
+            write_json(self.state_path, s)
             new = more = 0
 
         try:
@@ -294,7 +293,7 @@ class Raw:
 def download(which, folder, hinglish_ratio, chars, log):
     """Files with about so many characters in all, the wanted share of them Hinglish; [(path, record for meta.json)]."""
     kinds = {"hindi": {"hindi": 1 - hinglish_ratio, "hinglish": hinglish_ratio}, "fineweb": {"english": 1.0}}[which]
-    knobs.need("datasets", "to read the hub")
+    need("datasets", "to read the hub")
     folder.mkdir(parents=True, exist_ok=True)
     found, hub = [], Hub(log)
     for kind, share in kinds.items():
@@ -311,5 +310,5 @@ def download(which, folder, hinglish_ratio, chars, log):
                         "(--source files --input FILES) or the starter corpus (--source builtin)", code=3)
     keep = ("name", "kind", "repo", "config", "data_dir", "split", "revision", "licence", "rows", "bytes", "chars", "ended")
     records = [{key: raw.state[key] for key in keep} | {"file": raw.path.name} for raw in found]
-    knobs.write_json(folder / "sources.json", {"sources": records})
+    write_json(folder / "sources.json", {"sources": records})
     return [(raw.path, record) for raw, record in zip(found, records, strict=True)]

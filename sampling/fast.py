@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import runtime
-from knobs import UserError
+from common import machine
+from common.flags import UserError
 from layers import Linear
 
 ROWS = 32       # tokens that the packed layout is tuned for
@@ -23,7 +23,7 @@ ROWS = 32       # tokens that the packed layout is tuned for
 def pick(precision, device):
     """'auto' -> what this machine is fast in, with the reason; int8 and bf16 elsewhere are refused, not ignored."""
     if precision == "auto":
-        units = runtime.cpu_bf16_units() if device.type == "cpu" else []
+        units = machine.cpu_bf16_units() if device.type == "cpu" else []
         return ("bf16", f"the CPU has {', '.join(units)}") if units else ("fp32", f"no bf16 units known of this {device.type}")
     if precision == "int8" and device.type != "cpu":
         raise UserError(f"--quantize_dynamic works on a CPU only, not on {device}: leave it out")

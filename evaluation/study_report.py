@@ -16,8 +16,7 @@ import re
 import shlex
 import statistics
 
-import knobs
-from knobs import UserError, say
+from common.flags import UserError, json_text, read_lines, say, write_text
 
 HEAD = ("variant", "runs", "parameters", "in the layers", "MFLOP/token", "tokens", "tokens/s", "bound, nats/token", "bits/byte",
         "to the reference", "chain rule, bits/byte")
@@ -33,7 +32,7 @@ th{background:#f6f8fa}th:first-child,td:first-child{text-align:left}p.note{color
 
 def by_seed(path):
     """(variant, seed) -> its last line: the same run may have borne two names."""
-    return {(line["variant"], line["seed"]): line for line in knobs.read_lines(path)}
+    return {(line["variant"], line["seed"]): line for line in read_lines(path)}
 
 
 def append(path, line):
@@ -41,7 +40,7 @@ def append(path, line):
     with open(path, "ab+") as f:
         f.seek(0)
         f.truncate(f.read().rfind(b"\n") + 1)
-        f.write((knobs.json_text(line) + "\n").encode())
+        f.write((json_text(line) + "\n").encode())
         f.flush()
         os.fsync(f.fileno())
 
@@ -277,7 +276,7 @@ def build(folder, path):
         parts.append(f"<h2>{html.escape(name)}</h2>{shown}"
                      f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{table}</tbody></table></div>'
                      f'<p class="note">{html.escape(origin(lines))}</p>')
-    knobs.write_text(path, (
+    write_text(path, (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Aria: experiments</title><style>{STYLE}</style></head><body><h1>Experiments</h1>{''.join(parts)}"
         "</body></html>\n"))
@@ -296,6 +295,6 @@ def rebuild(folder, page):
         body = f"{start}\n{markdown(name, lines)}{end}"
         old = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
         text = old.sub(lambda _, body=body: body, text) if old.search(text) else f"{text.rstrip()}\n\n{body}\n"
-    knobs.write_text(page, text)
+    write_text(page, text)
     say(f"results: {page}: {', '.join(name for name, _ in found)}")
     return 0

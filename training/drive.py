@@ -13,9 +13,8 @@ import shutil
 from pathlib import Path
 
 import checkpoint
-import knobs
-from knobs import UserError
-from tokens import TokenData, file_sha256
+from common.flags import UserError, read_json
+from text.dataset import TokenData, file_sha256
 
 KEPT = 2
 BESIDE = ("train.jsonl", "config.json", "summary.md", "report.html")      # of the run folder
@@ -114,8 +113,8 @@ def store_text(data_dir, drive, say):
     """The prepared text with its tokenizer, once: a run goes on only with the very tokens that it began with."""
     folder, there = Path(data_dir), Path(drive) / "text" / Path(data_dir).name
     try:
-        meta = knobs.read_json(folder / "meta.json")
-        if (there / "meta.json").exists() and knobs.read_json(there / "meta.json") == meta:
+        meta = read_json(folder / "meta.json")
+        if (there / "meta.json").exists() and read_json(there / "meta.json") == meta:
             return
         there.parent.mkdir(exist_ok=True)
 
@@ -135,7 +134,7 @@ def restore_text(data_dir, drive, say):
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         copy_folder(there, folder, check_text)
-        tokenizer = Path(knobs.read_json(folder / "meta.json")["tokenizer"])
+        tokenizer = Path(read_json(folder / "meta.json")["tokenizer"])
         if not tokenizer.is_absolute() and not tokenizer.exists():
             tokenizer.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / tokenizer.name, tokenizer)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import config
-import judge as ngrams
-import knobs
-from knobs import UserError
+from common.flags import UserError, printable, read_lines, write_json
+from evaluation import ngram as ngrams
 
 SETTINGS = dict(max_new_tokens=80, steps=12, temperature=1.0, top_k=50)      # of the four fixed prompts, seed 1337
 SEED = 1337
@@ -220,13 +219,13 @@ def judge(log, folders, latest, samples):
 
 def read_log(path):
     """The events of a train.jsonl."""
-    return [e for e in knobs.read_lines(path) if "event" in e]
+    return [e for e in read_lines(path) if "event" in e]
 
 
 def write_samples(path, device):
     """The runbook's prompts continued by this checkpoint, with its settings and seed."""
     import checkpoint
-    from decode import Settings, generate
+    from sampling.decode import Settings, generate
     model, tokenizer, saved = checkpoint.load_model(path, device)
     never = {model.cfg.mask_id, tokenizer.pad_id, tokenizer.unk_id}
     samples = []
@@ -254,24 +253,24 @@ def table(lines):
 def check(path, args, show_texts=True):
     """Read, sample, judge and print a run; writes <run>/verdict.json, or args.out_json -> the lines."""
     import checkpoint
-    import runtime
+    from common import machine
     run = Path(path) if (Path(path) / "train.jsonl").is_file() else checkpoint.candidates(path)[0].parent
     if not (run / "train.jsonl").is_file():
         raise UserError(f"{run} has no train.jsonl to judge: name the run folder, such as checkpoints/eco_hybrid_hi")
     samples, step, folders, latest = None, None, {}, checkpoint.read_pointer(run, "latest")[0]
     if checkpoint.is_run(run):
-        samples, step = write_samples(path, runtime.pick_device(args.device))
+        samples, step = write_samples(path, machine.pick_device(args.device))
         for number, folder in checkpoint.list_steps(run).items():
             try:
                 folders[number] = bool(checkpoint.verify(folder))
             except checkpoint.Damage:
                 folders[number] = False
     for sample in samples if show_texts and samples else ():
-        print(f"{sample['prompt']}{knobs.printable(sample['text'])}\n---", flush=True)
+        print(f"{sample['prompt']}{printable(sample['text'])}\n---", flush=True)
     lines = judge(read_log(run / "train.jsonl"), folders, latest, samples)
     print("\n".join(table(lines)), flush=True)
     rows = [s["ids"] for s in samples or []]
-    knobs.write_json(args.out_json or run / "verdict.json", {
+    write_json(args.out_json or run / "verdict.json", {
         "version": 1, "run": str(run), "step": step, "passed": passed(lines), "criteria": [line._asdict() for line in lines],
         "settings": {**SETTINGS, "seed": SEED}, "distinct_2": ngrams.distinct(rows, 2), "repeat_rate": ngrams.repeat_rate(rows),
         "samples": [{key: sample[key] for key in ("prompt", "text")} for sample in samples or []]})

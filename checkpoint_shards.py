@@ -17,9 +17,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 
-from knobs import Damage, UserError, file_sha256
-from shapes import weight_name
-
+from common.flags import Damage, UserError, file_sha256
+from model_config import weight_name
 
 # ---- save: every rank calls it ---------------------------------------------------------------------------------------
 

@@ -14,6 +14,6 @@ Frames are Hindi sentences in Devanagari with these marks:
 A kind of document: name, weight in Devanagari, weight in Hinglish, cast (slot:pool,pool), and its stages in order. `*` opens
 a stage and `?` one that may be left out; each line is one way to say it.
 """
-from starter import days, dialogues, feelings, people, stories
+from text.starter import days, dialogues, feelings, people, stories
 
 KINDS = people.KINDS + days.KINDS + feelings.KINDS + stories.KINDS + dialogues.KINDS       # in this order, or every text changes

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
-from knobs import UserError, again, checked, knob
+from common.flags import UserError, again, checked, knob
 
 ADDED = dict(causal=False, exits=False)   # a field of ModelConfig that came later -> what older checkpoints mean
 OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffusion="backup")
