@@ -22,8 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import flags
-from common.flags import Damage, UserError, checked, file_sha256, json_text, say
+from common import files
+from common.console import Damage, UserError, say
+from common.files import file_sha256, json_text
+from common.flags import checked
 from config import TrainArgs
 from model import build_model
 from model_config import ModelConfig, count_params, weight_name
@@ -224,7 +226,7 @@ def to_json(value):
 
 def read_json(path):
     try:
-        return flags.read_json(path)
+        return files.read_json(path)
     except UserError as error:
         raise Damage(str(error)) from None
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 
-from common.flags import Damage, UserError, file_sha256
+from common.console import Damage, UserError
+from common.files import file_sha256
 from model_config import weight_name
 
 # ---- save: every rank calls it ---------------------------------------------------------------------------------------

@@ -11,19 +11,9 @@ import re
 import sys
 from pathlib import Path
 
-from common.flags import (
-    UserError,
-    be_quiet,
-    checked,
-    commit_hash,
-    printable,
-    problems_of,
-    read_flags,
-    read_json,
-    run,
-    say,
-    show,
-)
+from common.console import UserError, be_quiet, commit_hash, printable, run, say
+from common.files import read_json
+from common.flags import checked, problems_of, read_flags, show
 from config import (
     ADDED,
     COMMANDS,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cli
 import config
-from common.flags import UserError, say
+from common.console import UserError, say
 
 ONE_SHOT_DIR = "data/one_shot"    # the starter corpus with the one-shot's settings; more of them: data/one_shot_2 ...
 

@@ -29,16 +29,9 @@ from pathlib import Path
 import cli
 import config
 import model_config
-from common.flags import (
-    UserError,
-    can_write,
-    convert,
-    json_text,
-    say,
-    split_list,
-    to_dict,
-    write_json,
-)
+from common.console import UserError, say
+from common.files import can_write, json_text, write_json
+from common.flags import convert, split_list, to_dict
 
 HELD_OUT_ROWS = 64
 CAREFUL = " at one token a forward"

@@ -22,7 +22,8 @@ import cli
 import config
 import objective
 import sample
-from common.flags import UserError, can_write, say, write_json
+from common.console import UserError, say
+from common.files import can_write, write_json
 
 PROMPT = 16           # tokens of a held-out beginning, or half of a shorter document
 READ_BEFORE = 0.05    # of a judge's text, that the judged model may know

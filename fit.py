@@ -8,7 +8,7 @@ import gc
 import torch
 
 from common import machine
-from common.flags import UserError
+from common.console import UserError
 from model_config import count_params
 
 SPARE = 0.95          # of the memory that is there: the allocator's own losses need the rest

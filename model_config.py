@@ -9,7 +9,8 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
-from common.flags import UserError, again, checked, knob
+from common.console import UserError
+from common.flags import again, checked, knob
 
 ADDED = dict(causal=False, exits=False)   # a field of ModelConfig that came later -> what older checkpoints mean
 OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffusion="backup")

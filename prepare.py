@@ -23,8 +23,9 @@ from pathlib import Path
 
 import cli
 import config
-from common import flags as knobs
-from common.flags import check_packages, read_json, say, seal_holds, sealed, write_json
+from common import console
+from common.console import check_packages, say
+from common.files import read_json, seal_holds, sealed, write_json
 
 if __name__ == "__main__":
     cli.answer_help(config.PrepareArgs, "prepare")      # before the heavy imports: --help has to be instant
@@ -33,7 +34,7 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from common.flags import UserError
+from common.console import UserError
 from text import dataset, hub
 from text.clean import RULES, Cleaner
 from text.documents import find_files, kind_of, read_documents
@@ -346,8 +347,8 @@ def ensure_builtin(folder=config.STARTER_DIR, chars=None, log=print):
 def main(argv=None):
     args, origins = cli.parse(config.PrepareArgs, argv, "prepare")
     cli.announce(args, origins)
-    build(args, say if args.quiet else lambda text: print(knobs.printable(text)))
-    print(knobs.printable(f"next: python -m train --data_dir {shlex.quote(args.data_dir)}"))
+    build(args, say if args.quiet else lambda text: print(console.printable(text)))
+    print(console.printable(f"next: python -m train --data_dir {shlex.quote(args.data_dir)}"))
 
 
 if __name__ == "__main__":

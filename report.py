@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cli
 import config
-from common.flags import UserError, say
+from common.console import UserError, say
 
 WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 520, 210, 52, 20, 12, 24      # of a chart, in its own units
 BUCKETS = 130                                              # of a curve with more points than these: mean, lowest and highest

@@ -26,7 +26,8 @@ from pathlib import Path
 import cli
 import config
 import model_config
-from common.flags import UserError, read_json, read_lines, say, write_json, write_text
+from common.console import UserError, say
+from common.files import read_json, read_lines, write_json, write_text
 from config import TrainArgs
 from evaluation import study_plan, study_report
 from evaluation.study_plan import flags, make_plan, rounds, scoring, terms, variants

@@ -18,7 +18,8 @@ import cli
 import config
 import model_config
 import objective
-from common.flags import UserError, can_write, json_text, printable, say, write_json
+from common.console import UserError, printable, say
+from common.files import can_write, json_text, write_json
 
 NEWEST = "checkpoints/latest"                      # the resolver takes the run there that saved last
 # tokens that a forward may reveal while their words still fit (docs/experiments/decoding.md)

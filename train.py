@@ -22,7 +22,8 @@ from pathlib import Path
 import cli
 import config
 import model_config
-from common.flags import UserError, printable, say, to_dict
+from common.console import UserError, printable, say
+from common.flags import to_dict
 
 NON_FINITE_LIMIT = 5     # steps in a row with a NaN or infinite loss or gradient, then the run stops
 SAVE_LIMIT = 3           # saves in a row that failed, then the run stops
@@ -359,10 +360,10 @@ def train(args, origins, ranks, run_dir, source, resuming):
     def write(good, is_best, score, **tensors):
         step = good.step
         state = {"tokens_seen": good.tokens_seen, "position": good.position, "skipped": good.skipped,
-                 "best": machine.finite(best),
-                 "kept": nats if is_best else machine.finite(kept), "ema_updates": ema.updates if ema else 0, "model": args.model,
+                 "best": logs.finite(best),
+                 "kept": nats if is_best else logs.finite(kept), "ema_updates": ema.updates if ema else 0, "model": args.model,
                  "data_sha256": data.meta["train_sha256"], "val_sha256": data.meta["val_sha256"],
-                 "score": score if score is None else machine.finite(score), "source": data.meta["source"],
+                 "score": score if score is None else logs.finite(score), "source": data.meta["source"],
                  "environment": environment, "compiled": args.compile, "precision": str(dtype),
                  "scaler": scaler.state(), "losses": spikes.state(), "rollbacks": rollbacks, "wandb_id": run_id,
                  "eval_due": int(due and scored_step != step == good.step)}
@@ -383,9 +384,9 @@ def train(args, origins, ranks, run_dir, source, resuming):
 
     # ---- the loop: evaluate, save, stop, step, log; one turn more than steps --------------------------------------------
     environment = machine.environment(device)
-    with (stop, machine.Progress(args, first_step) as progress,
+    with (stop, logs.Progress(args, first_step) as progress,
           torch.autograd.set_detect_anomaly(args.detect_anomaly)):
-        log = logs.Events(machine.JsonLines(run_dir / "train.jsonl" if ranks.main else None),
+        log = logs.Events(logs.JsonLines(run_dir / "train.jsonl" if ranks.main else None),
                            logs.opened(args, run_dir, run_id, first_step + 1 if resuming else 0) if ranks.main else [])
         log.write("meta", time=time.strftime("%Y-%m-%dT%H:%M:%S"), version=1, argv=sys.argv,
                   config=saved_args, params_total=params, params_blocks=model_config.block_params(cfg),
@@ -490,8 +491,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
             rate, memory = draw.hidden / step_tokens, machine.peak_memory_mb(device)
             mfu = step_tokens / seconds * model_config.train_flops(cfg, args.seq_len, block, rate) / peak
             progress.step(step + 1, step_tokens, seconds, loss=loss, bound=nats, gnorm=gnorm, mask=rate, mfu=mfu, memory=memory)
-            log.write("train", step=step + 1, loss=machine.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
-                      gnorm=machine.finite(gnorm), tok_s=step_tokens / seconds, mfu=mfu, seq_len=args.seq_len,
+            log.write("train", step=step + 1, loss=logs.finite(loss), loss_kind=args.loss, mask=rate, lr=lr,
+                      gnorm=logs.finite(gnorm), tok_s=step_tokens / seconds, mfu=mfu, seq_len=args.seq_len,
                       block=block, first=first, global_batch=rows, tokens_seen=tokens_seen, step_ms=1e3 * seconds,
                       data_ms=data_ms, mem_mb=memory, skipped=skipped, overflows=scaler.overflows)
             if step == first_step or (step + 1) % args.log_interval == 0 or step + 1 == args.max_steps:
@@ -521,7 +522,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         stopped = stop.name if unfinished and not code else None
         log.write("end", step=step, code=code, stopped=stopped, best=None if best == math.inf else best, seconds=progress.elapsed)
         bits = None if best == math.inf else bits_per_byte(best, data.meta)
-        summary = machine.summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step)
+        summary = logs.summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step)
         publish("summary.md", summary)
         log.close(hurry=stop.signal is not None)
         if ranks.main:

@@ -16,7 +16,7 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from common.flags import UserError
+from common.console import UserError
 from harness import arguments
 from text import romanise
 

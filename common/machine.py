@@ -4,7 +4,6 @@ Used by the entry points. Nothing here knows a model.
 """
 import contextlib
 import ctypes
-import errno
 import functools
 import math
 import os
@@ -13,14 +12,11 @@ import signal
 import statistics
 import sys
 import time
-from collections import deque
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from common.flags import UserError, commit_hash, json_text, mute, say
-from config import ROOT, next_commands
+from common.console import UserError, commit_hash
+from config import ROOT
 
 ECHO = 2.0          # seconds in which a second SIGINT under torchrun is the first one, passed on
 
@@ -281,125 +277,3 @@ class StopFlag:
     def name(self):
         return None if self.signal is None else signal.Signals(self.signal).name
 
-
-def finite(x):
-    """JSON has no NaN: a number that is not finite is logged as null, inside lists and objects too."""
-    if isinstance(x, dict):
-        return {key: finite(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def duration(seconds):
-    """Seconds -> "4:05", "2:04:05" or from a day on "26 d 20 h"."""
-    left = round(seconds)
-    if left >= 86400:
-        return f"{left // 86400} d {left // 3600 % 24} h"
-    if left >= 3600:
-        return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-    return f"{left // 60}:{left % 60:02d}"
-
-
-class Progress:
-    """The progress of a run: a redrawn bar on a terminal, else plain lines; speed and time left from its own steps.
-
-    Only training steps are timed: evaluation and saving do not count. The first ten steps warm up and are left out of the
-    estimate as soon as there are others.
-    """
-
-    def __init__(self, args, start):
-        self.live = args.live == "basic" or args.live == "auto" and sys.stderr.isatty() and not args.quiet
-        self.total, self.done, self.first = args.max_steps, start, start
-        self.seconds = deque(maxlen=50)      # of the last steps
-        self.began, self.mean_tok_s, self.warm = time.perf_counter(), 0.0, []
-        self.bar, self.measure = None, args.measure
-
-    def __enter__(self):
-        if self.live:
-            self.bar = tqdm(total=self.total, initial=self.done, unit="step", dynamic_ncols=True,
-                            bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}{postfix}")
-        return self
-
-    def __exit__(self, *_):
-        if self.bar is not None:
-            self.bar.close()
-
-    def step(self, done, tokens, seconds, loss, bound, gnorm, mask, mfu, memory):
-        self.done = done
-        if done == self.first + 11:
-            self.seconds.clear()
-        self.seconds.append(seconds)
-        self.warm.append(tokens / seconds)
-        self.tok_s = tokens / statistics.median(self.seconds)
-        if self.bar is not None:
-            self.bar.set_postfix_str(
-                f"loss {loss:.3f}, {f'{self.measure} {bound:.3f}, ' if bound is not None else ''}{self.tok_s:,.0f} tok/s, "
-                f"ETA {self.eta}, MFU {mfu:.0%}, gnorm {gnorm:.2f}, mask {mask:.2f}, {memory / 1024:.1f} GB", refresh=False)
-            try:
-                self.bar.update(done - self.bar.n)               # less than 0 after a rollback
-            except OSError:
-                mute(sys.stderr)
-
-    @property
-    def eta(self):
-        return duration((self.total - self.done) * statistics.mean(self.seconds))
-
-    @property
-    def elapsed(self):
-        return time.perf_counter() - self.began
-
-    def line(self, text):
-        say(text)
-
-
-def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step):
-    """summary.md: what was trained, how it went, how to go on."""
-    tok_s = statistics.median(progress.warm[10:] or progress.warm) if progress.warm else float("nan")
-    bound = f"{best:.4f} nats/token" if math.isfinite(best) else "not measured"
-    bound += "" if bits is None else f", {bits:.4f} bits/byte"
-    saved = Path(run_dir, "latest").is_file()
-    commands = next_commands(run_dir, step, args.max_steps, args.causal) if saved else []
-    synthetic = " (synthetic: written by a program, not real text)" if data.meta["source"] == "builtin" else ""
-    return "\n".join((
-        f"# {run_dir}: step {step} of {args.max_steps}", "",
-        f"- model: {args.model}, {params:,} parameters, d_model {args.d_model}, {args.n_layers} layers, d_ff {args.d_ff}",
-        f"- text: {args.data_dir}, source {data.meta['source']}{synthetic}, {data.meta['train_tokens']:,} tokens; "
-        f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
-        f"- best held-out {args.measure}: {bound}",
-        f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory {peak_memory_mb():.0f} MB",
-        *(f"- {what}: {command}" for what, command in commands), ""))
-
-
-class JsonLines:
-    """train.jsonl: one object per line, whole or not there, the source of every plot. A full disk costs lines, not the run.
-
-    Without a path nothing is written: of several processes only one keeps the log.
-    """
-
-    def __init__(self, path):
-        self.file, self.told = None, False
-        if path is not None:
-            self.file = open(path, "ab+", buffering=0)
-            size = os.fstat(self.file.fileno()).st_size
-            self.file.seek(max(0, size - 2 ** 20))
-            tail = self.file.read()
-            self.file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)   # a line that a power cut tore
-
-    def write(self, event, **values):
-        if self.file is None:
-            return
-        line = (json_text(finite({"event": event, **values})) + "\n").encode()
-        size = os.fstat(self.file.fileno()).st_size
-        try:
-            if self.file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self.file.truncate(size)
-            if not self.told:
-                say(f"warning: {self.file.name}: lines are lost: {error.strerror}")
-            self.told = True
-
-    def close(self):
-        if self.file is not None:
-            self.file.close()

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import config
-from common.flags import UserError, printable, read_lines, write_json
+from common.console import UserError, printable
+from common.files import read_lines, write_json
 from evaluation import ngram as ngrams
 
 SETTINGS = dict(max_new_tokens=80, steps=12, temperature=1.0, top_k=50)      # of the four fixed prompts, seed 1337

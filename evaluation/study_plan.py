@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import config
 import model_config
-from common.flags import UserError, problems_of, read_json, say
+from common.console import UserError, say
+from common.files import read_json
+from common.flags import problems_of
 from config import TrainArgs
 from studies import STUDIES
 

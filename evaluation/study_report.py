@@ -16,7 +16,8 @@ import re
 import shlex
 import statistics
 
-from common.flags import UserError, json_text, read_lines, say, write_text
+from common.console import UserError, say
+from common.files import json_text, read_lines, write_text
 
 HEAD = ("variant", "runs", "parameters", "in the layers", "MFLOP/token", "tokens", "tokens/s", "bound, nats/token", "bits/byte",
         "to the reference", "chain rule, bits/byte")

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from common.flags import UserError
+from common.console import UserError
 from masking import folded, shifted
 from sampling import unmasking
 from sampling.unmasking import LOOKING, Look

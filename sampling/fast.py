@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import machine
-from common.flags import UserError
+from common.console import UserError
 from layers import Linear
 
 ROWS = 32       # tokens that the packed layout is tuned for

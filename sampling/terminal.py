@@ -4,7 +4,7 @@ Used by sample.py. Colours go around whole words, because an escape code between
 """
 import sys
 
-from common.flags import printable
+from common.console import printable
 
 GAP = "░"
 COLOURS = (196, 208, 220, 148, 40)          # 256-colour codes from a guess to a certainty

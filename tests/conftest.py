@@ -30,7 +30,7 @@ def no_network(monkeypatch):
 def aloud():
     """--quiet of one test silences no other one in the same process."""
     yield
-    from common.flags import be_quiet
+    from common.console import be_quiet
     be_quiet(False)
 
 
@@ -46,7 +46,7 @@ def aria(command, *args, cwd, timeout=240, env=None, check=None):
 
 def call(main, *words):
     """An entry point in this process, as a command line would end -> exit code."""
-    from common.flags import UserError
+    from common.console import UserError
     try:
         return main([str(word) for word in words]) or 0
     except UserError as error:

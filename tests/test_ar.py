@@ -15,7 +15,8 @@ import masking
 import model_config
 import sample
 import train
-from common.flags import UserError, to_dict
+from common.console import UserError
+from common.flags import to_dict
 from conftest import call
 from evaluation import check_run, study_report
 from model import build_model

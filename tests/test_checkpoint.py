@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save as safetensors_bytes
 
 import checkpoint as ck
-from common.flags import UserError
+from common.console import UserError
 from conftest import trap
 from harness import scratch
 from stress.faults import points

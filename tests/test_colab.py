@@ -28,7 +28,8 @@ import masking
 import prepare
 import sample
 import train
-from common.flags import UserError, to_dict
+from common.console import UserError
+from common.flags import to_dict
 from conftest import ROOT, RUNS, log
 from evaluation import check_run
 from sampling import decode

@@ -22,19 +22,17 @@ import cli
 import config
 import model_config
 from common import flags as knobs
+from common.console import UserError, say
+from common.files import can_write, write_json
 from common.flags import (
     LIMITS,
-    UserError,
-    can_write,
     checked,
     convert,
     describe,
     flag_names,
     help_text,
     read_flags,
-    say,
     to_dict,
-    write_json,
 )
 from config import BenchArgs, ColabArgs, EvaluateArgs, PrepareArgs, SampleArgs, TrainArgs
 from model_config import ModelConfig

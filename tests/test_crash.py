@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import checkpoint as ck
-from common.flags import UserError
+from common.console import UserError
 from conftest import ROOT
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import model_config
-from common.flags import UserError
+from common.console import UserError
 from model import build_model
 from sampling import unmasking
 from sampling.decode import MODES, Canvas, Settings, generate, infill

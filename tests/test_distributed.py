@@ -23,7 +23,7 @@ import config
 import masking
 import model_config
 import train
-from common.flags import UserError
+from common.console import UserError
 from conftest import ROOT, log
 from evaluation import estimators
 from model import build_model

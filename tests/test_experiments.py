@@ -21,7 +21,9 @@ import cli
 import config
 import model_config
 import run_experiments as experiments
-from common.flags import UserError, read_lines, to_dict
+from common.console import UserError
+from common.files import read_lines
+from common.flags import to_dict
 from config import ExperimentArgs, TrainArgs
 from conftest import ROOT, aria, latest
 from evaluation import study_plan, study_report

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import model_config
-from common.flags import UserError
+from common.console import UserError
 from model import build_model
 from sampling import fast
 from sampling.decode import Settings, generate

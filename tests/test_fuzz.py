@@ -16,7 +16,8 @@ from test_train import call, fresh
 
 import checkpoint
 import conftest
-from common.flags import UserError, sealed
+from common.console import UserError
+from common.files import sealed
 from conftest import trap
 from stress import fuzz
 from text import dataset

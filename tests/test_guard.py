@@ -22,7 +22,7 @@ from common import machine
 from config import ADDED, TrainArgs
 from conftest import log
 from model import build_model
-from training import optim, recovery
+from training import logs, optim, recovery
 
 # ---- loss scaling, on CPU tensors -------------------------------------------------------------------------------------
 
@@ -338,7 +338,7 @@ def test_detect_anomaly_stops_at_the_operation(text, tmp_path, monkeypatch, caps
 def test_the_log_has_whole_lines_only(tmp_path, monkeypatch, capsys):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"event": "a"}\n{"event": "tor')
-    log_file = machine.JsonLines(path)
+    log_file = logs.JsonLines(path)
     log_file.write("b", loss=math.nan, nested={"c": [1.5, math.inf]}, text="हिन्दी")
     real, turn = log_file.file, itertools.count()
 

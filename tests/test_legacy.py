@@ -11,7 +11,7 @@ import pytest
 
 import colab_train_eco
 import train
-from common.flags import read_json
+from common.files import read_json
 from conftest import ROOT, aria
 
 TRAIN = """python -m diffusion.train_{0} \\

@@ -8,7 +8,7 @@ from torch import nn
 
 import checkpoint
 import model_config
-from common.flags import UserError
+from common.console import UserError
 from model import build_model
 from training import optim
 

@@ -20,7 +20,7 @@ import pytest
 import cli
 import config
 import prepare
-from common.flags import UserError
+from common.console import UserError
 from prepare import build, ensure_builtin
 from text import documents, spool, tokenizer
 from text.dataset import KEYS, TokenData

@@ -21,9 +21,9 @@ import evaluate
 import report
 import sample
 import train
-from common import machine
-from common.flags import UserError
+from common.console import UserError
 from evaluation import check_run
+from training import logs
 
 META = dict(event="meta", argv=["train"], params_total=7, device="cpu", data={"source": "files", "sha256": "ab"},
             config={"args": {"max_steps": 100, "model": "primary"}})
@@ -193,9 +193,9 @@ def test_a_run_without_a_checkpoint_names_no_command(tmp_path):
     assert "python -m" not in page and "No checkpoint" in page
     data = SimpleNamespace(meta={"source": "files", "train_tokens": 9})
     told = (config.TrainArgs(), tmp_path, 7, data, math.inf, None, SimpleNamespace(warm=[], elapsed=1.0), 0, 0)
-    assert "python -m" not in machine.summary(*told)
+    assert "python -m" not in logs.summary(*told)
     (tmp_path / "latest").write_text("step_000001\n")
-    assert machine.summary(*told).count("python -m") == 3
+    assert logs.summary(*told).count("python -m") == 3
 
 
 @pytest.mark.parametrize("name, words", [("SIGINT", "Ctrl-C"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGHUP")])

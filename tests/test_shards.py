@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 import checkpoint
 import checkpoint_shards
-from common.flags import Damage, UserError, file_sha256
+from common.console import Damage, UserError
+from common.files import file_sha256
 from config import TrainArgs
 from harness import scratch
 from model import build_model

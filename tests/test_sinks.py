@@ -10,7 +10,7 @@ import pytest
 from test_train import HARD, call, fresh, weights
 
 import config
-from common.flags import UserError
+from common.console import UserError
 from conftest import aria, log
 from training import logs as sinks
 

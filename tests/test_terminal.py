@@ -11,7 +11,8 @@ import torch
 
 import cli
 import config
-from common.flags import UserError, json_text, run, say
+from common.console import UserError, run, say
+from common.files import json_text
 from sampling.decode import Canvas
 from sampling.terminal import GAP, Stream, Watch, painted, printable
 from text.tokenizer import train_tokenizer

@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 import sentencepiece
 
-from common.flags import UserError
+from common.console import UserError
 from text import tokenizer
 from text.tokenizer import (
     BOS,

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from common.flags import UserError, sealed, write_json
+from common.console import UserError
+from common.files import sealed, write_json
 from text import dataset
 from text.dataset import TokenData, Windows, permute
 

@@ -25,10 +25,10 @@ import model_config
 import objective
 import train
 from common import machine
-from common.flags import read_json, sealed
+from common.files import read_json, sealed
 from conftest import ROOT, aria, log, tree
 from sampling import decode
-from training import optim, recovery
+from training import logs, optim, recovery
 
 SHAPE = ("--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 32, "--memory_slots", 2, "--seq_len", 16,
          "--batch_size", 4, "--grad_accum", 2, "--train_block_sizes", "T,8,4", "--block_size", 4, "--lr", 3e-3,
@@ -683,7 +683,7 @@ def test_quiet_leaves_only_warnings_and_the_files(text, tmp_path, capsys):
 @pytest.mark.parametrize("seconds, told", [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (7445, "2:04:05"), (86399, "23:59:59"),
                                            (86400, "1 d 0 h"), (644 * 3600 + 916, "26 d 20 h")])
 def test_time_left_in_words(seconds, told):
-    assert machine.duration(seconds) == told
+    assert logs.duration(seconds) == told
 
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])

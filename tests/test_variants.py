@@ -15,7 +15,7 @@ import model_config
 import run_experiments
 from benchmarks import eco_variants
 from benchmarks.eco_variants import VARIANTS
-from common.flags import UserError
+from common.console import UserError
 from conftest import latest
 from eco_hybrid import SHARED
 from layers import rotary_table, rotate, unit_rms

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 import config
-from common import flags as knobs
-from common.flags import UserError, read_json, say, seal_holds
+from common import files
+from common.console import UserError, say
+from common.files import read_json, seal_holds
 from text.tokenizer import NORMALISER
 
 VERSION = 1
@@ -39,7 +40,7 @@ def token_dtype(vocab_size):
 
 def file_sha256(path):
     try:
-        return knobs.file_sha256(path)
+        return files.file_sha256(path)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
 

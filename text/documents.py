@@ -12,7 +12,7 @@ import re
 import zlib
 from pathlib import Path
 
-from common.flags import UserError, need
+from common.console import UserError, need
 
 OPEN = {".gz": gzip.open, ".xz": lzma.open}
 LINE_BYTES = 1 << 24                       # a longer document is cut, so that a file of one line fits into memory

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
-from common.flags import UserError, need, read_json, write_json
+from common.console import UserError, need
+from common.files import read_json, write_json
 
 WAITS = (1, 2, 4, 8, 16)                   # seconds before the next try; one new row, and they start over
 SYNC_ROWS = 1000                           # rows between two states on disk

@@ -14,7 +14,7 @@ import re
 import sys
 import unicodedata
 
-from common.flags import run
+from common.console import run
 from text.starter import lexicon
 
 # ------------------------------------------------------------------------------------------------ tables: letters to sounds

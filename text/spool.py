@@ -12,7 +12,8 @@ import struct
 from collections import Counter
 from pathlib import Path
 
-from common.flags import UserError, file_sha256, read_json, seal_holds, sealed, write_json
+from common.console import UserError
+from common.files import file_sha256, read_json, seal_holds, sealed, write_json
 from text.tokenizer import SAMPLE_BYTES, SCRIPTS, normalise, script_of
 
 ENOUGH = 20                                # a script with so many documents is in validation for certain

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from common.flags import UserError
+from common.console import UserError
 from config import PrepareArgs
 
 NORMALISER = "v1"          # any change of the rules below needs a new version

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from common.flags import UserError
+from common.console import UserError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")      # what it tells each process
 TIMEOUT = timedelta(minutes=30)    # of one wait: rank 0 may be writing a large checkpoint. A dead process shows at once

@@ -13,7 +13,8 @@ import shutil
 from pathlib import Path
 
 import checkpoint
-from common.flags import UserError, read_json
+from common.console import UserError
+from common.files import read_json
 from text.dataset import TokenData, file_sha256
 
 KEPT = 2

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from common.flags import UserError
+from common.console import UserError
 
 BETAS = (0.9, 0.95)       # AdamW; the short second moment suits few, noisy steps
 LION_BETAS = (0.9, 0.99)  # of the update; of the momentum

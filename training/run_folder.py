@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import checkpoint
-from common.flags import Damage, UserError, say
+from common.console import Damage, UserError, say
 from config import TrainArgs
 from training import drive
 

@@ -32,11 +32,12 @@ import tqdm
 import checkpoint
 import evaluate  # noqa: F401
 import train
-from common import flags as knobs, machine
-from common.flags import UserError, read_json
+from common import console
+from common.console import UserError
+from common.files import read_json
 from sampling import decode  # noqa: F401
 from stress.faults import points
-from training import optim
+from training import logs, optim
 
 STEPS, SAVES = 8, 4
 SHAPE = ("--d_model 16 --n_layers 2 --n_heads 2 --d_ff 32 --memory_slots 2 --seq_len 16 --batch_size 4 --block_size 4 "
@@ -80,7 +81,7 @@ class Bomb:
         self.disk.__enter__()                                     # until this process ends
         for owner, name in ((optim.Optimizers, "step"), (optim.EMA, "update")):
             setattr(owner, name, self.around(f"optim {name}", getattr(owner, name)))
-        save, write_line = checkpoint.save, machine.JsonLines.write
+        save, write_line = checkpoint.save, logs.JsonLines.write
 
         def watched_save(*args, **kwargs):
             self.saving = True
@@ -96,7 +97,7 @@ class Bomb:
             if (self.kind, self.passed["line"], self.signals[0]) == ("line", self.at, signal.SIGKILL):    # tear it
                 log.file.truncate((size + os.fstat(log.file.fileno()).st_size) // 2)
             self.point("after a log line", "line")
-        checkpoint.save, machine.JsonLines.write = watched_save, watched_line
+        checkpoint.save, logs.JsonLines.write = watched_save, watched_line
 
     def around(self, name, real):
         def call(*args, **kwargs):
@@ -161,7 +162,7 @@ class Lab:
         def work(pipe):
             bomb.arm(pipe, self.folder)
             try:
-                knobs.run(train.main, self.words(case, run))
+                console.run(train.main, self.words(case, run))
             finally:
                 if not bomb.kind:
                     os.write(pipe, json.dumps({"passed": bomb.passed, "ops": bomb.ops}).encode())

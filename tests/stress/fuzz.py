@@ -33,7 +33,7 @@ import config
 import model_config
 import sample
 import train
-from common.flags import UserError
+from common.console import UserError
 from text.dataset import TokenData, Windows
 from text.documents import read_documents
 from text.tokenizer import Tokenizer, normalise

@@ -19,7 +19,7 @@ from bisect import bisect
 from itertools import accumulate, count
 
 import config
-from common.flags import run
+from common.console import run
 from text import starter
 from text.starter import lexicon
 
