@@ -24,12 +24,11 @@ from safetensors.torch import save_file
 
 from common import files
 from common.console import Damage, UserError, say
-from common.files import file_sha256, json_text
+from common.files import file_sha256, rename, replace_file, sync, to_json, write_file
 from common.flags import checked
-from config import TrainArgs
+from config import TrainArgs, block_problems
 from model import build_model
 from model_config import ModelConfig, count_params, weight_name
-from objective import block_problems
 from text.tokenizer import Tokenizer
 
 try:
@@ -46,40 +45,6 @@ READ_LIMIT = 20      # times that a reader looks again for a checkpoint that was
 STRAY = {".DS_Store", "desktop.ini", "Thumbs.db"}  # file managers leave these anywhere; nothing reads them
 
 # ---------------------------------------------------------------------------------------------------- disk work
-
-def sync(path):
-    folder = os.path.isdir(path)
-    if folder and os.name == "nt":  # Windows cannot open a folder
-        return
-    fd = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems: no folder sync
-            raise
-    finally:
-        os.close(fd)
-
-def write_file(path, data):
-    with open(path, "wb") as f:
-        f.write(data)
-    sync(path)
-
-def rename(source, target):
-    for wait in (0.1, 0.5, 2.0, None):
-        try:
-            return os.replace(source, target)
-        except PermissionError:  # on Windows somebody else's open file blocks a rename for a moment
-            if os.name != "nt" or wait is None:
-                raise
-            time.sleep(wait)
-
-def replace_file(path, data, run):
-    """Replace a small file whole. Its temporary twin lies in the run folder, where sweep() finds it after a kill."""
-    temp = run / f".tmp-{path.name}-{os.getpid()}"
-    write_file(temp, data)
-    rename(temp, path)
-    sync(path.parent)
 
 def remove(path):
     """A file, a folder, or a link: of a link only the link itself, never what it names."""
@@ -220,9 +185,6 @@ def prune(run, step, keep_last, keep_full):
                 path.unlink()
 
 # ---------------------------------------------------------------------------------------------------- load
-
-def to_json(value):
-    return (json_text(value, indent=1) + "\n").encode()
 
 def read_json(path):
     try:

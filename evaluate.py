@@ -20,7 +20,6 @@ from pathlib import Path
 
 import cli
 import config
-import objective
 import sample
 from common.console import UserError, say
 from common.files import can_write, write_json
@@ -324,7 +323,7 @@ def main(argv=None):
         raise UserError(f"{args.text or data_dir} holds no held-out text")
     chosen = choose(documents, length, args.batches * batch, args.max_docs)
     blocks = [length] if model.cfg.causal else sorted(
-        set(objective.block_sizes(args.blocks or trained["train_block_sizes"], length)), reverse=True)
+        set(config.block_sizes(args.blocks or trained["train_block_sizes"], length)), reverse=True)
     say(f"{saved.path}  step {saved.step}  {len(chosen)} of {len(documents)} documents, {sum(map(len, chosen)):,} tokens in "
         f"windows of {length}, {args.draws} draws each, uniform guess {math.log(model.cfg.vocab_size - 1):.3f} nats")
     result = score(model, chosen, tokenizer, blocks, args, length, batch)

@@ -17,7 +17,6 @@ from pathlib import Path
 import cli
 import config
 import model_config
-import objective
 from common.console import UserError, printable, say
 from common.files import can_write, json_text, write_json
 
@@ -199,7 +198,7 @@ def parts_of_a_text(saved):
 
 def trained_blocks(saved):
     trained = saved.config["args"]
-    return objective.block_sizes(trained["train_block_sizes"], trained["seq_len"])
+    return config.block_sizes(trained["train_block_sizes"], trained["seq_len"])
 
 
 def cannot_freeze(saved):

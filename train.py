@@ -116,10 +116,10 @@ def train(args, origins, ranks, run_dir, source, resuming):
     import torch
 
     import checkpoint
-    import fit
     import masking
     import report
     from common import machine
+    from common.files import replace_file, to_json
     from evaluation.estimators import bits_per_byte, held_out
     from model import build_model
     from sampling.decode import Settings, generate
@@ -179,7 +179,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     dtype = {str(d): d for d in (None, torch.bfloat16, torch.float16)}[ranks.tell(str(dtype))]     # rank 0's, if measured
     if args.fsdp and dtype is torch.float16:
         raise UserError("--fsdp works in bf16 or float32: add --no_amp, or use GPUs with bf16")
-    room = fit.check(cfg, args, min(args.batch_size, mine.stop - mine.start), device, ranks.world)
+    room = recovery.check(cfg, args, min(args.batch_size, mine.stop - mine.start), device, ranks.world)
     machine.seed_everything(args.seed)
     weights = saved and ("ema" if "ema" in saved.files and not resuming else "model")       # a fork takes the averaged ones
     if saved and ranks.main and not args.fsdp:
@@ -280,7 +280,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     micro = min(args.batch_size, mine.stop - mine.start)    # rows per forward that fit into memory
     if args.auto_batch:
         later = 8 * params if fresh else 0                  # the optimizer's state comes with the first step
-        micro = fit.measured(probe, micro, mine.stop - mine.start, args, device, later, optimizer.zero_grad, say)
+        micro = recovery.measured(probe, micro, mine.stop - mine.start, args, device, later, optimizer.zero_grad, say)
         micro = ranks.lowest(micro)         # all ranks do the same number of forwards, and agree between them
     if ranks.main and not in_place and run_folder.is_used(run_dir):    # last: the arguments have proved to be sound
         run_folder.archive(run_dir)
@@ -295,7 +295,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         if not ranks.main:
             return
         try:
-            checkpoint.replace_file(run_dir / name, text.encode(errors="replace"), run_dir)
+            replace_file(run_dir / name, text.encode(errors="replace"), run_dir)
         except OSError as error:
             say(f"warning: {run_dir / name} could not be written: {error.strerror}")
 
@@ -396,7 +396,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             log.write("resume", step=first_step, checkpoint=str(saved.path), notes=notes)
         for note in notes:
             say(f"notice: {note}")
-        publish("config.json", checkpoint.to_json(saved_args).decode())
+        publish("config.json", to_json(saved_args).decode())
         timed = False                                             # the time to go was said
         bad_in_a_row, unsaved, code, saved_at = 0, 0, 0, time.monotonic()
         step, nats, scored_step, ruined_step = first_step, None, None, 0
@@ -451,7 +451,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             data_ms = 1e3 * (time.perf_counter() - started)
             work = functools.partial(gradients, x0, draw, step)
             try:
-                loss, micro = fit.backing_off(work, micro, len(x0), args, optimizer.zero_grad, say, ranks.world == 1)
+                loss, micro = recovery.backing_off(work, micro, len(x0), args, optimizer.zero_grad, say, ranks.world == 1)
             except machine.Stopped:                               # nothing of this step has happened: save what was before
                 optimizer.zero_grad()
                 continue

@@ -29,12 +29,11 @@ from types import SimpleNamespace
 import torch
 
 import model_config
-from attention import attend
 from benchmarks import peers
 from common import machine
 from harness import arguments
 from layers import rotary_table
-from model import build_model
+from model import attend, build_model
 from sampling import fast
 from sampling.decode import Settings, generate
 

@@ -41,11 +41,11 @@ import config
 import harness  # noqa: F401  (puts the repository on the path)
 import model_config
 import run_experiments
-from attention import MultiHead, block_masks
 from common.console import UserError
 from eco_hybrid import EcoHybrid, EcoLayer
 from evaluation import study_plan
 from layers import Linear, LocalConv, RMSNorm, TiedHead, initialise, rotary_table, rotate, unit_rms
+from model import MultiHead, block_masks
 from studies import SMALL, STUDIES, Study
 
 STUDY = "eco_variants"

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import stat
+import time
 from pathlib import Path
 
 from common.console import UserError
+from common.files import json_text
 
 
 def read_json(path):
@@ -128,3 +130,45 @@ def can_write(args, *names):
                     aside.touch()
                 elif os.path.exists(path) and not os.access(path, os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def sync(path):
+    folder = os.path.isdir(path)
+    if folder and os.name == "nt":  # Windows cannot open a folder
+        return
+    fd = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems: no folder sync
+            raise
+    finally:
+        os.close(fd)
+
+
+def write_file(path, data):
+    with open(path, "wb") as f:
+        f.write(data)
+    sync(path)
+
+
+def rename(source, target):
+    for wait in (0.1, 0.5, 2.0, None):
+        try:
+            return os.replace(source, target)
+        except PermissionError:  # on Windows somebody else's open file blocks a rename for a moment
+            if os.name != "nt" or wait is None:
+                raise
+            time.sleep(wait)
+
+
+def replace_file(path, data, run):
+    """Replace a small file whole. Its temporary twin lies in the run folder, where sweep() finds it after a kill."""
+    temp = run / f".tmp-{path.name}-{os.getpid()}"
+    write_file(temp, data)
+    rename(temp, path)
+    sync(path.parent)
+
+
+def to_json(value):
+    return (json_text(value, indent=1) + "\n").encode()

@@ -18,6 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 
 import checkpoint as ck
 from common.console import UserError
+from common.files import rename, replace_file, to_json
 from conftest import trap
 from harness import scratch
 from stress.faults import points
@@ -287,7 +288,7 @@ def test_quarantine_keeps_the_broken_one(pair, capsys):
 def reseal(folder, change):
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     change(manifest)
-    (folder / "MANIFEST.json").write_bytes(ck.to_json(ck.seal(manifest)))
+    (folder / "MANIFEST.json").write_bytes(to_json(ck.seal(manifest)))
 
 
 def plant(folder, name, data):
@@ -489,7 +490,7 @@ def test_a_link_in_the_way_is_removed_and_what_it_names_stays(tmp_path):
 def test_best_is_named_before_latest(tmp_path, monkeypatch):
     """A kill between them: the resume saves that step again, and as the best again. The other way round, never."""
     put(tmp_path, 1, best=True)
-    real = ck.replace_file
+    real = replace_file
 
     def killed(path, data, run):
         if path.name == "latest":
@@ -504,7 +505,7 @@ def test_best_is_named_before_latest(tmp_path, monkeypatch):
 def test_a_file_that_shrinks_as_it_is_published_is_no_checkpoint(tmp_path, monkeypatch):
     """Some network file systems lose the end of a file: the sizes are looked at once more under the final name."""
     put(tmp_path, 1)
-    real = ck.rename
+    real = rename
 
     def lossy(source, target):
         real(source, target)

@@ -23,7 +23,6 @@ import colab_train_eco
 import config
 import conftest
 import evaluate
-import fit
 import masking
 import prepare
 import sample
@@ -33,7 +32,7 @@ from common.flags import to_dict
 from conftest import ROOT, RUNS, log
 from evaluation import check_run
 from sampling import decode
-from training import drive
+from training import drive, recovery
 
 BASE = {"event": "train", "skipped": 0, "step_ms": 100.0, "mask": 0.5}
 
@@ -215,7 +214,7 @@ def test_check_run_reads_a_real_run(trained, tmp_path, capsys, monkeypatch):
 
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_fewer_rows_divide_the_step(micro, accum):
-    rows, less = micro * accum, fit.fewer(micro, micro * accum)
+    rows, less = micro * accum, recovery.fewer(micro, micro * accum)
     assert less is None and micro == 1 or rows % less == 0 and 1 <= less <= micro / 2
 
 
@@ -269,11 +268,11 @@ def test_another_error_is_no_lack_of_memory(text, tmp_path, monkeypatch):
 
 def test_the_probe_counts_what_comes_later(monkeypatch, capsys):
     """Rows that fit by themselves, but not with what the optimizer will take at its first step, are too many."""
-    monkeypatch.setattr(fit, "room", lambda device: 10e9)
-    monkeypatch.setattr(fit.runtime, "peak_memory_mb", lambda device: now["rows"] * 1e9 / 2 ** 20)
+    monkeypatch.setattr(recovery, "room", lambda device: 10e9)
+    monkeypatch.setattr(recovery.runtime, "peak_memory_mb", lambda device: now["rows"] * 1e9 / 2 ** 20)
     args, now, said = config.ColabArgs(batch_size=8, grad_accum=4), {}, []
     for later, wanted in ((0, 8), (2e9, 4), (7e9, 2)):
-        micro = fit.measured(lambda n: now.update(rows=n), 8, 32, args, torch.device("cpu"), later, lambda: None, said.append)
+        micro = recovery.measured(lambda n: now.update(rows=n), 8, 32, args, torch.device("cpu"), later, lambda: None, said.append)
         assert micro == wanted and f"{32 // wanted} forwards per step" in said[-1]
 
 

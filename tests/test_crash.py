@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import checkpoint as ck
+from common import files
 from common.console import UserError
 from conftest import ROOT
 
@@ -46,7 +47,7 @@ def test_retention_never_deletes_the_only_good_one(tmp_path, monkeypatch, seed):
     """Saves, rewinds, damage, and a disk that fills up inside a save: something whole is left, and `best` is never deleted."""
     rng, step, room = random.Random(seed), 0, 0
     monkeypatch.setattr(ck.os, "fsync", lambda fd: None)
-    real = ck.write_file
+    real = files.write_file
 
     def write_file(path, data):
         nonlocal room

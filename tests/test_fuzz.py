@@ -17,7 +17,7 @@ from test_train import call, fresh
 import checkpoint
 import conftest
 from common.console import UserError
-from common.files import sealed
+from common.files import sealed, to_json
 from conftest import trap
 from stress import fuzz
 from text import dataset
@@ -152,7 +152,7 @@ def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):
     shutil.copytree(text, data)
     meta = checkpoint.read_json(data / "meta.json")
     (data / "t.model").write_bytes((folder / "o.model").read_bytes())
-    (data / "meta.json").write_bytes(checkpoint.to_json(sealed({**meta, "tokenizer": str(data / "t.model")})))
+    (data / "meta.json").write_bytes(to_json(sealed({**meta, "tokenizer": str(data / "t.model")})))
     refused("--resume", run, "--data_dir", data, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("made with tokenizer",))
 
 
@@ -188,9 +188,9 @@ def test_a_forged_state_is_refused_before_anything_is_touched(run, capsys):
     sound = checkpoint.read_json(step / "state.json")
     for change in ({"position": -1}, {"position": True}, {"best": "x"}, {"losses": [None]}, {"scaler": {"scale": 1}},
                    {"skipped": 2 ** 70}, {"losses": 5}, {"precision": None}):
-        plant(step, "state.json", checkpoint.to_json({**sound, **change}))
+        plant(step, "state.json", to_json({**sound, **change}))
         refused("--resume", step, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("state.json", next(iter(change))))
-    plant(step, "state.json", checkpoint.to_json({k: v for k, v in sound.items() if k != "position"}))
+    plant(step, "state.json", to_json({k: v for k, v in sound.items() if k != "position"}))
     refused("--resume", step, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("state.json", "position"))
 
 
@@ -200,14 +200,14 @@ def test_a_shape_beyond_the_file_takes_no_memory(run, capsys):
     saved = checkpoint.read_json(step / "config.json")
     for part in ("args", "model"):
         huge = {**saved, part: {**saved[part], "n_layers": 10 ** 9}}
-        plant(step, "config.json", checkpoint.to_json(huge))
+        plant(step, "config.json", to_json(huge))
         if part == "args":
             refused("--resume", step, "--max_steps", 4, "--threads", 1, capsys=capsys, say=("does not fit", "parameters"))
         else:
             with pytest.raises(UserError, match="does not fit"):
                 checkpoint.load_model(step, "cpu")
     for forged in ({**saved, "model": {**saved["model"], "args": {}}}, {**saved, "model": []}, {"args": saved["args"]}):
-        plant(step, "config.json", checkpoint.to_json(forged))
+        plant(step, "config.json", to_json(forged))
         with pytest.raises(UserError, match="config"):
             checkpoint.load_model(step, "cpu")
 
@@ -216,7 +216,7 @@ def test_a_tokenizer_name_that_no_file_can_have(lab):
     """What the fuzzer found: the operating system refuses such a name, and that is no traceback either."""
     meta = checkpoint.read_json(lab.text / "meta.json")
     for name in ("x" * 5000, "a\0b", "../" * 3000):
-        assert fuzz.attempt(lab, "meta", (checkpoint.to_json({**meta, "tokenizer": name}),)) == "refused"
+        assert fuzz.attempt(lab, "meta", (to_json({**meta, "tokenizer": name}),)) == "refused"
 
 
 # ---- what is not damaged, but cannot be meant -------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_settings_that_no_run_can_have(lab, capsys, tmp_path, command):
         changed = {**sound["args"], name: value}
         if value == "absent":
             del changed[name]
-        (folder / "config.json").write_bytes(checkpoint.to_json({**sound, "args": changed}))
+        (folder / "config.json").write_bytes(to_json({**sound, "args": changed}))
         fuzz.vouched(folder, "config.json")
         capsys.readouterr()
         assert conftest.call(main, "--ckpt", folder, "--threads", 1, *more) == 2, (name, value)

@@ -189,12 +189,13 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_other_text(text, tmp_path, 
 
 def reposition(folder, position):
     import checkpoint
+    from common.files import to_json
     state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_bytes(checkpoint.to_json({**state, "position": position}))
+    (folder / "state.json").write_bytes(to_json({**state, "position": position}))
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     manifest["files"]["state.json"] = {"size": (folder / "state.json").stat().st_size,
                                        "sha256": checkpoint.file_sha256(folder / "state.json")}
-    (folder / "MANIFEST.json").write_bytes(checkpoint.to_json(checkpoint.seal(manifest)))
+    (folder / "MANIFEST.json").write_bytes(to_json(checkpoint.seal(manifest)))
 
 
 def test_at_most_three_rollbacks_then_it_goes_on(text, tmp_path, monkeypatch):
@@ -366,6 +367,7 @@ def test_the_log_has_whole_lines_only(tmp_path, monkeypatch, capsys):
 def test_an_older_checkpoint_without_these_knobs_resumes(text, tmp_path):
     """Really saved, then made what the first version wrote: no key that came later, hashes that fit. It is read and resumes."""
     import checkpoint
+    from common.files import to_json
     run = tmp_path / "run"
     assert fresh(text, run, *HARD, "--max_steps", 3, "--save_interval", 2, "--eval_interval", 0) == 0
     before, folder = weights(run / "step_000003"), run / "step_000002"
@@ -376,7 +378,7 @@ def test_an_older_checkpoint_without_these_knobs_resumes(text, tmp_path):
         for key in later:
             del part[key]
     for name, value in (("config.json", config), ("state.json", state)):
-        (folder / name).write_bytes(checkpoint.to_json(value))
+        (folder / name).write_bytes(to_json(value))
     for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
         tensors = {key.replace("exits.final_norm", "final_norm"): t for key, t in load_file(folder / name).items()}
         assert any("final_norm" in key for key in tensors)
@@ -385,7 +387,7 @@ def test_an_older_checkpoint_without_these_knobs_resumes(text, tmp_path):
     for name in manifest["files"]:
         manifest["files"][name] = {"size": (folder / name).stat().st_size, "sha256": checkpoint.file_sha256(folder / name)}
     manifest["config_sha256"] = manifest["files"]["config.json"]["sha256"]
-    (folder / "MANIFEST.json").write_bytes(checkpoint.to_json(checkpoint.seal(manifest)))
+    (folder / "MANIFEST.json").write_bytes(to_json(checkpoint.seal(manifest)))
     model = checkpoint.load_model(run, torch.device("cpu"))[0]
     assert (model.cfg.causal, model.cfg.exits) == (False, False)
     assert call("--resume", folder, "--threads", 1) == 0

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import checkpoint
 import checkpoint_shards
 from common.console import Damage, UserError
-from common.files import file_sha256
+from common.files import file_sha256, to_json
 from config import TrainArgs
 from harness import scratch
 from model import build_model
@@ -259,7 +259,7 @@ def forge(source, target, change):
     change(target, manifest)
     for file in manifest["files"]:
         manifest["files"][file] = {"size": (target / file).stat().st_size, "sha256": file_sha256(target / file)}
-    (target / "MANIFEST.json").write_bytes(checkpoint.to_json(checkpoint.seal(manifest)))
+    (target / "MANIFEST.json").write_bytes(to_json(checkpoint.seal(manifest)))
     return target
 
 

@@ -22,7 +22,6 @@ import layers
 import masking
 import model as models
 import model_config
-import objective
 import train
 from common import machine
 from common.files import read_json, sealed
@@ -160,7 +159,7 @@ def test_who_fades():
     def args(**changes):
         return config.TrainArgs(max_steps=100, **changes)
 
-    assert args().fade == objective.AR_FADE
+    assert args().fade == config.AR_FADE
     assert args(train_block_sizes="T,64,32").fade == 0 and args(train_block_sizes="1").fade == 0
     assert args(ar_fade=0.0).fade == 0 and args(train_block_sizes="T", ar_fade=0.5).fade == 0.5
     assert args(objective="ar", model="backup", ar_fade=0.5).fade == 0
@@ -339,11 +338,12 @@ def test_resume_rules(run, capsys):
 def change_state(folder, **values):
     """Really saved, then changed and sealed again."""
     import checkpoint
-    data = checkpoint.to_json(state(folder) | values)
+    from common.files import to_json
+    data = to_json(state(folder) | values)
     (folder / "state.json").write_bytes(data)
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     manifest["files"]["state.json"] = {"size": len(data), "sha256": checkpoint.file_sha256(folder / "state.json")}
-    (folder / "MANIFEST.json").write_bytes(checkpoint.to_json(checkpoint.seal(manifest)))
+    (folder / "MANIFEST.json").write_bytes(to_json(checkpoint.seal(manifest)))
 
 
 def test_a_resume_compares_with_what_best_names(text, tmp_path):

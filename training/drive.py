@@ -14,7 +14,7 @@ from pathlib import Path
 
 import checkpoint
 from common.console import UserError
-from common.files import read_json
+from common.files import read_json, rename, replace_file, sync
 from text.dataset import TokenData, file_sha256
 
 KEPT = 2
@@ -35,11 +35,11 @@ def copy_folder(source, target, check):
     try:
         shutil.copytree(source, aside)
         for path in aside.iterdir():
-            checkpoint.sync(path)
+            sync(path)
         check(aside)
         if target.exists():
             checkpoint.discard(target)
-        checkpoint.rename(aside, target)
+        rename(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -47,7 +47,7 @@ def copy_folder(source, target, check):
 def copy_files(source, target, names):
     for name in names:
         if (source / name).is_file():
-            checkpoint.replace_file(target / name, (source / name).read_bytes(), target)
+            replace_file(target / name, (source / name).read_bytes(), target)
 
 
 def same(folder, other):
@@ -95,7 +95,7 @@ def restore(run_dir, drive, say):
             if best in checkpoint.list_steps(there) and checkpoint.step_name(best) != name:
                 bring(checkpoint.list_steps(there)[best])
         copy_files(there, run, (*BESIDE, *(["best"] if best in checkpoint.list_steps(run) else [])))
-        checkpoint.replace_file(run / "latest", f"{name}\n\n".encode(), run)
+        replace_file(run / "latest", f"{name}\n\n".encode(), run)
     except OSError as error:
         raise UserError(f"the run in {there} cannot be read ({error}): mend the drive, or leave --drive out", code=1) from None
     say(f"drive: {there / name} is back in {run}")

@@ -19,42 +19,19 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.console import UserError, mute, need, say
 from common.files import json_text
-from common.flags import knob, split_list
+from common.flags import split_list
 from common.machine import peak_memory_mb
 from config import next_commands
 
 ROOM = 10_000            # events that may wait for a sink; one that is further behind is dropped
 PATIENCE = 30            # seconds that W&B may take to begin, and to end
 HURRY = 3                # seconds that all sinks have together when the run was told to stop
-
-
-@dataclass
-class SinkKnobs:
-    "Other logs"
-    tensorboard: str = knob("auto", "event files in --log_dir; auto = where the package is installed", "ignore", bare="on",
-                            choices=("auto", "on", "off"), aliases=("tb",), rare=True)
-    log_dir: str = knob("logs", "folder of TensorBoard and of W&B's own files", "ignore", rare=True)
-    wandb: bool = knob(False, "send the log to Weights & Biases", "ignore")
-    wandb_project: str = knob("aria", "its project", "ignore", rare=True)
-    wandb_entity: str = knob(None, "its account or team", "ignore", rare=True)
-    wandb_group: str = knob(None, "its group of runs", "ignore", rare=True)
-    wandb_tags: tuple = knob((), "its tags, A,B or A B", "ignore", many="several", rare=True)
-    wandb_name: str = knob(None, "its name for the run; none = the run folder's", "ignore", rare=True)
-    wandb_id: str = knob(None, "its run to go on with; none = that of the checkpoint, or a new one", "ignore", rare=True)
-    wandb_mode: str = knob(None, "offline keeps the files here; none = WANDB_MODE, else online", "ignore", rare=True,
-                           choices=("online", "offline", "disabled"))
-
-    def problems(self):
-        for name in ("entity", "group", "tags", "name", "id", "mode"):
-            if getattr(self, f"wandb_{name}") and not self.wandb:
-                yield f"--wandb_{name} needs --wandb"
 
 
 def numbers(event, values):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import checkpoint
 from common.console import Damage, UserError, say
+from common.files import rename, replace_file, sync
 from config import TrainArgs
 from training import drive
 
@@ -162,12 +163,12 @@ def rewind(run_dir, saved, kept, args, meta):
     best = checkpoint.read_pointer(run_dir, "best")[0]
     for name in ("best", "latest"):
         if checkpoint.read_pointer(run_dir, name)[0] in later:
-            checkpoint.replace_file(aside / name, (run_dir / name).read_bytes(), aside)
+            replace_file(aside / name, (run_dir / name).read_bytes(), aside)
 
     # the pointers first: after a kill in between, the run goes on from this step all the same
     def point(name, step):
         text = f"{checkpoint.step_name(step)}\n{datetime.now(timezone.utc).isoformat()}\n"
-        checkpoint.replace_file(run_dir / name, text.encode(), run_dir)
+        replace_file(run_dir / name, text.encode(), run_dir)
     point("latest", saved.step)
     if best in later:
         kept, best = best_score({step: steps[step] for step in steps if step <= saved.step}, args, meta)
@@ -176,9 +177,9 @@ def rewind(run_dir, saved, kept, args, meta):
         else:
             point("best", best)
     for step, folder in later.items():
-        checkpoint.rename(folder, aside / checkpoint.step_name(step))
-    checkpoint.sync(aside)
-    checkpoint.sync(run_dir)
+        rename(folder, aside / checkpoint.step_name(step))
+    sync(aside)
+    sync(run_dir)
     names = ", ".join(checkpoint.step_name(step) for step in later)
     say(f"notice: the run goes on from step {saved.step}; its later checkpoints ({names}) were moved to {aside}")
     return kept

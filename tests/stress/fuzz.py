@@ -34,6 +34,7 @@ import model_config
 import sample
 import train
 from common.console import UserError
+from common.files import to_json
 from text.dataset import TokenData, Windows
 from text.documents import read_documents
 from text.tokenizer import Tokenizer, normalise
@@ -97,7 +98,7 @@ def vouched(folder, *names):
     files = {name: entry for name, entry in manifest["files"].items() if (folder / name).exists()}
     for name in names:
         files[name] = {"size": (folder / name).stat().st_size, "sha256": checkpoint.file_sha256(folder / name)}
-    (folder / "MANIFEST.json").write_bytes(checkpoint.to_json(checkpoint.seal({**manifest, "files": files})))
+    (folder / "MANIFEST.json").write_bytes(to_json(checkpoint.seal({**manifest, "files": files})))
 
 
 def cut_in_two(step, target):
@@ -154,7 +155,7 @@ def manifest(lab, data):
     """Sealed where it can be, so that what is behind the seal is reached."""
     try:
         value = json.loads(data)
-        data = checkpoint.to_json(checkpoint.seal(value)) if isinstance(value, dict) else data
+        data = to_json(checkpoint.seal(value)) if isinstance(value, dict) else data
     except (ValueError, RecursionError, TypeError):
         pass
     raw(lab, "MANIFEST.json", data)
