@@ -36,7 +36,7 @@ def gpu(device):
 
 def prepare_text(args, origins):
     """Stages 2 to 4: args.data_dir as it is, or made now. Returns the folder to train on."""
-    import prepare
+    from text import build
     folder = Path(args.data_dir)
     if (folder / "meta.json").exists():
         say(f"stages 2-4, text: {folder} is there, used as it is")
@@ -47,7 +47,7 @@ def prepare_text(args, origins):
     if args.source != "builtin" and not args.offline:
         say(f"stages 2-4, text: preparing {', '.join(map(str, args.input)) or 'Hindi and Hinglish from the hub'} in {folder}")
         try:
-            prepare.build(args, say)
+            build.build(args, say)
             return folder
         except UserError as error:
             if error.code != 3:                   # only what is outside of us, like the network, has a way round
@@ -59,7 +59,7 @@ def prepare_text(args, origins):
         folder = starter_folder(args)
     say(f"stages 2-4, text: the built-in starter corpus in {folder}: synthetic Hindi and Hinglish, written by a program.\n"
         "        It shows that everything works; it is no real text.")
-    prepare.build(dataclasses.replace(args, data_dir=str(folder)), say)
+    build.build(dataclasses.replace(args, data_dir=str(folder)), say)
     return folder
 
 
@@ -68,10 +68,10 @@ def starter_folder(args):
 
     A folder with another text is never built over, not even an earlier one of the one-shot: a run may need it.
     """
-    import prepare
+    from text import build
     for folder in chain([config.STARTER_DIR], (ONE_SHOT_DIR + suffix(n) for n in count(1))):
         if Path(folder, "meta.json").exists():
-            if prepare.holds(dataclasses.replace(args, data_dir=folder)):
+            if build.holds(dataclasses.replace(args, data_dir=folder)):
                 return Path(folder)
         elif folder != config.STARTER_DIR:        # that one is train's to make
             return Path(folder)

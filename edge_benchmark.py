@@ -91,7 +91,7 @@ def agreement(row, reference):
 
 def measure(tokenizer, prompts, variants, reference, args, frozen, device):
     """variants {name: (model, decode.Settings)} -> {name: the figures of COMMANDS 4.6 and more}; reference: a variant."""
-    from evaluation.ngram import distinct, repeat_rate
+    from evaluation.sample_quality import distinct, repeat_rate
     from sampling.decode import generate
 
     def decode(variant, prompt):
@@ -329,14 +329,13 @@ def main(argv=None):
     import torch
 
     import checkpoint
-    import sample
     from common import machine
-    from sampling import fast
+    from sampling import fast, settings
     allocator = machine.start(args.threads)
     can_write(args, "out_json")
     device = machine.pick_device(args.device)
-    prompts = sample.read_prompts(args) if args.prompt or args.prompts_file else list(config.BENCH_PROMPTS)
-    args.sampler = sample.masked_sampler(args.sampler)
+    prompts = settings.read_prompts(args) if args.prompt or args.prompts_file else list(config.BENCH_PROMPTS)
+    args.sampler = settings.masked_sampler(args.sampler)
     models, weights, precisions, saved = {}, {}, {}, None
     for wanted in dict.fromkeys(s.get("precision", args.precision) for s in settings_of.values()):
         precisions[wanted], why = fast.pick(wanted, device)
@@ -345,22 +344,22 @@ def main(argv=None):
             weights[precisions[wanted]] = fast.prepare(model, precisions[wanted])
             models[precisions[wanted]] = model
             say(f"precision: {precisions[wanted]} ({why}), {weights[precisions[wanted]] / 2 ** 20:.1f} MB of weights")
-    why_not = sample.cannot_freeze(saved)
+    why_not = settings.cannot_freeze(saved)
     if model.cfg.causal:
         print("notice: an autoregressive checkpoint has one mode, left to right over its cache: block_frozen", file=sys.stderr)
         args.modes = ("block_frozen",)
     variants, skipped, without_effect = {}, {}, []
     for named, chosen in settings_of.items():
         if "sampler" in chosen:
-            chosen["sampler"] = sample.masked_sampler(chosen["sampler"])
+            chosen["sampler"] = settings.masked_sampler(chosen["sampler"])
         for mode in dict.fromkeys(args.modes):
             name = f"{mode} {named}".strip()
             if mode == "block_frozen" and why_not:
                 skipped[name] = {"skipped": why_not}
                 continue
             mine = dataclasses.replace(args, **chosen)
-            variants[name] = (models[precisions[mine.precision]], sample.decode_settings(mine, saved, mode, tokenizer.eos_id))
-            without_effect.append(set(sample.idle(mine, origins, variants[name][1])))
+            variants[name] = (models[precisions[mine.precision]], settings.decode_settings(mine, saved, mode, tokenizer.eos_id))
+            without_effect.append(set(settings.idle(mine, origins, variants[name][1])))
     for line in sorted(set.intersection(*without_effect)) if without_effect and not model.cfg.causal else ():
         say(line)                                             # only what no variant heeds
     judges = Judges(args.data_dir or saved.config["args"]["data_dir"], tokenizer, saved, device)

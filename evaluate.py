@@ -20,9 +20,9 @@ from pathlib import Path
 
 import cli
 import config
-import sample
 from common.console import UserError, say
 from common.files import can_write, write_json
+from sampling import settings
 
 PROMPT = 16           # tokens of a held-out beginning, or half of a shorter document
 READ_BEFORE = 0.05    # of a judge's text, that the judged model may know
@@ -239,7 +239,8 @@ def sample_quality(model, documents, tokenizer, saved, args, data_dir, judge, un
     """
     import numpy as np
 
-    from evaluation.ngram import NGram, Text, quality, shared, words
+    from evaluation.ngram import NGram, shared
+    from evaluation.sample_quality import Text, quality, words
     from sampling.decode import generate
     from text.dataset import TokenData
     from text.tokenizer import script_of
@@ -257,8 +258,8 @@ def sample_quality(model, documents, tokenizer, saved, args, data_dir, judge, un
     known, ids = set(), np.asarray(train.tokens)
     for part in np.split(ids, np.flatnonzero(ids == train.meta["bos_id"])[1:]):
         known.update(words(tokenizer.decode(part.tolist())))
-    frozen, length = not sample.cannot_freeze(saved), saved.config["args"]["seq_len"]
-    s = sample.decode_settings(args, saved, "block_frozen" if frozen else "full", tokenizer.eos_id)
+    frozen, length = not settings.cannot_freeze(saved), saved.config["args"]["seq_len"]
+    s = settings.decode_settings(args, saved, "block_frozen" if frozen else "full", tokenizer.eos_id)
     if not frozen and s.max_new_tokens > length - PROMPT:
         say(f"notice: trained on {length} positions and without blocks, so a continuation has {length - PROMPT} tokens at most")
         s = dataclasses.replace(s, max_new_tokens=max(1, length - PROMPT))
@@ -310,7 +311,7 @@ def main(argv=None):
         typed = [f"--{f.name}" for f in dataclasses.fields(config.DecodeKnobs) if origins[f.name] == "flag"]
         if typed:
             say(f"notice: without effect: {', '.join(typed)} (they are for the text that --samples 64 asks for)")
-    args.sampler = sample.masked_sampler(args.sampler)
+    args.sampler = settings.masked_sampler(args.sampler)
     device = machine.pick_device(args.device)
     model, tokenizer, saved = checkpoint.load_model(args.ckpt, device)
     judge = ar_judge(args.judge, device, tokenizer, PROMPT + args.max_new_tokens, saved) if args.judge else None

@@ -54,7 +54,7 @@ def find_data(args, origins):
         return folder
     if origins["data_dir"] == "checkpoint" and args.data_dir != config.STARTER_DIR:
         return folder
-    from prepare import ensure_builtin
+    from text.build import ensure_builtin
     say("notice: no prepared text in data/processed, so the built-in starter corpus is used (synthetic Hindi and Hinglish,\n"
         "        written by a program; for your own text: python -m prepare --source files --input FILES)")
     return Path(ensure_builtin(log=say))
@@ -117,12 +117,13 @@ def train(args, origins, ranks, run_dir, source, resuming):
 
     import checkpoint
     import masking
-    import report
     from common import machine
     from common.files import replace_file, to_json
+    from evaluation import run_report
     from evaluation.estimators import bits_per_byte, held_out
     from model import build_model
-    from sampling.decode import Settings, generate
+    from sampling.decode import generate
+    from sampling.settings import Settings
     from text.dataset import TokenData, Windows
     from text.tokenizer import Tokenizer
     from training import drive, logs, optim, recovery, run_folder
@@ -527,7 +528,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         log.close(hurry=stop.signal is not None)
         if ranks.main:
             with contextlib.suppress(OSError):                # its log cannot be read
-                publish("report.html", report.page(run_dir / "train.jsonl"))
+                publish("report.html", run_report.page(run_dir / "train.jsonl"))
     if args.drive and ranks.main and checkpoint.is_run(run_dir):
         drive.store(checkpoint.candidates(run_dir)[0], args.drive, say)            # once more, with the end of the log
     say(summary)

@@ -35,7 +35,8 @@ from harness import arguments
 from layers import rotary_table
 from model import attend, build_model
 from sampling import fast
-from sampling.decode import Settings, generate
+from sampling.decode import generate
+from sampling.settings import Settings
 
 VOCAB, WIDTH, LAYERS, HEADS, FF, BLOCK = 8000, 512, 10, 8, 1536, 32
 

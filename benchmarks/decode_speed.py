@@ -27,7 +27,8 @@ from common import machine
 from harness import in_turn
 from model import build_model
 from sampling import fast
-from sampling.decode import Settings, generate
+from sampling.decode import generate
+from sampling.settings import Settings
 
 ROUNDS, NEW, PER_FORWARD = 7, 128, 4
 CONTEXTS = (256, 1024, 4096)

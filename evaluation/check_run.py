@@ -16,7 +16,7 @@ from typing import NamedTuple
 import config
 from common.console import UserError, printable
 from common.files import read_lines, write_json
-from evaluation import ngram as ngrams
+from evaluation import sample_quality
 
 SETTINGS = dict(max_new_tokens=80, steps=12, temperature=1.0, top_k=50)      # of the four fixed prompts, seed 1337
 SEED = 1337
@@ -226,7 +226,8 @@ def read_log(path):
 def write_samples(path, device):
     """The runbook's prompts continued by this checkpoint, with its settings and seed."""
     import checkpoint
-    from sampling.decode import Settings, generate
+    from sampling.decode import generate
+    from sampling.settings import Settings
     model, tokenizer, saved = checkpoint.load_model(path, device)
     never = {model.cfg.mask_id, tokenizer.pad_id, tokenizer.unk_id}
     samples = []
@@ -273,7 +274,7 @@ def check(path, args, show_texts=True):
     rows = [s["ids"] for s in samples or []]
     write_json(args.out_json or run / "verdict.json", {
         "version": 1, "run": str(run), "step": step, "passed": passed(lines), "criteria": [line._asdict() for line in lines],
-        "settings": {**SETTINGS, "seed": SEED}, "distinct_2": ngrams.distinct(rows, 2), "repeat_rate": ngrams.repeat_rate(rows),
+        "settings": {**SETTINGS, "seed": SEED}, "distinct_2": sample_quality.distinct(rows, 2), "repeat_rate": sample_quality.repeat_rate(rows),
         "samples": [{key: sample[key] for key in ("prompt", "text")} for sample in samples or []]})
     return lines
 

@@ -5,11 +5,9 @@
 Used by run_experiments.py. Errors: over seeds a standard deviation; of a difference to the reference a standard error, over the
 seeds that both have, or where that is one seed over the held-out documents; of one run a standard error over documents.
 """
-import base64
 import bisect
 import html
 import importlib.util
-import io
 import math
 import os
 import re
@@ -18,6 +16,7 @@ import statistics
 
 from common.console import UserError, say
 from common.files import json_text, read_lines, write_text
+from evaluation.plots import picture, pyplot
 
 HEAD = ("variant", "runs", "parameters", "in the layers", "MFLOP/token", "tokens", "tokens/s", "bound, nats/token", "bits/byte",
         "to the reference", "chain rule, bits/byte")
@@ -180,21 +179,6 @@ def markdown(title, lines, states=None, rungs=()):
 
 def can_draw():
     return importlib.util.find_spec("matplotlib") is not None
-
-
-def pyplot():
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
-def picture(figure):
-    """A figure as an <img> that carries its own bytes."""
-    data = io.BytesIO()
-    figure.savefig(data, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    pyplot().close(figure)
-    return base64.b64encode(data.getvalue()).decode()
 
 
 def unit(lines):

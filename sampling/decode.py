@@ -30,9 +30,8 @@ import torch
 from common.console import UserError
 from masking import folded, shifted
 from sampling import unmasking
+from sampling.settings import MODES
 from sampling.unmasking import LOOKING, Look
-
-MODES = ("full", "block", "block_frozen")
 
 
 class NotFinite(UserError, FloatingPointError):
@@ -40,30 +39,6 @@ class NotFinite(UserError, FloatingPointError):
 
 
 PROMPT_TOKENS = 1024                  # of a prompt that go through the network at once, in whole blocks
-
-
-@dataclass
-class Settings:
-    """How to decode; sample.py fills it from the command line."""
-    max_new_tokens: int
-    steps: int                        # denoising forwards per block, an upper limit
-    mode: str = "full"
-    block_size: int = 64
-    sampler: str = "confidence"       # which positions first: a name in samplers.py
-    reveal: str = "linear"            # how many at each forward
-    threshold: float = 0.9            # of the adaptive rules
-    alg_temp: float = 0.0             # noise on the choice of positions
-    remask: float = 0.0               # chance of a revealed token to go back (ReMDM), bounded by the schedule
-    remask_rule: str = "cap"          # cap, rescale, conf
-    temperature: float = 1.0
-    temperature_end: float = None
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    guidance_scale: float = 1.0       # 1: plain conditional
-    eos_id: int = None                # None: never stop early
-    window: int = None                # positions that a growing cache keeps; None: all
-    min_depth: int = 0                # layers of a block's first forward, growing to all at its last; 0: always all
 
 
 @dataclass

@@ -21,7 +21,8 @@ from conftest import call
 from evaluation import check_run, study_report
 from model import build_model
 from sampling import decode
-from sampling.decode import Settings, generate
+from sampling.decode import generate
+from sampling.settings import Settings
 from training.optim import make_optimizer
 
 V = 23

@@ -12,7 +12,8 @@ import model_config
 from common.console import UserError
 from model import build_model
 from sampling import unmasking
-from sampling.decode import MODES, Canvas, Settings, generate, infill
+from sampling.decode import Canvas, generate, infill
+from sampling.settings import MODES, Settings
 from sampling.unmasking import LOOKING, NAMES, Look, distribution, reveal_count
 
 V, EOS = 17, 3

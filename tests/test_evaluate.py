@@ -16,7 +16,7 @@ import masking
 import model_config
 import train
 from conftest import RUNS, TINY, call
-from evaluation import estimators, ngram as judge
+from evaluation import estimators, ngram as judge, sample_quality
 from evaluation.estimators import cut, ratio, windows
 from model import build_model
 from text.dataset import TokenData
@@ -201,18 +201,18 @@ def test_infilling_counts_right_guesses():
 # ---- judge ------------------------------------------------------------------------------------------------------------
 
 def text(prompt, new, row, ended=True):
-    return judge.Text(prompt, new, [2], row, ended)
+    return sample_quality.Text(prompt, new, [2], row, ended)
 
 
 def test_words_and_their_edges():
-    assert judge.words("मैं, घर-वापस \"गया\" था। Kya?  123 — 'haan'...") == ["मैं", "घर-वापस", "गया", "था", "kya", "haan"]
+    assert sample_quality.words("मैं, घर-वापस \"गया\" था। Kya?  123 — 'haan'...") == ["मैं", "घर-वापस", "गया", "था", "kya", "haan"]
     assert text("ek din ma", "in ghar gay", [], ended=False).new_words() == ["ghar"], "begun before, and cut off"
     assert text("ek din", " main ghar", []).new_words() == ["main", "ghar"]
 
 
 def test_quality_by_hand():
     known = {"ek", "do", "teen"}
-    found = judge.quality([text("ek", " do xyz", [5, 6, 6, 3]), text("ek", " मैं", [5, 7], ended=False)], script_of, known,
+    found = sample_quality.quality([text("ek", " do xyz", [5, 6, 6, 3]), text("ek", " मैं", [5, 7], ended=False)], script_of, known,
                           {"ngram": lambda rows, contexts: 1.5})
     assert found["ngram_nats"] == 1.5 and found["distinct_1"] == 4 / 6 and found["ended"] == 0.5 and found["script_kept"] == 0.5
     assert found["real_words"] == 0.5, "do is known, xyz is not, and the last word of a cut text does not count"
@@ -234,7 +234,7 @@ def test_a_loop_that_pleases_the_judge_is_caught():
     ids = [3 + i % 4 for i in range(400)]
     ngram = judge.NGram(ids, 20)
     loop, honest = [3, 4, 5, 6] * 10, [3, 4, 5, 6, 9, 8, 12, 7, 11, 10]
-    found = [judge.quality([text("ek", "do", row)], script_of, set(), {"ngram": ngram.nats}) for row in (loop, honest)]
+    found = [sample_quality.quality([text("ek", "do", row)], script_of, set(), {"ngram": ngram.nats}) for row in (loop, honest)]
     assert found[0]["ngram_nats"] < found[1]["ngram_nats"]
     assert found[0]["repeat_rate"] > 0.8 > found[1]["repeat_rate"] and found[0]["unigram_entropy"] < found[1]["unigram_entropy"]
 

@@ -6,7 +6,8 @@ import model_config
 from common.console import UserError
 from model import build_model
 from sampling import fast
-from sampling.decode import Settings, generate
+from sampling.decode import generate
+from sampling.settings import Settings
 
 
 def net(kind):

@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.ngram import NGram, distinct, repeat_rate
+from evaluation.ngram import NGram
+from evaluation.sample_quality import distinct, repeat_rate
 
 RNG = np.random.default_rng(0)
 

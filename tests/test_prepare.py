@@ -21,8 +21,8 @@ import cli
 import config
 import prepare
 from common.console import UserError
-from prepare import build, ensure_builtin
-from text import documents, spool, tokenizer
+from text import build, documents, spool, tokenizer
+from text.build import build, ensure_builtin
 from text.dataset import KEYS, TokenData
 from text.documents import find_files, read_documents
 from text.starter import grammar
@@ -306,7 +306,7 @@ def test_the_tokenizer_sees_no_validation_text(tmp_path, monkeypatch):
 def test_the_users_own_files_stay(tmp_path, fails):
     """Temporary files of other programs, in the data folder and even in prepare's work folder, outlive any run."""
     own = {name: tmp_path / "data" / name for name in ("draft.tmp", ".hidden.tmp", "train.bin.tmp", "spool.json.tmp",
-                                                       f"{prepare.WORK}/letter.tmp", f"{prepare.WORK}/.x.tmp.7.tmp")}
+                                                       f"{build.WORK}/letter.tmp", f"{build.WORK}/.x.tmp.7.tmp")}
     for name, path in own.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
@@ -347,7 +347,7 @@ def broken_off(tmp_path, monkeypatch):
         patch.setattr(spool, "BATCH_CHARS", 2000)
         with pytest.raises(RuntimeError):
             prepared(tmp_path, texts(200))
-    return tmp_path / "data" / prepare.WORK
+    return tmp_path / "data" / build.WORK
 
 
 def cut(path, at):
@@ -511,7 +511,7 @@ def test_killed_at_each_file_operation(tmp_path):
     for n in range(40):
         done = child("-c", code, n, "--source", "files", "--input", tmp_path / "in.txt", "--data_dir", old,
                      "--tokenizer", tmp_path / "t.model", "--tokenizer_vocab", 400)
-        left = {name: raw for name, raw in contents(old).items() if not name.startswith((prepare.WORK, ".lock"))}
+        left = {name: raw for name, raw in contents(old).items() if not name.startswith((build.WORK, ".lock"))}
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr[-500:]

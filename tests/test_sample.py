@@ -17,8 +17,8 @@ import evaluate
 import sample
 import train
 from conftest import RUNS, TINY, aria, call
-from evaluation import check_run, ngram
-from sampling import decode
+from evaluation import check_run, sample_quality
+from sampling import decode, settings
 
 MODES = {"full": (), "block": ("--blockwise",), "block_frozen": ("--blockwise", "--frozen_context")}
 EDGE = """python -m sample \\
@@ -152,7 +152,7 @@ def test_ids_of_a_sample(here, kind, mode):
     net, tokenizer, _ = checkpoint.load_model(RUNS[kind], torch.device("cpu"))
     prompt = [tokenizer.bos_id, *tokenizer.encode("namaste")]
     for length, temperature in ((1, 0.0), (13, 1e-6), (13, 10.0)):
-        s = decode.Settings(max_new_tokens=length, steps=4, mode=mode, block_size=8, temperature=temperature)
+        s = settings.Settings(max_new_tokens=length, steps=4, mode=mode, block_size=8, temperature=temperature)
         out = decode.generate(net, prompt, s, [1, 2])
         assert all(len(row) == length and not {net.cfg.mask_id, net.cfg.pad_id} & set(row) for row in out.full_rows)
         assert out.forwards <= 4 * (1 if mode == "full" else -(-length // 8))
@@ -239,10 +239,10 @@ def test_the_bare_command(here, capsys, tmp_path, monkeypatch):
 def resolved(line, blocks="T,8", length=32, stored=64, prompt=1):
     """A command line on a checkpoint trained like this -> its decode.Settings."""
     args, origins = cli.parse(config.SampleArgs, ["x", *shlex.split(line)], "sample")
-    args.sampler = sample.masked_sampler(args.sampler)
+    args.sampler = settings.masked_sampler(args.sampler)
     saved = SimpleNamespace(path="x", config={"model": dict(block_size=stored, n_layers=2, exits=False),
                             "args": dict(train_block_sizes=blocks, seq_len=length, sample_steps=12)})
-    return sample.settings(sample.suited(args, origins, saved, prompt), origins, saved, SimpleNamespace(eos_id=3))
+    return settings.settings(settings.suited(args, origins, saved, prompt), origins, saved, SimpleNamespace(eos_id=3))
 
 
 BEST, OLD = ("threshold", 0.7, 0), ("confidence", 1.0, 50)
@@ -399,8 +399,8 @@ def test_nll_is_the_exact_chain_rule(here, kind):
 
 def test_figures_by_hand():
     assert edge_benchmark.agreement([1, 2, 3], [1, 5, 3, 4]) == 0.5 and edge_benchmark.agreement([], []) == 1
-    assert ngram.distinct([[1, 2, 1, 2], [2, 1]], 2) == 0.5 and ngram.distinct([[1], []], 2) is None
-    assert ngram.repeat_rate([[1, 2, 3, 4] * 2, [1, 2, 3, 4]]) == 1 / 6 and ngram.repeat_rate([[1]]) == 0
+    assert sample_quality.distinct([[1, 2, 1, 2], [2, 1]], 2) == 0.5 and sample_quality.distinct([[1], []], 2) is None
+    assert sample_quality.repeat_rate([[1, 2, 3, 4] * 2, [1, 2, 3, 4]]) == 1 / 6 and sample_quality.repeat_rate([[1]]) == 0
 
 
 @pytest.mark.parametrize("blocks, size, whole", [("1", 1, False), ("4,2", 4, False), ("T,1", 1, True)])
@@ -412,7 +412,7 @@ def test_a_checkpoint_is_decoded_as_it_was_trained(here, capsys, tmp_path, block
     saved = checkpoint.load(run)
     for given, wanted in (([], size), (["--block_size", "2"], 2)):
         args, origins = cli.parse(config.SampleArgs, ["--ckpt", str(run), "--blockwise", "--frozen_context", *given], "sample")
-        s = sample.settings(sample.suited(args, origins, saved, 1), origins, saved, SimpleNamespace(eos_id=3))
+        s = settings.settings(settings.suited(args, origins, saved, 1), origins, saved, SimpleNamespace(eos_id=3))
         assert (s.mode, s.block_size) == ("block_frozen", wanted)
     capsys.readouterr()
     for words in (["--prompt", "namaste", "--max_new_tokens", 4], ["--text", "mai ____ gaya", "--guidance_scale", 2]):

@@ -35,6 +35,7 @@ import sample
 import train
 from common.console import UserError
 from common.files import to_json
+from sampling import settings
 from text.dataset import TokenData, Windows
 from text.documents import read_documents
 from text.tokenizer import Tokenizer, normalise
@@ -173,7 +174,7 @@ def prompt(lab, data):
     ids = tok.encode(text)
     assert normalise(whole) == whole and tok.decode(ids) == whole and all(3 < i < tok.vocab_size for i in ids), text
     args, _ = cli.parse(config.SampleArgs, ["--ckpt", "x", f"--prompt={text}", f"--text={text}"], "sample")
-    assert sample.read_prompts(args) == [text]
+    assert settings.read_prompts(args) == [text]
     if args.text is None:
         assert text.lower() == "none"                             # the word for "no text", as with every knob of that default
         return
@@ -183,7 +184,7 @@ def prompt(lab, data):
 
 def prompts_file(lab, data):
     path = put(lab, "in/prompts.txt", data)
-    for text in sample.read_prompts(SimpleNamespace(prompt=(), prompts_file=path)):
+    for text in settings.read_prompts(SimpleNamespace(prompt=(), prompts_file=path)):
         lab.tokenizer.encode(text)
 
 
