@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from common.console import UserError
-from common.files import json_text
 
 
 def read_json(path):

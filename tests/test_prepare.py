@@ -21,7 +21,7 @@ import cli
 import config
 import prepare
 from common.console import UserError
-from text import build, documents, spool, tokenizer
+from text import build as builder, documents, spool, tokenizer
 from text.build import build, ensure_builtin
 from text.dataset import KEYS, TokenData
 from text.documents import find_files, read_documents
