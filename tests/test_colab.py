@@ -279,11 +279,13 @@ def test_the_probe_counts_what_comes_later(monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
 def test_real_lack_of_memory(text, tmp_path):
     """A child that may take 220 MB more than it has: 256 rows of 64 do not fit, fewer do, and the step stays whole."""
-    script = ("import resource, sys, torch, train, cli, config, fit, drive, optim, runtime, model, decode, tokens, tokenizer\n"
-              "runtime.start(1); torch.ones(64, 64) @ torch.ones(64, 64)\n"
+    script = ("import resource, sys, torch, train, config, model\n"
+              "from common import console, machine\nfrom sampling import decode\nfrom text import dataset, tokenizer\n"
+              "from training import drive, optim, recovery\n"
+              "machine.start(1); torch.ones(64, 64) @ torch.ones(64, 64)\n"
               "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + 220 * 2 ** 20\n"
               "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
-              "cli.run(train.main, sys.argv[1:])")
+              "console.run(train.main, sys.argv[1:])")
     words = ("--data_dir", text, "--output_dir", tmp_path / "run", "--d_model", 64, "--n_layers", 2, "--n_heads", 2,
              "--d_ff", 128, "--seq_len", 64, "--batch_size", 256, "--grad_accum", 1, "--max_steps", 1, "--eval_interval", 0,
              "--threads", 1, "--no_amp", "--no_show_samples", "--auto_batch", "--train_block_sizes", "T", "--memory_slots", 2)

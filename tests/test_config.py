@@ -590,9 +590,9 @@ def test_every_command_tells_its_version_and_can_be_quiet(prog, capsys, monkeypa
 
 
 def test_the_version_names_the_commit_only_inside_git(monkeypatch):
-    monkeypatch.setattr(knobs, "commit_hash", lambda folder: "unknown")
+    monkeypatch.setattr(cli, "commit_hash", lambda folder: "unknown")
     assert cli.version() == f"Aria {config.VERSION}"
-    monkeypatch.setattr(knobs, "commit_hash", lambda folder: "0123abc")
+    monkeypatch.setattr(cli, "commit_hash", lambda folder: "0123abc")
     assert cli.version() == f"Aria {config.VERSION} (commit 0123abc)"
 
 

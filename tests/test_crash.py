@@ -1,4 +1,4 @@
-"""benchmarks/crash.py in its short form: real SIGKILLs, SIGINT and SIGTERM, a full disk; and what retention may delete.
+"""tests/stress/crash.py in its short form: real SIGKILLs, SIGINT and SIGTERM, a full disk; and what retention may delete.
 
     python -m pytest tests/test_crash.py
 """
@@ -18,7 +18,7 @@ from conftest import ROOT
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks for a small file system")
 def test_no_kill_changes_the_result():
-    words = "benchmarks/crash.py --kills 12 --cases 2 --every 70 --exhaustive 1 --stops 3 --real 0".split()
+    words = "tests/stress/crash.py --kills 12 --cases 2 --every 70 --exhaustive 1 --stops 3 --real 0".split()
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -56,6 +56,7 @@ def test_retention_never_deletes_the_only_good_one(tmp_path, monkeypatch, seed):
             raise OSError(28, "No space left on device", str(path))
         real(path, data)
     monkeypatch.setattr(ck, "write_file", write_file)
+    monkeypatch.setattr(files, "write_file", write_file)
     for _ in range(25):
         good, best = good_steps(tmp_path), ck.read_pointer(tmp_path, "best")[0]
         if len(good) > 1 and rng.random() < 0.3:                       # damage, but never to all

@@ -1,6 +1,6 @@
 """Several processes equal one: real torchrun jobs of two and four gloo ranks on the CPU, killed, resumed and sharded.
 
-    python -m pytest tests/test_distributed.py          # benchmarks/distributed.py has the larger grid
+    python -m pytest tests/test_distributed.py          # tests/stress/distributed.py has the larger grid
 """
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Malformed files and texts through the targets of benchmarks/fuzz.py, and damage that nobody may accept, counted.
+"""Malformed files and texts through the targets of tests/stress/fuzz.py, and damage that nobody may accept, counted.
 
     python -m pytest tests/test_fuzz.py
 

@@ -153,7 +153,8 @@ def prepare(folder, server, *argv, **how):
 def started(folder, server, *argv, code="", port=None):
     env = dict(os.environ, PYTHONPATH=str(config.ROOT), HF_ENDPOINT=f"http://127.0.0.1:{port or server.server_port}",
                HF_HOME=str(folder / "hf"), HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
-    run = f"if True:\n import sys, time, cli, hub, prepare\n{FASTER}\n{code}\n cli.run(prepare.main)"
+    run = (f"if True:\n import sys, time, prepare\n from common import console\n from text import hub\n{FASTER}\n"
+           f"{code}\n console.run(prepare.main)")
     words = [sys.executable, "-c", run, "--source", "hindi", "--tokenizer_vocab", "800", *map(str, argv)]
     return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             encoding="utf-8")
@@ -187,11 +188,11 @@ def test_a_killed_download_goes_on(tmp_path, server):
     """SIGKILL in the middle: the next run starts from the last state and the files are those of one run."""
     code = """ import os, signal, json
  hub.SYNC_ROWS = 40
- write = hub.knobs.write_json
+ write = hub.write_json
  def killing(path, value):
   write(path, value)
   if value.get('rows', 0) >= 120: os.kill(os.getpid(), signal.SIGKILL)
- hub.knobs.write_json = killing"""
+ hub.write_json = killing"""
     done = prepare(tmp_path, server, "--max_chars", 400_000, code=code)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     part = tmp_path / "data/raw/hindi_sangraha.jsonl.part"

@@ -290,7 +290,7 @@ def test_the_tokenizer_sees_no_validation_text(tmp_path, monkeypatch):
     def spy(docs, *rest):
         seen.extend(docs := list(docs))
         return tokenizer.train_tokenizer(docs, *rest)
-    monkeypatch.setattr(prepare, "train_tokenizer", spy)
+    monkeypatch.setattr(builder, "train_tokenizer", spy)
     folder, _ = prepared(tmp_path, texts(200), val_doc_frac=0.2)
     assert sorted(seen) == sorted(decoded(folder, "train"))
     monkeypatch.setattr(spool, "SAMPLE_BYTES", 3000)              # a part, and from everywhere
@@ -490,7 +490,7 @@ def test_killed_at_each_file_operation(tmp_path):
     new, _ = prepared(tmp_path, texts(80), "new")
     wanted = contents(new)
     code = """if True:
-        import os, signal, sys
+        import json, os, pathlib, signal, sys
         import config, prepare
         left = int(sys.argv[1])
         def counted(function):
@@ -503,8 +503,8 @@ def test_killed_at_each_file_operation(tmp_path):
             return wrapper
         for name in ("replace", "fsync", "unlink"):
             setattr(os, name, counted(getattr(os, name)))
-        prepare.Path.unlink = counted(prepare.Path.unlink)
-        prepare.json.dump = counted(prepare.json.dump)
+        pathlib.Path.unlink = counted(pathlib.Path.unlink)
+        json.dump = counted(json.dump)
         prepare.main(sys.argv[2:])"""
     write_txt(tmp_path / "in.txt", texts(80))
     outcomes = []
@@ -533,22 +533,23 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     wanted = contents(folder)
     code = """if True:
         import os, signal, sys
-        import knobs, prepare, spool
-        spool.BATCH_CHARS, prepare.SYNC_BYTES = 2000, 4000
-        write, left = knobs.write_json, 4
+        import prepare
+        from text import build, spool
+        spool.BATCH_CHARS, build.SYNC_BYTES = 2000, 4000
+        write, left = build.write_json, 4
         def counted(path, value):
             global left
             write(path, value)
             left -= "encode" in str(path)
             if not left:
                 os.kill(os.getpid(), signal.SIGKILL)
-        knobs.write_json = counted
+        build.write_json = counted
         prepare.main(sys.argv[1:])"""
     argv = ("--source", "files", "--input", tmp_path / "in.txt", "--data_dir", tmp_path / "data", "--tokenizer",
             tmp_path / "t.model", "--tokenizer_vocab", 400)
     assert child("-c", code, *argv).returncode == -signal.SIGKILL
     assert not (tmp_path / "data" / "meta.json").exists()
-    done = child("-c", "if True:\n import sys, prepare\n prepare.read = None\n prepare.main(sys.argv[1:])", *argv)
+    done = child("-c", "if True:\n import sys, prepare\n from text import build\n build.read = None\n prepare.main(sys.argv[1:])", *argv)
     assert done.returncode == 0 and "broken off" in done.stdout, done.stderr[-500:]
     assert contents(tmp_path / "data") == wanted
 
@@ -613,7 +614,7 @@ def test_a_full_disk_is_a_message(tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(prepare.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left") as caught:
         prepared(tmp_path, texts(70))
     assert caught.value.code == 1 and contents(folder) == before

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 import conftest
 from benchmarks import romanise_eval
+from common.console import UserError
 from text import romanise
 from text.romanise import Romaniser
 from text.starter import grammar
@@ -117,7 +118,7 @@ TEXT = "मैं कल बाज़ार गया था और वहाँ
 
 def test_a_typist_is_the_same_everywhere():
     """In another process with another hash seed; one word has one spelling; the order of the words met does not matter."""
-    code = f"import romanise; print([romanise.Romaniser(n)({TEXT!r}) for n in range(12)])"
+    code = f"from text import romanise; print([romanise.Romaniser(n)({TEXT!r}) for n in range(12)])"
     there = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True,
                             cwd=conftest.ROOT, env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONIOENCODING": "utf-8"}).stdout
              for seed in "12"]
@@ -187,6 +188,6 @@ def test_the_judge_by_hand(tmp_path):
     # of घर four people: three ghar (the rest agree), one ghr (nobody else); of माल two agree; कमल has one
     assert romanise_eval.people(pairs) == {"top1": pytest.approx(500 / 6), "any": pytest.approx(500 / 6)}
     assert [romanise_eval.distance(a, b) for a, b in (("", "abc"), ("kitab", "kitaab"), ("abc", "cba"))] == [3, 1, 2]
-    with pytest.raises(romanise.knobs.UserError, match="bad.tsv:1"):
+    with pytest.raises(UserError, match="bad.tsv:1"):
         (tmp_path / "bad.tsv").write_text("घर ghar\n", encoding="utf-8")
         romanise_eval.read_pairs(tmp_path / "bad.tsv")

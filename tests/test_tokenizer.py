@@ -156,7 +156,8 @@ def test_sentences_keep_everything_and_stay_short():
 def test_trainer_skips_nothing(tmp_path):
     """The C++ trainer's own log, from a corpus of 10,000-letter lines: it says so when it skips."""
     code = """if True:
-        import sys, sentencepiece, tokenizer
+        import sys, sentencepiece
+        from text import tokenizer
         train = sentencepiece.SentencePieceTrainer.train
         sentencepiece.SentencePieceTrainer.train = lambda **k: train(**{**k, "minloglevel": 0})
         docs = ["कखगघ ङचछज" * 1200 + "▅", "x" * 10_000, "a\\tb"]
@@ -262,8 +263,8 @@ def test_mutated_models_never_kill_the_process(tok, tmp_path):
     """Byte flips and cuts, in one child: UserError or a tokenizer that works, but no signal."""
     code = """if True:
         import random, sys
-        from knobs import UserError
-        from tokenizer import Tokenizer
+        from common.console import UserError
+        from text.tokenizer import Tokenizer
         data, rnd = open(sys.argv[1], "rb").read(), random.Random(5)
         for _ in range(200):
             bad = bytearray(data[:rnd.randrange(len(data))] if rnd.random() < 0.2 else data)

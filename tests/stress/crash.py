@@ -1,7 +1,7 @@
 """Kill training anywhere: with --resume_latest the final weights, averages and moments are those of a run that nobody touched.
 
-    python benchmarks/crash.py                                        # 200 kills, every operation of four saves, signals, disk
-    python benchmarks/crash.py --kills 12 --cases 2 --every 70 --exhaustive 1 --stops 3 --real 0      # tests/test_crash.py
+    python tests/stress/crash.py                                        # 200 kills, every operation of four saves, signals, disk
+    python tests/stress/crash.py --kills 12 --cases 2 --every 70 --exhaustive 1 --stops 3 --real 0      # tests/test_crash.py
 
 Every kill is SIGKILL and comes at a point of progress, never by the clock: before an operation on the disk, in the middle of
 a file or of a log line, inside an optimizer's step. The points are hooks of this file in the child; the product has none.
@@ -22,7 +22,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from harness import ROOT, arguments, scratch, tiny_text
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2]), str(HERE.parents[2] / "benchmarks")]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
@@ -35,6 +36,7 @@ import train
 from common import console
 from common.console import UserError
 from common.files import read_json
+from harness import ROOT, arguments, scratch, tiny_text
 from sampling import decode  # noqa: F401
 from stress.faults import points
 from training import logs, optim

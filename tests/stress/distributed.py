@@ -1,6 +1,6 @@
 """Several processes against one, as a grid: ranks x model x optimizer x sharding x precision; and kills.
 
-    python benchmarks/distributed.py [--kills 10]
+    python tests/stress/distributed.py [--kills 10]
 
 Not part of CI (tests/test_distributed.py is the short form). Each row is one real torchrun job of gloo ranks on the CPU, 6
 steps, compared with one process at equal global batch: largest difference of weights, averages and optimizer state, of losses
@@ -15,6 +15,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2]), str(HERE.parents[2] / "benchmarks")]
 
 import checkpoint
 from harness import ROOT, arguments

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import checkpoint
+from common import files
 
 OPERATIONS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "chmod")
 
@@ -61,11 +62,12 @@ def points(at, folder):
 
     for name in OPERATIONS:
         setattr(os, name, hook(name))
-    checkpoint.save_file, checkpoint.open = watched_save_file, watched_open
+    checkpoint.save_file = watched_save_file
+    files.open = watched_open
     try:
         yield
     finally:
         for name in OPERATIONS:
             setattr(os, name, real[name])
         checkpoint.save_file = save_file
-        del checkpoint.open
+        del files.open

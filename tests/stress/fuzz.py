@@ -1,7 +1,7 @@
 """Malformed files and texts by the ten thousand: each is refused with a reason or read as what it says, and nothing else.
 
-    python benchmarks/fuzz.py                      # about 30,000 inputs, some minutes; a failure prints its target and seed
-    python benchmarks/fuzz.py --target meta --seed 123 --count 1
+    python tests/stress/fuzz.py                      # about 30,000 inputs, some minutes; a failure prints its target and seed
+    python tests/stress/fuzz.py --target meta --seed 123 --count 1
 
 A target takes the bytes of one damaged file (or a text), puts them where they belong and reads them the way the commands do.
 UserError is the only exception that may come out; no input may take 5 s, 200 MB or the process. Where a hash stands guard
@@ -21,7 +21,8 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from harness import arguments, scratch, tiny_text
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2]), str(HERE.parents[2] / "benchmarks")]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
@@ -35,6 +36,7 @@ import sample
 import train
 from common.console import UserError
 from common.files import to_json
+from harness import arguments, scratch, tiny_text
 from sampling import settings
 from text.dataset import TokenData, Windows
 from text.documents import read_documents
