@@ -95,7 +95,7 @@ def save(run_dir, step, *, state, config, tokenizer_bytes, model_state=None, ema
          best=False, keep_last=TrainArgs.keep_last, keep_full=TrainArgs.keep_full):
     """Write checkpoint `step`, point (`best` and) `latest` at it, prune; returns its folder.
 
-    shards(folder) -> {file: its entry} writes the tensors instead, where several processes have a part of each (shards.py).
+    shards(folder) -> {file: its entry} writes the tensors instead, where several processes have a part of each (checkpoint_shards.py).
 
     FloatingPointError: a tensor is not finite, nothing was touched. OSError (disk full, ...): what was there is intact
     and nothing half-written bears a checkpoint's name. Saving a step that exists replaces it.

@@ -2,7 +2,7 @@
 
     step_000500/model-00001-of-00004.safetensors ...    beside them the same manifest, JSON and tokenizer as always
 
-Used by checkpoint.py (read_whole) and distributed.py (save, read_into); nothing here runs by itself. Notable:
+Used by checkpoint.py (read_whole) and training/distributed.py (save, read_into); nothing here runs by itself. Notable:
 * each process writes and hashes its own part, so no machine has to hold, or to wait for, the whole model;
 * a file says where its parts lie (saved_offsets), so any number of processes reads what any other number wrote;
 * DCP's own metadata file is a pickle, its safetensors format needs none: none is written, none is read.
@@ -30,26 +30,26 @@ def save(ranks, parts, write):
     def everybody(folder):
         nonlocal joined
         joined = True
-        return write_parts(ranks, Path(ranks.tell(str(folder))), parts)
+        return write_parts(ranks, Path(ranks.broadcast_object(str(folder))), parts)
 
     if ranks.main:
         done = write(shards=everybody)
         if not joined:                                           # it failed before there was a folder
-            ranks.tell(None)
-        return ranks.tell(done)
-    folder = ranks.tell(None)
+            ranks.broadcast_object(None)
+        return ranks.broadcast_object(done)
+    folder = ranks.broadcast_object(None)
     if folder:
         try:
             write_parts(ranks, Path(folder), parts)
         except (OSError, FloatingPointError):
             pass                                                 # rank 0 has the same one, and says it
-    return ranks.tell(None)
+    return ranks.broadcast_object(None)
 
 
 def write_parts(ranks, folder, parts):
     """{part: {name: tensor}} into the folder -> {file: its manifest entry} of all ranks; what fails on one, fails on all."""
     bad = [f"{part}: {name}" for part, tensors in parts.items() for name, t in tensors.items() if not finite(t)]
-    if ranks.highest(len(bad)):
+    if ranks.all_reduce_max(len(bad)):
         raise FloatingPointError(f"{bad[0] if bad else 'another process'} holds NaN or infinity; nothing was saved")
     mine, failed = {}, None
     for part, tensors in parts.items():

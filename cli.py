@@ -141,8 +141,8 @@ def announce(args, origins, vocab_size=None):
 def resume_check(saved, args, origins):
     """(args of the checkpoint's config.json, arguments now, their origins) -> (arguments to use, changes to log).
 
-    The checkpoint gives every value that was not typed now. A "must" knob that was typed, or comes from another preset
-    than the run's own, and differs is a UserError; "may" knobs that differ are the changes. origins follows.
+    The checkpoint gives every value that was not typed now. A "must" flag that was typed, or comes from another preset
+    than the run's own, and differs is a UserError; "may" flags that differ are the changes. origins follows.
     """
     old = ADDED | checked(TrainArgs, saved, "the checkpoint's config.json")
     rules = {f.name: f.metadata["resume"] for f in dataclasses.fields(TrainArgs)}

@@ -1,12 +1,12 @@
-"""Every knob of Aria, declared once; the command line, --help, the tables of the docs and saved configs derive from it.
+"""Every flag of Aria, declared once; the command line, --help, the tables of the docs and saved configs derive from it.
 
     args, origins = cli.parse(config.TrainArgs, argv, "train")    # how every entry point starts; no other default exists
 
-A knob is a dataclass field whose metadata holds help, choices, limits, old names and its resume rule:
+A flag is a dataclass field whose metadata holds help, choices, limits, old names and its resume rule:
   must    a resumed run has to agree with its checkpoint       may   it may change, and the change is logged
   ignore  it belongs to this one invocation: neither a checkpoint nor a --config file ever sets it
-How a flag is read is in knobs.py, how a command line becomes arguments in cli.py; the knobs of a model's shape are in
-shapes.py, those of masks and blocks in objective.py, those of the logs beside train.jsonl in sinks.py.
+How a flag is read is in flags.py, how a command line becomes arguments in cli.py; the flags of a model's shape are in
+model_config.py, those of masks and blocks in config.py, those of the logs beside train.jsonl in training/logs.py.
 No torch and no numpy here: --help has to be instant.
 """
 import dataclasses
@@ -15,9 +15,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.flags import again, knob, split_list
-from model_config import OLD_MODELS, ModelKnobs, shape_problems
-from studies import ExperimentKnobs
+from common.flags import again, flag, split_list
+from model_config import OLD_MODELS, ModelFlags, shape_problems
+from studies import ExperimentFlags
 
 ROOT = Path(__file__).resolve().parent
 VERSION = "1.0"
@@ -94,22 +94,22 @@ def next_commands(run, step, max_steps, causal=False):
             ("go on", f"python -m train --resume {name}{longer}")]
 
 
-# ---- the knobs ------------------------------------------------------------------------------------------------------
+# ---- the flags ------------------------------------------------------------------------------------------------------
 
 @dataclass
-class EveryKnobs:
+class EveryFlags:
     "Everywhere"
-    quiet: bool = knob(False, "only results, warnings, notices and errors", "ignore")
-    version: bool = knob(False, "print the version, then stop", "ignore")
+    quiet: bool = flag(False, "only results, warnings, notices and errors", "ignore")
+    version: bool = flag(False, "print the version, then stop", "ignore")
 
 
 @dataclass
-class CommonKnobs(EveryKnobs):
+class CommonFlags(EveryFlags):
     "Everywhere"
-    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps", "ignore", shortcuts={"cpu": "cpu"})
-    seed: int = knob(1337, "all randomness", "must", at_least=0, below=2**63)
-    threads: int = knob(0, "CPU threads; 0 = PyTorch's choice", "ignore", at_least=0, rare=True)
-    print_config: bool = knob(False, "show every setting with its origin and the parameter count, then stop", "ignore")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", "ignore", shortcuts={"cpu": "cpu"})
+    seed: int = flag(1337, "all randomness", "must", at_least=0, below=2**63)
+    threads: int = flag(0, "CPU threads; 0 = PyTorch's choice", "ignore", at_least=0, rare=True)
+    print_config: bool = flag(False, "show every setting with its origin and the parameter count, then stop", "ignore")
 
     def problems(self):
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", self.device):
@@ -117,25 +117,25 @@ class CommonKnobs(EveryKnobs):
 
 
 @dataclass
-class DataKnobs:
+class DataFlags:
     "Data"
-    data_dir: str = knob("data/processed", "folder with train.bin, val.bin and meta.json")
+    data_dir: str = flag("data/processed", "folder with train.bin, val.bin and meta.json")
 
 
 @dataclass
-class SinkKnobs:
+class SinkFlags:
     "Other logs"
-    tensorboard: str = knob("auto", "event files in --log_dir; auto = where the package is installed", "ignore", bare="on",
+    tensorboard: str = flag("auto", "event files in --log_dir; auto = where the package is installed", "ignore", bare="on",
                             choices=("auto", "on", "off"), aliases=("tb",), rare=True)
-    log_dir: str = knob("logs", "folder of TensorBoard and of W&B's own files", "ignore", rare=True)
-    wandb: bool = knob(False, "send the log to Weights & Biases", "ignore")
-    wandb_project: str = knob("aria", "its project", "ignore", rare=True)
-    wandb_entity: str = knob(None, "its account or team", "ignore", rare=True)
-    wandb_group: str = knob(None, "its group of runs", "ignore", rare=True)
-    wandb_tags: tuple = knob((), "its tags, A,B or A B", "ignore", many="several", rare=True)
-    wandb_name: str = knob(None, "its name for the run; none = the run folder's", "ignore", rare=True)
-    wandb_id: str = knob(None, "its run to go on with; none = that of the checkpoint, or a new one", "ignore", rare=True)
-    wandb_mode: str = knob(None, "offline keeps the files here; none = WANDB_MODE, else online", "ignore", rare=True,
+    log_dir: str = flag("logs", "folder of TensorBoard and of W&B's own files", "ignore", rare=True)
+    wandb: bool = flag(False, "send the log to Weights & Biases", "ignore")
+    wandb_project: str = flag("aria", "its project", "ignore", rare=True)
+    wandb_entity: str = flag(None, "its account or team", "ignore", rare=True)
+    wandb_group: str = flag(None, "its group of runs", "ignore", rare=True)
+    wandb_tags: tuple = flag((), "its tags, A,B or A B", "ignore", many="several", rare=True)
+    wandb_name: str = flag(None, "its name for the run; none = the run folder's", "ignore", rare=True)
+    wandb_id: str = flag(None, "its run to go on with; none = that of the checkpoint, or a new one", "ignore", rare=True)
+    wandb_mode: str = flag(None, "offline keeps the files here; none = WANDB_MODE, else online", "ignore", rare=True,
                            choices=("online", "offline", "disabled"))
 
     def problems(self):
@@ -148,24 +148,24 @@ AR_FADE, MOST_HIDDEN = 0.6, 0.8      # docs/experiments/, 2026-11-22
 
 
 @dataclass
-class MaskKnobs:
+class MaskFlags:
     "Objective"
-    objective: str = knob("masked", "masked diffusion, or its control: ar, autoregressive, left to right; backup only", "must",
+    objective: str = flag("masked", "masked diffusion, or its control: ar, autoregressive, left to right; backup only", "must",
                           choices=("masked", "ar"))
-    loss: str = knob("masked_mean", "mean over masked tokens, or elbo: the bound, which is what validation always prints",
+    loss: str = flag("masked_mean", "mean over masked tokens, or elbo: the bound, which is what validation always prints",
                      choices=("elbo", "masked_mean"))
-    mask_schedule: str = knob("linear", "mask rate as a function of time", choices=("cosine", "linear"))
-    min_mask_rate: float = knob(0.0, "lowest mask rate", at_least=0, at_most=1, rare=True)
-    max_mask_rate: float = knob(-1.0, "highest mask rate; -1 = 1, or 0.8 of masked_mean with single tokens among the blocks, "
+    mask_schedule: str = flag("linear", "mask rate as a function of time", choices=("cosine", "linear"))
+    min_mask_rate: float = flag(0.0, "lowest mask rate", at_least=0, at_most=1, rare=True)
+    max_mask_rate: float = flag(-1.0, "highest mask rate; -1 = 1, or 0.8 of masked_mean with single tokens among the blocks, "
                                 "which are hidden whole", at_least=-1, at_most=1, rare=True)
-    time_mode: str = knob("continuous", "times: any, or levels", choices=("continuous", "discrete"), rare=True)
-    timestep_sampling: str = knob("stratified", "draw of times", choices=("stratified", "uniform"), rare=True)
-    timesteps: int = knob(32, "levels of discrete time", at_least=2, rare=True)
-    masking_strategy: str = knob("token", "what is hidden in training", choices=("token", "span"))
-    mean_span_length: float = knob(3.0, "tokens per span", above=0, rare=True)
-    sample_steps: int = knob(12, "stored default of sample --steps", at_least=1, rare=True)
-    train_block_sizes: str = knob("T,32,4,1", "block rules drawn per step: T (whole sequence) or numbers")
-    ar_fade: float = knob(-1.0, "begin autoregressive, with blocks of one token, which over this share of the steps give way to "
+    time_mode: str = flag("continuous", "times: any, or levels", choices=("continuous", "discrete"), rare=True)
+    timestep_sampling: str = flag("stratified", "draw of times", choices=("stratified", "uniform"), rare=True)
+    timesteps: int = flag(32, "levels of discrete time", at_least=2, rare=True)
+    masking_strategy: str = flag("token", "what is hidden in training", choices=("token", "span"))
+    mean_span_length: float = flag(3.0, "tokens per span", above=0, rare=True)
+    sample_steps: int = flag(12, "stored default of sample --steps", at_least=1, rare=True)
+    train_block_sizes: str = flag("T,32,4,1", "block rules drawn per step: T (whole sequence) or numbers")
+    ar_fade: float = flag(-1.0, "begin autoregressive, with blocks of one token, which over this share of the steps give way to "
                           "--train_block_sizes; 0 = off, -1 = 0.6 if 1 is among them", at_least=-1, at_most=1, rare=True)
 
     @property
@@ -232,82 +232,82 @@ def block_problems(name, text):
 
 
 @dataclass
-class OptimKnobs:
+class OptimFlags:
     "Optimisation"
-    max_steps: int = knob(5000, "optimizer steps in total", at_least=1, aliases=("steps",))
-    seq_len: int = knob(512, "training length", "must", at_least=16, aliases=("train_seq_len",))
-    batch_size: int = knob(4, "sequences per forward", at_least=1)
-    grad_accum: int = knob(8, "forwards per step", at_least=1, aliases=("accumulate_grad_batches",))
-    auto_batch: bool = knob(False, "out of memory: half the batch, twice the forwards; probed first", "ignore")
-    lr: float = knob(RATES["muon"], f"peak rate; not given: {RATES['adamw']} of adamw, {RATES['lion']} of lion", above=0,
+    max_steps: int = flag(5000, "optimizer steps in total", at_least=1, aliases=("steps",))
+    seq_len: int = flag(512, "training length", "must", at_least=16, aliases=("train_seq_len",))
+    batch_size: int = flag(4, "sequences per forward", at_least=1)
+    grad_accum: int = flag(8, "forwards per step", at_least=1, aliases=("accumulate_grad_batches",))
+    auto_batch: bool = flag(False, "out of memory: half the batch, twice the forwards; probed first", "ignore")
+    lr: float = flag(RATES["muon"], f"peak rate; not given: {RATES['adamw']} of adamw, {RATES['lion']} of lion", above=0,
                      aliases=("learning_rate",))
-    lr_schedule: str = knob("cosine", "after the warm-up", choices=("cosine", "constant", "wsd"))
-    warmup_steps: int = knob(-1, "linear warm-up; -1 = 5 % of the steps, at most 300", at_least=-1)
-    min_lr_ratio: float = knob(0.1, "last rate / peak rate", at_least=0, at_most=1, rare=True)
-    weight_decay: float = knob(0.05, "on matrices only", at_least=0)
-    optimizer: str = knob("muon", "update rule", "must", choices=tuple(RATES))
-    ema: float = knob(0.0, "decay of averaged weights; 0 = off", at_least=0, below=1)
-    grad_clip: float = knob(1.0, "limit of the gradient norm; 0 = off", at_least=0, rare=True)
-    amp: str = knob("auto", "mixed precision", choices=("auto", "on", "off"), bare="on",
+    lr_schedule: str = flag("cosine", "after the warm-up", choices=("cosine", "constant", "wsd"))
+    warmup_steps: int = flag(-1, "linear warm-up; -1 = 5 % of the steps, at most 300", at_least=-1)
+    min_lr_ratio: float = flag(0.1, "last rate / peak rate", at_least=0, at_most=1, rare=True)
+    weight_decay: float = flag(0.05, "on matrices only", at_least=0)
+    optimizer: str = flag("muon", "update rule", "must", choices=tuple(RATES))
+    ema: float = flag(0.0, "decay of averaged weights; 0 = off", at_least=0, below=1)
+    grad_clip: float = flag(1.0, "limit of the gradient norm; 0 = off", at_least=0, rare=True)
+    amp: str = flag("auto", "mixed precision", choices=("auto", "on", "off"), bare="on",
                     values={"True": "on", "true": "on", "False": "off", "false": "off"})
-    amp_dtype: str = knob("auto", "its number type; fp16, scaled, only on CUDA; auto = bf16 where the GPU has it, else fp16",
+    amp_dtype: str = flag("auto", "its number type; fp16, scaled, only on CUDA; auto = bf16 where the GPU has it, else fp16",
                           choices=("auto", "bf16", "fp16"), rare=True)
-    spike_factor: float = knob(0.0, "warn of a loss above this x the median of the last 50; 0 = off", at_least=0, rare=True)
-    spike_rollback: bool = knob(False, "at such a loss go back to the last checkpoint and on with other windows, 3 times at "
+    spike_factor: float = flag(0.0, "warn of a loss above this x the median of the last 50; 0 = off", at_least=0, rare=True)
+    spike_rollback: bool = flag(False, "at such a loss go back to the last checkpoint and on with other windows, 3 times at "
                                 "most; a stop saves, and so can change where to", rare=True)
-    detect_anomaly: bool = knob(False, "name the operation whose gradient is NaN, and stop there; slow", "ignore", rare=True)
-    compile: bool = knob(False, "torch.compile the training step")
-    compile_mode: str = knob("default", "for torch.compile", choices=("default", "reduce-overhead", "max-autotune"),
+    detect_anomaly: bool = flag(False, "name the operation whose gradient is NaN, and stop there; slow", "ignore", rare=True)
+    compile: bool = flag(False, "torch.compile the training step")
+    compile_mode: str = flag("default", "for torch.compile", choices=("default", "reduce-overhead", "max-autotune"),
                              rare=True)
-    activation_checkpointing: bool = knob(False, "keep no activations inside the layers, compute them again: far less memory, "
+    activation_checkpointing: bool = flag(False, "keep no activations inside the layers, compute them again: far less memory, "
                                           "more time", rare=True, aliases=("grad_checkpoint", "gradient_checkpointing"))
-    fsdp: bool = knob(False, "cut weights and optimizer up over torchrun's processes", "ignore", rare=True)
+    fsdp: bool = flag(False, "cut weights and optimizer up over torchrun's processes", "ignore", rare=True)
 
 
 @dataclass
-class RunKnobs:
+class RunFlags:
     "Run folder and log"
-    output_dir: str = knob(None, "run folder; none = checkpoints/ eco_hybrid_hi (primary), diffusion_hi (backup) or ar_hi",
+    output_dir: str = flag(None, "run folder; none = checkpoints/ eco_hybrid_hi (primary), diffusion_hi (backup) or ar_hi",
                            "ignore", aliases=("out_dir",))
-    run_name: str = knob(None, "run folder checkpoints/NAME", "ignore", aliases=("name",))
-    save_interval: int = knob(500, "steps between checkpoints; 0 = latest only", at_least=0, aliases=("save_every",))
-    save_minutes: float = knob(0.0, "also save after so many minutes; 0 = off", at_least=0)
-    drive: str = knob(None, "folder for a verified copy of each checkpoint; --resume_latest finds it", "ignore", rare=True)
-    log_interval: int = knob(10, "steps between printed lines; train.jsonl has every step", at_least=1, aliases=("log_every",))
-    eval_interval: int = knob(500, "steps between validations; 0 = off", at_least=0, aliases=("eval_every",))
-    eval_batches: int = knob(20, "batches per validation", at_least=1, aliases=("eval_iters",), rare=True)
-    keep_last: int = knob(0, "numbered checkpoints kept; 0 = all", at_least=0, rare=True)
-    keep_full: int = knob(2, "newest ones that keep the optimizer file", at_least=1, rare=True)
-    if_exists: str = knob("archive", "a fresh start in a used folder", "ignore", rare=True,
+    run_name: str = flag(None, "run folder checkpoints/NAME", "ignore", aliases=("name",))
+    save_interval: int = flag(500, "steps between checkpoints; 0 = latest only", at_least=0, aliases=("save_every",))
+    save_minutes: float = flag(0.0, "also save after so many minutes; 0 = off", at_least=0)
+    drive: str = flag(None, "folder for a verified copy of each checkpoint; --resume_latest finds it", "ignore", rare=True)
+    log_interval: int = flag(10, "steps between printed lines; train.jsonl has every step", at_least=1, aliases=("log_every",))
+    eval_interval: int = flag(500, "steps between validations; 0 = off", at_least=0, aliases=("eval_every",))
+    eval_batches: int = flag(20, "batches per validation", at_least=1, aliases=("eval_iters",), rare=True)
+    keep_last: int = flag(0, "numbered checkpoints kept; 0 = all", at_least=0, rare=True)
+    keep_full: int = flag(2, "newest ones that keep the optimizer file", at_least=1, rare=True)
+    if_exists: str = flag("archive", "a fresh start in a used folder", "ignore", rare=True,
                           choices=("archive", "suffix", "skip", "error"))
-    live: str = knob("auto", "console lines: redrawn (basic) or plain (off)", "ignore", rare=True,
+    live: str = flag("auto", "console lines: redrawn (basic) or plain (off)", "ignore", rare=True,
                      choices=("auto", "off", "basic"))
-    show_samples: bool = knob(True, "continue fixed prompts at the end", "ignore", rare=True)
+    show_samples: bool = flag(True, "continue fixed prompts at the end", "ignore", rare=True)
 
 
 @dataclass
-class ResumeKnobs:
+class ResumeFlags:
     "Resume"
-    resume: str = knob(None, "continue PATH; alone: --ckpt, else the run folder's latest", "ignore", bare="latest",
+    resume: str = flag(None, "continue PATH; alone: --ckpt, else the run folder's latest", "ignore", bare="latest",
                        values={"True": "latest", "true": "latest"})
-    resume_latest: bool = knob(False, "like --resume, but start fresh when nothing is there", "ignore", rare=True)
-    ckpt: str = knob(None, "with --resume: what to resume; without: first weights, step 0", "ignore")
-    reset_optimizer: bool = knob(False, "fresh optimizer on resume", "ignore", rare=True)
+    resume_latest: bool = flag(False, "like --resume, but start fresh when nothing is there", "ignore", rare=True)
+    ckpt: str = flag(None, "with --resume: what to resume; without: first weights, step 0", "ignore")
+    reset_optimizer: bool = flag(False, "fresh optimizer on resume", "ignore", rare=True)
 
 
 @dataclass
-class PresetKnobs:
+class PresetFlags:
     "Preset"
-    preset: str = knob("none", "shape and training settings", "ignore", choices=tuple(PRESETS), aliases=("size",),
+    preset: str = flag("none", "shape and training settings", "ignore", choices=tuple(PRESETS), aliases=("size",),
                        elsewhere={"laptop": "that is an --edge_profile"})
-    config: str = knob(None, "a preset's name, or FILE.json (a run's config.json)", "ignore")
-    edge_profile: str = knob("none", "small shapes", "ignore", choices=tuple(TRAIN_PROFILES),
+    config: str = flag(None, "a preset's name, or FILE.json (a run's config.json)", "ignore")
+    edge_profile: str = flag("none", "small shapes", "ignore", choices=tuple(TRAIN_PROFILES),
                              elsewhere=dict.fromkeys(("balanced", "max"), "that is a profile of sample"))
 
 
 # dataclasses collect fields from the last base to the first: --help shows these groups from right to left
 @dataclass
-class TrainArgs(CommonKnobs, ResumeKnobs, SinkKnobs, RunKnobs, OptimKnobs, MaskKnobs, ModelKnobs, DataKnobs, PresetKnobs):
+class TrainArgs(CommonFlags, ResumeFlags, SinkFlags, RunFlags, OptimFlags, MaskFlags, ModelFlags, DataFlags, PresetFlags):
     examples = (("python -m train --preset starter", "the built-in corpus, minutes on a laptop"),
                 ("python -m train --data_dir data/processed", "your own text, after python -m prepare"),
                 ("python -m train --resume checkpoints/eco_hybrid_hi", "go on exactly where a run stopped"),
@@ -372,26 +372,26 @@ class TrainArgs(CommonKnobs, ResumeKnobs, SinkKnobs, RunKnobs, OptimKnobs, MaskK
 
 
 @dataclass
-class PrepareKnobs(DataKnobs):
+class PrepareFlags(DataFlags):
     "Preparation"
-    source: str = knob("hindi", "the hub (hindi, fineweb), --input, or the offline starter corpus", "ignore",
+    source: str = flag("hindi", "the hub (hindi, fineweb), --input, or the offline starter corpus", "ignore",
                        choices=("hindi", "builtin", "files", "fineweb"))
-    input: tuple = knob((), "text files or folders for --source files; - is standard input", "ignore", many="several")
-    raw_dir: str = knob("data/raw", "what was downloaded", "ignore", rare=True)
-    tokenizer: str = knob("data/tokenizer/aria_hindi.model", "trained when missing", "ignore")
-    tokenizer_vocab: int = knob(0, "base pieces, mask not included; 0 = by corpus size", "ignore", at_least=0)
-    model_type: str = knob("bpe", "kind of SentencePiece model", "ignore", choices=("bpe", "unigram"))
-    hinglish_ratio: float = knob(0.35, "wanted share of romanised documents", "ignore", at_least=0, at_most=1)
-    val_doc_frac: float = knob(0.02, "share of documents kept for validation", "ignore", above=0, below=1)
-    max_docs: int = knob(120_000, "documents at most", "ignore", at_least=2)
-    max_chars: int = knob(60_000_000, "characters at most", "ignore", at_least=1)
-    clean: str = knob("auto", "repair and filter documents; auto = those of the hub", "ignore", choices=("auto", "on", "off"),
+    input: tuple = flag((), "text files or folders for --source files; - is standard input", "ignore", many="several")
+    raw_dir: str = flag("data/raw", "what was downloaded", "ignore", rare=True)
+    tokenizer: str = flag("data/tokenizer/aria_hindi.model", "trained when missing", "ignore")
+    tokenizer_vocab: int = flag(0, "base pieces, mask not included; 0 = by corpus size", "ignore", at_least=0)
+    model_type: str = flag("bpe", "kind of SentencePiece model", "ignore", choices=("bpe", "unigram"))
+    hinglish_ratio: float = flag(0.35, "wanted share of romanised documents", "ignore", at_least=0, at_most=1)
+    val_doc_frac: float = flag(0.02, "share of documents kept for validation", "ignore", above=0, below=1)
+    max_docs: int = flag(120_000, "documents at most", "ignore", at_least=2)
+    max_chars: int = flag(60_000_000, "characters at most", "ignore", at_least=1)
+    clean: str = flag("auto", "repair and filter documents; auto = those of the hub", "ignore", choices=("auto", "on", "off"),
                       bare="on", values={"True": "on", "False": "off"})
-    romanise: str = knob("auto", "type Hindi in Latin letters up to --hinglish_ratio; auto = that of the hub", "ignore",
+    romanise: str = flag("auto", "type Hindi in Latin letters up to --hinglish_ratio; auto = that of the hub", "ignore",
                          choices=("auto", "on", "off"), bare="on", values={"True": "on", "False": "off"})
-    report: str = knob(None, "write what cleaning removed to this .html", "ignore")
-    offline: bool = knob(False, "never download; the starter corpus instead", "ignore")
-    force: bool = knob(False, "rebuild what is there", "ignore")
+    report: str = flag(None, "write what cleaning removed to this .html", "ignore")
+    offline: bool = flag(False, "never download; the starter corpus instead", "ignore")
+    force: bool = flag(False, "rebuild what is there", "ignore")
 
     def wants(self, what):
         """Is --clean or --romanise on for this source?"""
@@ -407,7 +407,7 @@ class PrepareKnobs(DataKnobs):
 
 
 @dataclass
-class PrepareArgs(PrepareKnobs, CommonKnobs):
+class PrepareArgs(PrepareFlags, CommonFlags):
     examples = (("python -m prepare --source files --input my_text.txt", "your own text"),
                 ("python -m prepare --source hindi --report cleaned.html", "Hindi and Hinglish from the hub, cleaned"),
                 ("python -m prepare --source builtin", "the starter corpus, without a network"))
@@ -415,28 +415,28 @@ class PrepareArgs(PrepareKnobs, CommonKnobs):
 
 
 @dataclass
-class ColabKnobs:
+class ColabFlags:
     "One-shot"
-    skip_setup: bool = knob(False, "use the data as it is", "ignore")
-    allow_cpu: bool = knob(False, "train without a GPU", "ignore")
+    skip_setup: bool = flag(False, "use the data as it is", "ignore")
+    allow_cpu: bool = flag(False, "train without a GPU", "ignore")
 
 
 @dataclass
-class ColabArgs(TrainArgs, PrepareKnobs, ColabKnobs):
+class ColabArgs(TrainArgs, PrepareFlags, ColabFlags):
     examples = (("python -m colab_train_eco --max_steps 500 --compile", "data, tokenizer, training and verdict on a GPU"),
                 ("python -m colab_train_eco --drive /content/drive/MyDrive/Aria",
                  "with copies on a drive: the same again goes on there"),
                 ("python -m colab_train_eco --allow_cpu --preset tiny --max_steps 50", "a small try without a GPU"))
     first = ("One-shot",)
-    n_layers: int = again(ModelKnobs, "n_layers", 10)
-    auto_batch: bool = again(OptimKnobs, "auto_batch", True)
-    save_minutes: float = again(RunKnobs, "save_minutes", 10.0)
+    n_layers: int = again(ModelFlags, "n_layers", 10)
+    auto_batch: bool = again(OptimFlags, "auto_batch", True)
+    save_minutes: float = again(RunFlags, "save_minutes", 10.0)
 
 
 @dataclass
-class CheckpointKnobs:
+class CheckpointFlags:
     "Checkpoint"
-    ckpt: str = knob(None, "checkpoint or run folder; the flag's name may be left out", positional=True)
+    ckpt: str = flag(None, "checkpoint or run folder; the flag's name may be left out", positional=True)
 
     needs_ckpt = True
 
@@ -446,49 +446,49 @@ class CheckpointKnobs:
 
 
 @dataclass
-class ReportArgs(CheckpointKnobs, EveryKnobs):
+class ReportArgs(CheckpointFlags, EveryFlags):
     "Report"
     examples = (("python -m report checkpoints/eco_hybrid_hi", "report.html in that run folder"),
                 ("python -m report checkpoints/eco_hybrid_hi --out page.html", "the same page elsewhere"))
     first = ("Report", "Checkpoint")
-    out: str = knob(None, "where the page goes; none = report.html in the run folder")
+    out: str = flag(None, "where the page goes; none = report.html in the run folder")
 
 
 SAMPLERS = ("confidence", "threshold", "factor", "entropy", "margin", "random", "ancestral", "ddim", "ddpm")
 
 
 @dataclass
-class DecodeKnobs:
+class DecodeFlags:
     "Decoding"
-    max_new_tokens: int = knob(128, "length of the new text", at_least=1, aliases=("seq_len",))
-    steps: int = knob(0, "forwards at most, per block if blockwise; 0 = the checkpoint's", at_least=0,
+    max_new_tokens: int = flag(128, "length of the new text", at_least=1, aliases=("seq_len",))
+    steps: int = flag(0, "forwards at most, per block if blockwise; 0 = the checkpoint's", at_least=0,
                       aliases=("num_steps",))
-    sampler: str = knob("confidence", "which positions come first; ddim = confidence, ddpm = ancestral", aliases=("scheduler",),
+    sampler: str = flag("confidence", "which positions come first; ddim = confidence, ddpm = ancestral", aliases=("scheduler",),
                         choices=SAMPLERS, values={"first_hitting": "random"})
-    threshold: float = knob(0.9, "bound of threshold, factor and entropy", at_least=0, at_most=1)
-    alg_temp: float = knob(0.0, "noise on the choice of positions", at_least=0, rare=True)
-    remask: float = knob(0.0, "share of revealed tokens that may go back", at_least=0, below=1, rare=True)
-    remask_rule: str = knob("cap", "ReMDM's rule for them", choices=("cap", "rescale", "conf"), rare=True)
-    reveal: str = knob("linear", "how many come at each forward", choices=("linear", "cosine"))
-    temperature: float = knob(1.0, "0 = greedy", at_least=0)
-    temperature_end: float = knob(None, "reached linearly from --temperature", at_least=0, rare=True)
-    top_k: int = knob(50, "0 = off", at_least=0)
-    top_p: float = knob(1.0, "1 = off", above=0, at_most=1)
-    repetition_penalty: float = knob(1.0, "1 = off", above=0, rare=True)
-    guidance_scale: float = knob(1.0, "1 = plain conditional; above: follow the context more", at_least=0, rare=True,
+    threshold: float = flag(0.9, "bound of threshold, factor and entropy", at_least=0, at_most=1)
+    alg_temp: float = flag(0.0, "noise on the choice of positions", at_least=0, rare=True)
+    remask: float = flag(0.0, "share of revealed tokens that may go back", at_least=0, below=1, rare=True)
+    remask_rule: str = flag("cap", "ReMDM's rule for them", choices=("cap", "rescale", "conf"), rare=True)
+    reveal: str = flag("linear", "how many come at each forward", choices=("linear", "cosine"))
+    temperature: float = flag(1.0, "0 = greedy", at_least=0)
+    temperature_end: float = flag(None, "reached linearly from --temperature", at_least=0, rare=True)
+    top_k: int = flag(50, "0 = off", at_least=0)
+    top_p: float = flag(1.0, "1 = off", above=0, at_most=1)
+    repetition_penalty: float = flag(1.0, "1 = off", above=0, rare=True)
+    guidance_scale: float = flag(1.0, "1 = plain conditional; above: follow the context more", at_least=0, rare=True,
                                  aliases=("cfg_scale",))
-    block_size: int = knob(0, "block of the block modes; 0 = the checkpoint's", at_least=0)
-    min_decode_layers: int = knob(0, "layers of a block's first forward; 0 = all", at_least=0, rare=True)
+    block_size: int = flag(0, "block of the block modes; 0 = the checkpoint's", at_least=0)
+    min_decode_layers: int = flag(0, "layers of a block's first forward; 0 = all", at_least=0, rare=True)
 
 
 @dataclass
-class GenerateKnobs(DecodeKnobs, CheckpointKnobs):
+class GenerateFlags(DecodeFlags, CheckpointFlags):
     "Generation"
-    tokenizer: str = knob(None, "a tokenizer that has to be the checkpoint's own", rare=True)
-    model: str = knob("auto", "a check, not a cast", choices=("auto", "primary", "backup"), values=OLD_MODELS)
-    prompt: tuple = knob((), "text to continue; may be repeated", many="repeat")
-    prompts_file: str = knob(None, "a file with one prompt per line")
-    precision: str = knob("auto", "of the products; auto = bf16 on a CPU that has it, else fp32, which is exact",
+    tokenizer: str = flag(None, "a tokenizer that has to be the checkpoint's own", rare=True)
+    model: str = flag("auto", "a check, not a cast", choices=("auto", "primary", "backup"), values=OLD_MODELS)
+    prompt: tuple = flag((), "text to continue; may be repeated", many="repeat")
+    prompts_file: str = flag(None, "a file with one prompt per line")
+    precision: str = flag("auto", "of the products; auto = bf16 on a CPU that has it, else fp32, which is exact",
                           choices=("auto", "fp32", "bf16", "int8"), shortcuts={"quantize_dynamic": "int8", "int8": "int8"})
 
 
@@ -498,7 +498,7 @@ LONGEST = 128             # new tokens, if nothing is typed
 
 
 @dataclass
-class SampleArgs(GenerateKnobs, CommonKnobs):
+class SampleArgs(GenerateFlags, CommonFlags):
     "Sampling"
     examples = (("python -m sample", "a text of the newest run, with what suits its checkpoint"),
                 ('python -m sample checkpoints/eco_hybrid_hi --prompt "mai kal bazaar gaya tha"', "continue a text"),
@@ -506,35 +506,35 @@ class SampleArgs(GenerateKnobs, CommonKnobs):
                 ("python -m sample checkpoints/eco_hybrid_hi --prompts_file prompts.txt --json", "a line per prompt, as JSON"))
     first = ("Sampling", "Generation", "Checkpoint")
     # what is not typed is chosen for the checkpoint, by sample.suited
-    ckpt: str = knob(None, "checkpoint or run folder; none = the newest run under checkpoints/; "
+    ckpt: str = flag(None, "checkpoint or run folder; none = the newest run under checkpoints/; "
                      "the flag's name may be left out", positional=True)
-    max_new_tokens: int = knob(None, f"length of the new text; none = {LONGEST}, or as many as the "
+    max_new_tokens: int = flag(None, f"length of the new text; none = {LONGEST}, or as many as the "
                                "checkpoint was trained for", at_least=1, aliases=("seq_len",))
-    steps: int = knob(0, "forwards at most, per block if blockwise; 0 = the checkpoint's, or as many as threshold, "
+    steps: int = flag(0, "forwards at most, per block if blockwise; 0 = the checkpoint's, or as many as threshold, "
                       "factor and entropy need. Typed without --blockwise: the text in one piece, by "
                       f"{OLDER['sampler']}, temperature {OLDER['temperature']:g}, top_k {OLDER['top_k']}, as in "
                       "the older guides", at_least=0, aliases=("num_steps",))
-    sampler: str = knob(None, "which positions come first; ddim = confidence, ddpm = ancestral; none = "
+    sampler: str = flag(None, "which positions come first; ddim = confidence, ddpm = ancestral; none = "
                         f"{NEWER['sampler']}, with --steps {OLDER['sampler']}", aliases=("scheduler",),
                         choices=SAMPLERS, values={"first_hitting": "random"})
-    temperature: float = knob(None, f"0 = greedy; none = {NEWER['temperature']:g}, with --steps "
+    temperature: float = flag(None, f"0 = greedy; none = {NEWER['temperature']:g}, with --steps "
                               f"{OLDER['temperature']:g}", at_least=0)
-    top_k: int = knob(None, f"0 = off; none = {NEWER['top_k']}, with --steps {OLDER['top_k']}", at_least=0)
-    text: str = knob(None, "infill: every ____ (two underscores a token) or [MASK] is filled, the rest stays")
-    num_samples: int = knob(1, "continuations per prompt; seeds seed, seed+1, ..., on and on over all prompts", at_least=1)
-    blockwise: bool = knob(None, "left to right in blocks; none = where the checkpoint was trained in blocks, but not with "
+    top_k: int = flag(None, f"0 = off; none = {NEWER['top_k']}, with --steps {OLDER['top_k']}", at_least=0)
+    text: str = flag(None, "infill: every ____ (two underscores a token) or [MASK] is filled, the rest stays")
+    num_samples: int = flag(1, "continuations per prompt; seeds seed, seed+1, ..., on and on over all prompts", at_least=1)
+    blockwise: bool = flag(None, "left to right in blocks; none = where the checkpoint was trained in blocks, but not with "
                            "--steps", bare="on")
-    frozen_context: bool = knob(None, "exact cached context of the blocks; none = as --blockwise, if that is not typed either",
+    frozen_context: bool = flag(None, "exact cached context of the blocks; none = as --blockwise, if that is not typed either",
                                 bare="on")
-    edge_profile: str = knob("none", "exact blocks, all that the model is sure of at once", choices=tuple(SAMPLE_PROFILES),
+    edge_profile: str = flag("none", "exact blocks, all that the model is sure of at once", choices=tuple(SAMPLE_PROFILES),
                              elsewhere=dict.fromkeys(("tiny", "laptop"), "that is a profile of train"))
-    ignore_eos: bool = knob(False, "always the full length")
-    stream: bool = knob(False, "print each block as soon as it is final")
-    show_steps: bool = knob(False, "watch the unmasking: every forward, coloured by confidence (stderr)")
-    json: bool = knob(False, "one JSON object per sample instead of text")
-    benchmark_runs: int = knob(1, "timed runs; more than one prints [bench]", at_least=1, rare=True)
-    warmup_runs: int = knob(0, "untimed runs before them", at_least=0, rare=True)
-    out_json: str = knob(None, "write texts and statistics", rare=True)
+    ignore_eos: bool = flag(False, "always the full length")
+    stream: bool = flag(False, "print each block as soon as it is final")
+    show_steps: bool = flag(False, "watch the unmasking: every forward, coloured by confidence (stderr)")
+    json: bool = flag(False, "one JSON object per sample instead of text")
+    benchmark_runs: int = flag(1, "timed runs; more than one prints [bench]", at_least=1, rare=True)
+    warmup_runs: int = flag(0, "untimed runs before them", at_least=0, rare=True)
+    out_json: str = flag(None, "write texts and statistics", rare=True)
 
     needs_ckpt = False
 
@@ -548,24 +548,24 @@ class SampleArgs(GenerateKnobs, CommonKnobs):
 
 
 @dataclass
-class BenchArgs(GenerateKnobs, CommonKnobs):
+class BenchArgs(GenerateFlags, CommonFlags):
     "Benchmark"
     examples = (("python -m edge_benchmark checkpoints/eco_hybrid_hi", "speed and text of every decode mode"),
                 ("python -m edge_benchmark checkpoints/eco_hybrid_hi --profiles balanced max", "what sample's profiles cost"),
                 ("python -m edge_benchmark checkpoints/eco_hybrid_hi --grid threshold=0.7,0.9",
                  "every one of these settings, and a picture"))
     first = ("Benchmark", "Generation", "Checkpoint")
-    temperature: float = again(GenerateKnobs, "temperature", 0.0)
-    top_k: int = again(GenerateKnobs, "top_k", 0)
-    modes: tuple = knob(("full", "block", "block_frozen"), "decode modes", choices=("full", "block", "block_frozen"),
+    temperature: float = again(GenerateFlags, "temperature", 0.0)
+    top_k: int = again(GenerateFlags, "top_k", 0)
+    modes: tuple = flag(("full", "block", "block_frozen"), "decode modes", choices=("full", "block", "block_frozen"),
                         many="several")
-    runs_per_prompt: int = knob(3, "timed runs", at_least=1)
-    warmup_runs: int = knob(1, "untimed runs, per mode and prompt", at_least=0)
-    grid: tuple = knob((), "NAME=VALUE,VALUE ...: every combination of these settings of sample, and a picture", many="several")
-    profiles: tuple = knob((), "instead: these profiles of sample, each beside itself at one token a forward", many="several",
+    runs_per_prompt: int = flag(3, "timed runs", at_least=1)
+    warmup_runs: int = flag(1, "untimed runs, per mode and prompt", at_least=0)
+    grid: tuple = flag((), "NAME=VALUE,VALUE ...: every combination of these settings of sample, and a picture", many="several")
+    profiles: tuple = flag((), "instead: these profiles of sample, each beside itself at one token a forward", many="several",
                            choices=tuple(SAMPLE_PROFILES)[1:])
-    data_dir: str = knob(None, "prepared text for the judge and the held-out bound; none = the checkpoint's", rare=True)
-    out_json: str = knob("benchmarks/edge_benchmark.json", "where the result goes")
+    data_dir: str = flag(None, "prepared text for the judge and the held-out bound; none = the checkpoint's", rare=True)
+    out_json: str = flag("benchmarks/edge_benchmark.json", "where the result goes")
 
     def problems(self):
         if self.profiles and self.grid:
@@ -573,27 +573,27 @@ class BenchArgs(GenerateKnobs, CommonKnobs):
 
 
 @dataclass
-class EvaluateArgs(DecodeKnobs, CheckpointKnobs, CommonKnobs):
+class EvaluateArgs(DecodeFlags, CheckpointFlags, CommonFlags):
     "Evaluation"
     examples = (("python -m evaluate checkpoints/eco_hybrid_hi", "the bound and the chain rule of held-out text"),
                 ("python -m evaluate checkpoints/eco_hybrid_hi --samples 64", "text of its own, judged"),
                 ("python -m evaluate --check_run checkpoints/eco_hybrid_hi", "the runbook's verdict on a run"))
     first = ("Evaluation", "Checkpoint")
-    data_dir: str = knob(None, "prepared text, whose validation part is scored; none = the checkpoint's")
-    text: str = knob(None, "score this file instead: .txt (a blank line ends a document) or .jsonl, as prepare reads it")
-    max_docs: int = knob(0, "documents at most; 0 = as many as --batches allows", at_least=0)
-    blocks: str = knob(None, "block rules to score, such as T,64; none = those it was trained with")
-    batches: int = knob(20, "batches of windows at most, of the size used in training", at_least=1)
-    draws: int = knob(4, "mask draws per sequence", at_least=1)
-    check_run: str = knob(None, "instead: judge this run folder by the runbook's criteria")
-    chain_docs: int = knob(32, "documents (first window) for infilling and the chain rule, S forwards each; 0 = all", at_least=0)
-    repeats: int = knob(8, "passes of each estimator when they are compared; below 2 = not compared", at_least=0, rare=True)
-    max_new_tokens: int = knob(64, "length of a sample", at_least=1)
-    samples: int = knob(0, "continue so many held-out beginnings and judge the text", at_least=0)
-    judge: str = knob(None, "an autoregressive checkpoint that judges them beside the n-gram model of the training text")
-    judge_text: str = knob(None, "text that the model has not read, .txt or .jsonl: its n-gram model judges them, too")
-    out_json: str = knob(None, "write the numbers")
-    out_png: str = knob(None, "draw the cross-entropy by mask rate")
+    data_dir: str = flag(None, "prepared text, whose validation part is scored; none = the checkpoint's")
+    text: str = flag(None, "score this file instead: .txt (a blank line ends a document) or .jsonl, as prepare reads it")
+    max_docs: int = flag(0, "documents at most; 0 = as many as --batches allows", at_least=0)
+    blocks: str = flag(None, "block rules to score, such as T,64; none = those it was trained with")
+    batches: int = flag(20, "batches of windows at most, of the size used in training", at_least=1)
+    draws: int = flag(4, "mask draws per sequence", at_least=1)
+    check_run: str = flag(None, "instead: judge this run folder by the runbook's criteria")
+    chain_docs: int = flag(32, "documents (first window) for infilling and the chain rule, S forwards each; 0 = all", at_least=0)
+    repeats: int = flag(8, "passes of each estimator when they are compared; below 2 = not compared", at_least=0, rare=True)
+    max_new_tokens: int = flag(64, "length of a sample", at_least=1)
+    samples: int = flag(0, "continue so many held-out beginnings and judge the text", at_least=0)
+    judge: str = flag(None, "an autoregressive checkpoint that judges them beside the n-gram model of the training text")
+    judge_text: str = flag(None, "text that the model has not read, .txt or .jsonl: its n-gram model judges them, too")
+    out_json: str = flag(None, "write the numbers")
+    out_png: str = flag(None, "draw the cross-entropy by mask rate")
 
     def problems(self):
         yield from block_problems("blocks", self.blocks or "T")
@@ -605,16 +605,16 @@ class EvaluateArgs(DecodeKnobs, CheckpointKnobs, CommonKnobs):
 
 
 @dataclass
-class ExperimentArgs(TrainArgs, ExperimentKnobs):
+class ExperimentArgs(TrainArgs, ExperimentFlags):
     "Scoring"
     examples = (("python -m run_experiments", "the plan of 8 runs and their commands, nothing else"),
                 ("python -m run_experiments --max_steps 2000 --execute", "run what is not finished"),
                 ("python -m run_experiments --study memory_slots --halving --execute", "only the better half goes on"),
                 ("python -m run_experiments --report checkpoints/ablations", "report.html and results.md there"))
     first = ("Experiments", "Scoring")
-    max_steps: int = again(OptimKnobs, "max_steps", 2000)
-    d_model: int = again(ModelKnobs, "d_model", 384)
-    d_ff: int = again(ModelKnobs, "d_ff", 1024)
+    max_steps: int = again(OptimFlags, "max_steps", 2000)
+    d_model: int = again(ModelFlags, "d_model", 384)
+    d_ff: int = again(ModelFlags, "d_ff", 1024)
     batches: int = again(EvaluateArgs, "batches")
     draws: int = again(EvaluateArgs, "draws")
     chain_docs: int = again(EvaluateArgs, "chain_docs", 8)
@@ -625,8 +625,8 @@ COMMANDS = dict(train=TrainArgs, sample=SampleArgs, prepare=PrepareArgs, evaluat
                 run_experiments=ExperimentArgs)
 
 
-# a knob that came later -> the value that older checkpoints mean, which is never today's default by itself
+# a flag that came later -> the value that older checkpoints mean, which is never today's default by itself
 ADDED = dict(quiet=False, version=False,
              auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False,
              objective="masked", fsdp=False, exit_loss_weight=0.0, activation_checkpointing=False,
-             ar_fade=0.0, **{f.name: f.default for f in dataclasses.fields(SinkKnobs)})
+             ar_fade=0.0, **{f.name: f.default for f in dataclasses.fields(SinkFlags)})

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import Exits, Linear, LocalConv, RMSNorm, TiedHead, initialise, recomputed, unit_rms
+from layers import Exits, Linear, LocalConv, RMSNorm, TiedEmbedding, initialise, recomputed, unit_rms
 
 FEW_BLOCKS = 16  # up to so many, one product adds up all pairs of blocks
 SCORE_CAP = 8.0  # |score| of a write: exp(8) = 3,000 to 1 is as selective as a write may be
@@ -272,7 +272,7 @@ class EcoHybrid(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.head = TiedHead(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
+        self.head = TiedEmbedding(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
         self.layers = nn.ModuleList(EcoLayer(cfg) for _ in range(cfg.n_layers))
         self.exits = Exits(cfg)
         self.recompute = False                                                     # train.py's --activation_checkpointing

@@ -187,7 +187,7 @@ class Judges:
 
 def combinations(grid):
     """--grid steps=4,8 sampler=random -> {"steps=4 sampler=random": {"steps": 4, "sampler": "random"}, ...}"""
-    fields = {f.name: f for f in dataclasses.fields(config.GenerateKnobs)}
+    fields = {f.name: f for f in dataclasses.fields(config.GenerateFlags)}
     axes = []
     for axis in grid:
         name, _, values = axis.partition("=")
@@ -204,7 +204,7 @@ def combinations(grid):
 
 def profiles(names):
     """Each profile of sample, and beside it the slow and careful way: one token a forward, all layers, no 8-bit products."""
-    known, found = {f.name for f in dataclasses.fields(config.GenerateKnobs)}, {}
+    known, found = {f.name for f in dataclasses.fields(config.GenerateFlags)}, {}
     for name in names:
         found[name] = {k: v for k, v in config.SAMPLE_PROFILES[name].items() if k in known}
         found[name + CAREFUL] = found[name] | dict(sampler="confidence", steps=config.SURE["steps"], min_decode_layers=0,

@@ -3,13 +3,13 @@
     python -m evaluate --ckpt checkpoints/eco_hybrid_hi                                # the run's own validation text
     python -m evaluate --ckpt checkpoints/eco_hybrid_hi --text my.txt --chain_docs 0 --out_json e.json --out_png e.png
     python -m evaluate --ckpt checkpoints/eco_hybrid_hi --samples 64 --judge checkpoints/ar_hi --judge_text unread.jsonl
-    python -m evaluate --check_run checkpoints/eco_hybrid_hi                           # instead: does the run work? (verdict.py)
+    python -m evaluate --check_run checkpoints/eco_hybrid_hi                           # instead: does the run work? (evaluation/check_run.py)
 
 bound       the exact-count bound on -log p in each block rule (for an autoregressive checkpoint: NLL, the exact -log p)
 chain rule  -log p of writing left to right, one token at a time; of fewer documents (--chain_docs), as it costs a forward per
             token of a block; "its bound" is the bound of the same fewer documents
 Both in nats/token, bits/byte (UTF-8 bytes of the normalised text) and bits/char, with standard errors over documents, per
-script. estimators.py says how documents are cut. Masks are fixed by the seed, documents by the text and by how many windows
+script. evaluation/estimators.py says how documents are cut. Masks are fixed by the seed, documents by the text and by how many windows
 --batches are, so two checkpoints of one --seq_len and --batch_size answer the same questions. A uniform guess scores
 ln V. Compare bits/byte only within one script. Validation in training is another figure: its windows are cut out of the running
 text, and BOS counts there, while here it is given.
@@ -308,7 +308,7 @@ def main(argv=None):
         from evaluation import check_run
         return 0 if check_run.passed(check_run.check(args.check_run, args)) else 1
     if not args.samples:
-        typed = [f"--{f.name}" for f in dataclasses.fields(config.DecodeKnobs) if origins[f.name] == "flag"]
+        typed = [f"--{f.name}" for f in dataclasses.fields(config.DecodeFlags) if origins[f.name] == "flag"]
         if typed:
             say(f"notice: without effect: {', '.join(typed)} (they are for the text that --samples 64 asks for)")
     args.sampler = settings.masked_sampler(args.sampler)

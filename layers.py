@@ -1,6 +1,6 @@
 """Small parts that both denoisers are built from: norm, rotary positions, local convolution, blocks, the tied head.
 
-Used by attention.py, eco_hybrid.py and model.py. Nothing here knows about masking or data.
+Used by model.py, eco_hybrid.py and model.py. Nothing here knows about masking or data.
 Legend for shapes: B batch, T positions, D width, H heads, E head size, V vocabulary rows, M slots, S block size, n blocks.
 """
 import math
@@ -83,7 +83,7 @@ class LocalConv(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A matrix without bias that may also be used by its last rows alone; fast.py puts other layouts in its place."""
+    """A matrix without bias that may also be used by its last rows alone; sampling/fast.py puts other layouts in its place."""
 
     def __init__(self, inputs, outputs, tails=()):
         super().__init__(inputs, outputs, bias=False)
@@ -97,7 +97,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight[-width:])
 
 
-class TiedHead(nn.Module):
+class TiedEmbedding(nn.Module):
     """Embedding and head share one (V, D) matrix; V = pieces + 1, the last row is the mask.
 
     The mask and the pad can never be an answer, so their logits are -inf everywhere: in the loss, in scores, in decoding.
@@ -107,7 +107,7 @@ class TiedHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, dim))
         self.never = tuple(never)
-        self.product = None                                                        # fast.py's, in decoding
+        self.product = None                                                        # sampling/fast.py's, in decoding
 
     def forward(self, ids):
         return F.embedding(ids, self.weight)                                       # (..., D)

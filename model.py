@@ -2,7 +2,7 @@
 
     from model import build_model; model = build_model(cfg)          # cfg.model: "primary" (EcoHybrid) or "backup"
 
-The denoiser protocol, which decode.py, masking.py and the tests' fake rely on:
+The denoiser protocol, which sampling/decode.py, masking.py and the tests' fake rely on:
     model.cfg                            ModelConfig
     model.hidden(xt, cache=None, depth=None)
                                          (B, S) ids of ONE noisy block, given the frozen cache -> (B, S, D); depth: leave early
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eco_hybrid import EcoHybrid
-from layers import Exits, Linear, RMSNorm, TiedHead, initialise, recomputed, rotary_table, rotate
+from layers import Exits, Linear, RMSNorm, TiedEmbedding, initialise, recomputed, rotary_table, rotate
 
 
 def attend(q, k, v, mask=None, causal=False):
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.head = TiedHead(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
+        self.head = TiedEmbedding(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
         self.layers = nn.ModuleList(TransformerLayer(cfg) for _ in range(cfg.n_layers))
         self.exits = Exits(cfg)
         self.recompute = False                                                     # train.py's --activation_checkpointing

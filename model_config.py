@@ -10,46 +10,46 @@ import re
 from dataclasses import dataclass
 
 from common.console import UserError
-from common.flags import again, checked, knob
+from common.flags import again, checked, flag
 
 ADDED = dict(causal=False, exits=False)   # a field of ModelConfig that came later -> what older checkpoints mean
 OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffusion="backup")
 
 
 @dataclass
-class ModelKnobs:
+class ModelFlags:
     "Model"
-    model: str = knob("primary", "which denoiser", "must", choices=("primary", "backup"), values=OLD_MODELS)
-    d_model: int = knob(512, "width, divisible by the heads", "must", at_least=2, aliases=("n_embd",))
-    n_layers: int = knob(8, "blocks", "must", at_least=1, aliases=("layers", "n_layer"))
-    n_heads: int = knob(8, "heads", "must", at_least=1, aliases=("n_head",))
-    d_ff: int = knob(1536, "feed-forward width", "must", at_least=1)
-    memory_slots: int = knob(16, "memory slots per head; primary only", "must", at_least=2)
-    conv_kernel: int = knob(3, "odd width of the convolution; primary only", "must", at_least=3, rare=True,
+    model: str = flag("primary", "which denoiser", "must", choices=("primary", "backup"), values=OLD_MODELS)
+    d_model: int = flag(512, "width, divisible by the heads", "must", at_least=2, aliases=("n_embd",))
+    n_layers: int = flag(8, "blocks", "must", at_least=1, aliases=("layers", "n_layer"))
+    n_heads: int = flag(8, "heads", "must", at_least=1, aliases=("n_head",))
+    d_ff: int = flag(1536, "feed-forward width", "must", at_least=1)
+    memory_slots: int = flag(16, "memory slots per head; primary only", "must", at_least=2)
+    conv_kernel: int = flag(3, "odd width of the convolution; primary only", "must", at_least=3, rare=True,
                             aliases=("conv_kernel_size",))
-    d_mem: int = knob(0, "width of the memory, 0 = half of d_model; primary only", "must", at_least=0, rare=True)
-    dropout: float = knob(0.0, "share of activations dropped", at_least=0, below=1, rare=True)
-    block_size: int = knob(64, "decode block, stored for sample", at_least=1, rare=True)
-    exit_loss_weight: float = knob(0.0, "trains the exits of sample --min_decode_layers; 0 = no exits", at_least=0, rare=True,
+    d_mem: int = flag(0, "width of the memory, 0 = half of d_model; primary only", "must", at_least=0, rare=True)
+    dropout: float = flag(0.0, "share of activations dropped", at_least=0, below=1, rare=True)
+    block_size: int = flag(64, "decode block, stored for sample", at_least=1, rare=True)
+    exit_loss_weight: float = flag(0.0, "trains the exits of sample --min_decode_layers; 0 = no exits", at_least=0, rare=True,
                                    aliases=("exit_loss",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What build_model needs. Derived numbers are properties; d_mem 0 becomes half the width."""
-    model: str = again(ModelKnobs, "model", dataclasses.MISSING)
-    vocab_size: int = knob(dataclasses.MISSING, "base pieces; the mask is one more row", at_least=1)
-    d_model: int = again(ModelKnobs, "d_model")
-    n_layers: int = again(ModelKnobs, "n_layers")
-    n_heads: int = again(ModelKnobs, "n_heads")
-    d_ff: int = again(ModelKnobs, "d_ff")
-    dropout: float = again(ModelKnobs, "dropout")
-    memory_slots: int = again(ModelKnobs, "memory_slots")
-    conv_kernel: int = again(ModelKnobs, "conv_kernel")
-    d_mem: int = again(ModelKnobs, "d_mem")
-    block_size: int = again(ModelKnobs, "block_size")
-    exits: bool = knob(False, "a norm behind every layer, for leaving early")
-    causal: bool = knob(False, "left to right: --objective ar")
+    model: str = again(ModelFlags, "model", dataclasses.MISSING)
+    vocab_size: int = flag(dataclasses.MISSING, "base pieces; the mask is one more row", at_least=1)
+    d_model: int = again(ModelFlags, "d_model")
+    n_layers: int = again(ModelFlags, "n_layers")
+    n_heads: int = again(ModelFlags, "n_heads")
+    d_ff: int = again(ModelFlags, "d_ff")
+    dropout: float = again(ModelFlags, "dropout")
+    memory_slots: int = again(ModelFlags, "memory_slots")
+    conv_kernel: int = again(ModelFlags, "conv_kernel")
+    d_mem: int = again(ModelFlags, "d_mem")
+    block_size: int = again(ModelFlags, "block_size")
+    exits: bool = flag(False, "a norm behind every layer, for leaving early")
+    causal: bool = flag(False, "left to right: --objective ar")
 
     def __post_init__(self):
         object.__setattr__(self, "d_mem", self.d_mem or self.d_model // 2)

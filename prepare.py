@@ -1,10 +1,10 @@
 """Text to token files: train.bin, val.bin and meta.json, and a tokenizer when there is none yet.
 
     python -m prepare --source files --input my_texts/ more.jsonl.gz --data_dir data/processed
-    python -m prepare --source hindi --report report.html  # Hindi and Hinglish from the hub, cleaned (hub.py, clean.py)
+    python -m prepare --source hindi --report report.html  # Hindi and Hinglish from the hub, cleaned (text/hub.py, text/clean.py)
     python -m prepare --source builtin                     # the synthetic starter corpus, offline
 
-documents.py says which files are read; "-" is standard input. An existing --tokenizer is reused and never overwritten: to
+text/documents.py says which files are read; "-" is standard input. An existing --tokenizer is reused and never overwritten: to
 train one on the new text, delete it or name another path. Notable: three passes in bounded memory (read and clean, train the
 tokenizer, encode). Everything is written aside and renamed at the end: a run that dies leaves the old data whole, and the
 next one goes on where it stopped.

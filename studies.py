@@ -1,4 +1,4 @@
-"""The named studies of run_experiments.py: what is asked, from where, and what changes, one thing at a time. And its knobs.
+"""The named studies of run_experiments.py: what is asked, from where, and what changes, one thing at a time. And its flags.
 
     python -m run_experiments --study memory_slots            # the plan; --execute runs it
 
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from common.flags import knob
+from common.flags import flag
 from model_config import OLD_MODELS
 
 # about 5M parameters in the layers. 3,000 steps of 4,096 tokens; evaluation is part of the curve, so it comes often
@@ -23,7 +23,7 @@ SEEDS = ("1337", "1338", "1339")
 
 class Study(NamedTuple):
     question: str
-    variants: dict          # name -> {knob of train: value}
+    variants: dict          # name -> {flag of train: value}
     measure: str = "bound in every block rule and bits/byte on held-out documents, tokens/s"
     base: dict = SMALL
     before: tuple = ()      # commands that prepare its data
@@ -109,23 +109,23 @@ STUDIES = {
 
 
 @dataclass
-class ExperimentKnobs:
+class ExperimentFlags:
     "Experiments"
-    execute: bool = knob(False, "run them; without it only the plan is written")
-    study: str = knob(None, "a named study (studies.py) instead of the matrix", choices=tuple(STUDIES))
-    output_root: str = knob(None, "folder of the runs; none = checkpoints/ablations, or checkpoints/studies/STUDY")
-    architectures: tuple = knob(("primary", "backup"), "denoisers of the matrix; the first is the size reference", many="several",
+    execute: bool = flag(False, "run them; without it only the plan is written")
+    study: str = flag(None, "a named study (studies.py) instead of the matrix", choices=tuple(STUDIES))
+    output_root: str = flag(None, "folder of the runs; none = checkpoints/ablations, or checkpoints/studies/STUDY")
+    architectures: tuple = flag(("primary", "backup"), "denoisers of the matrix; the first is the size reference", many="several",
                                 choices=("primary", "backup"), values=OLD_MODELS)
-    time_modes: tuple = knob(("discrete", "continuous"), "its times", many="several", choices=("discrete", "continuous"))
-    masking_strategies: tuple = knob(("token", "span"), "what it hides", many="several", choices=("token", "span"))
-    match: str = knob("params", "what all share beside the tokens: params or flops, by their d_ff; tokens: nothing; time: "
+    time_modes: tuple = flag(("discrete", "continuous"), "its times", many="several", choices=("discrete", "continuous"))
+    masking_strategies: tuple = flag(("token", "span"), "what it hides", many="several", choices=("token", "span"))
+    match: str = flag("params", "what all share beside the tokens: params or flops, by their d_ff; tokens: nothing; time: "
                       "parameters and seconds", choices=("params", "flops", "tokens", "time"), values={"none": "tokens"})
-    seeds: tuple = knob((), "a run for each; none = --seed, of a study its three", many="several")
-    only: tuple = knob((), "these variants and the first, to which they are compared; none = all", many="several")
-    halving: bool = knob(False, "go on with the better half at an eighth, a quarter, ... of the steps")
-    report: str = knob(
+    seeds: tuple = flag((), "a run for each; none = --seed, of a study its three", many="several")
+    only: tuple = flag((), "these variants and the first, to which they are compared; none = all", many="several")
+    halving: bool = flag(False, "go on with the better half at an eighth, a quarter, ... of the steps")
+    report: str = flag(
         None, "instead: make report.html and results.md of this folder from its results.jsonl, or those one level below")
-    results_page: str = knob(
+    results_page: str = flag(
         None, "page whose generated part --report renews; none = results.md in the folder of --report", rare=True)
 
     def problems(self):

@@ -101,8 +101,8 @@ def start(args, origins):
     if args.print_config:
         cli.announce(args, origins)
     stopped = None
-    with distributed.joined(args) as ranks:
-        run_dir, source, resuming = ranks.tell(run_folder.choose(args, origins) if ranks.main else None)
+    with distributed.process_group(args) as ranks:
+        run_dir, source, resuming = ranks.broadcast_object(run_folder.choose(args, origins) if ranks.main else None)
         if run_dir is None:
             say(f"skipped: {args.run_dir} already holds a run and --if_exists skip was given")
             ranks.code = 0
@@ -137,7 +137,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
                         "CPU nevertheless, or take --preset starter")
     saved, notes = None, []
     if source:
-        saved = ranks.hear(checkpoint.load(
+        saved = ranks.broadcast_checkpoint(checkpoint.load(
             source, parts=() if args.fsdp else checkpoint.PARTS,
             quarantine=resuming and checkpoint.candidates(source)[0].parent == run_dir) if ranks.main else None)
     if resuming:
@@ -177,7 +177,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
 
     # ---- model, optimizer, resume ---------------------------------------------------------------------------------------
     dtype, why = machine.pick_precision(args.amp, args.amp_dtype, device, state["precision"] if resuming else None)
-    dtype = {str(d): d for d in (None, torch.bfloat16, torch.float16)}[ranks.tell(str(dtype))]     # rank 0's, if measured
+    dtype = {str(d): d for d in (None, torch.bfloat16, torch.float16)}[ranks.broadcast_object(str(dtype))]     # rank 0's, if measured
     if args.fsdp and dtype is torch.float16:
         raise UserError("--fsdp works in bf16 or float32: add --no_amp, or use GPUs with bf16")
     room = recovery.check(cfg, args, min(args.batch_size, mine.stop - mine.start), device, ranks.world)
@@ -188,7 +188,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     model = build_model(cfg)
     if saved and ranks.main and not args.fsdp:
         checkpoint.load_into(model, getattr(saved, weights))
-    model = ranks.place(model, device, dtype, saved and saved.files[weights])
+    model = ranks.to_device(model, device, dtype, saved and saved.files[weights])
     loss_of = masking.DenoisingLoss(model)                   # becomes ranks.replicate's just before the loop
     model.recompute = args.activation_checkpointing
     optimizer = optim.make_optimizer(model, args)
@@ -200,9 +200,9 @@ def train(args, origins, ranks, run_dir, source, resuming):
         """Everything but the weights -> best validation, that of `best`, skipped, position, tokens_seen, rollbacks."""
         state = run_folder.counters(saved)
         if with_optimizer:
-            optimizer.load_state_tensors(ranks.beside(saved, "optimizer", model))
+            optimizer.load_state_tensors(ranks.load_aux(saved, "optimizer", model))
         if ema and "ema" in saved.files:
-            ema.load(ranks.beside(saved, "ema", model), state["ema_updates"])
+            ema.load(ranks.load_aux(saved, "ema", model), state["ema_updates"])
         scaler.load(state["scaler"])
         spikes.load(state["losses"])
         alike = run_folder.same_validation(saved.config, saved.state, args, data.meta)
@@ -222,7 +222,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     rows = args.batch_size * args.grad_accum                # sequences of one optimizer step
     step_tokens = rows * args.seq_len
     params = model_config.count_params(cfg)
-    peak = ranks.total(machine.peak_flops(device, dtype))
+    peak = ranks.all_reduce_sum(machine.peak_flops(device, dtype))
     say(f"model: {args.model}, {params:,} parameters, d_ff {args.d_ff}; device {device}, {torch.get_num_threads()} threads"
         f"{f', {ranks.world} processes' if ranks.world > 1 else ''}{', sharded' if args.fsdp else ''}; "
         f"precision {why}; memory: {allocator}")
@@ -282,11 +282,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
     if args.auto_batch:
         later = 8 * params if fresh else 0                  # the optimizer's state comes with the first step
         micro = recovery.measured(probe, micro, mine.stop - mine.start, args, device, later, optimizer.zero_grad, say)
-        micro = ranks.lowest(micro)         # all ranks do the same number of forwards, and agree between them
+        micro = ranks.all_reduce_min(micro)         # all ranks do the same number of forwards, and agree between them
     if ranks.main and not in_place and run_folder.is_used(run_dir):    # last: the arguments have proved to be sound
         run_folder.archive(run_dir)
     if in_place:
-        kept = ranks.tell(run_folder.rewind(run_dir, saved, kept, args, data.meta) if ranks.main else None)
+        kept = ranks.broadcast_object(run_folder.rewind(run_dir, saved, kept, args, data.meta) if ranks.main else None)
     if args.compile:
         with machine.autocast(device, dtype):
             compile_step(model, args, (micro, args.seq_len), device)
@@ -416,8 +416,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
                     nats = evaluate(step)
                     best, scored_step = min(best, nats), step
             every = args.save_interval or 500
-            late = args.save_minutes and ranks.tell(time.monotonic() - saved_at >= 60 * args.save_minutes)
-            signal = ranks.highest(stop.signal)                   # one rank's is everybody's
+            late = args.save_minutes and ranks.broadcast_object(time.monotonic() - saved_at >= 60 * args.save_minutes)
+            signal = ranks.all_reduce_max(stop.signal)                   # one rank's is everybody's
             save_due = last or signal is not None or step % every == 0 or late
             if turn and save_due and good.step > max(held_step, ruined_step, 0):
                 # a stop has to be quick: then only weights under suspicion are asked, with one row
@@ -456,7 +456,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             except machine.Stopped:                               # nothing of this step has happened: save what was before
                 optimizer.zero_grad()
                 continue
-            loss = ranks.total(loss)
+            loss = ranks.all_reduce_sum(loss)
             scaler.unscale()
             gnorm = float(optim.clip_grad_norm(model, args.grad_clip))
             overflow, usual = scaler.update(loss, gnorm), spikes.spike(loss, block) if math.isfinite(loss) else None
@@ -518,7 +518,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             step += 1
 
         # ---- the end ----------------------------------------------------------------------------------------------------
-        stop.signal = ranks.highest(stop.signal)
+        stop.signal = ranks.all_reduce_max(stop.signal)
         unfinished = step < args.max_steps or due and scored_step != step
         stopped = stop.name if unfinished and not code else None
         log.write("end", step=step, code=code, stopped=stopped, best=None if best == math.inf else best, seconds=progress.elapsed)

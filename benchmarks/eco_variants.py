@@ -44,7 +44,7 @@ import run_experiments
 from common.console import UserError
 from eco_hybrid import EcoHybrid, EcoLayer
 from evaluation import study_plan
-from layers import Linear, LocalConv, RMSNorm, TiedHead, initialise, rotary_table, rotate, unit_rms
+from layers import Linear, LocalConv, RMSNorm, TiedEmbedding, initialise, rotary_table, rotate, unit_rms
 from model import MultiHead, block_masks
 from studies import SMALL, STUDIES, Study
 
@@ -256,7 +256,7 @@ class UncappedWrite(EcoLayer):
 
 # ---- heads ----------------------------------------------------------------------------------------------------------------
 
-class Untied(TiedHead):
+class Untied(TiedEmbedding):
     def __init__(self, cfg):
         super().__init__(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
         self.inputs = nn.Parameter(torch.empty_like(self.weight))
@@ -265,7 +265,7 @@ class Untied(TiedHead):
         return F.embedding(ids, self.inputs)
 
 
-class Timed(TiedHead):
+class Timed(TiedEmbedding):
     """Embeddings that know which share of their block is hidden: measured, so none of clean text, and the cache needs no time."""
     loud = 1
 

@@ -1,4 +1,4 @@
-"""Judge romanise.py on pairs that people wrote, beside a transliteration without schwa rules and beside libraries.
+"""Judge text/romanise.py on pairs that people wrote, beside a transliteration without schwa rules and beside libraries.
 
     python benchmarks/romanise_eval.py test.tsv --exclude train.tsv dev.tsv --text hindi.txt --typed hinglish.txt
 

@@ -7,7 +7,7 @@ import sys
 
 
 class UserError(Exception):
-    """A slip the user can mend: printed as one sentence, exit code 2 (3: something external is missing)."""
+    """A usage error the user can mend: printed as one sentence, exit code 2 (3: something external is missing)."""
 
     def __init__(self, message, code=2):
         super().__init__(message)

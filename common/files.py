@@ -119,7 +119,7 @@ def write_text(path, text):
 
 
 def can_write(args, *names):
-    """Dies before long work, and not after it, if a file that these knobs name cannot be written."""
+    """Dies before long work, and not after it, if a file that these flags name cannot be written."""
     for name in names:
         if path := getattr(args, name):
             with written_aside(path, f": name another --{name}") as aside:

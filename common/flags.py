@@ -1,6 +1,6 @@
-"""The machinery of knobs: a dataclass field that declares a setting, and the reading of flags and JSON files into it.
+"""The machinery of flags: a dataclass field that declares a setting, and the reading of flags and JSON files into it.
 
-Generic: it knows no setting of Aria's (config.py declares those). A knob is a field whose metadata holds help, choices,
+Generic: it knows no setting of Aria's (config.py declares those). A flag is a field whose metadata holds help, choices,
 limits, old names and its resume rule; --help, the tables of the docs and the reading of saved files derive from it.
 Reading argv is a loop of our own: argparse stops at the first mistake, suggests nothing, and cannot read `--x`, `--no_x`
 and `--x True` next to a positional. No torch and no numpy here: --help has to be instant.
@@ -19,8 +19,8 @@ WIDTH, COLUMN = 80, 26         # of --help: all of it, and where the meaning of 
 
 # ---- declaring -------------------------------------------------------------------------------------------------------
 
-def knob(default, help, resume="may", **meta):
-    """A field with one knob's declaration. The type is the annotation's; a default of None also accepts "none".
+def flag(default, help, resume="may", **meta):
+    """A field with one flag's declaration. The type is the annotation's; a default of None also accepts "none".
 
     choices; values: old value -> value; aliases: other flag names; shortcuts: flag -> the value it stands for;
     at_least, above, at_most, below: limits; bare: value of the flag alone; many: "repeat" (one value each time) or
@@ -32,7 +32,7 @@ def knob(default, help, resume="may", **meta):
 
 
 def again(cls, name, *default):
-    """Another class's knob, with a default of its own if one is given."""
+    """Another class's flag, with a default of its own if one is given."""
     f = cls.__dataclass_fields__[name]
     return dataclasses.field(default=default[0] if default else f.default, metadata=f.metadata)
 
@@ -45,7 +45,7 @@ LIMITS = dict(at_least=operator.ge, above=operator.gt, at_most=operator.le, belo
 
 
 def convert(f, value):
-    """A flag's text (or a JSON value of the right type) -> the knob's value. A ValueError says what is wrong."""
+    """A flag's text (or a JSON value of the right type) -> the flag's value. A ValueError says what is wrong."""
     meta, is_text = f.metadata, isinstance(value, str)
     if f.default is None and is_text and value.lower() == "none":
         return None
@@ -88,7 +88,7 @@ def flag_names(cls):
 
 
 def suggestion(name, names, others=()):
-    """A hint for an unknown name: the command it belongs to, or the nearest name. others: command -> its knobs."""
+    """A hint for an unknown name: the command it belongs to, or the nearest name. others: command -> its flags."""
     import difflib  # costs 10 ms, and only a mistake needs it
     for other, cls in dict(others).items():
         if name in flag_names(cls):
@@ -195,12 +195,12 @@ def checked(cls, saved, where):
 
 
 def to_dict(args, cls=None):
-    """The "args" section of a run's config.json: every knob of cls (none: of the arguments' own command)."""
+    """The "args" section of a run's config.json: every flag of cls (none: of the arguments' own command)."""
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls or args)}
 
 
 def problems_of(args):
-    """Everything wrong with the relations between knobs, in sentences that name the flags and the numbers."""
+    """Everything wrong with the relations between flags, in sentences that name the flags and the numbers."""
     return [p for c in type(args).__mro__ if "problems" in vars(c) for p in c.problems(args)]
 
 
@@ -215,7 +215,7 @@ def show(value):
 
 
 def describe(cls):
-    """(group, flag names, kind, default, help, rare) of every knob: the one source of --help and of the tables."""
+    """(group, flag names, kind, default, help, rare) of every flag: the one source of --help and of the tables."""
     for f in dataclasses.fields(cls):
         owner = next(c for c in reversed(cls.__mro__) if f.name in vars(c).get("__annotations__", ()))
         names = [f"--{name}" for name in (f.name, *f.metadata.get("aliases", ()), *f.metadata.get("shortcuts", ()))]
@@ -260,7 +260,7 @@ def help_text(cls, prog, everything=True):
 
 
 def table(cls):
-    """The knobs of a command as a markdown table, for the README and the docs."""
+    """The flags of a command as a markdown table, for the README and the docs."""
     lines = ["| Flag | Value | Default | Meaning |", "|---|---|---|---|"]
     for _, names, kind, default, text, _ in describe(cls):
         lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {kind.replace('|', ', ')} | {default} | {text} |")

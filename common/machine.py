@@ -22,7 +22,7 @@ ECHO = 2.0          # seconds in which a second SIGINT under torchrun is the fir
 
 
 def pick_device(name):
-    """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps' -> torch.device; asking for what is not there is a user's slip."""
+    """'auto', 'cpu', 'cuda', 'cuda:N' or 'mps' -> torch.device; asking for what is not there is a user's usage error."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda"):
@@ -269,7 +269,7 @@ class StopFlag:
             with self.at_once():
                 yield
             return
-        if not agreed and self.ranks.highest(self.signal) is not None:
+        if not agreed and self.ranks.all_reduce_max(self.signal) is not None:
             raise Stopped
         yield
 

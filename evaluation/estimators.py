@@ -30,11 +30,11 @@ def held_out(model, rows, blocks, seed, batch, draws, ranks=None, piece=contextl
 
     ranks: the processes that share the rows; each gets the figures of all of them. piece: as in row_bounds.
     """
-    result, part = {}, ranks.deal(len(rows)) if ranks else slice(None)
+    result, part = {}, ranks.shard_rows(len(rows)) if ranks else slice(None)
     for block in blocks:
         parts = torch.stack([masking.row_bounds(model, rows, block, None, seed + i, batch, part, piece)
                              for i in range(draws)], dim=1)
-        parts = ranks.collect(parts, len(rows)) if ranks else parts                # (R, draws, 3)
+        parts = ranks.gather_rows(parts, len(rows)) if ranks else parts                # (R, draws, 3)
         per_row, (_, plain, hidden) = parts[..., 0].mean(1), parts.sum(0).unbind(1)
         error = float(per_row.std() / math.sqrt(len(per_row))) if len(per_row) > 1 else 0.0
         result[block] = {"nats": float(per_row.mean()), "se": error, "masked_mean": float((plain / hidden).mean())}

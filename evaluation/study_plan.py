@@ -134,14 +134,14 @@ def flags(a):
 
 
 def terms(a):
-    """What makes a run the one that it is: every knob that changes what is learned, with what -1 and a default mean today."""
+    """What makes a run the one that it is: every flag that changes what is learned, with what -1 and a default mean today."""
     kept = {f.name: getattr(a, f.name) for f in dataclasses.fields(TrainArgs)
             if f.metadata["resume"] != "ignore" and f.name not in LOOSE}
     return kept | dict(ar_fade=a.fade, max_mask_rate=a.most_hidden, warmup_steps=a.warmup)
 
 
 def unlike(found, a):
-    """Saved terms, perhaps of an older version, against what is asked for -> {knob: what was saved} of those that differ."""
+    """Saved terms, perhaps of an older version, against what is asked for -> {flag: what was saved} of those that differ."""
     old = {f.name: config.ADDED.get(f.name, f.default) for f in dataclasses.fields(TrainArgs)} | found
     return {name: old[name] for name, value in terms(a).items() if old[name] != value}
 

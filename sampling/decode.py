@@ -1,6 +1,6 @@
 """Text out of a denoiser: one loop over blocks, one rule for which positions are revealed, an exact cached context.
 
-Used by sample.py, train.py and edge_benchmark.py; the rules are in samplers.py. Sees a denoiser only through the protocol in
+Used by sample.py, train.py and edge_benchmark.py; the rules are in sampling/unmasking.py. Sees a denoiser only through the protocol in
 model.py's docstring.
 
     full          the whole continuation is one block, the prompt is inside it         (block rule B = T)

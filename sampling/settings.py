@@ -17,7 +17,7 @@ class Settings:
     steps: int                        # denoising forwards per block, an upper limit
     mode: str = "full"
     block_size: int = 64
-    sampler: str = "confidence"       # which positions first: a name in samplers.py
+    sampler: str = "confidence"       # which positions first: a name in sampling/unmasking.py
     reveal: str = "linear"            # how many at each forward
     threshold: float = 0.9            # of the adaptive rules
     alg_temp: float = 0.0             # noise on the choice of positions

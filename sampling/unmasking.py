@@ -1,6 +1,6 @@
 """Which masked positions are revealed now, and which token each gets: the rules of decoding, one function each.
 
-Used by decode.py; knows no model, only logits. A rule sees the masked positions of ONE row of one block and returns indices
+Used by sampling/decode.py; knows no model, only logits. A rule sees the masked positions of ONE row of one block and returns indices
 into them, at least one, best first:
 
     rule(look, count, s, generator) -> (n,) indices          look: Look, count: what the reveal schedule asks for, s: Settings

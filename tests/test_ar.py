@@ -161,7 +161,7 @@ def test_its_held_out_figure_is_called_nll(run):
     assert [study_report.measure(part) for part in (lines[:1], lines[1:], lines)] == ["bound", "NLL", "bound (of ar: the NLL)"]
 
 
-def test_a_checkpoint_from_before_the_knob_is_masked():
+def test_a_checkpoint_from_before_the_flag_is_masked():
     saved = {"args": to_dict(config.TrainArgs(model="backup"))}
     del saved["args"]["objective"]
     args, origins = cli.parse(config.TrainArgs, ["--model", "backup"], "train")

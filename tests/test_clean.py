@@ -1,4 +1,4 @@
-"""clean.py: repairs keep every grapheme, rules drop what they are for and nothing else, near duplicates are found.
+"""text/clean.py: repairs keep every grapheme, rules drop what they are for and nothing else, near duplicates are found.
 
     python -m pytest tests/test_clean.py
 """

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 import config
 import model_config
-from common import flags as knobs
+from common import flags as flags
 from common.console import UserError, say
 from common.files import can_write, write_json
 from common.flags import (
@@ -59,7 +59,7 @@ def spellings(name, text):
 
 
 def another(f):
-    """A legal text for this knob that is not its default, and the value it means."""
+    """A legal text for this flag that is not its default, and the value it means."""
     meta = f.metadata
     if f.type is bool:
         return str(not f.default), not f.default
@@ -152,7 +152,7 @@ def test_whole_order_of_precedence(tmp_path):
     args, origins = parse(TrainArgs, ["--config", str(file), "--size", "micro", "--weight-decay", "0.25"], tier=tier)
     assert (args.batch_size, args.seq_len, args.lr, args.weight_decay) == (3, 256, 0.5, 0.25)
     assert (args.d_ff, args.seed) == (640, 7)
-    assert args.resume is None and args.preset == "micro"        # "ignore" knobs never come from a file
+    assert args.resume is None and args.preset == "micro"        # "ignore" flags never come from a file
     assert [origins[n] for n in ("batch_size", "seq_len", "lr", "weight_decay", "d_mem")] == \
         ["tier", "preset micro", f"config {file}", "flag", "default"]
 
@@ -258,8 +258,8 @@ def test_all_mistakes_at_once_and_no_consequential_ones():
 
 def test_every_one_letter_slip_gets_its_suggestion():
     for name in ("max_steps", "batch_size", "warmup_steps", "memory_slots", "learning_rate", "save_interval"):
-        for slip in (name[:3] + name[4:], name[:3] + "x" + name[3:], name[:2] + name[3] + name[2] + name[4:]):
-            refused(TrainArgs, [f"--{slip}", "1"], f"did you mean --{name}?")
+        for typo in (name[:3] + name[4:], name[:3] + "x" + name[3:], name[:2] + name[3] + name[2] + name[4:]):
+            refused(TrainArgs, [f"--{typo}", "1"], f"did you mean --{name}?")
 
 
 ODD = ["--", "-", "\\", "=", "--=", "--lr=", "T", "1", "0.5", "micro", "none", "--no_"]
@@ -428,7 +428,7 @@ def test_resume_rejects_a_config_of_another_version():
         cli.resume_check({**old, "zzz": 1}, TrainArgs(), dict.fromkeys(old, "default"))
 
 
-def test_every_knob_has_a_known_resume_rule_and_known_metadata():
+def test_every_flag_has_a_known_resume_rule_and_known_metadata():
     known = {"help", "resume", "choices", "values", "aliases", "shortcuts", "bare", "many", "positional", "rare",
              "elsewhere", *LIMITS}
     for cls in config.COMMANDS.values():
@@ -550,7 +550,7 @@ def test_flags_are_frozen():
 
 def test_help_and_table_come_from_the_declarations():
     for prog, cls in config.COMMANDS.items():
-        whole, table = help_text(cls, prog), knobs.table(cls)
+        whole, table = help_text(cls, prog), flags.table(cls)
         words = " ".join(whole.split())                             # as the text is wrapped
         for f in dataclasses.fields(cls):
             assert f"--{f.name}" in whole and f"`--{f.name}`" in table and " ".join(f.metadata["help"].split()) in words
@@ -582,8 +582,8 @@ def test_every_command_tells_its_version_and_can_be_quiet(prog, capsys, monkeypa
     told = capsys.readouterr()
     assert end.value.code == 0 and re.fullmatch(r"Aria \d+\.\d+( \(commit [0-9a-f]{7,}\+?\))?\n", told.out) and not told.err
     words = shlex.split(cls.examples[0][0])[3:]
-    for flags, heard in (([], 3), (["--quiet"], 2)):
-        cli.parse(cls, [*words, *flags], prog)
+    for typed, heard in (([], 3), (["--quiet"], 2)):
+        cli.parse(cls, [*words, *typed], prog)
         for line in ("step 3 of 4", "warning: the disk is slow", "notice: synthetic text"):
             say(line)
         assert len(capsys.readouterr().err.splitlines()) == heard

@@ -570,7 +570,7 @@ def test_sharing_a_forward_with_the_commit_changes_no_text(sampler, monkeypatch)
     assert shared.context_passes <= apart.context_passes
 
 
-# ---- limits and ends: what a small slip in the rules would change --------------------------------------------------------
+# ---- limits and ends: what a small usage error in the rules would change --------------------------------------------------------
 
 def test_the_threshold_itself_is_sure_enough():
     look = Look(torch.tensor([[0.0, -float("inf")], [0.0, 0.0], [0.0, -float("inf")]]))      # 1, 0.5 and 1

@@ -74,7 +74,7 @@ def test_every_documented_command_parses(page, line):
             continue
         module, argv = words[words.index("-m") + 1], words[words.index("-m") + 2:]
         if module in config.COMMANDS:
-            cli.parse(config.COMMANDS[module], argv, module)          # a slip raises
+            cli.parse(config.COMMANDS[module], argv, module)          # a usage error raises
         elif module.startswith("diffusion"):
             assert (ROOT / Path(*module.split("."))).with_suffix(".py").exists()
         else:

@@ -58,7 +58,7 @@ def by_quadrature(schedule):
 
 @torch.no_grad()
 def by_enumeration(net, x, block, weigh=exact_count):
-    """The bound from every set of hidden tokens, block by block behind BOS. Nothing of estimators.py in here."""
+    """The bound from every set of hidden tokens, block by block behind BOS. Nothing of evaluation/estimators.py in here."""
     total = 0.0
     for a in [1] if block >= T else range(1, T, block):
         scored = range(a, min(T, a + block))

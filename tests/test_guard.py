@@ -364,7 +364,7 @@ def test_the_log_has_whole_lines_only(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("lines are lost") == 1
 
 
-def test_an_older_checkpoint_without_these_knobs_resumes(text, tmp_path):
+def test_an_older_checkpoint_without_these_flags_resumes(text, tmp_path):
     """Really saved, then made what the first version wrote: no key that came later, hashes that fit. It is read and resumes."""
     import checkpoint
     from common.files import to_json

@@ -1,4 +1,4 @@
-"""The shape of the project: one-way imports, no name that hides another, no dangerous call, each knob declared once.
+"""The shape of the project: one-way imports, no name that hides another, no dangerous call, each flag declared once.
 
     python -m pytest tests/test_layout.py
 """
@@ -128,11 +128,11 @@ def test_no_way_to_run_what_a_file_says(name):
                 assert keyword.arg not in ("shell", "trust_remote_code", "allow_pickle"), ast.unparse(node)
 
 
-def test_a_knob_has_one_default():
-    """No function gives a parameter that is called like a knob a default of its own, unless it is listed with its reason."""
+def test_a_flag_has_one_default():
+    """No function gives a parameter that is called like a flag a default of its own, unless it is listed with its reason."""
     allowed = {  # building blocks whose parameter means the same word in another place
         "seed", "model", "device", "steps", "force",
-        "resume"}     # the resume rule of a knob, in common/flags.py
+        "resume"}     # the resume rule of a flag, in common/flags.py
     names = {f.name for c in config.COMMANDS.values() for f in dataclasses.fields(c)} - allowed
     for module, tree in TREES.items():
         for node in ast.walk(tree):

@@ -18,7 +18,7 @@ BASE = dict(mask_schedule="linear", min_mask_rate=0.0, most_hidden=1.0, time_mod
             timestep_sampling="stratified", timesteps=16, masking_strategy="token", mean_span_length=3.0)
 
 
-def knobs(**changes):
+def flags(**changes):
     return SimpleNamespace(**{**BASE, **changes})
 
 
@@ -60,7 +60,7 @@ def test_uniform_predictor_scores_ln_v(schedule, mode, strategy, low, high):
     """Every schedule, mode and range: a uniform guess over the V allowed answers costs ln V nats per token."""
     vocab, rows = 50, 256
     net = Uniform(vocab)
-    args = knobs(mask_schedule=schedule, time_mode=mode, masking_strategy=strategy, min_mask_rate=low, most_hidden=high)
+    args = flags(mask_schedule=schedule, time_mode=mode, masking_strategy=strategy, min_mask_rate=low, most_hidden=high)
     x0 = torch.randint(1, vocab, (rows, 24))
     d = masking.draw(args, 7, 3, rows, 24, 24)
     loss = masking.denoising_loss(net, x0, d, "elbo", masking.normaliser("elbo", d)).loss
@@ -106,7 +106,7 @@ def test_bound_agrees_with_brute_force(model):
 
     draws = 4000                # and the estimator that training uses: unbiased, for both schedules
     for schedule in masking.SCHEDULES:
-        d = masking.draw(knobs(mask_schedule=schedule), 1, 0, draws, L, L)
+        d = masking.draw(flags(mask_schedule=schedule), 1, 0, draws, L, L)
         with torch.no_grad():
             estimate = float(masking.denoising_loss(net, x0.expand(draws, L), d, "elbo", draws * L).loss)
         assert estimate == pytest.approx(truth, rel=0.01), schedule
@@ -115,7 +115,7 @@ def test_bound_agrees_with_brute_force(model):
 @pytest.mark.parametrize("strategy,span", [("token", 3.0), ("span", 1.0), ("span", 3.0), ("span", 20.0)])
 @pytest.mark.parametrize("length,block,first", [(40, 40, 40), (40, 16, 16), (41, 16, 5), (7, 3, 1), (64, 1, 1)])
 def test_masks_hit_their_count_exactly(strategy, span, length, block, first):
-    args = knobs(masking_strategy=strategy, mean_span_length=span)
+    args = flags(masking_strategy=strategy, mean_span_length=span)
     d = masking.draw(args, 5, 9, 64, length, block, first)
     edges = [0, *range(first, length, block), length]
     assert d.mask.shape == d.weight.shape == (64, length) and d.t.shape == (64, len(edges) - 1)
@@ -128,7 +128,7 @@ def test_masks_hit_their_count_exactly(strategy, span, length, block, first):
 
 def test_spans_are_spans_and_tokens_are_not():
     def runs(strategy):
-        d = masking.draw(knobs(masking_strategy=strategy, mean_span_length=4.0), 0, 0, 400, 64, 64)
+        d = masking.draw(flags(masking_strategy=strategy, mean_span_length=4.0), 0, 0, 400, 64, 64)
         starts = d.mask & ~torch.nn.functional.pad(d.mask[:, :-1], (1, 0))
         half = (d.t[:, 0] > 0.2) & (d.t[:, 0] < 0.3)
         return float(d.mask[half].sum() / starts[half].sum())
@@ -138,7 +138,7 @@ def test_spans_are_spans_and_tokens_are_not():
 @pytest.mark.parametrize("mode", ["continuous", "discrete"])
 def test_times_hit_each_stratum_once_over_the_whole_step(mode):
     rows, n = 12, 4                                     # rows x blocks of the step share one grid
-    d = masking.draw(knobs(time_mode=mode, timesteps=48), 3, 5, rows, 32, 8)
+    d = masking.draw(flags(time_mode=mode, timesteps=48), 3, 5, rows, 32, 8)
     cell = torch.floor((1 - d.t if mode == "continuous" else d.t - 1 / 48) * rows * n + 1e-6).flatten()
     assert sorted(cell.long().tolist()) == list(range(rows * n))
 
@@ -163,7 +163,7 @@ def test_each_purpose_has_its_own_stream(monkeypatch):
         return generator
     monkeypatch.setattr(masking, "step_generator", kept)
     masking.pick_blocks([8, 4], 8, 7, 3, single=1e-9)
-    masking.draw(knobs(), 7, 3, 2, 8, 4)
+    masking.draw(flags(), 7, 3, 2, 8, 4)
     masking.pick_exit(5, 7, 3)
     masking.step_generator(7, 3, "drop")
     assert len(asked) == 5 and all(len(times) == 1 for times in asked.values()), "two draws share a purpose"
@@ -184,7 +184,7 @@ def test_strata_cut_the_variance():
     def spread(sampling):
         losses = []
         for step in range(300):
-            d = masking.draw(knobs(timestep_sampling=sampling), 1, step, 8, 64, 64)
+            d = masking.draw(flags(timestep_sampling=sampling), 1, step, 8, 64, 64)
             share = d.mask.float().mean(1, keepdim=True)
             losses.append(float(((0.5 + 2.5 * share) * d.weight * d.mask).sum() / d.mask.numel()))     # CE grows with the rate
         return torch.tensor(losses).var().item()
@@ -193,7 +193,7 @@ def test_strata_cut_the_variance():
 
 def test_fully_masked_rows_are_trained():
     """Decoding starts from them. By default they come in blocks of one token; a mixture without those hides whole rows."""
-    full = sum(int(masking.draw(knobs(), 0, step, 16, 16, 16).mask.all(1).sum()) for step in range(100))
+    full = sum(int(masking.draw(flags(), 0, step, 16, 16, 16).mask.all(1).sum()) for step in range(100))
     assert full > 50                                    # k = L is one of 16 equally likely counts
     for changes, rules in ({}, {1}), (dict(train_block_sizes="T,8"), {16}), (dict(loss="elbo", ar_fade=0.0), {1, 16}):
         args, found = TrainArgs(seq_len=16, max_steps=1000, **changes), Counter()
@@ -205,7 +205,7 @@ def test_fully_masked_rows_are_trained():
 
 def test_corruption_is_a_function_of_seed_and_step():
     def one(seed, step):
-        return masking.draw(knobs(), seed, step, 8, 32, 8).mask
+        return masking.draw(flags(), seed, step, 8, 32, 8).mask
     assert torch.equal(one(1, 5), one(1, 5))
     assert not torch.equal(one(1, 5), one(1, 6)) and not torch.equal(one(1, 5), one(2, 5))
     torch.rand(10)                                      # global state plays no part
@@ -218,7 +218,7 @@ def test_micro_batches_equal_one_big_batch(model, kind):
     """8 rows at once, 4 x 2 and 1 + 7 rows: the same loss and gradient, although their masked counts differ."""
     net = tiny(model)
     x0 = torch.randint(1, 11, (8, 20))
-    d = masking.draw(knobs(masking_strategy="span"), 2, 4, 8, 20, 8, 5)
+    d = masking.draw(flags(masking_strategy="span"), 2, 4, 8, 20, 8, 5)
     total = masking.normaliser(kind, d)
 
     def run(parts):
@@ -300,7 +300,7 @@ def test_head_sees_masked_positions_only_and_never_the_mask_logit():
     """Raising the mask's and the pad's row of the head by 100 changes no loss; the head gets exactly the hidden rows."""
     net = tiny()
     x0 = torch.randint(1, 11, (4, 16))
-    d = masking.draw(knobs(), 0, 0, 4, 16, 16)
+    d = masking.draw(flags(), 0, 0, 4, 16, 16)
     seen = []
     real = masking.LinearCrossEntropy.apply
     masking.LinearCrossEntropy.apply = staticmethod(lambda h, *rest: (seen.append(len(h)), real(h, *rest))[1])

@@ -1,4 +1,4 @@
-"""Properties of optim.py: exact resume, groups by name, Lion against five lines, schedules, averages in closed form."""
+"""Properties of training/optim.py: exact resume, groups by name, Lion against five lines, schedules, averages in closed form."""
 import math
 from types import SimpleNamespace
 

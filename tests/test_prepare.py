@@ -1,4 +1,4 @@
-"""Properties of prepare.py and documents.py: every document arrives whole, on one side only, or nothing changes."""
+"""Properties of prepare.py and text/documents.py: every document arrives whole, on one side only, or nothing changes."""
 import dataclasses
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""Properties of romanise.py: what people type, no Devanagari left, nothing else touched, one typist stays one typist.
+"""Properties of text/romanise.py: what people type, no Devanagari left, nothing else touched, one typist stays one typist.
 
     python -m pytest tests/test_romanise.py
 """

@@ -70,7 +70,7 @@ def whole_model(seed=3):
 
 def trained(ranks):
     """A sharded model after two steps of AdamW, and the averages of it: (model, optimizer, ema). Every rank alike."""
-    model = ranks.place(whole_model(), torch.device("cpu"), None)
+    model = ranks.to_device(whole_model(), torch.device("cpu"), None)
     optimizer, ema = optim.make_optimizer(model, TrainArgs(optimizer="adamw")), optim.EMA(model, 0.9)
     for i in range(2):
         ids = torch.randint(4, 50, (2, 12), generator=torch.Generator().manual_seed(i))
@@ -129,13 +129,13 @@ def test_other_numbers_of_ranks_read_it(saved, ram, world, source):
     found = checkpoint.load(ram / source, parts=checkpoint.PARTS)
 
     def work(ranks):
-        seen = ranks.hear(checkpoint.load(ram / source, parts=()) if ranks.main else None)
+        seen = ranks.broadcast_checkpoint(checkpoint.load(ram / source, parts=()) if ranks.main else None)
         assert seen.model is None and seen.optimizer is None, "nobody holds the whole"
-        model = ranks.place(whole_model(seed=4), torch.device("cpu"), None, seen.files["model"])
+        model = ranks.to_device(whole_model(seed=4), torch.device("cpu"), None, seen.files["model"])
         same(whole(model.state_dict()), found.model)
         optimizer, ema = optim.make_optimizer(model, TrainArgs(optimizer="adamw")), optim.EMA(model, 0.5)
-        optimizer.load_state_tensors(ranks.beside(seen, "optimizer", model))
-        ema.load(ranks.beside(seen, "ema", model), 2)
+        optimizer.load_state_tensors(ranks.load_aux(seen, "optimizer", model))
+        ema.load(ranks.load_aux(seen, "ema", model), 2)
         same(whole(optimizer.state_tensors()), found.optimizer)
         same(whole(ema.state()), found.ema)
         return ranks.rank
@@ -146,7 +146,7 @@ def test_another_model_is_refused_on_every_rank(saved, ram):
     def work(ranks):
         model = build_model(ModelConfig(**{**vars(CFG), "d_ff": 32}))
         try:
-            ranks.place(model, torch.device("cpu"), None, checkpoint.load(saved, parts=()).files["model"])
+            ranks.to_device(model, torch.device("cpu"), None, checkpoint.load(saved, parts=()).files["model"])
         except UserError as error:
             return str(error)
     for why in together(2, work, ram / "other"):

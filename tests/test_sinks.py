@@ -134,7 +134,7 @@ def test_wandb_offline_goes_on_with_its_run(text, tmp_path):
     assert json.loads((tmp_path / "run/step_000005/state.json").read_text())["wandb_id"] == state["wandb_id"]
 
 
-# ---- slips ------------------------------------------------------------------------------------------------------------------
+# ---- usage errors ------------------------------------------------------------------------------------------------------------------
 
 def test_what_is_missing_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
     pytest.importorskip("wandb")

@@ -25,7 +25,7 @@ def tree(folder):
 
 @pytest.fixture
 def user(trained, text, tmp_path):
-    """A user's folder that a slip could ruin: text, tokenizer, two runs, and another text with its tokenizer."""
+    """A user's folder that a usage error could ruin: text, tokenizer, two runs, and another text with its tokenizer."""
     folder = tmp_path / "user"
     shutil.copytree(trained, folder)
     shutil.copytree(text, folder / "other")
@@ -97,9 +97,9 @@ SLIPS = {  # what is wrong -> (what the user did to the folder, the command, wha
 }
 
 
-@pytest.mark.parametrize("slip", SLIPS)
-def test_slip(user, slip):
-    change, command, words = SLIPS[slip]
+@pytest.mark.parametrize("mistake", SLIPS)
+def test_slip(user, mistake):
+    change, command, words = SLIPS[mistake]
     if change:
         change(user)
     before = tree(user)
@@ -109,7 +109,7 @@ def test_slip(user, slip):
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr and all(word in message for word in words), done.stderr[-3000:]
     assert len(message) < 700, "that is no sentence"
-    assert tree(user) == before, "a slip changed files"
+    assert tree(user) == before, "a usage error changed files"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on file sizes")

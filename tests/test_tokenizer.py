@@ -1,4 +1,4 @@
-"""Properties of tokenizer.py: lossless for any string, nothing skipped in training, no special id out of user text."""
+"""Properties of text/tokenizer.py: lossless for any string, nothing skipped in training, no special id out of user text."""
 import json
 import os
 import random

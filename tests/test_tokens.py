@@ -1,4 +1,4 @@
-"""Properties of tokens.py: nothing is guessed at opening; windows are a pure, complete function of a counter."""
+"""Properties of text/dataset.py: nothing is guessed at opening; windows are a pure, complete function of a counter."""
 import hashlib
 import json
 import random

@@ -282,7 +282,7 @@ def alone(folder):
 def clear(work):
     """Remove the files that prepare makes in its work folder, by their names, then the folder."""
     for path in work.iterdir():
-        name = re.sub(r"^\.(.+)\.\d+\.tmp$", r"\1", path.name)       # knobs.write_json was killed
+        name = re.sub(r"^\.(.+)\.\d+\.tmp$", r"\1", path.name)       # flags.write_json was killed
         if name in WORK_FILES:
             path.unlink()
     with contextlib.suppress(OSError):

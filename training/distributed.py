@@ -5,7 +5,7 @@
 Used by train.py; nothing here runs by itself. Without torchrun there is one rank, and every method is the identity. Notable:
 * rank 0 alone prints, logs and writes what is small; the others hear from it, as JSON or as tensors;
 * what can differ between machines (a signal, a full disk, a measured precision) is agreed upon, all else is computed alike;
-* DistributedDataParallel sums gradients, FSDP2 cuts weights up, and torch.distributed.checkpoint saves what is cut (shards.py);
+* DistributedDataParallel sums gradients, FSDP2 cuts weights up, and torch.distributed.checkpoint saves what is cut (checkpoint_shards.py);
 * a checkpoint of any number of ranks resumes on any other, sharded or not.
 """
 import atexit
@@ -50,12 +50,12 @@ class Ranks:
         mine = rows // self.world
         return slice(self.rank * mine, (self.rank + 1) * mine)
 
-    def deal(self, rows):
+    def shard_rows(self, rows):
         """Of so many rows those that this rank scores: as many as each other rank, some of the first ones twice if need be."""
         each = -(-rows // self.world)
         return [(self.rank * each + i) % rows for i in range(each)]
 
-    def collect(self, found, rows):
+    def gather_rows(self, found, rows):
         """What each rank found for the rows dealt to it (each, ...) -> (rows, ...) on every rank, each row once, in order."""
         if self.world == 1:
             return found
@@ -66,7 +66,7 @@ class Ranks:
 
     # ---- what the ranks tell each other; small things on the CPU, whatever the device ----------------------------------
 
-    def tell(self, value):
+    def broadcast_object(self, value):
         """Rank 0's value, anything JSON can say, on every rank; nobody goes on before rank 0 has come here."""
         if self.world == 1:
             return value
@@ -81,34 +81,34 @@ class Ranks:
     def main_first(self):
         """Inside, rank 0 is done before the others begin: what it prepares, they find."""
         if not self.main:
-            self.tell(None)
+            self.broadcast_object(None)
         yield
         if self.main:
-            self.tell(None)
+            self.broadcast_object(None)
 
-    def total(self, x):
+    def all_reduce_sum(self, x):
         """The sum of a number over the ranks."""
-        return self.reduced(x, dist.ReduceOp.SUM)
+        return self.all_reduce(x, dist.ReduceOp.SUM)
 
-    def highest(self, number):
+    def all_reduce_max(self, number):
         """The highest number that any rank has; None counts as none."""
-        return number if self.world == 1 else int(self.reduced(number or 0, dist.ReduceOp.MAX)) or None
+        return number if self.world == 1 else int(self.all_reduce(number or 0, dist.ReduceOp.MAX)) or None
 
-    def lowest(self, number):
-        return int(self.reduced(number, dist.ReduceOp.MIN))
+    def all_reduce_min(self, number):
+        return int(self.all_reduce(number, dist.ReduceOp.MIN))
 
-    def reduced(self, x, operation):
+    def all_reduce(self, x, operation):
         if self.world == 1:
             return x
         x = torch.tensor(x, dtype=torch.float64)
         dist.all_reduce(x, operation)
         return float(x)
 
-    def spread(self, tensors):
+    def broadcast_tensors(self, tensors):
         """Rank 0's {name: tensor on the CPU} or None, on every rank."""
         if self.world == 1:
             return tensors
-        shapes = self.tell({name: [str(t.dtype), t.shape] for name, t in tensors.items()} if tensors else None)
+        shapes = self.broadcast_object({name: [str(t.dtype), t.shape] for name, t in tensors.items()} if tensors else None)
         if not self.main and shapes:
             tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
                        for name, (dtype, shape) in shapes.items()}
@@ -116,14 +116,14 @@ class Ranks:
             dist.broadcast(tensors[name], 0)
         return tensors
 
-    def hear(self, saved):
+    def broadcast_checkpoint(self, saved):
         """The checkpoint that rank 0 has loaded, on every rank; its weights stay there. Sharded: only what is small."""
         if self.world == 1:
             return saved
-        small = self.tell({"step": saved.step, "config": saved.config, "state": saved.state, "path": str(saved.path),
+        small = self.broadcast_object({"step": saved.step, "config": saved.config, "state": saved.state, "path": str(saved.path),
                            "files": {part: [f.name for f in files] for part, files in saved.files.items()}}
                           if self.main else None)
-        large = {part: None if self.sharded else self.spread(getattr(saved, part) if self.main else None)
+        large = {part: None if self.sharded else self.broadcast_tensors(getattr(saved, part) if self.main else None)
                  for part in ("ema", "optimizer")}
         path = Path(small.pop("path"))
         files = {part: [path / name for name in names] for part, names in small.pop("files").items()}
@@ -132,7 +132,7 @@ class Ranks:
 
     # ---- weights, gradients, optimizer state ---------------------------------------------------------------------------
 
-    def place(self, model, device, dtype, source=None):
+    def to_device(self, model, device, dtype, source=None):
         """The model on its device, with rank 0's weights on every rank; with --fsdp only this rank's part of them, filled from
         the checkpoint files `source` if given."""
         if not self.sharded:
@@ -177,9 +177,9 @@ class Ranks:
         if self.sharded:
             import checkpoint_shards
             return checkpoint_shards.save(self, {part: tensors for part, tensors in parts.items() if tensors}, write)
-        return self.tell(self.main and write(**{f"{part}_state": tensors for part, tensors in parts.items()}))
+        return self.broadcast_object(self.main and write(**{f"{part}_state": tensors for part, tensors in parts.items()}))
 
-    def beside(self, saved, part, model):
+    def load_aux(self, saved, part, model):
         """What was saved beside the weights (ema, optimizer): whole, or sharded as the weights are. None: it was not."""
         if self.sharded:
             import checkpoint_shards
@@ -280,7 +280,7 @@ def choose_device(name, world, local):
 
 
 @contextlib.contextmanager
-def joined(args):
+def process_group(args):
     """The ranks of this run: those that torchrun started, else one. Only rank 0 prints, and nobody leaves before rank 0.
 
     A rank that dies ends the job: torchrun stops the others, and gloo tells them at once, which is the message below.
@@ -305,7 +305,7 @@ def joined(args):
                 quiet.enter_context(contextlib.redirect_stdout(nowhere))
                 quiet.enter_context(contextlib.redirect_stderr(nowhere))
             yield ranks
-            ranks.tell(None)
+            ranks.broadcast_object(None)
     except UserError as error:
         if not rank:
             raise

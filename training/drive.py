@@ -1,6 +1,6 @@
 """A second home for a run: --drive DIR, such as a mounted Google Drive, which outlives the machine.
 
-    drive.open_folder(dir)                       at the start: a slip in the path is told before the first step
+    drive.open_folder(dir)                       at the start: a usage error in the path is told before the first step
     drive.store(checkpoint_folder, dir, say)     after each save; never raises: a failing drive costs the copy, not the training
     drive.restore(run_dir, dir, say)             on a fresh machine: the newest whole checkpoint comes back
 

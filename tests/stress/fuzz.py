@@ -178,7 +178,7 @@ def prompt(lab, data):
     args, _ = cli.parse(config.SampleArgs, ["--ckpt", "x", f"--prompt={text}", f"--text={text}"], "sample")
     assert settings.read_prompts(args) == [text]
     if args.text is None:
-        assert text.lower() == "none"                             # the word for "no text", as with every knob of that default
+        assert text.lower() == "none"                             # the word for "no text", as with every flag of that default
         return
     fixed, sizes = sample.with_gaps(args.text, tok)
     assert len(fixed) == len(sizes) + 1

@@ -1,6 +1,6 @@
 """What the starter corpus is made of, data only: words (lexicon.py) and sentence frames, one file for each sort of text.
 
-    import starter; starter.KINDS                     # every kind of document, which corpus.py fills with the words
+    import starter; starter.KINDS                     # every kind of document, which text/starter/grammar.py fills with the words
 
 Frames are Hindi sentences in Devanagari with these marks:
     S  place  food2      Latin words are slots: a person (S F A B T), a noun of NOUNS or ADJECTIVES, an activity (V W), a

@@ -2,7 +2,7 @@
 
     python -m corpus --docs 5 --seed 0
 
-It is named for what it is: synthetic text from the words and the sentences of starter/, not real data.
+It is named for what it is: synthetic text from the words and the sentences of text/starter/, not real data.
 prepare.py offers it as `builtin` and the tests use it everywhere. A document is a pure function of (seed, index): document
 1,000 is made without the 999 before it, and no text changes unless VERSION does. Everything is written once, in Devanagari;
 the Hinglish is the same sentence as one of a few typists, each with spelling habits, would type it. So both scripts share
@@ -47,7 +47,7 @@ ROMAN = {}
 
 
 def learn(word, roman):
-    """Remember how a word (or phrase, word by word) is typed in Latin letters; contradictions are slips in the tables."""
+    """Remember how a word (or phrase, word by word) is typed in Latin letters; contradictions are usage errors in the tables."""
     for w, r in zip(word.split(), roman.split(), strict=True):
         if ROMAN.setdefault(w, r) != r:
             raise ValueError(f"{w} is typed both {ROMAN[w]} and {r}: keep one in starter/lexicon.py")
@@ -164,7 +164,7 @@ def activity(thing, cls, forms, age, when, where):
     return entity
 
 
-# ---- tables: everything in starter/, expanded once at import
+# ---- tables: everything in text/starter/, expanded once at import
 
 def split_rows(table, width):
     """Rows of whitespace-separated cells; `_` inside a cell is a space, `-` is an empty cell."""
