@@ -1,9 +1,14 @@
-"""Checkpoints are folders, `checkpoints/<run>/step_000500/`: safetensors, JSON, the tokenizer, a manifest of hashes.
+"""Checkpoints are folders, `checkpoints/<run>/step_000500/`: safetensors, JSON, the tokenizer, a
+manifest of hashes.
 
-Used by train.py (run_lock, save, load), sample.py and edge_benchmark.py (load); nothing here runs by itself. Notable:
-* a save is written aside, synced, then renamed: a kill at any moment leaves the earlier or the new state, never a half;
-* neither safetensors nor torch notices a flipped bit: every file is hashed here, and checked on every load;
-* no pickle: the file names that older guides type (`last.ckpt`, `step_000500.pt`) are only names for such folders.
+Used by train.py (run_lock, save, load), sample.py and edge_benchmark.py (load); nothing here runs
+by itself. Notable:
+* a save is written aside, synced, then renamed: a kill at any moment leaves the earlier or the new
+  state, never a half;
+* neither safetensors nor torch notices a flipped bit: every file is hashed here, and checked on
+  every load;
+* no pickle: the file names that older guides type (`last.ckpt`, `step_000500.pt`) are only names
+  for such folders.
 """
 import contextlib
 import errno
@@ -39,12 +44,15 @@ except ImportError:  # Windows has no flock: there a second trainer goes unnotic
 FORMAT = "aria-checkpoint-1"
 PARTS, MANIFEST = ("model", "ema", "optimizer"), "MANIFEST.json"
 SMALL = {"state.json", "config.json", "tokenizer.model"}
-READ = ("seq_len", "batch_size", "train_block_sizes", "sample_steps", "data_dir")  # the settings that users of a model read
+# the settings that users of a model read
+READ = ("seq_len", "batch_size", "train_block_sizes", "sample_steps", "data_dir")
 LARGEST_MANIFEST = 1 << 26  # bytes; a manifest has some 150 for each file
-READ_LIMIT = 20      # times that a reader looks again for a checkpoint that was pruned before its eyes
-STRAY = {".DS_Store", "desktop.ini", "Thumbs.db"}  # file managers leave these anywhere; nothing reads them
+READ_LIMIT = 20  # times that a reader looks again for a checkpoint that was pruned before its eyes
+# file managers leave these anywhere; nothing reads them
+STRAY = {".DS_Store", "desktop.ini", "Thumbs.db"}
 
-# ---------------------------------------------------------------------------------------------------- disk work
+# --------------------------------------------------------------------------------------------------
+# disk work
 
 def remove(path):
     """A file, a folder, or a link: of a link only the link itself, never what it names."""
@@ -71,7 +79,9 @@ def sweep(run):
 
 @contextlib.contextmanager
 def run_lock(run_dir):
-    """One writer per run folder; a second one is refused. The kernel frees the lock however its holder dies."""
+    """One writer per run folder; a second one is refused. The kernel frees the lock however its
+    holder dies.
+    """
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "LOCK", "a+") as f:
@@ -80,33 +90,56 @@ def run_lock(run_dir):
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
-            raise UserError(f"process {f.read(20)} trains in {run}: wait, or choose another --output_dir") from None
+            raise UserError(
+                f"process {f.read(20)} trains in {run}: wait, or choose another --output_dir"
+            ) from None
         except OSError as error:
-            say(f"warning: {run} cannot be locked ({error.strerror}): start only one training in it")
+            say(
+                f"warning: {run} cannot be locked ({error.strerror}): start only one training in it"
+            )
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
         sweep(run)
         yield
 
-# ---------------------------------------------------------------------------------------------------- save
+# --------------------------------------------------------------------------------------------------
+# save
 
-def save(run_dir, step, *, state, config, tokenizer_bytes, model_state=None, ema_state=None, optimizer_state=None, shards=None,
-         best=False, keep_last=TrainArgs.keep_last, keep_full=TrainArgs.keep_full):
+def save(
+    run_dir,
+    step,
+    *,
+    state,
+    config,
+    tokenizer_bytes,
+    model_state=None,
+    ema_state=None,
+    optimizer_state=None,
+    shards=None,
+    best=False,
+    keep_last=TrainArgs.keep_last,
+    keep_full=TrainArgs.keep_full,
+):
     """Write checkpoint `step`, point (`best` and) `latest` at it, prune; returns its folder.
 
-    shards(folder) -> {file: its entry} writes the tensors instead, where several processes have a part of each (checkpoint_shards.py).
+    shards(folder) -> {file: its entry} writes the tensors instead, where several processes have a
+    part of each (checkpoint_shards.py).
 
-    FloatingPointError: a tensor is not finite, nothing was touched. OSError (disk full, ...): what was there is intact
-    and nothing half-written bears a checkpoint's name. Saving a step that exists replaces it.
+    FloatingPointError: a tensor is not finite, nothing was touched. OSError (disk full, ...): what
+    was there is intact and nothing half-written bears a checkpoint's name. Saving a step that
+    exists replaces it.
     """
     assert model_state or shards, "a checkpoint without weights"
     run, name = Path(run_dir), step_name(step)
     temp, final, old = run / f".tmp-{name}-{os.getpid()}", run / name, run / f".old-{name}"
     tensors = {f"{part}.safetensors": pack(found, part) for part, found in
                zip(PARTS, (model_state, ema_state, optimizer_state), strict=True) if found}
-    small = {"state.json": to_json({**state, "format": FORMAT, "step": step}), "config.json": to_json(config),
-             "tokenizer.model": tokenizer_bytes}
+    small = {
+        "state.json": to_json({**state, "format": FORMAT, "step": step}),
+        "config.json": to_json(config),
+        "tokenizer.model": tokenizer_bytes,
+    }
     run.mkdir(parents=True, exist_ok=True)
     try:
         sweep(run)
@@ -115,13 +148,28 @@ def save(run_dir, step, *, state, config, tokenizer_bytes, model_state=None, ema
             write_file(temp / file, data)
         for file, (part, tied) in tensors.items():
             write_tensors(temp / file, part, tied)
-        files = {f: {"size": (temp / f).stat().st_size, "sha256": file_sha256(temp / f)} for f in (*small, *tensors)}
+        files = {
+            f: {"size": (temp / f).stat().st_size, "sha256": file_sha256(temp / f)}
+            for f in (*small, *tensors)
+        }
         files |= shards(temp) if shards else {}
-        write_file(temp / MANIFEST, to_json(seal({
-            "format": FORMAT, "step": step, "files": files, "tokenizer_sha256": files["tokenizer.model"]["sha256"],
-            "config_sha256": files["config.json"]["sha256"]})))
+        write_file(
+            temp / MANIFEST,
+            to_json(
+                seal(
+                    {
+                        "format": FORMAT,
+                        "step": step,
+                        "files": files,
+                        "tokenizer_sha256": files["tokenizer.model"]["sha256"],
+                        "config_sha256": files["config.json"]["sha256"],
+                    }
+                )
+            ),
+        )
         sync(temp)
-        if final.exists():  # the old one steps aside, to where list_steps() and sweep() still find it
+        # the old one steps aside, to where list_steps() and sweep() still find it
+        if final.exists():
             rename(final, old)
         rename(temp, final)
         sync(run)
@@ -133,8 +181,11 @@ def save(run_dir, step, *, state, config, tokenizer_bytes, model_state=None, ema
         with contextlib.suppress(OSError):
             sweep(run)
         raise
-    for pointer in ("best", "latest") if best else ("latest",):  # latest last: a kill in between repeats this save, best included
-        replace_file(run / pointer, f"{name}\n{datetime.now(timezone.utc).isoformat()}\n".encode(), run)
+    # latest last: a kill in between repeats this save, best included
+    for pointer in ("best", "latest") if best else ("latest",):
+        replace_file(
+            run / pointer, f"{name}\n{datetime.now(timezone.utc).isoformat()}\n".encode(), run
+        )
     try:
         prune(run, step, keep_last, keep_full)
     except OSError as error:  # the new checkpoint is safe, and the next save prunes again
@@ -142,7 +193,9 @@ def save(run_dir, step, *, state, config, tokenizer_bytes, model_state=None, ema
     return final
 
 def pack(tensors, part):
-    """Tensors -> (what safetensors takes: on the CPU, dense, each storage once; {name tied to another: that one})."""
+    """Tensors -> (what safetensors takes: on the CPU, dense, each storage once; {name tied to
+    another: that one}).
+    """
     kept, tied, seen = {}, {}, {}
     for key, t in tensors.items():
         assert "_orig_mod." not in key, f"{key}: save the bare module, not its compiled wrapper"
@@ -154,7 +207,8 @@ def pack(tensors, part):
             tied[key] = first
             continue
         t = t.detach().cpu().contiguous()
-        kept[key] = t if t.untyped_storage().nbytes() == t.nbytes else t.clone()  # a slice without its whole storage
+        # a slice without its whole storage
+        kept[key] = t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
     return kept, tied
 
 def write_tensors(path, tensors, tied):
@@ -163,28 +217,39 @@ def write_tensors(path, tensors, tied):
     except SafetensorError as error:  # the library tells a full disk only in words
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
-    os.chmod(path, (path.parent / "state.json").stat().st_mode & 0o777)  # the library's 0600 ignores the umask
+    # the library's 0600 ignores the umask
+    os.chmod(path, (path.parent / "state.json").stat().st_mode & 0o777)
     sync(path)
 
 def prune(run, step, keep_last, keep_full):
-    """Newest first: the steps up to the one just saved, then those that the run had reached before it was rewound."""
+    """Newest first: the steps up to the one just saved, then those that the run had reached before
+    it was rewound.
+    """
     sweep(run)
     steps = list_steps(run)
     for rank, s in enumerate(sorted(steps, key=lambda s: (s <= step, s), reverse=True)):
         folder = steps[s]
         if keep_last and rank >= keep_last and s not in (step, read_pointer(run, "best")[0]):
             discard(folder)
-        elif rank >= keep_full and (moments := [path for path in folder.iterdir() if part_of(path.name) == "optimizer"]):
+        elif rank >= keep_full and (
+            moments := [path for path in folder.iterdir() if part_of(path.name) == "optimizer"]
+        ):
             try:
                 manifest = read_manifest(folder)
             except UserError:
                 continue  # damaged: somebody may want to look at it as it is
-            if any([manifest["files"].pop(path.name, None) for path in moments]):  # a kill leaves files that count no more
-                replace_file(folder / MANIFEST, to_json(seal({**manifest, "dropped": "optimizer.safetensors"})), run)
+            # a kill leaves files that count no more
+            if any([manifest["files"].pop(path.name, None) for path in moments]):
+                replace_file(
+                    folder / MANIFEST,
+                    to_json(seal({**manifest, "dropped": "optimizer.safetensors"})),
+                    run,
+                )
             for path in moments:
                 path.unlink()
 
-# ---------------------------------------------------------------------------------------------------- load
+# --------------------------------------------------------------------------------------------------
+# load
 
 def read_json(path):
     try:
@@ -214,16 +279,23 @@ def read_manifest(folder):
         raise Damage(f"{path} has {size:,} bytes, which is no manifest")
     manifest = read_json(path)
     try:
-        whole = path.read_bytes() == to_json(seal(manifest))  # byte for byte: not even a space may differ
+        # byte for byte: not even a space may differ
+        whole = path.read_bytes() == to_json(seal(manifest))
     except (OSError, ValueError):
         whole = False
     if not whole:
         raise Damage(f"{path} was changed after it was written")
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has the format {manifest.get('format')!r}, but this Aria reads {FORMAT}")
+        raise UserError(
+            f"{path} has the format {manifest.get('format')!r}, but this Aria reads {FORMAT}"
+        )
     files, step = manifest.get("files"), manifest.get("step")
-    known = isinstance(files, dict) and set(files) >= SMALL and "model" in parts_of(folder, files) and all(
-        file in SMALL or part_of(file) for file in files)
+    known = (
+        isinstance(files, dict)
+        and set(files) >= SMALL
+        and "model" in parts_of(folder, files)
+        and all(file in SMALL or part_of(file) for file in files)
+    )
     if not known or type(step) is not int:
         raise Damage(f"{path} is incomplete")
     if re.fullmatch(r"step_[0-9]+", folder.name) and folder.name != step_name(step):
@@ -255,7 +327,9 @@ def verify(folder):
         extra = set(os.listdir(folder)) - {MANIFEST, *manifest["files"], *STRAY}
     except OSError as error:
         raise Damage(f"{folder} cannot be read: {error.strerror}") from None
-    extra = {file for file in extra if not (manifest.get("dropped") and part_of(file) == "optimizer")}
+    extra = {
+        file for file in extra if not (manifest.get("dropped") and part_of(file) == "optimizer")
+    }
     if extra:
         raise Damage(f"{folder / min(extra)} does not belong to this checkpoint: move it away")
     return manifest
@@ -267,7 +341,8 @@ def read_tensors(path):
             for key in f.keys():  # noqa: SIM118
                 if not all(0 < side < 1 << 32 for side in f.get_slice(key).get_shape()):
                     raise Damage(f"{path}: {key} has the shape {f.get_slice(key).get_shape()}")
-                t = tensors[key] = f.get_tensor(key).clone()  # a copy: what stays mapped must not be written over
+                # a copy: what stays mapped must not be written over
+                t = tensors[key] = f.get_tensor(key).clone()
                 if t.is_floating_point() and not torch.isfinite(t).all():
                     raise Damage(f"{path}: {key} holds NaN or infinity")
             tied = json.loads((f.metadata() or {}).get("tied", "{}"))
@@ -276,7 +351,9 @@ def read_tensors(path):
         raise Damage(f"{path} is no valid tensor file: {error!r}") from None
 
 def read_part(files):
-    """One part of a checkpoint, whole, from the one file that holds it or from those of several processes."""
+    """One part of a checkpoint, whole, from the one file that holds it or from those of several
+    processes.
+    """
     if len(files) == 1 and files[0].stem in PARTS:
         tensors = read_tensors(files[0])
     else:
@@ -285,10 +362,12 @@ def read_part(files):
     return {weight_name(key): t for key, t in tensors.items()}
 
 def load(path, *, parts=("model",), quarantine=False):
-    """Any spelling of a checkpoint -> .path .step .config .state .tokenizer_bytes .files .model .ema .optimizer (or None).
+    """Any spelling of a checkpoint -> .path .step .config .state .tokenizer_bytes .files .model
+    .ema .optimizer (or None).
 
-    All files are verified, the tensors of `parts` are read. A damaged `latest` falls back to the one before, loudly;
-    with quarantine (for the holder of the lock) it is renamed .corrupt-*. Damage in a step that was named raises.
+    All files are verified, the tensors of `parts` are read. A damaged `latest` falls back to the
+    one before, loudly; with quarantine (for the holder of the lock) it is renamed .corrupt-*.
+    Damage in a step that was named raises.
     """
     def read(folder):
         manifest, found = verify(folder), dict.fromkeys(PARTS)
@@ -302,8 +381,16 @@ def load(path, *, parts=("model",), quarantine=False):
             tokenizer_bytes = (folder / "tokenizer.model").read_bytes()
         except OSError as error:
             raise Damage(f"{folder / 'tokenizer.model'} cannot be read: {error.strerror}") from None
-        return SimpleNamespace(path=folder, step=manifest["step"], config=config, state=state, files=files,
-                               tokenizer_bytes=tokenizer_bytes, **found)
+        return SimpleNamespace(
+            path=folder,
+            step=manifest["step"],
+            config=config,
+            state=state,
+            files=files,
+            tokenizer_bytes=tokenizer_bytes,
+            **found,
+        )
+
     return first_good(path, read, quarantine)
 
 def section(saved, name):
@@ -313,10 +400,15 @@ def section(saved, name):
     return saved.config[name]
 
 def check_settings(saved):
-    """Before a model is used: the settings of its run that the commands read are there, and within their limits."""
+    """Before a model is used: the settings of its run that the commands read are there, and within
+    their limits.
+    """
     where, found = saved.path / "config.json", section(saved, "args")
     if missing := [name for name in READ if name not in found]:
-        raise UserError(f"{where} lacks {', '.join(missing)}: another version wrote it, or it was changed by hand")
+        raise UserError(
+            f"{where} lacks {', '.join(missing)}: another version wrote it, or it was changed by "
+            "hand"
+        )
     values = checked(TrainArgs, {name: found[name] for name in READ}, where)
     problems = [*block_problems("train_block_sizes", values["train_block_sizes"])]
     if "\0" in values["data_dir"]:
@@ -325,39 +417,56 @@ def check_settings(saved):
         raise UserError(f"{where}: " + "; ".join(problems))
 
 def may_fit(cfg, tensors):
-    """Before a model is built: a shape beyond all that the file holds is refused, and takes no memory."""
+    """Before a model is built: a shape beyond all that the file holds is refused, and takes no
+    memory.
+    """
     asked, found = count_params(cfg), sum(t.numel() for t in tensors.values())
     if asked > 2 * found:
-        raise UserError(f"the checkpoint does not fit the model: {asked:,} parameters by the shape, {found:,} in the file")
+        raise UserError(
+            f"the checkpoint does not fit the model: {asked:,} parameters by the shape, {found:,} "
+            "in the file"
+        )
+
 
 def load_into(model, tensors):
     """Copy tensors into the model; every name and every shape must match."""
     own = model.state_dict()
     for key in (*own, *tensors):
-        theirs, ours = (tuple(side[key].shape) if key in side else "missing" for side in (tensors, own))
+        theirs, ours = (
+            tuple(side[key].shape) if key in side else "missing" for side in (tensors, own)
+        )
         if theirs != ours:
-            raise UserError(f"the checkpoint does not fit the model: {key} is {theirs} there and {ours} here")
+            raise UserError(
+                f"the checkpoint does not fit the model: {key} is {theirs} there and {ours} here"
+            )
     model.load_state_dict(tensors)
 
-# ---------------------------------------------------------------------------------------------------- names
+# --------------------------------------------------------------------------------------------------
+# names
 
 def part_of(file):
-    """"model.safetensors", or "model-00001-of-00004.safetensors" -> "model"; None of another name."""
+    """"model.safetensors", or "model-00001-of-00004.safetensors" -> "model"; None of another name.
+    """
     match = re.fullmatch(rf"({'|'.join(PARTS)})(-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors", file)
     return match and match[1]
 
 def parts_of(folder, files):
     """{part: the paths of its files} of those that there are."""
-    found = {part: [folder / file for file in sorted(files) if part_of(file) == part] for part in PARTS}
+    found = {
+        part: [folder / file for file in sorted(files) if part_of(file) == part] for part in PARTS
+    }
     return {part: paths for part, paths in found.items() if paths}
 
 def step_name(step):
     return f"step_{step:06d}"
 
 def list_steps(run_dir):
-    """{step: folder}, ascending. What a killed re-save had set aside counts as long as its own name is free."""
+    """{step: folder}, ascending. What a killed re-save had set aside counts as long as its own name
+    is free.
+    """
     found = {}
-    for folder in sorted(Path(run_dir).glob("*step_*")):  # ".old-step_" sorts first, so its successor overrides it
+    # ".old-step_" sorts first, so its successor overrides it
+    for folder in sorted(Path(run_dir).glob("*step_*")):
         match = re.fullmatch(r"(?:\.old-)?(step_([0-9]{6,12}))", folder.name)
         if match and match[1] == step_name(int(match[2])) and os.path.isdir(folder):
             found[int(match[2])] = folder
@@ -378,8 +487,9 @@ def is_run(folder):
 def choose_run(runs, name, want, guess):
     """The run that is meant by a name one level above several -> its folder, or None.
 
-    It is the run that saved last, of those that have step `want` if that is a number. A resume writes into the run, so it
-    does not guess: `last.ckpt` means the newest run, and any other name has to fit exactly one.
+    It is the run that saved last, of those that have step `want` if that is a number. A resume
+    writes into the run, so it does not guess: `last.ckpt` means the newest run, and any other name
+    has to fit exactly one.
     """
     if isinstance(want, int):
         runs = [run for run in runs if want in list_steps(run)]
@@ -392,20 +502,28 @@ def choose_run(runs, name, want, guess):
 def candidates(path, guess=True):
     """What was typed -> the folders to try, in order; more than one only where `latest` is meant.
 
-    guess: a name that no run has by itself may mean the newest one of several runs, see choose_run().
+    guess: a name that no run has by itself may mean the newest one of several runs, see
+    choose_run().
     """
     p, run, folder = Path(path), Path(path).parent, os.path.isdir(path)
     if folder and (re.fullmatch(r"step_[0-9]{6,12}", p.name) or os.path.exists(p / MANIFEST)):
         return [p]
     if os.path.exists(p) and not folder and p.name not in ("latest", "best"):
-        raise UserError(f"{p} is a file, and Aria opens no foreign checkpoints: name a folder such as step_000500")
+        raise UserError(
+            f"{p} is a file, and Aria opens no foreign checkpoints: name a folder such as "
+            "step_000500"
+        )
     number = re.findall(r"(?<![a-z])step[=_]?([0-9]{1,12})(?![0-9])", p.name)
     if folder:
         run, want = p, "latest"
     elif number:
         want = int(number[-1])
     else:
-        want = "best" if p.name.startswith("best") else re.fullmatch(r"(latest|last)(\..*)?", p.name) and "latest"
+        want = (
+            "best"
+            if p.name.startswith("best")
+            else re.fullmatch(r"(latest|last)(\..*)?", p.name) and "latest"
+        )
     below = [] if is_run(run) else [child for child in run.glob("*") if is_run(child)]
     if below and not folder:
         run = choose_run(below, p.name, want, guess)
@@ -433,11 +551,17 @@ def manifest_bytes(folder):
     return None
 
 def first_good(path, use, quarantine=False):
-    """use(folder), of the first candidate that is not damaged; a training may save and prune at the same time."""
+    """use(folder), of the first candidate that is not damaged; a training may save and prune at the
+    same time.
+    """
     for _ in range(READ_LIMIT):
         with contextlib.suppress(Moved):
             return first_of(candidates(path), path, use, quarantine)
-    raise UserError(f"{path} changed {READ_LIMIT} times while it was being read: name a step that stays, or wait")
+    raise UserError(
+        f"{path} changed {READ_LIMIT} times while it was being read: name a step that stays, or "
+        "wait"
+    )
+
 
 def first_of(folders, path, use, quarantine):
     first = None
@@ -453,7 +577,9 @@ def first_of(folders, path, use, quarantine):
             first = first or damage
             say(f"warning: {damage}; trying the checkpoint before it")
             if quarantine and folder.exists():
-                rename(folder, folder.with_name(f".corrupt-{folder.name.lstrip('.')}-{time.time_ns()}"))
+                rename(
+                    folder, folder.with_name(f".corrupt-{folder.name.lstrip('.')}-{time.time_ns()}")
+                )
             continue
         if folder != Path(path):
             say(f"checkpoint: {path} -> {folder.as_posix()}")
@@ -466,22 +592,32 @@ def resolve(path):
     return first_good(path, lambda folder: folder if single else verify(folder) and folder)
 
 def load_model(path, device, model="auto", tokenizer_path=None):
-    """Any spelling of a checkpoint -> (model in eval mode, its averaged weights if it has them; tokenizer; checkpoint)."""
+    """Any spelling of a checkpoint -> (model in eval mode, its averaged weights if it has them;
+    tokenizer; checkpoint).
+    """
     saved = load(path, parts=("model", "ema"))
     cfg = ModelConfig.from_dict(section(saved, "model"))
     check_settings(saved)
     may_fit(cfg, saved.model)
     if model not in ("auto", cfg.model):
-        raise UserError(f"{saved.path} holds a {cfg.model} model, --model says {model}: use --model {cfg.model}")
+        raise UserError(
+            f"{saved.path} holds a {cfg.model} model, --model says {model}: use --model {cfg.model}"
+        )
     tokenizer = Tokenizer(saved.tokenizer_bytes)
     if tokenizer_path is not None:
         if not os.path.exists(tokenizer_path):
-            raise UserError(f"--tokenizer {tokenizer_path}: no such file; leave the flag out, the checkpoint carries its "
-                            "own tokenizer")
+            raise UserError(
+                f"--tokenizer {tokenizer_path}: no such file; leave the flag out, the checkpoint "
+                "carries its "
+                "own tokenizer"
+            )
         given = Tokenizer(tokenizer_path)
         if given.sha256 != tokenizer.sha256:
-            raise UserError(f"--tokenizer {tokenizer_path} ({given.sha256[:12]}) is not the one this checkpoint was trained with "
-                            f"({tokenizer.sha256[:12]}): leave the flag out, the checkpoint carries its own")
+            raise UserError(
+                f"--tokenizer {tokenizer_path} ({given.sha256[:12]}) is not the one this "
+                "checkpoint was trained with "
+                f"({tokenizer.sha256[:12]}): leave the flag out, the checkpoint carries its own"
+            )
     net = build_model(cfg)
     load_into(net, saved.ema or saved.model)
     return net.eval().to(device), tokenizer, saved

@@ -1,11 +1,17 @@
-"""Checkpoints of weights that --fsdp has cut up: torch.distributed.checkpoint (DCP), a safetensors file per process and part.
+"""Checkpoints of weights that --fsdp has cut up: torch.distributed.checkpoint (DCP), a safetensors
+file per process and part.
 
-    step_000500/model-00001-of-00004.safetensors ...    beside them the same manifest, JSON and tokenizer as always
+    step_000500/model-00001-of-00004.safetensors ...    beside them the same manifest, JSON and
+        tokenizer as always
 
-Used by checkpoint.py (read_whole) and training/distributed.py (save, read_into); nothing here runs by itself. Notable:
-* each process writes and hashes its own part, so no machine has to hold, or to wait for, the whole model;
-* a file says where its parts lie (saved_offsets), so any number of processes reads what any other number wrote;
-* DCP's own metadata file is a pickle, its safetensors format needs none: none is written, none is read.
+Used by checkpoint.py (read_whole) and training/distributed.py (save, read_into); nothing here runs
+by itself. Notable:
+* each process writes and hashes its own part, so no machine has to hold, or to wait for, the whole
+  model;
+* a file says where its parts lie (saved_offsets), so any number of processes reads what any other
+  number wrote;
+* DCP's own metadata file is a pickle, its safetensors format needs none: none is written, none is
+  read.
 """
 import errno
 import os
@@ -21,10 +27,12 @@ from common.console import Damage, UserError
 from common.files import file_sha256
 from model_config import weight_name
 
-# ---- save: every rank calls it ---------------------------------------------------------------------------------------
+# ---- save: every rank calls it -------------------------------------------------------------------
 
 def save(ranks, parts, write):
-    """write(shards) is rank 0's save, which calls shards(folder) in its midst, where the others join. -> its result."""
+    """write(shards) is rank 0's save, which calls shards(folder) in its midst, where the others
+    join. -> its result.
+    """
     joined = False
 
     def everybody(folder):
@@ -34,7 +42,7 @@ def save(ranks, parts, write):
 
     if ranks.main:
         done = write(shards=everybody)
-        if not joined:                                           # it failed before there was a folder
+        if not joined:  # it failed before there was a folder
             ranks.broadcast_object(None)
         return ranks.broadcast_object(done)
     folder = ranks.broadcast_object(None)
@@ -42,26 +50,41 @@ def save(ranks, parts, write):
         try:
             write_parts(ranks, Path(folder), parts)
         except (OSError, FloatingPointError):
-            pass                                                 # rank 0 has the same one, and says it
+            pass  # rank 0 has the same one, and says it
     return ranks.broadcast_object(None)
 
 
 def write_parts(ranks, folder, parts):
-    """{part: {name: tensor}} into the folder -> {file: its manifest entry} of all ranks; what fails on one, fails on all."""
-    bad = [f"{part}: {name}" for part, tensors in parts.items() for name, t in tensors.items() if not finite(t)]
+    """{part: {name: tensor}} into the folder -> {file: its manifest entry} of all ranks; what fails
+    on one, fails on all.
+    """
+    bad = [
+        f"{part}: {name}"
+        for part, tensors in parts.items()
+        for name, t in tensors.items()
+        if not finite(t)
+    ]
     if ranks.all_reduce_max(len(bad)):
-        raise FloatingPointError(f"{bad[0] if bad else 'another process'} holds NaN or infinity; nothing was saved")
+        raise FloatingPointError(
+            f"{bad[0] if bad else 'another process'} holds NaN or infinity; nothing was saved"
+        )
     mine, failed = {}, None
     for part, tensors in parts.items():
         try:
-            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(folder / part, save_distributed=True))
-        except dcp.CheckpointException as error:                 # on every rank, whoever's disk is full
+            dcp.save(
+                tensors,
+                storage_writer=dcp.HuggingFaceStorageWriter(folder / part, save_distributed=True),
+            )
+        except dcp.CheckpointException as error:  # on every rank, whoever's disk is full
             raise cause(error) from None
         try:
             for written in (folder / part).glob(f"shard-{ranks.rank + 1:05d}-*"):
                 name = f"{part}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors"
                 os.replace(written, folder / name)
-                mine[name] = {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+                mine[name] = {
+                    "size": (folder / name).stat().st_size,
+                    "sha256": file_sha256(folder / name),
+                }
         except OSError as error:
             failed = failed or str(error)
     told = [None] * ranks.world
@@ -88,10 +111,12 @@ def cause(error):
     return OSError(errno.EIO, " ".join(str(error).split())[-300:])
 
 
-# ---- read ------------------------------------------------------------------------------------------------------------
+# ---- read ----------------------------------------------------------------------------------------
 
 class Reader(dcp.HuggingFaceStorageReader):
-    """Of these files, those that the manifest vouches for, and of nothing else that may lie beside them."""
+    """Of these files, those that the manifest vouches for, and of nothing else that may lie beside
+    them.
+    """
 
     def __init__(self, files):
         super().__init__(files[0].parent)
@@ -105,20 +130,35 @@ def contents(files):
         for name, tensor in found.items():
             held = sum(chunk.sizes.numel() for chunk in tensor.chunks)
             if held != tensor.size.numel() or not all(0 < side < 1 << 32 for side in tensor.size):
-                raise ValueError(f"{name} is not whole: {held} values of the shape {tuple(tensor.size)}")
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+                raise ValueError(
+                    f"{name} is not whole: {held} values of the shape {tuple(tensor.size)}"
+                )
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise Damage(f"{files[0]} and its like are no valid tensor files: {error!r}") from None
     return {name: (tensor.size, tensor.properties.dtype) for name, tensor in found.items()}
 
 
 def read(files, targets, alone):
-    """Fill the targets, {name in the files: tensor}, each process its own part of them; alone: without asking the others."""
+    """Fill the targets, {name in the files: tensor}, each process its own part of them; alone:
+    without asking the others.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)         # it wonders whether one process is what was meant
+            # it wonders whether one process is what was meant
+            warnings.simplefilter("ignore", UserWarning)
             dcp.load(targets, storage_reader=Reader(files), no_dist=alone)
     except (dcp.CheckpointException, SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise Damage(f"{files[0]} and its like cannot be read: {' '.join(str(error).split())[-300:]}") from None
+        raise Damage(
+            f"{files[0]} and its like cannot be read: {' '.join(str(error).split())[-300:]}"
+        ) from None
     for name, t in targets.items():
         if not finite(t):
             raise Damage(f"{files[0]} and its like: {name} holds NaN or infinity")
@@ -137,24 +177,39 @@ def blank(shape, dtype):
 
 
 def read_into(files, model):
-    """The weights in the files, whole or cut up on any number of ranks -> the model's own parts of them. Every rank calls it."""
-    own, found = model.state_dict(), {weight_name(name): (name, shape) for name, (shape, _) in contents(files).items()}
+    """The weights in the files, whole or cut up on any number of ranks -> the model's own parts of
+    them. Every rank calls it.
+    """
+    own, found = (
+        model.state_dict(),
+        {weight_name(name): (name, shape) for name, (shape, _) in contents(files).items()},
+    )
     for name in (*own, *found):
-        theirs, ours = tuple(found[name][1]) if name in found else "missing", tuple(own[name].shape) if name in own else "missing"
+        theirs, ours = (
+            tuple(found[name][1]) if name in found else "missing",
+            tuple(own[name].shape) if name in own else "missing",
+        )
         if theirs != ours:
-            raise UserError(f"the checkpoint does not fit the model: {name} is {theirs} there and {ours} here")
+            raise UserError(
+                f"the checkpoint does not fit the model: {name} is {theirs} there and {ours} here"
+            )
     read(files, {found[name][0]: t.detach() for name, t in own.items()}, alone=False)
 
 
 def read_beside(files, model):
-    """What was saved beside the weights -> {name: tensor}, cut as the parameter in its name is. Every rank calls it."""
+    """What was saved beside the weights -> {name: tensor}, cut as the parameter in its name is.
+    Every rank calls it.
+    """
     from torch.distributed.tensor import zeros
     params, targets = dict(model.named_parameters()), {}
     for name, (shape, dtype) in contents(files).items():
         own = weight_name(name)
-        p = params.get(own, params.get(own.partition(".")[2].rpartition(".")[0]))       # its name, or adamw.<name>.exp_avg
+        # its name, or adamw.<name>.exp_avg
+        p = params.get(own, params.get(own.partition(".")[2].rpartition(".")[0]))
         if p is not None and p.shape == shape:
-            targets[name] = zeros(shape, dtype=dtype, device_mesh=p.device_mesh, placements=p.placements)
+            targets[name] = zeros(
+                shape, dtype=dtype, device_mesh=p.device_mesh, placements=p.placements
+            )
         else:
             targets[name] = blank(shape, dtype)
     read(files, targets, alone=False)

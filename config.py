@@ -1,13 +1,17 @@
-"""Every flag of Aria, declared once; the command line, --help, the tables of the docs and saved configs derive from it.
+"""Every flag of Aria, declared once; the command line, --help, the tables of the docs and saved
+configs derive from it.
 
-    args, origins = cli.parse(config.TrainArgs, argv, "train")    # how every entry point starts; no other default exists
+    args, origins = cli.parse(config.TrainArgs, argv, "train")    # how every entry point starts; no
+        other default exists
 
-A flag is a dataclass field whose metadata holds help, choices, limits, old names and its resume rule:
-  must    a resumed run has to agree with its checkpoint       may   it may change, and the change is logged
+A flag is a dataclass field whose metadata holds help, choices, limits, old names and its resume
+rule:
+  must    a resumed run has to agree with its checkpoint       may   it may change, and the change
+      is logged
   ignore  it belongs to this one invocation: neither a checkpoint nor a --config file ever sets it
-How a flag is read is in flags.py, how a command line becomes arguments in cli.py; the flags of a model's shape are in
-model_config.py, those of masks and blocks in config.py, those of the logs beside train.jsonl in training/logs.py.
-No torch and no numpy here: --help has to be instant.
+How a flag is read is in flags.py, how a command line becomes arguments in cli.py; the flags of a
+model's shape are in model_config.py, those of masks and blocks in config.py, those of the logs
+beside train.jsonl in training/logs.py. No torch and no numpy here: --help has to be instant.
 """
 import dataclasses
 import re
@@ -23,43 +27,130 @@ ROOT = Path(__file__).resolve().parent
 VERSION = "1.0"
 PROMPTS = ("mai kal bazaar gaya tha aur", "भारत में आज मौसम", "yaar mujhe samajh nahi aa raha",
            "मुझे एक अच्छी कहानी सुनाओ")     # the runbook's
-STARTER_DIR, STARTER_CHARS, STARTER_VOCAB = "data/builtin", 12_000_000, 4000      # the starter corpus, when train makes it
+# the starter corpus, when train makes it
+STARTER_DIR, STARTER_CHARS, STARTER_VOCAB = "data/builtin", 12_000_000, 4000
 BENCH_PROMPTS = ("namaste", "mai kal bazaar gaya tha", "aaj mausam kaisa hai")
 
 
-# peak rates where only the optimizer is known; Muon's updates are as large as AdamW's of the same rate, and it bears a higher one
+# peak rates where only the optimizer is known; Muon's updates are as large as AdamW's of the same
+# rate, and it bears a higher one
 RATES = {"muon": 1e-2, "adamw": 2e-3, "lion": 3e-4}
 
-# ---- presets and profiles: only what differs from the defaults ------------------------------------------------------
-# A preset's d_ff is the backup's; the primary's is matched to the same parameter count (see match_d_ff).
+# ---- presets and profiles: only what differs from the defaults -----------------------------------
+# A preset's d_ff is the backup's; the primary's is matched to the same parameter count (see
+# match_d_ff).
 
-# single tokens with 32 slots each take twice the memory; a convolution of 3 places has not been asked at this length of training
+# single tokens with 32 slots each take twice the memory; a convolution of 3 places has not been
+# asked at this length of training
 LARGE = dict(optimizer="adamw", train_block_sizes="T,64,32", conv_kernel=7)
 PRESETS = {
     "none": {},
-    "starter": dict(d_model=192, n_layers=6, n_heads=4, d_ff=576, memory_slots=8, seq_len=128, batch_size=32, grad_accum=1,
-                    lr=2e-2, sample_steps=32, max_steps=500, save_interval=250,
-                    eval_interval=250, eval_batches=6,      # for a grammar: faster blocks, and a reach of whole phrases
-                    train_block_sizes="T,64,32", conv_kernel=7),
-    "nano": dict(d_model=64, n_layers=3, n_heads=4, d_ff=192, memory_slots=8, seq_len=64, batch_size=8, grad_accum=1,
-                 optimizer="adamw", lr=1e-3, warmup_steps=50, max_steps=500, save_interval=100),
-    "tiny": dict(d_model=128, n_layers=3, n_heads=4, d_ff=512, memory_slots=8, seq_len=128, batch_size=8, grad_accum=1,
-                 optimizer="adamw", lr=3e-4, warmup_steps=100, max_steps=1000),
-    "micro": dict(d_ff=2048, seq_len=256, optimizer="adamw", lr=5e-4, warmup_steps=500, max_steps=50_000, save_interval=1000,
-                  dropout=0.1),
-    "medium": dict(d_model=1024, n_layers=24, n_heads=16, d_ff=2816, memory_slots=32, seq_len=1024, batch_size=1, grad_accum=32,
-                   lr=3e-4, warmup_steps=300, max_steps=20_000, save_interval=1000) | LARGE,
-    "full": dict(d_model=2048, n_layers=24, n_heads=16, d_ff=6144, memory_slots=32, seq_len=2048, batch_size=8, grad_accum=16,
-                 lr=1e-4, warmup_steps=5000, max_steps=500_000, save_interval=5000) | LARGE,
+    "starter": dict(
+        d_model=192,
+        n_layers=6,
+        n_heads=4,
+        d_ff=576,
+        memory_slots=8,
+        seq_len=128,
+        batch_size=32,
+        grad_accum=1,
+        lr=2e-2,
+        sample_steps=32,
+        max_steps=500,
+        save_interval=250,
+        # for a grammar: faster blocks, and a reach of whole phrases
+        eval_interval=250,
+        eval_batches=6,
+        train_block_sizes="T,64,32",
+        conv_kernel=7,
+    ),
+    "nano": dict(
+        d_model=64,
+        n_layers=3,
+        n_heads=4,
+        d_ff=192,
+        memory_slots=8,
+        seq_len=64,
+        batch_size=8,
+        grad_accum=1,
+        optimizer="adamw",
+        lr=1e-3,
+        warmup_steps=50,
+        max_steps=500,
+        save_interval=100,
+    ),
+    "tiny": dict(
+        d_model=128,
+        n_layers=3,
+        n_heads=4,
+        d_ff=512,
+        memory_slots=8,
+        seq_len=128,
+        batch_size=8,
+        grad_accum=1,
+        optimizer="adamw",
+        lr=3e-4,
+        warmup_steps=100,
+        max_steps=1000,
+    ),
+    "micro": dict(
+        d_ff=2048,
+        seq_len=256,
+        optimizer="adamw",
+        lr=5e-4,
+        warmup_steps=500,
+        max_steps=50_000,
+        save_interval=1000,
+        dropout=0.1,
+    ),
+    "medium": dict(
+        d_model=1024,
+        n_layers=24,
+        n_heads=16,
+        d_ff=2816,
+        memory_slots=32,
+        seq_len=1024,
+        batch_size=1,
+        grad_accum=32,
+        lr=3e-4,
+        warmup_steps=300,
+        max_steps=20_000,
+        save_interval=1000,
+    )
+    | LARGE,
+    "full": dict(
+        d_model=2048,
+        n_layers=24,
+        n_heads=16,
+        d_ff=6144,
+        memory_slots=32,
+        seq_len=2048,
+        batch_size=8,
+        grad_accum=16,
+        lr=1e-4,
+        warmup_steps=5000,
+        max_steps=500_000,
+        save_interval=5000,
+    )
+    | LARGE,
 }
 GPU_ONLY_PRESETS = ("full",)              # on a CPU only with an explicit --device cpu
-TRAIN_PROFILES = {                        # hiding spans, as the older guides do, costs 0.14 bits/byte (docs/results.md)
+TRAIN_PROFILES = {  # hiding spans, as the older guides do, costs 0.14 bits/byte (docs/results.md)
     "none": {},
-    "tiny": dict(d_model=256, n_layers=6, n_heads=4, d_ff=768, memory_slots=8, timesteps=16, sample_steps=8,
-                 seq_len=384),
+    "tiny": dict(
+        d_model=256,
+        n_layers=6,
+        n_heads=4,
+        d_ff=768,
+        memory_slots=8,
+        timesteps=16,
+        sample_steps=8,
+        seq_len=384,
+    ),
     "laptop": dict(d_model=320, d_ff=960, memory_slots=12, timesteps=24, sample_steps=10),
 }
-# all tokens that the model is sure of, at least one a forward: a fixed number of steps costs what the model is not sure of;
+# all tokens that the model is sure of, at least one a forward: a fixed number of steps costs what
+# the model is not sure of;
 # in blocks of the size that the checkpoint was trained in, at most 64
 SURE = dict(sampler="threshold", steps=64, top_k=0, blockwise=True, frozen_context=True)
 SAMPLE_PROFILES = {
@@ -77,15 +168,25 @@ CPU_TIER = dict(batch_size=1, grad_accum=8, seq_len=256)
 
 
 def gpu_tier(memory, typed=()):
-    """Settings for a GPU with so many bytes (None: a CPU). A batch_size typed alone keeps the sequences per step."""
-    tier = dict(CPU_TIER) if memory is None else dict(next(row for least, row in GPU_TIERS if memory >= least))
+    """Settings for a GPU with so many bytes (None: a CPU). A batch_size typed alone keeps the
+    sequences per step.
+    """
+    tier = (
+        dict(CPU_TIER)
+        if memory is None
+        else dict(next(row for least, row in GPU_TIERS if memory >= least))
+    )
     if "batch_size" in typed and "grad_accum" not in typed:
-        tier["grad_accum"] = max(1, round(tier["batch_size"] * tier["grad_accum"] / typed["batch_size"]))
+        tier["grad_accum"] = max(
+            1, round(tier["batch_size"] * tier["grad_accum"] / typed["batch_size"])
+        )
     return tier
 
 
 def next_commands(run, step, max_steps, causal=False):
-    """[(what it does, the command)] for a run folder: summary.md, report.html and the one-shot print the same ones."""
+    """[(what it does, the command)] for a run folder: summary.md, report.html and the one-shot
+    print the same ones.
+    """
     name = shlex.quote(str(run))
     exact = "" if causal else " --blockwise --frozen_context"
     longer = f" --max_steps {2 * max_steps}" if step >= max_steps else ""
@@ -94,7 +195,7 @@ def next_commands(run, step, max_steps, causal=False):
             ("go on", f"python -m train --resume {name}{longer}")]
 
 
-# ---- the flags ------------------------------------------------------------------------------------------------------
+# ---- the flags -----------------------------------------------------------------------------------
 
 @dataclass
 class EveryFlags:
@@ -109,7 +210,9 @@ class CommonFlags(EveryFlags):
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", "ignore", shortcuts={"cpu": "cpu"})
     seed: int = flag(1337, "all randomness", "must", at_least=0, below=2**63)
     threads: int = flag(0, "CPU threads; 0 = PyTorch's choice", "ignore", at_least=0, rare=True)
-    print_config: bool = flag(False, "show every setting with its origin and the parameter count, then stop", "ignore")
+    print_config: bool = flag(
+        False, "show every setting with its origin and the parameter count, then stop", "ignore"
+    )
 
     def problems(self):
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", self.device):
@@ -125,18 +228,38 @@ class DataFlags:
 @dataclass
 class SinkFlags:
     "Other logs"
-    tensorboard: str = flag("auto", "event files in --log_dir; auto = where the package is installed", "ignore", bare="on",
-                            choices=("auto", "on", "off"), aliases=("tb",), rare=True)
+
+    tensorboard: str = flag(
+        "auto",
+        "event files in --log_dir; auto = where the package is installed",
+        "ignore",
+        bare="on",
+        choices=("auto", "on", "off"),
+        aliases=("tb",),
+        rare=True,
+    )
     log_dir: str = flag("logs", "folder of TensorBoard and of W&B's own files", "ignore", rare=True)
     wandb: bool = flag(False, "send the log to Weights & Biases", "ignore")
     wandb_project: str = flag("aria", "its project", "ignore", rare=True)
     wandb_entity: str = flag(None, "its account or team", "ignore", rare=True)
     wandb_group: str = flag(None, "its group of runs", "ignore", rare=True)
     wandb_tags: tuple = flag((), "its tags, A,B or A B", "ignore", many="several", rare=True)
-    wandb_name: str = flag(None, "its name for the run; none = the run folder's", "ignore", rare=True)
-    wandb_id: str = flag(None, "its run to go on with; none = that of the checkpoint, or a new one", "ignore", rare=True)
-    wandb_mode: str = flag(None, "offline keeps the files here; none = WANDB_MODE, else online", "ignore", rare=True,
-                           choices=("online", "offline", "disabled"))
+    wandb_name: str = flag(
+        None, "its name for the run; none = the run folder's", "ignore", rare=True
+    )
+    wandb_id: str = flag(
+        None,
+        "its run to go on with; none = that of the checkpoint, or a new one",
+        "ignore",
+        rare=True,
+    )
+    wandb_mode: str = flag(
+        None,
+        "offline keeps the files here; none = WANDB_MODE, else online",
+        "ignore",
+        rare=True,
+        choices=("online", "offline", "disabled"),
+    )
 
     def problems(self):
         for name in ("entity", "group", "tags", "name", "id", "mode"):
@@ -150,23 +273,52 @@ AR_FADE, MOST_HIDDEN = 0.6, 0.8      # docs/experiments/, 2026-11-22
 @dataclass
 class MaskFlags:
     "Objective"
-    objective: str = flag("masked", "masked diffusion, or its control: ar, autoregressive, left to right; backup only", "must",
-                          choices=("masked", "ar"))
-    loss: str = flag("masked_mean", "mean over masked tokens, or elbo: the bound, which is what validation always prints",
-                     choices=("elbo", "masked_mean"))
-    mask_schedule: str = flag("linear", "mask rate as a function of time", choices=("cosine", "linear"))
+
+    objective: str = flag(
+        "masked",
+        "masked diffusion, or its control: ar, autoregressive, left to right; backup only",
+        "must",
+        choices=("masked", "ar"),
+    )
+    loss: str = flag(
+        "masked_mean",
+        "mean over masked tokens, or elbo: the bound, which is what validation always prints",
+        choices=("elbo", "masked_mean"),
+    )
+    mask_schedule: str = flag(
+        "linear", "mask rate as a function of time", choices=("cosine", "linear")
+    )
     min_mask_rate: float = flag(0.0, "lowest mask rate", at_least=0, at_most=1, rare=True)
-    max_mask_rate: float = flag(-1.0, "highest mask rate; -1 = 1, or 0.8 of masked_mean with single tokens among the blocks, "
-                                "which are hidden whole", at_least=-1, at_most=1, rare=True)
-    time_mode: str = flag("continuous", "times: any, or levels", choices=("continuous", "discrete"), rare=True)
-    timestep_sampling: str = flag("stratified", "draw of times", choices=("stratified", "uniform"), rare=True)
+    max_mask_rate: float = flag(
+        -1.0,
+        "highest mask rate; -1 = 1, or 0.8 of masked_mean with single tokens among the blocks, "
+        "which are hidden whole",
+        at_least=-1,
+        at_most=1,
+        rare=True,
+    )
+    time_mode: str = flag(
+        "continuous", "times: any, or levels", choices=("continuous", "discrete"), rare=True
+    )
+    timestep_sampling: str = flag(
+        "stratified", "draw of times", choices=("stratified", "uniform"), rare=True
+    )
     timesteps: int = flag(32, "levels of discrete time", at_least=2, rare=True)
     masking_strategy: str = flag("token", "what is hidden in training", choices=("token", "span"))
     mean_span_length: float = flag(3.0, "tokens per span", above=0, rare=True)
     sample_steps: int = flag(12, "stored default of sample --steps", at_least=1, rare=True)
-    train_block_sizes: str = flag("T,32,4,1", "block rules drawn per step: T (whole sequence) or numbers")
-    ar_fade: float = flag(-1.0, "begin autoregressive, with blocks of one token, which over this share of the steps give way to "
-                          "--train_block_sizes; 0 = off, -1 = 0.6 if 1 is among them", at_least=-1, at_most=1, rare=True)
+    train_block_sizes: str = flag(
+        "T,32,4,1", "block rules drawn per step: T (whole sequence) or numbers"
+    )
+    ar_fade: float = flag(
+        -1.0,
+        "begin autoregressive, with blocks of one token, which over this share of the steps give "
+        "way to "
+        "--train_block_sizes; 0 = off, -1 = 0.6 if 1 is among them",
+        at_least=-1,
+        at_most=1,
+        rare=True,
+    )
 
     @property
     def causal(self):
@@ -193,8 +345,14 @@ class MaskFlags:
 
     @property
     def most_hidden(self):
-        """The highest mask rate. Decoding starts at 1: that is learned from whole rows, or from blocks of one token."""
-        mixed = self.loss == "masked_mean" and 1 in self.block_choices and self.min_mask_rate < MOST_HIDDEN
+        """The highest mask rate. Decoding starts at 1: that is learned from whole rows, or from
+        blocks of one token.
+        """
+        mixed = (
+            self.loss == "masked_mean"
+            and 1 in self.block_choices
+            and self.min_mask_rate < MOST_HIDDEN
+        )
         return self.max_mask_rate if self.max_mask_rate >= 0 else MOST_HIDDEN if mixed else 1.0
 
     @property
@@ -202,7 +360,9 @@ class MaskFlags:
         """{block rule: the share of a run's steps that have it}, the largest first."""
         choices, single = self.block_choices, self.fade / 2
         rules = sorted({*choices, *([1] if single else [])}, reverse=True)
-        return {b: (1 - single) * choices.count(b) / len(choices) + single * (b == 1) for b in rules}
+        return {
+            b: (1 - single) * choices.count(b) / len(choices) + single * (b == 1) for b in rules
+        }
 
     @property
     def block_rules(self):
@@ -221,7 +381,9 @@ def mask_problems(args):
 
 
 def block_sizes(text, length):
-    """--train_block_sizes and --blocks as numbers; T, and whatever is longer than a sequence, is the whole sequence."""
+    """--train_block_sizes and --blocks as numbers; T, and whatever is longer than a sequence, is
+    the whole sequence.
+    """
     return [length if b == "T" else min(int(b), length) for b in split_list(text)]
 
 
@@ -238,9 +400,15 @@ class OptimFlags:
     seq_len: int = flag(512, "training length", "must", at_least=16, aliases=("train_seq_len",))
     batch_size: int = flag(4, "sequences per forward", at_least=1)
     grad_accum: int = flag(8, "forwards per step", at_least=1, aliases=("accumulate_grad_batches",))
-    auto_batch: bool = flag(False, "out of memory: half the batch, twice the forwards; probed first", "ignore")
-    lr: float = flag(RATES["muon"], f"peak rate; not given: {RATES['adamw']} of adamw, {RATES['lion']} of lion", above=0,
-                     aliases=("learning_rate",))
+    auto_batch: bool = flag(
+        False, "out of memory: half the batch, twice the forwards; probed first", "ignore"
+    )
+    lr: float = flag(
+        RATES["muon"],
+        f"peak rate; not given: {RATES['adamw']} of adamw, {RATES['lion']} of lion",
+        above=0,
+        aliases=("learning_rate",),
+    )
     lr_schedule: str = flag("cosine", "after the warm-up", choices=("cosine", "constant", "wsd"))
     warmup_steps: int = flag(-1, "linear warm-up; -1 = 5 % of the steps, at most 300", at_least=-1)
     min_lr_ratio: float = flag(0.1, "last rate / peak rate", at_least=0, at_most=1, rare=True)
@@ -250,32 +418,75 @@ class OptimFlags:
     grad_clip: float = flag(1.0, "limit of the gradient norm; 0 = off", at_least=0, rare=True)
     amp: str = flag("auto", "mixed precision", choices=("auto", "on", "off"), bare="on",
                     values={"True": "on", "true": "on", "False": "off", "false": "off"})
-    amp_dtype: str = flag("auto", "its number type; fp16, scaled, only on CUDA; auto = bf16 where the GPU has it, else fp16",
-                          choices=("auto", "bf16", "fp16"), rare=True)
-    spike_factor: float = flag(0.0, "warn of a loss above this x the median of the last 50; 0 = off", at_least=0, rare=True)
-    spike_rollback: bool = flag(False, "at such a loss go back to the last checkpoint and on with other windows, 3 times at "
-                                "most; a stop saves, and so can change where to", rare=True)
-    detect_anomaly: bool = flag(False, "name the operation whose gradient is NaN, and stop there; slow", "ignore", rare=True)
+    amp_dtype: str = flag(
+        "auto",
+        "its number type; fp16, scaled, only on CUDA; auto = bf16 where the GPU has it, else fp16",
+        choices=("auto", "bf16", "fp16"),
+        rare=True,
+    )
+    spike_factor: float = flag(
+        0.0, "warn of a loss above this x the median of the last 50; 0 = off", at_least=0, rare=True
+    )
+    spike_rollback: bool = flag(
+        False,
+        "at such a loss go back to the last checkpoint and on with other windows, 3 times at "
+        "most; a stop saves, and so can change where to",
+        rare=True,
+    )
+    detect_anomaly: bool = flag(
+        False, "name the operation whose gradient is NaN, and stop there; slow", "ignore", rare=True
+    )
     compile: bool = flag(False, "torch.compile the training step")
-    compile_mode: str = flag("default", "for torch.compile", choices=("default", "reduce-overhead", "max-autotune"),
-                             rare=True)
-    activation_checkpointing: bool = flag(False, "keep no activations inside the layers, compute them again: far less memory, "
-                                          "more time", rare=True, aliases=("grad_checkpoint", "gradient_checkpointing"))
-    fsdp: bool = flag(False, "cut weights and optimizer up over torchrun's processes", "ignore", rare=True)
+    compile_mode: str = flag(
+        "default",
+        "for torch.compile",
+        choices=("default", "reduce-overhead", "max-autotune"),
+        rare=True,
+    )
+    activation_checkpointing: bool = flag(
+        False,
+        "keep no activations inside the layers, compute them again: far less memory, more time",
+        rare=True,
+        aliases=("grad_checkpoint", "gradient_checkpointing"),
+    )
+    fsdp: bool = flag(
+        False, "cut weights and optimizer up over torchrun's processes", "ignore", rare=True
+    )
 
 
 @dataclass
 class RunFlags:
     "Run folder and log"
-    output_dir: str = flag(None, "run folder; none = checkpoints/ eco_hybrid_hi (primary), diffusion_hi (backup) or ar_hi",
-                           "ignore", aliases=("out_dir",))
+
+    output_dir: str = flag(
+        None,
+        "run folder; none = checkpoints/ eco_hybrid_hi (primary), diffusion_hi (backup) or ar_hi",
+        "ignore",
+        aliases=("out_dir",),
+    )
     run_name: str = flag(None, "run folder checkpoints/NAME", "ignore", aliases=("name",))
-    save_interval: int = flag(500, "steps between checkpoints; 0 = latest only", at_least=0, aliases=("save_every",))
+    save_interval: int = flag(
+        500, "steps between checkpoints; 0 = latest only", at_least=0, aliases=("save_every",)
+    )
     save_minutes: float = flag(0.0, "also save after so many minutes; 0 = off", at_least=0)
-    drive: str = flag(None, "folder for a verified copy of each checkpoint; --resume_latest finds it", "ignore", rare=True)
-    log_interval: int = flag(10, "steps between printed lines; train.jsonl has every step", at_least=1, aliases=("log_every",))
-    eval_interval: int = flag(500, "steps between validations; 0 = off", at_least=0, aliases=("eval_every",))
-    eval_batches: int = flag(20, "batches per validation", at_least=1, aliases=("eval_iters",), rare=True)
+    drive: str = flag(
+        None,
+        "folder for a verified copy of each checkpoint; --resume_latest finds it",
+        "ignore",
+        rare=True,
+    )
+    log_interval: int = flag(
+        10,
+        "steps between printed lines; train.jsonl has every step",
+        at_least=1,
+        aliases=("log_every",),
+    )
+    eval_interval: int = flag(
+        500, "steps between validations; 0 = off", at_least=0, aliases=("eval_every",)
+    )
+    eval_batches: int = flag(
+        20, "batches per validation", at_least=1, aliases=("eval_iters",), rare=True
+    )
     keep_last: int = flag(0, "numbered checkpoints kept; 0 = all", at_least=0, rare=True)
     keep_full: int = flag(2, "newest ones that keep the optimizer file", at_least=1, rare=True)
     if_exists: str = flag("archive", "a fresh start in a used folder", "ignore", rare=True,
@@ -288,51 +499,117 @@ class RunFlags:
 @dataclass
 class ResumeFlags:
     "Resume"
-    resume: str = flag(None, "continue PATH; alone: --ckpt, else the run folder's latest", "ignore", bare="latest",
-                       values={"True": "latest", "true": "latest"})
-    resume_latest: bool = flag(False, "like --resume, but start fresh when nothing is there", "ignore", rare=True)
-    ckpt: str = flag(None, "with --resume: what to resume; without: first weights, step 0", "ignore")
+
+    resume: str = flag(
+        None,
+        "continue PATH; alone: --ckpt, else the run folder's latest",
+        "ignore",
+        bare="latest",
+        values={"True": "latest", "true": "latest"},
+    )
+    resume_latest: bool = flag(
+        False, "like --resume, but start fresh when nothing is there", "ignore", rare=True
+    )
+    ckpt: str = flag(
+        None, "with --resume: what to resume; without: first weights, step 0", "ignore"
+    )
     reset_optimizer: bool = flag(False, "fresh optimizer on resume", "ignore", rare=True)
 
 
 @dataclass
 class PresetFlags:
     "Preset"
-    preset: str = flag("none", "shape and training settings", "ignore", choices=tuple(PRESETS), aliases=("size",),
-                       elsewhere={"laptop": "that is an --edge_profile"})
+
+    preset: str = flag(
+        "none",
+        "shape and training settings",
+        "ignore",
+        choices=tuple(PRESETS),
+        aliases=("size",),
+        elsewhere={"laptop": "that is an --edge_profile"},
+    )
     config: str = flag(None, "a preset's name, or FILE.json (a run's config.json)", "ignore")
-    edge_profile: str = flag("none", "small shapes", "ignore", choices=tuple(TRAIN_PROFILES),
-                             elsewhere=dict.fromkeys(("balanced", "max"), "that is a profile of sample"))
+    edge_profile: str = flag(
+        "none",
+        "small shapes",
+        "ignore",
+        choices=tuple(TRAIN_PROFILES),
+        elsewhere=dict.fromkeys(("balanced", "max"), "that is a profile of sample"),
+    )
 
 
-# dataclasses collect fields from the last base to the first: --help shows these groups from right to left
+# dataclasses collect fields from the last base to the first: --help shows these groups from right
+# to left
 @dataclass
-class TrainArgs(CommonFlags, ResumeFlags, SinkFlags, RunFlags, OptimFlags, MaskFlags, ModelFlags, DataFlags, PresetFlags):
-    examples = (("python -m train --preset starter", "the built-in corpus, minutes on a laptop"),
-                ("python -m train --data_dir data/processed", "your own text, after python -m prepare"),
-                ("python -m train --resume checkpoints/eco_hybrid_hi", "go on exactly where a run stopped"),
-                ("python -m train --preset nano --print_config", "what would be trained, without training it"))
+class TrainArgs(
+    CommonFlags,
+    ResumeFlags,
+    SinkFlags,
+    RunFlags,
+    OptimFlags,
+    MaskFlags,
+    ModelFlags,
+    DataFlags,
+    PresetFlags,
+):
+    examples = (
+        ("python -m train --preset starter", "the built-in corpus, minutes on a laptop"),
+        ("python -m train --data_dir data/processed", "your own text, after python -m prepare"),
+        ("python -m train --resume checkpoints/eco_hybrid_hi", "go on exactly where a run stopped"),
+        (
+            "python -m train --preset nano --print_config",
+            "what would be trained, without training it",
+        ),
+    )
 
     @property
     def run_dir(self):
-        folder = "eco_hybrid_hi" if self.model == "primary" else "ar_hi" if self.causal else "diffusion_hi"
+        folder = (
+            "eco_hybrid_hi"
+            if self.model == "primary"
+            else "ar_hi"
+            if self.causal
+            else "diffusion_hi"
+        )
         return Path(self.output_dir or Path("checkpoints", self.run_name or folder))
 
     def idle(self, origins):
         """Flags that were typed and that these settings never look at: [sentence]."""
-        masks = ("mask_schedule", "min_mask_rate", "max_mask_rate", "time_mode", "timestep_sampling", "timesteps", "loss",
-                 "masking_strategy", "mean_span_length", "train_block_sizes", "ar_fade", "block_size", "sample_steps")
+        masks = (
+            "mask_schedule",
+            "min_mask_rate",
+            "max_mask_rate",
+            "time_mode",
+            "timestep_sampling",
+            "timesteps",
+            "loss",
+            "masking_strategy",
+            "mean_span_length",
+            "train_block_sizes",
+            "ar_fade",
+            "block_size",
+            "sample_steps",
+        )
         rules = (
             (masks, self.causal, "--objective ar hides nothing"),
             (("timesteps",), self.time_mode == "continuous", "it needs --time_mode discrete"),
-            (("mean_span_length",), self.masking_strategy == "token", "it needs --masking_strategy span"),
+            (
+                ("mean_span_length",),
+                self.masking_strategy == "token",
+                "it needs --masking_strategy span",
+            ),
             (("min_lr_ratio",), self.lr_schedule != "cosine", "it belongs to --lr_schedule cosine"),
-            (("memory_slots", "conv_kernel", "d_mem"), self.model == "backup", "it belongs to --model primary"),
+            (
+                ("memory_slots", "conv_kernel", "d_mem"),
+                self.model == "backup",
+                "it belongs to --model primary",
+            ),
             (("compile_mode",), not self.compile, "it needs --compile"),
             (("amp_dtype",), self.amp == "off", "--no_amp is given"),
             (("eval_batches",), not self.eval_interval, "--eval_interval 0 never validates"),
             (("keep_last",), not self.save_interval, "--save_interval 0 keeps the latest only"),
-            (("reset_optimizer",), not (self.resume or self.resume_latest), "nothing is resumed"))
+            (("reset_optimizer",), not (self.resume or self.resume_latest), "nothing is resumed"),
+        )
         said = {}
         for names, off, why in rules:
             for name in names if off else ():
@@ -364,9 +641,16 @@ class TrainArgs(CommonFlags, ResumeFlags, SinkFlags, RunFlags, OptimFlags, MaskF
         if re.search("[\ud800-\udfff]", str(self.run_dir)):
             name = "run_name" if self.run_name else "output_dir"
             yield f"--{name} {self.run_dir}: the name is not UTF-8, and tensor files need one that is: choose another"
-        for pair in (("preset", "edge_profile"), ("output_dir", "run_name"), ("resume", "resume_latest")):
+        for pair in (
+            ("preset", "edge_profile"),
+            ("output_dir", "run_name"),
+            ("resume", "resume_latest"),
+        ):
             if all(getattr(self, name) not in (None, False, "none") for name in pair):
-                yield " and ".join(f"--{name} {getattr(self, name)}" for name in pair) + ": give only one of them"
+                yield (
+                    " and ".join(f"--{name} {getattr(self, name)}" for name in pair)
+                    + ": give only one of them"
+                )
         if self.resume not in (None, "latest", self.ckpt) and self.ckpt:
             yield f"--resume {self.resume} and --ckpt {self.ckpt} are two checkpoints: give only one of them"
 
@@ -374,28 +658,62 @@ class TrainArgs(CommonFlags, ResumeFlags, SinkFlags, RunFlags, OptimFlags, MaskF
 @dataclass
 class PrepareFlags(DataFlags):
     "Preparation"
-    source: str = flag("hindi", "the hub (hindi, fineweb), --input, or the offline starter corpus", "ignore",
-                       choices=("hindi", "builtin", "files", "fineweb"))
-    input: tuple = flag((), "text files or folders for --source files; - is standard input", "ignore", many="several")
+
+    source: str = flag(
+        "hindi",
+        "the hub (hindi, fineweb), --input, or the offline starter corpus",
+        "ignore",
+        choices=("hindi", "builtin", "files", "fineweb"),
+    )
+    input: tuple = flag(
+        (),
+        "text files or folders for --source files; - is standard input",
+        "ignore",
+        many="several",
+    )
     raw_dir: str = flag("data/raw", "what was downloaded", "ignore", rare=True)
     tokenizer: str = flag("data/tokenizer/aria_hindi.model", "trained when missing", "ignore")
-    tokenizer_vocab: int = flag(0, "base pieces, mask not included; 0 = by corpus size", "ignore", at_least=0)
-    model_type: str = flag("bpe", "kind of SentencePiece model", "ignore", choices=("bpe", "unigram"))
-    hinglish_ratio: float = flag(0.35, "wanted share of romanised documents", "ignore", at_least=0, at_most=1)
-    val_doc_frac: float = flag(0.02, "share of documents kept for validation", "ignore", above=0, below=1)
+    tokenizer_vocab: int = flag(
+        0, "base pieces, mask not included; 0 = by corpus size", "ignore", at_least=0
+    )
+    model_type: str = flag(
+        "bpe", "kind of SentencePiece model", "ignore", choices=("bpe", "unigram")
+    )
+    hinglish_ratio: float = flag(
+        0.35, "wanted share of romanised documents", "ignore", at_least=0, at_most=1
+    )
+    val_doc_frac: float = flag(
+        0.02, "share of documents kept for validation", "ignore", above=0, below=1
+    )
     max_docs: int = flag(120_000, "documents at most", "ignore", at_least=2)
     max_chars: int = flag(60_000_000, "characters at most", "ignore", at_least=1)
-    clean: str = flag("auto", "repair and filter documents; auto = those of the hub", "ignore", choices=("auto", "on", "off"),
-                      bare="on", values={"True": "on", "False": "off"})
-    romanise: str = flag("auto", "type Hindi in Latin letters up to --hinglish_ratio; auto = that of the hub", "ignore",
-                         choices=("auto", "on", "off"), bare="on", values={"True": "on", "False": "off"})
+    clean: str = flag(
+        "auto",
+        "repair and filter documents; auto = those of the hub",
+        "ignore",
+        choices=("auto", "on", "off"),
+        bare="on",
+        values={"True": "on", "False": "off"},
+    )
+    romanise: str = flag(
+        "auto",
+        "type Hindi in Latin letters up to --hinglish_ratio; auto = that of the hub",
+        "ignore",
+        choices=("auto", "on", "off"),
+        bare="on",
+        values={"True": "on", "False": "off"},
+    )
     report: str = flag(None, "write what cleaning removed to this .html", "ignore")
     offline: bool = flag(False, "never download; the starter corpus instead", "ignore")
     force: bool = flag(False, "rebuild what is there", "ignore")
 
     def wants(self, what):
         """Is --clean or --romanise on for this source?"""
-        return getattr(self, what) == "on" or getattr(self, what) == "auto" and self.source in ("hindi", "fineweb")
+        return (
+            getattr(self, what) == "on"
+            or getattr(self, what) == "auto"
+            and self.source in ("hindi", "fineweb")
+        )
 
     def problems(self):
         if 0 < self.tokenizer_vocab < 300:
@@ -408,9 +726,14 @@ class PrepareFlags(DataFlags):
 
 @dataclass
 class PrepareArgs(PrepareFlags, CommonFlags):
-    examples = (("python -m prepare --source files --input my_text.txt", "your own text"),
-                ("python -m prepare --source hindi --report cleaned.html", "Hindi and Hinglish from the hub, cleaned"),
-                ("python -m prepare --source builtin", "the starter corpus, without a network"))
+    examples = (
+        ("python -m prepare --source files --input my_text.txt", "your own text"),
+        (
+            "python -m prepare --source hindi --report cleaned.html",
+            "Hindi and Hinglish from the hub, cleaned",
+        ),
+        ("python -m prepare --source builtin", "the starter corpus, without a network"),
+    )
     first = ("Preparation",)
 
 
@@ -423,10 +746,20 @@ class ColabFlags:
 
 @dataclass
 class ColabArgs(TrainArgs, PrepareFlags, ColabFlags):
-    examples = (("python -m colab_train_eco --max_steps 500 --compile", "data, tokenizer, training and verdict on a GPU"),
-                ("python -m colab_train_eco --drive /content/drive/MyDrive/Aria",
-                 "with copies on a drive: the same again goes on there"),
-                ("python -m colab_train_eco --allow_cpu --preset tiny --max_steps 50", "a small try without a GPU"))
+    examples = (
+        (
+            "python -m colab_train_eco --max_steps 500 --compile",
+            "data, tokenizer, training and verdict on a GPU",
+        ),
+        (
+            "python -m colab_train_eco --drive /content/drive/MyDrive/Aria",
+            "with copies on a drive: the same again goes on there",
+        ),
+        (
+            "python -m colab_train_eco --allow_cpu --preset tiny --max_steps 50",
+            "a small try without a GPU",
+        ),
+    )
     first = ("One-shot",)
     n_layers: int = again(ModelFlags, "n_layers", 10)
     auto_batch: bool = again(OptimFlags, "auto_batch", True)
@@ -436,7 +769,10 @@ class ColabArgs(TrainArgs, PrepareFlags, ColabFlags):
 @dataclass
 class CheckpointFlags:
     "Checkpoint"
-    ckpt: str = flag(None, "checkpoint or run folder; the flag's name may be left out", positional=True)
+
+    ckpt: str = flag(
+        None, "checkpoint or run folder; the flag's name may be left out", positional=True
+    )
 
     needs_ckpt = True
 
@@ -448,89 +784,173 @@ class CheckpointFlags:
 @dataclass
 class ReportArgs(CheckpointFlags, EveryFlags):
     "Report"
-    examples = (("python -m report checkpoints/eco_hybrid_hi", "report.html in that run folder"),
-                ("python -m report checkpoints/eco_hybrid_hi --out page.html", "the same page elsewhere"))
+
+    examples = (
+        ("python -m report checkpoints/eco_hybrid_hi", "report.html in that run folder"),
+        ("python -m report checkpoints/eco_hybrid_hi --out page.html", "the same page elsewhere"),
+    )
     first = ("Report", "Checkpoint")
     out: str = flag(None, "where the page goes; none = report.html in the run folder")
 
 
-SAMPLERS = ("confidence", "threshold", "factor", "entropy", "margin", "random", "ancestral", "ddim", "ddpm")
+SAMPLERS = (
+    "confidence",
+    "threshold",
+    "factor",
+    "entropy",
+    "margin",
+    "random",
+    "ancestral",
+    "ddim",
+    "ddpm",
+)
 
 
 @dataclass
 class DecodeFlags:
     "Decoding"
     max_new_tokens: int = flag(128, "length of the new text", at_least=1, aliases=("seq_len",))
-    steps: int = flag(0, "forwards at most, per block if blockwise; 0 = the checkpoint's", at_least=0,
-                      aliases=("num_steps",))
-    sampler: str = flag("confidence", "which positions come first; ddim = confidence, ddpm = ancestral", aliases=("scheduler",),
-                        choices=SAMPLERS, values={"first_hitting": "random"})
+    steps: int = flag(
+        0,
+        "forwards at most, per block if blockwise; 0 = the checkpoint's",
+        at_least=0,
+        aliases=("num_steps",),
+    )
+    sampler: str = flag(
+        "confidence",
+        "which positions come first; ddim = confidence, ddpm = ancestral",
+        aliases=("scheduler",),
+        choices=SAMPLERS,
+        values={"first_hitting": "random"},
+    )
     threshold: float = flag(0.9, "bound of threshold, factor and entropy", at_least=0, at_most=1)
     alg_temp: float = flag(0.0, "noise on the choice of positions", at_least=0, rare=True)
-    remask: float = flag(0.0, "share of revealed tokens that may go back", at_least=0, below=1, rare=True)
-    remask_rule: str = flag("cap", "ReMDM's rule for them", choices=("cap", "rescale", "conf"), rare=True)
+    remask: float = flag(
+        0.0, "share of revealed tokens that may go back", at_least=0, below=1, rare=True
+    )
+    remask_rule: str = flag(
+        "cap", "ReMDM's rule for them", choices=("cap", "rescale", "conf"), rare=True
+    )
     reveal: str = flag("linear", "how many come at each forward", choices=("linear", "cosine"))
     temperature: float = flag(1.0, "0 = greedy", at_least=0)
-    temperature_end: float = flag(None, "reached linearly from --temperature", at_least=0, rare=True)
+    temperature_end: float = flag(
+        None, "reached linearly from --temperature", at_least=0, rare=True
+    )
     top_k: int = flag(50, "0 = off", at_least=0)
     top_p: float = flag(1.0, "1 = off", above=0, at_most=1)
     repetition_penalty: float = flag(1.0, "1 = off", above=0, rare=True)
-    guidance_scale: float = flag(1.0, "1 = plain conditional; above: follow the context more", at_least=0, rare=True,
-                                 aliases=("cfg_scale",))
+    guidance_scale: float = flag(
+        1.0,
+        "1 = plain conditional; above: follow the context more",
+        at_least=0,
+        rare=True,
+        aliases=("cfg_scale",),
+    )
     block_size: int = flag(0, "block of the block modes; 0 = the checkpoint's", at_least=0)
-    min_decode_layers: int = flag(0, "layers of a block's first forward; 0 = all", at_least=0, rare=True)
+    min_decode_layers: int = flag(
+        0, "layers of a block's first forward; 0 = all", at_least=0, rare=True
+    )
 
 
 @dataclass
 class GenerateFlags(DecodeFlags, CheckpointFlags):
     "Generation"
     tokenizer: str = flag(None, "a tokenizer that has to be the checkpoint's own", rare=True)
-    model: str = flag("auto", "a check, not a cast", choices=("auto", "primary", "backup"), values=OLD_MODELS)
+    model: str = flag(
+        "auto", "a check, not a cast", choices=("auto", "primary", "backup"), values=OLD_MODELS
+    )
     prompt: tuple = flag((), "text to continue; may be repeated", many="repeat")
     prompts_file: str = flag(None, "a file with one prompt per line")
-    precision: str = flag("auto", "of the products; auto = bf16 on a CPU that has it, else fp32, which is exact",
-                          choices=("auto", "fp32", "bf16", "int8"), shortcuts={"quantize_dynamic": "int8", "int8": "int8"})
+    precision: str = flag(
+        "auto",
+        "of the products; auto = bf16 on a CPU that has it, else fp32, which is exact",
+        choices=("auto", "fp32", "bf16", "int8"),
+        shortcuts={"quantize_dynamic": "int8", "int8": "int8"},
+    )
 
 
-OLDER = dict(sampler="confidence", temperature=1.0, top_k=50)     # --steps alone, in the older guides
-NEWER = dict(sampler="threshold", temperature=0.7, top_k=0)       # the best judged: docs/experiments
+OLDER = dict(sampler="confidence", temperature=1.0, top_k=50)  # --steps alone, in the older guides
+NEWER = dict(sampler="threshold", temperature=0.7, top_k=0)  # the best judged: docs/experiments
 LONGEST = 128             # new tokens, if nothing is typed
 
 
 @dataclass
 class SampleArgs(GenerateFlags, CommonFlags):
     "Sampling"
-    examples = (("python -m sample", "a text of the newest run, with what suits its checkpoint"),
-                ('python -m sample checkpoints/eco_hybrid_hi --prompt "mai kal bazaar gaya tha"', "continue a text"),
-                ('python -m sample checkpoints/eco_hybrid_hi --text "mai kal ____ gaya tha"', "fill the gap in a text"),
-                ("python -m sample checkpoints/eco_hybrid_hi --prompts_file prompts.txt --json", "a line per prompt, as JSON"))
+
+    examples = (
+        ("python -m sample", "a text of the newest run, with what suits its checkpoint"),
+        (
+            'python -m sample checkpoints/eco_hybrid_hi --prompt "mai kal bazaar gaya tha"',
+            "continue a text",
+        ),
+        (
+            'python -m sample checkpoints/eco_hybrid_hi --text "mai kal ____ gaya tha"',
+            "fill the gap in a text",
+        ),
+        (
+            "python -m sample checkpoints/eco_hybrid_hi --prompts_file prompts.txt --json",
+            "a line per prompt, as JSON",
+        ),
+    )
     first = ("Sampling", "Generation", "Checkpoint")
     # what is not typed is chosen for the checkpoint, by sample.suited
     ckpt: str = flag(None, "checkpoint or run folder; none = the newest run under checkpoints/; "
                      "the flag's name may be left out", positional=True)
     max_new_tokens: int = flag(None, f"length of the new text; none = {LONGEST}, or as many as the "
                                "checkpoint was trained for", at_least=1, aliases=("seq_len",))
-    steps: int = flag(0, "forwards at most, per block if blockwise; 0 = the checkpoint's, or as many as threshold, "
-                      "factor and entropy need. Typed without --blockwise: the text in one piece, by "
-                      f"{OLDER['sampler']}, temperature {OLDER['temperature']:g}, top_k {OLDER['top_k']}, as in "
-                      "the older guides", at_least=0, aliases=("num_steps",))
-    sampler: str = flag(None, "which positions come first; ddim = confidence, ddpm = ancestral; none = "
-                        f"{NEWER['sampler']}, with --steps {OLDER['sampler']}", aliases=("scheduler",),
-                        choices=SAMPLERS, values={"first_hitting": "random"})
+    steps: int = flag(
+        0,
+        "forwards at most, per block if blockwise; 0 = the checkpoint's, or as many as threshold, "
+        "factor and entropy need. Typed without --blockwise: the text in one piece, by "
+        f"{OLDER['sampler']}, temperature {OLDER['temperature']:g}, top_k {OLDER['top_k']}, as in "
+        "the older guides",
+        at_least=0,
+        aliases=("num_steps",),
+    )
+    sampler: str = flag(
+        None,
+        "which positions come first; ddim = confidence, ddpm = ancestral; none = "
+        f"{NEWER['sampler']}, with --steps {OLDER['sampler']}",
+        aliases=("scheduler",),
+        choices=SAMPLERS,
+        values={"first_hitting": "random"},
+    )
     temperature: float = flag(None, f"0 = greedy; none = {NEWER['temperature']:g}, with --steps "
                               f"{OLDER['temperature']:g}", at_least=0)
-    top_k: int = flag(None, f"0 = off; none = {NEWER['top_k']}, with --steps {OLDER['top_k']}", at_least=0)
-    text: str = flag(None, "infill: every ____ (two underscores a token) or [MASK] is filled, the rest stays")
-    num_samples: int = flag(1, "continuations per prompt; seeds seed, seed+1, ..., on and on over all prompts", at_least=1)
-    blockwise: bool = flag(None, "left to right in blocks; none = where the checkpoint was trained in blocks, but not with "
-                           "--steps", bare="on")
-    frozen_context: bool = flag(None, "exact cached context of the blocks; none = as --blockwise, if that is not typed either",
-                                bare="on")
-    edge_profile: str = flag("none", "exact blocks, all that the model is sure of at once", choices=tuple(SAMPLE_PROFILES),
-                             elsewhere=dict.fromkeys(("tiny", "laptop"), "that is a profile of train"))
+    top_k: int = flag(
+        None, f"0 = off; none = {NEWER['top_k']}, with --steps {OLDER['top_k']}", at_least=0
+    )
+    text: str = flag(
+        None, "infill: every ____ (two underscores a token) or [MASK] is filled, the rest stays"
+    )
+    num_samples: int = flag(
+        1,
+        "continuations per prompt; seeds seed, seed+1, ..., on and on over all prompts",
+        at_least=1,
+    )
+    blockwise: bool = flag(
+        None,
+        "left to right in blocks; none = where the checkpoint was trained in blocks, but not with "
+        "--steps",
+        bare="on",
+    )
+    frozen_context: bool = flag(
+        None,
+        "exact cached context of the blocks; none = as --blockwise, if that is not typed either",
+        bare="on",
+    )
+    edge_profile: str = flag(
+        "none",
+        "exact blocks, all that the model is sure of at once",
+        choices=tuple(SAMPLE_PROFILES),
+        elsewhere=dict.fromkeys(("tiny", "laptop"), "that is a profile of train"),
+    )
     ignore_eos: bool = flag(False, "always the full length")
     stream: bool = flag(False, "print each block as soon as it is final")
-    show_steps: bool = flag(False, "watch the unmasking: every forward, coloured by confidence (stderr)")
+    show_steps: bool = flag(
+        False, "watch the unmasking: every forward, coloured by confidence (stderr)"
+    )
     json: bool = flag(False, "one JSON object per sample instead of text")
     benchmark_runs: int = flag(1, "timed runs; more than one prints [bench]", at_least=1, rare=True)
     warmup_runs: int = flag(0, "untimed runs before them", at_least=0, rare=True)
@@ -550,21 +970,48 @@ class SampleArgs(GenerateFlags, CommonFlags):
 @dataclass
 class BenchArgs(GenerateFlags, CommonFlags):
     "Benchmark"
-    examples = (("python -m edge_benchmark checkpoints/eco_hybrid_hi", "speed and text of every decode mode"),
-                ("python -m edge_benchmark checkpoints/eco_hybrid_hi --profiles balanced max", "what sample's profiles cost"),
-                ("python -m edge_benchmark checkpoints/eco_hybrid_hi --grid threshold=0.7,0.9",
-                 "every one of these settings, and a picture"))
+
+    examples = (
+        (
+            "python -m edge_benchmark checkpoints/eco_hybrid_hi",
+            "speed and text of every decode mode",
+        ),
+        (
+            "python -m edge_benchmark checkpoints/eco_hybrid_hi --profiles balanced max",
+            "what sample's profiles cost",
+        ),
+        (
+            "python -m edge_benchmark checkpoints/eco_hybrid_hi --grid threshold=0.7,0.9",
+            "every one of these settings, and a picture",
+        ),
+    )
     first = ("Benchmark", "Generation", "Checkpoint")
     temperature: float = again(GenerateFlags, "temperature", 0.0)
     top_k: int = again(GenerateFlags, "top_k", 0)
-    modes: tuple = flag(("full", "block", "block_frozen"), "decode modes", choices=("full", "block", "block_frozen"),
-                        many="several")
+    modes: tuple = flag(
+        ("full", "block", "block_frozen"),
+        "decode modes",
+        choices=("full", "block", "block_frozen"),
+        many="several",
+    )
     runs_per_prompt: int = flag(3, "timed runs", at_least=1)
     warmup_runs: int = flag(1, "untimed runs, per mode and prompt", at_least=0)
-    grid: tuple = flag((), "NAME=VALUE,VALUE ...: every combination of these settings of sample, and a picture", many="several")
-    profiles: tuple = flag((), "instead: these profiles of sample, each beside itself at one token a forward", many="several",
-                           choices=tuple(SAMPLE_PROFILES)[1:])
-    data_dir: str = flag(None, "prepared text for the judge and the held-out bound; none = the checkpoint's", rare=True)
+    grid: tuple = flag(
+        (),
+        "NAME=VALUE,VALUE ...: every combination of these settings of sample, and a picture",
+        many="several",
+    )
+    profiles: tuple = flag(
+        (),
+        "instead: these profiles of sample, each beside itself at one token a forward",
+        many="several",
+        choices=tuple(SAMPLE_PROFILES)[1:],
+    )
+    data_dir: str = flag(
+        None,
+        "prepared text for the judge and the held-out bound; none = the checkpoint's",
+        rare=True,
+    )
     out_json: str = flag("benchmarks/edge_benchmark.json", "where the result goes")
 
     def problems(self):
@@ -575,23 +1022,53 @@ class BenchArgs(GenerateFlags, CommonFlags):
 @dataclass
 class EvaluateArgs(DecodeFlags, CheckpointFlags, CommonFlags):
     "Evaluation"
-    examples = (("python -m evaluate checkpoints/eco_hybrid_hi", "the bound and the chain rule of held-out text"),
-                ("python -m evaluate checkpoints/eco_hybrid_hi --samples 64", "text of its own, judged"),
-                ("python -m evaluate --check_run checkpoints/eco_hybrid_hi", "the runbook's verdict on a run"))
+
+    examples = (
+        (
+            "python -m evaluate checkpoints/eco_hybrid_hi",
+            "the bound and the chain rule of held-out text",
+        ),
+        ("python -m evaluate checkpoints/eco_hybrid_hi --samples 64", "text of its own, judged"),
+        (
+            "python -m evaluate --check_run checkpoints/eco_hybrid_hi",
+            "the runbook's verdict on a run",
+        ),
+    )
     first = ("Evaluation", "Checkpoint")
-    data_dir: str = flag(None, "prepared text, whose validation part is scored; none = the checkpoint's")
-    text: str = flag(None, "score this file instead: .txt (a blank line ends a document) or .jsonl, as prepare reads it")
+    data_dir: str = flag(
+        None, "prepared text, whose validation part is scored; none = the checkpoint's"
+    )
+    text: str = flag(
+        None,
+        "score this file instead: .txt (a blank line ends a document) or .jsonl, as prepare reads "
+        "it",
+    )
     max_docs: int = flag(0, "documents at most; 0 = as many as --batches allows", at_least=0)
     blocks: str = flag(None, "block rules to score, such as T,64; none = those it was trained with")
     batches: int = flag(20, "batches of windows at most, of the size used in training", at_least=1)
     draws: int = flag(4, "mask draws per sequence", at_least=1)
     check_run: str = flag(None, "instead: judge this run folder by the runbook's criteria")
-    chain_docs: int = flag(32, "documents (first window) for infilling and the chain rule, S forwards each; 0 = all", at_least=0)
-    repeats: int = flag(8, "passes of each estimator when they are compared; below 2 = not compared", at_least=0, rare=True)
+    chain_docs: int = flag(
+        32,
+        "documents (first window) for infilling and the chain rule, S forwards each; 0 = all",
+        at_least=0,
+    )
+    repeats: int = flag(
+        8,
+        "passes of each estimator when they are compared; below 2 = not compared",
+        at_least=0,
+        rare=True,
+    )
     max_new_tokens: int = flag(64, "length of a sample", at_least=1)
     samples: int = flag(0, "continue so many held-out beginnings and judge the text", at_least=0)
-    judge: str = flag(None, "an autoregressive checkpoint that judges them beside the n-gram model of the training text")
-    judge_text: str = flag(None, "text that the model has not read, .txt or .jsonl: its n-gram model judges them, too")
+    judge: str = flag(
+        None,
+        "an autoregressive checkpoint that judges them beside the n-gram model of the training "
+        "text",
+    )
+    judge_text: str = flag(
+        None, "text that the model has not read, .txt or .jsonl: its n-gram model judges them, too"
+    )
     out_json: str = flag(None, "write the numbers")
     out_png: str = flag(None, "draw the cross-entropy by mask rate")
 
@@ -607,10 +1084,19 @@ class EvaluateArgs(DecodeFlags, CheckpointFlags, CommonFlags):
 @dataclass
 class ExperimentArgs(TrainArgs, ExperimentFlags):
     "Scoring"
-    examples = (("python -m run_experiments", "the plan of 8 runs and their commands, nothing else"),
-                ("python -m run_experiments --max_steps 2000 --execute", "run what is not finished"),
-                ("python -m run_experiments --study memory_slots --halving --execute", "only the better half goes on"),
-                ("python -m run_experiments --report checkpoints/ablations", "report.html and results.md there"))
+
+    examples = (
+        ("python -m run_experiments", "the plan of 8 runs and their commands, nothing else"),
+        ("python -m run_experiments --max_steps 2000 --execute", "run what is not finished"),
+        (
+            "python -m run_experiments --study memory_slots --halving --execute",
+            "only the better half goes on",
+        ),
+        (
+            "python -m run_experiments --report checkpoints/ablations",
+            "report.html and results.md there",
+        ),
+    )
     first = ("Experiments", "Scoring")
     max_steps: int = again(OptimFlags, "max_steps", 2000)
     d_model: int = again(ModelFlags, "d_model", 384)
@@ -625,8 +1111,21 @@ COMMANDS = dict(train=TrainArgs, sample=SampleArgs, prepare=PrepareArgs, evaluat
                 run_experiments=ExperimentArgs)
 
 
-# a flag that came later -> the value that older checkpoints mean, which is never today's default by itself
-ADDED = dict(quiet=False, version=False,
-             auto_batch=False, save_minutes=0.0, drive=None, spike_factor=0.0, spike_rollback=False, detect_anomaly=False,
-             objective="masked", fsdp=False, exit_loss_weight=0.0, activation_checkpointing=False,
-             ar_fade=0.0, **{f.name: f.default for f in dataclasses.fields(SinkFlags)})
+# a flag that came later -> the value that older checkpoints mean, which is never today's default by
+# itself
+ADDED = dict(
+    quiet=False,
+    version=False,
+    auto_batch=False,
+    save_minutes=0.0,
+    drive=None,
+    spike_factor=0.0,
+    spike_rollback=False,
+    detect_anomaly=False,
+    objective="masked",
+    fsdp=False,
+    exit_loss_weight=0.0,
+    activation_checkpointing=False,
+    ar_fade=0.0,
+    **{f.name: f.default for f in dataclasses.fields(SinkFlags)},
+)

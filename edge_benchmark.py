@@ -1,20 +1,29 @@
-"""How fast is each decode mode, and what does the speed cost: full, block and block_frozen on the same prompts.
+"""How fast is each decode mode, and what does the speed cost: full, block and block_frozen on the
+same prompts.
 
-    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --modes full block block_frozen --runs_per_prompt 3
-    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --modes block_frozen --grid steps=4,8,16,32 precision=fp32,bf16,int8
-    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --profiles balanced max    # what do sample's profiles cost here?
+    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --modes full block block_frozen
+    --runs_per_prompt 3
+    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --modes block_frozen --grid
+    steps=4,8,16,32 precision=fp32,bf16,int8
+    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --profiles balanced max    # what do
+        sample's profiles cost here?
 
---grid takes every combination of the named settings of sample, in every mode, and draws quality against speed.
-One line per variant for people; the last line on stdout, and benchmarks/edge_benchmark.json, hold everything. Notable:
-* the timed runs of all modes alternate, so that a slow minute of the machine hits each of them alike;
+--grid takes every combination of the named settings of sample, in every mode, and draws quality
+against speed. One line per variant for people; the last line on stdout, and
+benchmarks/edge_benchmark.json, hold everything. Notable:
+* the timed runs of all modes alternate, so that a slow minute of the machine hits each of them
+  alike;
 * a run is timed from the prompt's text to the new ids; only new tokens before EOS count;
-* quality stands beside speed: nll_per_token is the checkpoint's own -log p of what the mode wrote, each token scored while
-  it is hidden, left to right over the frozen text before it (the block rule with blocks of one token: a chain rule, no
-  bound). judge is -log p under an n-gram model of the training text, which no network can flatter. A low value is no proof
-  of good text, as repetition scores well too: read both together with distinct_2 and repeat_rate;
-* held_out is the held-out bound of the same weights in the same precision under the mode's block rule, so what int8 costs
-  stands beside what it gives; cpu_s_per_token, processor seconds, stands in for energy;
-* peak_rss_mb is taken in an extra untimed run per mode, after memory that is only kept was given back.
+* quality stands beside speed: nll_per_token is the checkpoint's own -log p of what the mode wrote,
+  each token scored while it is hidden, left to right over the frozen text before it (the block rule
+  with blocks of one token: a chain rule, no bound). judge is -log p under an n-gram model of the
+  training text, which no network can flatter. A low value is no proof of good text, as repetition
+  scores well too: read both together with distinct_2 and repeat_rate;
+* held_out is the held-out bound of the same weights in the same precision under the mode's block
+  rule, so what int8 costs stands beside what it gives; cpu_s_per_token, processor seconds, stands
+  in for energy;
+* peak_rss_mb is taken in an extra untimed run per mode, after memory that is only kept was given
+  back.
 """
 import contextlib
 import ctypes
@@ -39,7 +48,9 @@ LIMIT = 0.05              # of judged quality, that a profile may cost
 
 
 def peak_rss(run, device):
-    """Peak memory in MB while run() works: resident memory where Linux lets us reset its record, else of the process."""
+    """Peak memory in MB while run() works: resident memory where Linux lets us reset its record,
+    else of the process.
+    """
     import torch
 
     from common import machine
@@ -57,10 +68,12 @@ def peak_rss(run, device):
 
 
 def nll(model, prompt, new, frozen):
-    """-log p of the new tokens, summed: token i is a mask when it is scored, and everything before it is known.
+    """-log p of the new tokens, summed: token i is a mask when it is scored, and everything before
+    it is known.
 
-    A causal model reads all in one pass. frozen: against the cache, in blocks of one token. Else (trained without blocks) the
-    whole text is one block, and what comes after token i is hidden too.
+    A causal model reads all in one pass. frozen: against the cache, in blocks of one token. Else
+    (trained without blocks) the whole text is one block, and what comes after token i is hidden
+    too.
     """
     import torch
 
@@ -68,14 +81,22 @@ def nll(model, prompt, new, frozen):
     device, mask_id = model.head.weight.device, model.cfg.mask_id
     ids = torch.tensor([[*prompt, *new]], device=device)           # (1, P + N)
     if model.cfg.causal:
-        h = model.step(shifted(ids, mask_id), model.new_cache(1, ids.shape[1]))[0, len(prompt):]                # (N, D)
-        return -float(model.logits(h).double().log_softmax(-1).gather(1, ids[0, len(prompt):, None]).sum())
+        # (N, D)
+        h = model.step(shifted(ids, mask_id), model.new_cache(1, ids.shape[1]))[0, len(prompt):]
+        return -float(
+            model.logits(h).double().log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum()
+        )
     canvas = ids.clone()
     canvas[:, len(prompt):] = mask_id
     cache, total = model.new_cache(1, ids.shape[1]) if frozen else None, 0.0
     for i in range(ids.shape[1]):
         if i >= len(prompt):
-            h = model.hidden(canvas[:, i:i + 1], cache)[:, 0] if frozen else model.hidden(canvas)[:, i]      # (1, D)
+            # (1, D)
+            h = (
+                model.hidden(canvas[:, i : i + 1], cache)[:, 0]
+                if frozen
+                else model.hidden(canvas)[:, i]
+            )
             total -= float(model.logits(h).double().log_softmax(-1)[0, ids[0, i]])
             canvas[:, i] = ids[:, i]
         if frozen:
@@ -90,20 +111,32 @@ def agreement(row, reference):
 
 
 def measure(tokenizer, prompts, variants, reference, args, frozen, device):
-    """variants {name: (model, decode.Settings)} -> {name: the figures of COMMANDS 4.6 and more}; reference: a variant."""
+    """variants {name: (model, decode.Settings)} -> {name: the figures of COMMANDS 4.6 and more};
+    reference: a variant.
+    """
     from evaluation.sample_quality import distinct, repeat_rate
     from sampling.decode import generate
 
     def decode(variant, prompt):
         model, settings = variant
         started = time.perf_counter(), time.process_time()
-        result = generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed])
-        return result, time.perf_counter() - started[0], time.process_time() - started[1]     # it ends with a copy to the CPU
+        result = generate(
+            model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed]
+        )
+        # it ends with a copy to the CPU
+        return result, time.perf_counter() - started[0], time.process_time() - started[1]
 
     model_rows = [decode(reference, prompt)[0].rows[0] for prompt in prompts]
     longest = max(prompts, key=lambda prompt: len(tokenizer.encode(prompt)))
-    memory = {name: peak_rss(lambda v=v: decode(v, longest), device) for name, v in variants.items()}
-    kept, seconds, cpu, tokens = {}, {n: [] for n in variants}, dict.fromkeys(variants, 0.0), dict.fromkeys(variants, 0)
+    memory = {
+        name: peak_rss(lambda v=v: decode(v, longest), device) for name, v in variants.items()
+    }
+    kept, seconds, cpu, tokens = (
+        {},
+        {n: [] for n in variants},
+        dict.fromkeys(variants, 0.0),
+        dict.fromkeys(variants, 0),
+    )
     for index, prompt in enumerate(prompts):
         for number in range(-args.warmup_runs, args.runs_per_prompt):
             for name, variant in variants.items():
@@ -122,21 +155,33 @@ def measure(tokenizer, prompts, variants, reference, args, frozen, device):
         results = [kept[name, index] for index in range(len(prompts))]
         rows, ordered = [r.rows[0] for r in results], sorted(times)
         count = sum(map(len, rows))
-        scores = [nll(reference[0], context, row, frozen) for context, row in zip(contexts, rows, strict=True)]
+        scores = [
+            nll(reference[0], context, row, frozen)
+            for context, row in zip(contexts, rows, strict=True)
+        ]
         forwards = statistics.mean(r.forwards for r in results)
         figures[name] = {
-            "mode": settings.mode, "runs": len(times), "warmup_runs": args.warmup_runs * len(prompts),
-            "mean_latency_s": statistics.mean(times), "p50_latency_s": statistics.median(times),
+            "mode": settings.mode,
+            "runs": len(times),
+            "warmup_runs": args.warmup_runs * len(prompts),
+            "mean_latency_s": statistics.mean(times),
+            "p50_latency_s": statistics.median(times),
             "p90_latency_s": ordered[math.ceil(0.9 * len(ordered)) - 1],
-            "mean_tok_s": tokens[name] / sum(times), "mean_generated_tokens": count / len(rows),
-            "mean_forwards": forwards, "mean_layer_passes": statistics.mean(r.layer_passes for r in results),
+            "mean_tok_s": tokens[name] / sum(times),
+            "mean_generated_tokens": count / len(rows),
+            "mean_forwards": forwards,
+            "mean_layer_passes": statistics.mean(r.layer_passes for r in results),
             "tokens_per_forward": count / len(rows) / forwards if forwards else 0.0,
             "mean_context_passes": statistics.mean(r.context_passes for r in results),
             "cpu_s_per_token": cpu[name] / tokens[name] if tokens[name] else None,
-            "cache_bytes": max(r.cache_bytes for r in results), "peak_rss_mb": memory[name],
-            "nll_per_token": sum(scores) / count if count else None, "distinct_2": distinct(rows, 2),
-            "repeat_rate": repeat_rate(rows), "agree_with_full": statistics.mean(map(agreement, rows, model_rows)),
-            "texts": [tokenizer.written(row) for row in rows]}
+            "cache_bytes": max(r.cache_bytes for r in results),
+            "peak_rss_mb": memory[name],
+            "nll_per_token": sum(scores) / count if count else None,
+            "distinct_2": distinct(rows, 2),
+            "repeat_rate": repeat_rate(rows),
+            "agree_with_full": statistics.mean(map(agreement, rows, model_rows)),
+            "texts": [tokenizer.written(row) for row in rows],
+        }
     return figures
 
 
@@ -147,15 +192,22 @@ def show(value, form):
 def card(name, r, width):
     if "skipped" in r:
         return f"{name:{width}} skipped: {r['skipped']}"
-    return (f"{name:{width}} {r['mean_tok_s']:8.1f} tok/s | p50 {r['p50_latency_s']:.3f} s | p90 {r['p90_latency_s']:.3f} s | "
-            f"{r['mean_generated_tokens']:.1f} tokens | {r['tokens_per_forward']:.2f} per forward | {r['peak_rss_mb']:.0f} MB | "
-            f"judge {show(r['judge_nats'], '.3f')} | nll {show(r['nll_per_token'], '.3f')} | held out "
-            f"{show(r['held_out_nats'], '.4f')} | distinct_2 {show(r['distinct_2'], '.3f')} | repeat {r['repeat_rate']:.1%} | "
-            f"as full {r['agree_with_full']:.0%}")
+    return (
+        f"{name:{width}} {r['mean_tok_s']:8.1f} tok/s | p50 {r['p50_latency_s']:.3f} s | p90 "
+        f"{r['p90_latency_s']:.3f} s | "
+        f"{r['mean_generated_tokens']:.1f} tokens | {r['tokens_per_forward']:.2f} per forward | "
+        f"{r['peak_rss_mb']:.0f} MB | "
+        f"judge {show(r['judge_nats'], '.3f')} | nll {show(r['nll_per_token'], '.3f')} | held out "
+        f"{show(r['held_out_nats'], '.4f')} | distinct_2 {show(r['distinct_2'], '.3f')} | repeat "
+        f"{r['repeat_rate']:.1%} | "
+        f"as full {r['agree_with_full']:.0%}"
+    )
 
 
 class Judges:
-    """What stands beside speed and needs the prepared text: the n-gram judge and the held-out bound, each made once."""
+    """What stands beside speed and needs the prepared text: the n-gram judge and the held-out
+    bound, each made once.
+    """
 
     def __init__(self, data_dir, tokenizer, saved, device):
         from evaluation.ngram import NGram
@@ -166,7 +218,10 @@ class Judges:
             if train.meta["tokenizer_sha256"] != tokenizer.sha256:
                 raise UserError(f"{data_dir} was made with another tokenizer than the checkpoint")
         except UserError as error:
-            print(f"notice: no judge and no held-out bound: {str(error).partition(';')[0]}", file=sys.stderr)
+            print(
+                f"notice: no judge and no held-out bound: {str(error).partition(';')[0]}",
+                file=sys.stderr,
+            )
             return
         self.ngram = NGram(train.tokens, train.vocab_size)
         self.rows = self.val.val_windows(HELD_OUT_ROWS, self.args["seq_len"]).to(device)
@@ -186,14 +241,19 @@ class Judges:
 
 
 def combinations(grid):
-    """--grid steps=4,8 sampler=random -> {"steps=4 sampler=random": {"steps": 4, "sampler": "random"}, ...}"""
+    """--grid steps=4,8 sampler=random -> {"steps=4 sampler=random": {"steps": 4, "sampler":
+    "random"}, ...}
+    """
     fields = {f.name: f for f in dataclasses.fields(config.GenerateFlags)}
     axes = []
     for axis in grid:
         name, _, values = axis.partition("=")
         if name not in fields or not values:
-            raise UserError(f"--grid {axis}: write NAME=VALUE,VALUE with a setting of sample such as steps, sampler, threshold, "
-                            "block_size, precision, min_decode_layers")
+            raise UserError(
+                f"--grid {axis}: write NAME=VALUE,VALUE with a setting of sample such as steps, "
+                "sampler, threshold, "
+                "block_size, precision, min_decode_layers"
+            )
         try:
             axes.append([(name, convert(fields[name], value)) for value in split_list(values)])
         except ValueError as error:
@@ -203,43 +263,63 @@ def combinations(grid):
 
 
 def profiles(names):
-    """Each profile of sample, and beside it the slow and careful way: one token a forward, all layers, no 8-bit products."""
+    """Each profile of sample, and beside it the slow and careful way: one token a forward, all
+    layers, no 8-bit products.
+    """
     known, found = {f.name for f in dataclasses.fields(config.GenerateFlags)}, {}
     for name in names:
         found[name] = {k: v for k, v in config.SAMPLE_PROFILES[name].items() if k in known}
-        found[name + CAREFUL] = found[name] | dict(sampler="confidence", steps=config.SURE["steps"], min_decode_layers=0,
-                                                   precision="auto")
+        found[name + CAREFUL] = found[name] | dict(
+            sampler="confidence", steps=config.SURE["steps"], min_decode_layers=0, precision="auto"
+        )
     return found
 
 
 def price(name, results):
     """What a profile costs and gives, against the careful way -> its figures, told on stderr."""
-    fast, slow = (next(r for key, r in results.items() if key.endswith(end)) for end in (" " + name, " " + name + CAREFUL))
-    if "skipped" in fast or None in (fast["judge_nats"], slow["judge_nats"]):      # no judge, or a text that ended at once
+    fast, slow = (
+        next(r for key, r in results.items() if key.endswith(end))
+        for end in (" " + name, " " + name + CAREFUL)
+    )
+    # no judge, or a text that ended at once
+    if "skipped" in fast or None in (fast["judge_nats"], slow["judge_nats"]):
         return None
-    found = {"judged": fast["judge_nats"] / slow["judge_nats"] - 1, "faster": fast["mean_tok_s"] / slow["mean_tok_s"]}
-    say(f"profile {name}: {found['judged']:+.1%} judged nats/token (limit +{LIMIT:.0%}), repeated 4-grams "
-        f"{fast['repeat_rate']:.1%} against {slow['repeat_rate']:.1%}, {fast['tokens_per_forward']:.2f} tokens per forward, "
+    found = {
+        "judged": fast["judge_nats"] / slow["judge_nats"] - 1,
+        "faster": fast["mean_tok_s"] / slow["mean_tok_s"],
+    }
+    say(
+        f"profile {name}: {found['judged']:+.1%} judged nats/token (limit +{LIMIT:.0%}), repeated "
+        "4-grams "
+        f"{fast['repeat_rate']:.1%} against {slow['repeat_rate']:.1%}, "
+        f"{fast['tokens_per_forward']:.2f} tokens per forward, "
         f"{found['faster']:.2f}x as fast: "
-        + ("justified" if found["judged"] <= LIMIT else "NOT justified for this checkpoint"))
+        + ("justified" if found["judged"] <= LIMIT else "NOT justified for this checkpoint")
+    )
     return found
 
 
 def lines_of(results):
-    """{"block_frozen sampler=margin steps=4": figures} -> (axis, {"block_frozen margin": [(value, tokens/s, nats)]}).
+    """{"block_frozen sampler=margin steps=4": figures} -> (axis, {"block_frozen margin": [(value,
+    tokens/s, nats)]}).
 
-    A line joins what differs in one setting only: of the settings that are numbers, the one with the most values.
+    A line joins what differs in one setting only: of the settings that are numbers, the one with
+    the most values.
     """
     found = []
     for name, r in results.items():
         if r.get("judge_nats") is not None:
             mode, *pairs = name.split(" ")
-            found.append((mode, dict(pair.split("=", 1) for pair in pairs), r["mean_tok_s"], r["judge_nats"]))
+            found.append(
+                (mode, dict(pair.split("=", 1) for pair in pairs), r["mean_tok_s"], r["judge_nats"])
+            )
     values = {}
     for _, chosen, _, _ in found:
         for key, value in chosen.items():
             values.setdefault(key, set()).add(value)
-    numbers = [key for key, several in values.items() if len(several) > 1 and all(map(is_number, several))]
+    numbers = [
+        key for key, several in values.items() if len(several) > 1 and all(map(is_number, several))
+    ]
     axis = max(numbers, key=lambda key: len(values[key]), default=None)
     modes, lines = {mode for mode, *_ in found}, {}
     for mode, chosen, speed, nats in found:
@@ -285,35 +365,73 @@ def draw(path, results, real):
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        print("notice: no picture, as matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        print(
+            "notice: no picture, as matplotlib is not installed (pip install matplotlib)",
+            file=sys.stderr,
+        )
         return
     axis, lines = lines_of(results)
     figure, axes = pyplot.subplots(figsize=(9, max(5, 0.3 * len(lines))))
     every = [point for points in lines.values() for point in points]
     best = frontier(every)
-    axes.step([speed for _, speed, _ in best], [nats for _, _, nats in best], where="post", linewidth=6, color="0.88",
-              zorder=0, label="not beaten in both")
+    axes.step(
+        [speed for _, speed, _ in best],
+        [nats for _, _, nats in best],
+        where="post",
+        linewidth=6,
+        color="0.88",
+        zorder=0,
+        label="not beaten in both",
+    )
     colours = 0.8 * pyplot.cm.turbo([(i + 0.5) / max(1, len(lines)) for i in range(len(lines))])
-    colours = [tuple(colour[:3]) for colour in colours]            # darker, as yellow names are not read on white
+    # darker, as yellow names are not read on white
+    colours = [tuple(colour[:3]) for colour in colours]
     for colour, points in zip(colours, lines.values(), strict=True):
-        axes.plot([p[1] for p in points], [p[2] for p in points], "o-", markersize=4, linewidth=1.2, color=colour)
+        axes.plot(
+            [p[1] for p in points],
+            [p[2] for p in points],
+            "o-",
+            markersize=4,
+            linewidth=1.2,
+            color=colour,
+        )
     for value, speed, nats in best if axis else ():
         axes.annotate(value, (speed, nats), fontsize=7, xytext=(3, 5), textcoords="offset points")
     if real is not None:
         axes.axhline(real, linestyle="--", linewidth=1, color="gray", label="held-out text")
-    # the names stand at the right edge, in the order of their lines' fastest points, each joined to its own
+    # the names stand at the right edge, in the order of their lines' fastest points, each joined to
+    # its own
     low, high = axes.get_ylim()
     edge = axes.get_xlim()[1]
-    ends = sorted(((max(points, key=lambda p: p[1]), name, colour)
-                   for (name, points), colour in zip(lines.items(), colours, strict=True)), key=lambda end: end[0][2])
+    ends = sorted(
+        (
+            (max(points, key=lambda p: p[1]), name, colour)
+            for (name, points), colour in zip(lines.items(), colours, strict=True)
+        ),
+        key=lambda end: end[0][2],
+    )
     heights = spread([end[0][2] for end in ends], 0.17 / figure.get_figheight() * (high - low))
     for (point, name, colour), height in zip(ends, heights, strict=True):
-        axes.annotate(name, point[1:], xytext=(edge + 0.04 * (edge - axes.get_xlim()[0]), height), fontsize=8, color=colour,
-                      va="center", annotation_clip=False, arrowprops=dict(arrowstyle="-", linewidth=0.5, color=colour, alpha=0.5))
-    along = ", ".join(dict.fromkeys(value for value, _, _ in sorted(every, key=lambda p: float(p[0])))) if axis else ""
-    axes.set(xlabel="tokens/s (new tokens before EOS, prompt included)",
-             ylabel="nats/token under the n-gram judge (low alone is no praise)",
-             title="Quality against speed" + (f"; along each line {axis} = {along}" if axis else ""))
+        axes.annotate(
+            name,
+            point[1:],
+            xytext=(edge + 0.04 * (edge - axes.get_xlim()[0]), height),
+            fontsize=8,
+            color=colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops=dict(arrowstyle="-", linewidth=0.5, color=colour, alpha=0.5),
+        )
+    along = (
+        ", ".join(dict.fromkeys(value for value, _, _ in sorted(every, key=lambda p: float(p[0]))))
+        if axis
+        else ""
+    )
+    axes.set(
+        xlabel="tokens/s (new tokens before EOS, prompt included)",
+        ylabel="nats/token under the n-gram judge (low alone is no praise)",
+        title="Quality against speed" + (f"; along each line {axis} = {along}" if axis else ""),
+    )
     axes.legend(loc="upper left", fontsize=8, frameon=False)
     axes.set_xlim(right=edge)
     figure.savefig(path, dpi=130, bbox_inches="tight")
@@ -334,19 +452,32 @@ def main(argv=None):
     allocator = machine.start(args.threads)
     can_write(args, "out_json")
     device = machine.pick_device(args.device)
-    prompts = settings.read_prompts(args) if args.prompt or args.prompts_file else list(config.BENCH_PROMPTS)
+    prompts = (
+        settings.read_prompts(args)
+        if args.prompt or args.prompts_file
+        else list(config.BENCH_PROMPTS)
+    )
     args.sampler = settings.masked_sampler(args.sampler)
     models, weights, precisions, saved = {}, {}, {}, None
     for wanted in dict.fromkeys(s.get("precision", args.precision) for s in settings_of.values()):
         precisions[wanted], why = fast.pick(wanted, device)
         if precisions[wanted] not in models:
-            model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
+            model, tokenizer, saved = checkpoint.load_model(
+                args.ckpt, device, args.model, args.tokenizer
+            )
             weights[precisions[wanted]] = fast.prepare(model, precisions[wanted])
             models[precisions[wanted]] = model
-            say(f"precision: {precisions[wanted]} ({why}), {weights[precisions[wanted]] / 2 ** 20:.1f} MB of weights")
+            say(
+                f"precision: {precisions[wanted]} ({why}), "
+                f"{weights[precisions[wanted]] / 2**20:.1f} MB of weights"
+            )
     why_not = settings.cannot_freeze(saved)
     if model.cfg.causal:
-        print("notice: an autoregressive checkpoint has one mode, left to right over its cache: block_frozen", file=sys.stderr)
+        print(
+            "notice: an autoregressive checkpoint has one mode, left to right over its cache: "
+            "block_frozen",
+            file=sys.stderr,
+        )
         args.modes = ("block_frozen",)
     variants, skipped, without_effect = {}, {}, []
     for named, chosen in settings_of.items():
@@ -358,9 +489,14 @@ def main(argv=None):
                 skipped[name] = {"skipped": why_not}
                 continue
             mine = dataclasses.replace(args, **chosen)
-            variants[name] = (models[precisions[mine.precision]], settings.decode_settings(mine, saved, mode, tokenizer.eos_id))
+            variants[name] = (
+                models[precisions[mine.precision]],
+                settings.decode_settings(mine, saved, mode, tokenizer.eos_id),
+            )
             without_effect.append(set(settings.idle(mine, origins, variants[name][1])))
-    for line in sorted(set.intersection(*without_effect)) if without_effect and not model.cfg.causal else ():
+    for line in (
+        sorted(set.intersection(*without_effect)) if without_effect and not model.cfg.causal else ()
+    ):
         say(line)                                             # only what no variant heeds
     judges = Judges(args.data_dir or saved.config["args"]["data_dir"], tokenizer, saved, device)
     results = dict(skipped)
@@ -378,17 +514,32 @@ def main(argv=None):
                 rows = [tokenizer.encode(text) for text in r["texts"]]
                 r["judge_nats"] = judges.ngram and judges.ngram.nats(rows, contexts)
     document = {
-        "version": 1, "model": saved.config["model"]["model"], "ckpt": str(saved.path), "step": saved.step,
-        **machine.environment(device), "allocator": allocator, "weights_bytes": weights, "batch": 1, "seed": args.seed,
-        "prompts": prompts, "params": model_config.count_params(model.cfg), "args": to_dict(args),
-        "judge_nats_of_held_out_text": judges.real(), "results": results}
+        "version": 1,
+        "model": saved.config["model"]["model"],
+        "ckpt": str(saved.path),
+        "step": saved.step,
+        **machine.environment(device),
+        "allocator": allocator,
+        "weights_bytes": weights,
+        "batch": 1,
+        "seed": args.seed,
+        "prompts": prompts,
+        "params": model_config.count_params(model.cfg),
+        "args": to_dict(args),
+        "judge_nats_of_held_out_text": judges.real(),
+        "results": results,
+    }
     for name, r in results.items():
         print(card(name, r, max(map(len, results))))
     if args.profiles:
         document["profiles"] = {name: price(name, results) for name in args.profiles}
     write_json(args.out_json, document)
     if args.grid:
-        draw(Path(args.out_json).with_suffix(".png"), results, document["judge_nats_of_held_out_text"])
+        draw(
+            Path(args.out_json).with_suffix(".png"),
+            results,
+            document["judge_nats_of_held_out_text"],
+        )
     print(json_text(document))
 
 

@@ -1,15 +1,20 @@
-"""Masked diffusion: what is hidden, and what the answer costs. The project's mathematics in one file.
+"""Masked diffusion: what is hidden, and what the answer costs. The project's mathematics in one
+file.
 
-Used by train.py and evaluate.py; knows no model (it calls model.hidden_blocks and reads model.head, no more).
+Used by train.py and evaluate.py; knows no model (it calls model.hidden_blocks and reads model.head,
+no more).
 
-A schedule is one function alpha(t), the share of tokens still visible at time t in [0, 1]. Everything else is derived from it.
-Time t hides exactly k = ceil(L (1 - alpha(t))) of a block's L tokens, never none, and each hidden token weighs
+A schedule is one function alpha(t), the share of tokens still visible at time t in [0, 1].
+Everything else is derived from it. Time t hides exactly k = ceil(L (1 - alpha(t))) of a block's L
+tokens, never none, and each hidden token weighs
         -alpha'(t) / (k / L),
-the familiar -alpha'/(1 - alpha) with the rate that was really used. Integrating over t gives every k the same total weight, so
+the familiar -alpha'/(1 - alpha) with the rate that was really used. Integrating over t gives every
+k the same total weight, so
         E_t [ weight * sum of CE ] / L  =  mean over k = 1..L of (mean CE over k hidden tokens)
-the exact-count form of the bound on -log p for every schedule, neither clipped nor biased (docs/DIFFUSION_MODEL_DETAILED.md).
-With --time_mode discrete the counts are even only under the linear schedule with a multiple of L levels; cosine's are uneven.
-Legend: R rows of the whole optimizer step, T positions, S block, n blocks, D width, V vocabulary rows, N hidden positions.
+the exact-count form of the bound on -log p for every schedule, neither clipped nor biased
+(docs/DIFFUSION_MODEL_DETAILED.md). With --time_mode discrete the counts are even only under the
+linear schedule with a multiple of L levels; cosine's are uneven. Legend: R rows of the whole
+optimizer step, T positions, S block, n blocks, D width, V vocabulary rows, N hidden positions.
 """
 import contextlib
 import hashlib
@@ -28,7 +33,9 @@ SCHEDULES = {  # alpha(t) for the full range; min/max_mask_rate stretch it
 
 
 def alpha(t, schedule="linear", low=0.0, high=1.0):
-    """Share of visible tokens at time t, falling from 1 - low to 1 - high: the one definition of a schedule."""
+    """Share of visible tokens at time t, falling from 1 - low to 1 - high: the one definition of a
+    schedule.
+    """
     return 1 - (low + (high - low) * (1 - SCHEDULES[schedule](t)))
 
 
@@ -40,24 +47,35 @@ def alpha_slope(t, schedule="linear", low=0.0, high=1.0):
 
 
 def weight(t, *bounds):
-    """-alpha'(t) / (1 - alpha(t)): what a hidden token weighs in the bound when tokens are hidden independently."""
+    """-alpha'(t) / (1 - alpha(t)): what a hidden token weighs in the bound when tokens are hidden
+    independently.
+    """
     return -alpha_slope(t, *bounds) / (1 - alpha(t.double(), *bounds))
 
 
 def folded(seed):
-    """A seed of any size -> the 32 bits that PyTorch's generator on a CPU takes; a small seed is its own.
+    """A seed of any size -> the 32 bits that PyTorch's generator on a CPU takes; a small seed is
+    its own.
 
     Cut off, s and s + 2^32 would be one seed.
     """
-    return seed if 0 <= seed < 2 ** 32 else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+    return (
+        seed
+        if 0 <= seed < 2**32
+        else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+    )
 
 
 def step_generator(seed, step, purpose):
-    """Randomness is a function of (seed, step, purpose), never of history: a resumed run sees the masks it would have seen.
+    """Randomness is a function of (seed, step, purpose), never of history: a resumed run sees the
+    masks it would have seen.
 
-    Two purposes differ in their first four letters, as PyTorch's generator on a CPU takes 32 bits of a seed.
+    Two purposes differ in their first four letters, as PyTorch's generator on a CPU takes 32 bits
+    of a seed.
     """
-    mixed = (folded(seed) * 1_000_003 + step) * 1_000_003 + sum(ord(c) << (8 * i) for i, c in enumerate(purpose[:4]))
+    mixed = (folded(seed) * 1_000_003 + step) * 1_000_003 + sum(
+        ord(c) << (8 * i) for i, c in enumerate(purpose[:4])
+    )
     return torch.Generator().manual_seed(mixed % (2 ** 63))
 
 
@@ -65,27 +83,35 @@ def strata(n, sampling, generator):
     """n numbers in [0, 1): one per n-th (a shared offset, then shuffled), or independent ones."""
     if sampling == "uniform":
         return torch.rand(n, generator=generator, dtype=torch.float64)
-    grid = (torch.arange(n, dtype=torch.float64) + torch.rand((), generator=generator, dtype=torch.float64)) / n
-    return grid[torch.randperm(n, generator=generator)]  # shuffled: or the rate would follow the block's place in the row
+    grid = (
+        torch.arange(n, dtype=torch.float64)
+        + torch.rand((), generator=generator, dtype=torch.float64)
+    ) / n
+    # shuffled: or the rate would follow the block's place in the row
+    return grid[torch.randperm(n, generator=generator)]
 
 
 def hide(count, real, span, generator, part=slice(None)):
     """Boolean masks (..., S) with exactly `count` (...) of the `real` (..., S) positions hidden.
 
-    span = 1: any positions. span > 1: runs of that mean length (geometric), the last one cut to hit the count exactly.
-    Every position gets a priority, shared inside a run; the first `count` by priority are hidden. No loop over rows.
-    part: only these rows are wanted; the numbers are drawn for all of them, so that the others' masks do not matter.
+    span = 1: any positions. span > 1: runs of that mean length (geometric), the last one cut to hit
+    the count exactly. Every position gets a priority, shared inside a run; the first `count` by
+    priority are hidden. No loop over rows. part: only these rows are wanted; the numbers are drawn
+    for all of them, so that the others' masks do not matter.
     """
     shape = (*count.shape, real.shape[-1])
-    run = (torch.rand(shape, generator=generator)[part] * span < 1.0).cumsum(-1)   # (..., S) run number, 0..S
+    # (..., S) run number, 0..S
+    run = (torch.rand(shape, generator=generator)[part] * span < 1.0).cumsum(-1)
     priority = torch.rand(*count.shape, shape[-1] + 1, generator=generator)[part].gather(-1, run)
     priority = priority.masked_fill(~real[part], math.inf)
-    rank = priority.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)              # (..., S)
+    rank = priority.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)  # (..., S)
     return rank < count[part][..., None]
 
 
 class Draw(NamedTuple):
-    """The corruption of one optimizer step: of all its rows, or in mask and weight of those of one rank."""
+    """The corruption of one optimizer step: of all its rows, or in mask and weight of those of one
+    rank.
+    """
     mask: torch.Tensor      # (R, T) bool, True = hidden
     weight: torch.Tensor    # (R, T) float32, -alpha'(t) / (k / L) of the position's block
     t: torch.Tensor         # (R, n) time of each block
@@ -95,17 +121,19 @@ class Draw(NamedTuple):
 
 
 def draw(args, seed, step, rows, length, block, first=None, part=slice(None)):
-    """Corruption for a whole optimizer step: rows x blocks share one stratified grid of times. part: only these rows' masks."""
+    """Corruption for a whole optimizer step: rows x blocks share one stratified grid of times.
+    part: only these rows' masks.
+    """
     g = step_generator(seed, step, "mask")
     block = min(block, length)
     first = min(first or block, block)
     n = 1 + math.ceil((length - first) / block)
-    at = torch.arange(n * block) - (block - first)                                 # position of each slot; outside: padding
+    at = torch.arange(n * block) - (block - first)  # position of each slot; outside: padding
     real = ((at >= 0) & (at < length)).view(n, block)                    # (n, S)
-    size = real.sum(-1)                                                            # (n,) tokens of each block
+    size = real.sum(-1)  # (n,) tokens of each block
     u = strata(rows * n, args.timestep_sampling, g).view(rows, n)            # (R, n)
     bounds = args.mask_schedule, args.min_mask_rate, args.most_hidden
-    if args.time_mode == "discrete":                    # levels 1..N; the slope is the step's own difference quotient
+    if args.time_mode == "discrete":  # levels 1..N; the slope is the step's own difference quotient
         level = torch.floor(u * args.timesteps)
         t, before = (level + 1) / args.timesteps, level / args.timesteps
         slope = (alpha(t, *bounds) - alpha(before, *bounds)) * args.timesteps
@@ -117,14 +145,16 @@ def draw(args, seed, step, rows, length, block, first=None, part=slice(None)):
     mask = hide(count, real.expand(rows, n, block), span, g, part)                 # (R, n, S)
     weight = -slope / (args.most_hidden - args.min_mask_rate) * size / count     # (R, n)
     weight = weight.float()[part][..., None].expand(mask.shape)
-    return Draw(mask[:, real], weight[:, real], t, block, first, int(count.sum()))  # (R, n, S)[:, real] -> (R, T)
+    # (R, n, S)[:, real] -> (R, T)
+    return Draw(mask[:, real], weight[:, real], t, block, first, int(count.sum()))
 
 
 def pick_blocks(sizes, length, seed, step, single=0.0):
-    """The block structure of this step: a size from the list, and for half of the steps a shorter first block.
+    """The block structure of this step: a size from the list, and for half of the steps a shorter
+    first block.
 
-    A prompt rarely ends on a multiple of the block; the shorter first block makes that a trained case.
-    single: the chance that, whatever the list says, the blocks have one token.
+    A prompt rarely ends on a multiple of the block; the shorter first block makes that a trained
+    case. single: the chance that, whatever the list says, the blocks have one token.
     """
     if single and torch.rand((), generator=step_generator(seed, step, "single")) < single:
         return 1, 1
@@ -135,22 +165,28 @@ def pick_blocks(sizes, length, seed, step, single=0.0):
 
 
 def whole_rows(rows, length, part=slice(None)):
-    """The draw of --objective ar: every token is a question, and no question weighs more than another."""
+    """The draw of --objective ar: every token is a question, and no question weighs more than
+    another.
+    """
     ones = torch.ones(rows, length)
     return Draw(ones[part].bool(), ones[part], ones[:, :1], length, length, rows * length)
 
 
 def shifted(x0, start):
-    """What a causal model reads so that position i answers for token i: `start` (the mask's id), then all but the last."""
+    """What a causal model reads so that position i answers for token i: `start` (the mask's id),
+    then all but the last.
+    """
     return torch.cat((torch.full_like(x0[:, :1], start), x0[:, :-1]), dim=1)       # (B, T)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum_i w_i CE(h_i W^T, y_i) and each CE, in chunks: the logits of all positions never exist at once.
+    """sum_i w_i CE(h_i W^T, y_i) and each CE, in chunks: the logits of all positions never exist at
+    once.
 
-    The gradient is made in the forward pass, chunk by chunk, while the logits are there; backward only scales it.
-    Each chunk is padded with rows of weight 0 to a multiple of ROWS. The number of hidden tokens differs at every step, and
-    oneDNN compiles and keeps a product for each shape that it meets: without the padding, memory grows with the steps.
+    The gradient is made in the forward pass, chunk by chunk, while the logits are there; backward
+    only scales it. Each chunk is padded with rows of weight 0 to a multiple of ROWS. The number of
+    hidden tokens differs at every step, and oneDNN compiles and keeps a product for each shape that
+    it meets: without the padding, memory grows with the steps.
     """
 
     @staticmethod
@@ -185,7 +221,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class Loss(NamedTuple):
-    loss: torch.Tensor      # scalar to differentiate, already divided by the whole step's normaliser
+    loss: torch.Tensor  # scalar to differentiate, already divided by the whole step's normaliser
     nll: torch.Tensor       # (N,) CE of each hidden token, detached
     hidden: torch.Tensor    # (R', T) bool
 
@@ -195,25 +231,40 @@ def pick_exit(layers, seed, step):
     return int(torch.randint(1, layers, (), generator=step_generator(seed, step, "exit")))
 
 
-def denoising_loss(model, x0, draw, kind, normaliser, rows=slice(None), chunk=512, early=None, early_weight=0.0):
+def denoising_loss(
+    model, x0, draw, kind, normaliser, rows=slice(None), chunk=512, early=None, early_weight=0.0
+):
     """The loss of some rows of a step: x0 (R', T) are the rows `rows` of the draw.
 
-    1. hide the masked tokens (causal: shift by one instead)  2. run the denoiser  3. keep hidden positions only
+    1. hide the masked tokens (causal: shift by one instead)  2. run the denoiser  3. keep hidden
+        positions only
     4. head + CE in chunks  5. weigh: "elbo" by `weight`, "masked_mean" by 1
     6. divide by the step's count: tokens (elbo) or hidden tokens
     """
     mask = draw.mask[rows].to(x0.device)
-    xt = shifted(x0, model.cfg.mask_id) if model.cfg.causal else torch.where(mask, model.cfg.mask_id, x0)
+    xt = (
+        shifted(x0, model.cfg.mask_id)
+        if model.cfg.causal
+        else torch.where(mask, model.cfg.mask_id, x0)
+    )
     h = model.hidden_blocks(xt, x0, draw.block, draw.first, **({"early": early} if early else {}))
     h, h_early = h if early else (h, None)                                         # (R', T, D)
-    h, y = h[mask], x0[mask]                                                       # (N, D), (N,)
-    w = draw.weight[rows].to(x0.device)[mask] if kind == "elbo" else torch.ones_like(y, dtype=torch.float32)
+    h, y = h[mask], x0[mask]  # (N, D), (N,)
+    w = (
+        draw.weight[rows].to(x0.device)[mask]
+        if kind == "elbo"
+        else torch.ones_like(y, dtype=torch.float32)
+    )
     device = h.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
     with torch.autocast(device, enabled=False):
-        total, ce = LinearCrossEntropy.apply(h, model.head.weight, y, w, list(model.head.never), chunk, dtype)
+        total, ce = LinearCrossEntropy.apply(
+            h, model.head.weight, y, w, list(model.head.never), chunk, dtype
+        )
         if early:
-            extra, _ = LinearCrossEntropy.apply(h_early[mask], model.head.weight, y, w, list(model.head.never), chunk, dtype)
+            extra, _ = LinearCrossEntropy.apply(
+                h_early[mask], model.head.weight, y, w, list(model.head.never), chunk, dtype
+            )
             total = total + early_weight * extra
     return Loss(total / normaliser, ce.detach(), mask)
 
@@ -230,24 +281,39 @@ class DenoisingLoss(torch.nn.Module):
 
 
 def normaliser(kind, draw):
-    """What one optimizer step's sum is divided by: all its tokens for the bound, its hidden tokens for the plain mean."""
+    """What one optimizer step's sum is divided by: all its tokens for the bound, its hidden tokens
+    for the plain mean.
+    """
     return len(draw.t) * draw.mask.shape[1] if kind == "elbo" else draw.hidden
 
 
-EXACT_COUNT = SimpleNamespace(mask_schedule="linear", min_mask_rate=0.0, most_hidden=1.0, time_mode="continuous",
-                              timestep_sampling="stratified", masking_strategy="token")
+EXACT_COUNT = SimpleNamespace(
+    mask_schedule="linear",
+    min_mask_rate=0.0,
+    most_hidden=1.0,
+    time_mode="continuous",
+    timestep_sampling="stratified",
+    masking_strategy="token",
+)
 
 
 @torch.no_grad()
-def row_bounds(model, x0, block, first=None, seed=0, batch=8, part=slice(None), piece=contextlib.nullcontext):
-    """What rows x0 (R, T) cost in nats, on the CPU: (R, 3), of each its bound per token, its plain sum of CE, its hidden tokens.
+def row_bounds(
+    model, x0, block, first=None, seed=0, batch=8, part=slice(None), piece=contextlib.nullcontext
+):
+    """What rows x0 (R, T) cost in nats, on the CPU: (R, 3), of each its bound per token, its plain
+    sum of CE, its hidden tokens.
 
-    Linear time, so every count weighs the same; stratified over rows and blocks; masks fixed by the seed.
-    Of a causal model: the exact NLL, whatever block and seed. part: only these rows, with the masks that they have among all.
-    piece: a context for each batch, in which a signal may end it.
+    Linear time, so every count weighs the same; stratified over rows and blocks; masks fixed by the
+    seed. Of a causal model: the exact NLL, whatever block and seed. part: only these rows, with the
+    masks that they have among all. piece: a context for each batch, in which a signal may end it.
     """
     R, T = x0.shape
-    d = whole_rows(R, T, part) if model.cfg.causal else draw(EXACT_COUNT, seed, 0, R, T, block, first, part)
+    d = (
+        whole_rows(R, T, part)
+        if model.cfg.causal
+        else draw(EXACT_COUNT, seed, 0, R, T, block, first, part)
+    )
     x0, found = x0[part], []
     for a in range(0, len(x0), batch):
         rows = slice(a, a + batch)
@@ -261,6 +327,8 @@ def row_bounds(model, x0, block, first=None, seed=0, batch=8, part=slice(None), 
 
 
 def bound(model, x0, block, first=None, seed=0, batch=8):
-    """The exact-count bound in nats per token for rows x0 (R, T): (means per row (R,), mean CE of hidden tokens)."""
+    """The exact-count bound in nats per token for rows x0 (R, T): (means per row (R,), mean CE of
+    hidden tokens).
+    """
     nats, plain, hidden = row_bounds(model, x0, block, first, seed, batch).unbind(1)
     return nats.float(), float(plain.sum() / hidden.sum())

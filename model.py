@@ -1,54 +1,79 @@
 """The backup denoiser, a bidirectional transformer, and build_model for both denoisers.
 
-    from model import build_model; model = build_model(cfg)          # cfg.model: "primary" (EcoHybrid) or "backup"
+    from model import build_model; model = build_model(cfg)          # cfg.model: "primary"
+        (EcoHybrid) or "backup"
 
 The denoiser protocol, which sampling/decode.py, masking.py and the tests' fake rely on:
     model.cfg                            ModelConfig
     model.hidden(xt, cache=None, depth=None)
-                                         (B, S) ids of ONE noisy block, given the frozen cache -> (B, S, D); depth: leave early
+                                         (B, S) ids of ONE noisy block, given the frozen cache ->
+                                         (B, S, D); depth: leave early
     model.hidden_blocks(xt, x0, block, first=None, early=None)
-                                         (B, T), (B, T) -> (B, T, D): training; noisy block b sees clean blocks < b and itself;
-                                         block 0 may be shorter (`first` tokens), and so may the last; early: also leave there
-    model.head.weight, .never            the (V, D) head matrix, and the rows that are never an answer
-    model.logits(h)                      (..., D) -> (..., V) float32; the mask's and the pad's logit is -inf
+                                         (B, T), (B, T) -> (B, T, D): training; noisy block b sees
+                                         clean blocks < b and itself;
+                                         block 0 may be shorter (`first` tokens), and so may the
+                                         last; early: also leave there
+    model.head.weight, .never            the (V, D) head matrix, and the rows that are never an
+        answer
+    model.logits(h)                      (..., D) -> (..., V) float32; the mask's and the pad's
+        logit is -inf
     model(xt, cache=None)                logits(hidden(xt, cache))
-    model.new_cache(batch, length)       frozen context; .length .nbytes .reset() .select(rows), maybe .beside_empty()
-    model.commit(x0, cache, block=None)  freeze finished clean tokens, as one block of any length or as several of `block`
-Only if cfg.causal (--objective ar), where a hidden state is about the *next* token and the mask's row means "nothing before":
-    model.step(x, cache)                 the next tokens (B, S) join the cache -> (B, S, D), in one pass
-No loss, no shift, no knowledge of masking, no time input. Logits with the cache equal logits recomputed from clean text,
-in float32 up to its rounding: to 1e-5 of the logits' size.
-Legend: B batch, T positions, S block, D width, V vocabulary rows.
+    model.new_cache(batch, length)       frozen context; .length .nbytes .reset() .select(rows),
+        maybe .beside_empty()
+    model.commit(x0, cache, block=None)  freeze finished clean tokens, as one block of any length or
+        as several of `block`
+Only if cfg.causal (--objective ar), where a hidden state is about the *next* token and the mask's
+row means "nothing before":
+    model.step(x, cache)                 the next tokens (B, S) join the cache -> (B, S, D), in one
+        pass
+No loss, no shift, no knowledge of masking, no time input. Logits with the cache equal logits
+recomputed from clean text, in float32 up to its rounding: to 1e-5 of the logits' size. Legend: B
+batch, T positions, S block, D width, V vocabulary rows.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from eco_hybrid import EcoHybrid
-from layers import Exits, Linear, RMSNorm, TiedEmbedding, initialise, recomputed, rotary_table, rotate
+from layers import (
+    Exits,
+    Linear,
+    RMSNorm,
+    TiedEmbedding,
+    initialise,
+    recomputed,
+    rotary_table,
+    rotate,
+)
 
 
 def attend(q, k, v, mask=None, causal=False):
-    """The one call of the attention kernel: q (B,H,Tq,E), k, v (B,H,Tk,E), mask (Tq,Tk) bool or None -> (B,H,Tq,E).
+    """The one call of the attention kernel: q (B,H,Tq,E), k, v (B,H,Tk,E), mask (Tq,Tk) bool or
+    None -> (B,H,Tq,E).
 
     causal: a query sees the keys up to its own, which are the last Tq ones.
     """
     new, old = q.shape[2], k.shape[2] - q.shape[2]
     if causal and old and new > 1:
         mask = torch.ones(new, old + new, dtype=torch.bool, device=q.device).tril(old)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and not old, scale=q.shape[-1] ** -0.5)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and not old, scale=q.shape[-1] ** -0.5
+    )
 
 
 def block_masks(length, block, first, device):
-    """The block rule as two boolean masks: clean sees clean (T, T); noisy sees [clean, noisy] (T, 2T)."""
+    """The block rule as two boolean masks: clean sees clean (T, T); noisy sees [clean, noisy] (T,
+    2T).
+    """
     b = (torch.arange(length, device=device) + block - first) // block
     earlier, own = b[:, None] > b[None, :], b[:, None] == b[None, :]
     return earlier | own, torch.cat((earlier, own), dim=1)
 
 
 class KVCache:
-    """The frozen context, preallocated: keys and values (L, B, H, room, E). A text that is longer than the room slides: the
-    oldest positions leave. `length` counts all that was ever committed, which is where rotary positions go on.
+    """The frozen context, preallocated: keys and values (L, B, H, room, E). A text that is longer
+    than the room slides: the oldest positions leave. `length` counts all that was ever committed,
+    which is where rotary positions go on.
     """
 
     def __init__(self, cfg, batch, room, device, dtype):
@@ -69,7 +94,7 @@ class KVCache:
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
     def context(self, layer):
-        return self.k[layer, :, :, :self.held], self.v[layer, :, :, :self.held]                # (B, H, C, E) each
+        return self.k[layer, :, :, :self.held], self.v[layer, :, :, :self.held]  # (B, H, C, E) each
 
     def fits(self, tokens):
         return self.held + tokens <= self.k.shape[3]
@@ -94,7 +119,9 @@ class KVCache:
 
 
 class MultiHead(nn.Module):
-    """All heads in one projection in and one out; no bias and no norm on q and k, so that llama.cpp's graph can run it."""
+    """All heads in one projection in and one out; no bias and no norm on q and k, so that
+    llama.cpp's graph can run it.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -104,33 +131,43 @@ class MultiHead(nn.Module):
 
     def project(self, x, table):
         """x (N, T, D) -> q, k, v (N, H, T, E), q and k rotated."""
-        qkv = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1))                   # (N, T, 3, H, E)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                             # (N, H, T, E) each
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, H, E)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, H, T, E) each
         return rotate(q, table), rotate(k, table), v
 
     def join(self, y):
-        return self.out_proj(y.transpose(1, 2).flatten(2))                         # (N, H, T, E) -> (N, T, D)
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # (N, H, T, E) -> (N, T, D)
 
     def one_block(self, x, table, context=None, mask=None):
-        """One block x (B, S, D), bidirectional inside unless causal, after a frozen context; returns (output, its k, its v).
+        """One block x (B, S, D), bidirectional inside unless causal, after a frozen context;
+        returns (output, its k, its v).
 
         mask (S, C + S): x is several blocks.
         """
         q, k, v = self.project(x, table)
         if context is None:
             return self.join(attend(q, k, v, mask, self.causal)), k, v
-        keys, values = (torch.cat((c.to(k.dtype), own), dim=2) for c, own in zip(context, (k, v), strict=True))
-        return self.join(attend(q, keys, values, mask, self.causal)), k, v                              # keys (B, H, C+S, E)
+        keys, values = (
+            torch.cat((c.to(k.dtype), own), dim=2) for c, own in zip(context, (k, v), strict=True)
+        )
+        return self.join(attend(q, keys, values, mask, self.causal)), k, v  # keys (B, H, C+S, E)
 
     def all_blocks(self, x, table, masks, last=False):
-        """x (2B, T, D), noisy rows first: the clean stream block-causally, the noisy stream on clean context + own block.
+        """x (2B, T, D), noisy rows first: the clean stream block-causally, the noisy stream on
+        clean context + own block.
 
-        Nobody reads the clean stream behind the last layer: there only its keys count, and (B, T, D) comes back.
+        Nobody reads the clean stream behind the last layer: there only its keys count, and (B, T,
+        D) comes back.
         """
         q, k, v = self.project(x, table)
         (q_noisy, q_clean), (k_noisy, k_clean), (v_noisy, v_clean) = (z.chunk(2) for z in (q, k, v))
         clean_mask, noisy_mask = masks
-        noisy = attend(q_noisy, torch.cat((k_clean, k_noisy), dim=2), torch.cat((v_clean, v_noisy), dim=2), noisy_mask)
+        noisy = attend(
+            q_noisy,
+            torch.cat((k_clean, k_noisy), dim=2),
+            torch.cat((v_clean, v_noisy), dim=2),
+            noisy_mask,
+        )
         if last:
             return self.join(noisy)                                                # (B, T, D)
         clean = attend(q_clean, k_clean, v_clean, clean_mask)                      # (B, H, T, E)
@@ -161,9 +198,15 @@ class TransformerLayer(nn.Module):
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
     def train_step(self, x, table, masks=None, last=False):
-        """x (B, T, D), or with masks (2B, T, D) -> the same; (B, T, D) behind the last layer. Training compiles it."""
+        """x (B, T, D), or with masks (2B, T, D) -> the same; (B, T, D) behind the last layer.
+        Training compiles it.
+        """
         h = self.attn_norm(x)
-        y = self.attn.one_block(h, table)[0] if masks is None else self.attn.all_blocks(h, table, masks, last)
+        y = (
+            self.attn.one_block(h, table)[0]
+            if masks is None
+            else self.attn.all_blocks(h, table, masks, last)
+        )
         return self.add_ff(x[:len(y)] + self.dropout(y))
 
 
@@ -174,7 +217,7 @@ class Transformer(nn.Module):
         self.head = TiedEmbedding(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
         self.layers = nn.ModuleList(TransformerLayer(cfg) for _ in range(cfg.n_layers))
         self.exits = Exits(cfg)
-        self.recompute = False                                                     # train.py's --activation_checkpointing
+        self.recompute = False  # train.py's --activation_checkpointing
         initialise(self, depth=cfg.n_layers)
 
     def table(self, start, length):
@@ -182,25 +225,31 @@ class Transformer(nn.Module):
         return rotary_table(positions, self.cfg.d_model // self.cfg.n_heads)
 
     def hidden(self, xt, cache=None, depth=None):
-        """(B, S) ids, one noisy block, against the frozen cache -> (B, S, D). Without a cache: the whole sequence, B = T."""
+        """(B, S) ids, one noisy block, against the frozen cache -> (B, S, D). Without a cache: the
+        whole sequence, B = T.
+        """
         x = self.head(xt)                                                         # (B, S, D)
         table = self.table(cache.length if cache is not None else 0, xt.shape[1])
         for i, layer in zip(range(depth or len(self.layers)), self.layers, strict=False):
             context = cache.context(i) if cache is not None and cache.length else None
-            x = layer.add_ff(x + layer.dropout(layer.attn.one_block(layer.attn_norm(x), table, context)[0]))
+            x = layer.add_ff(
+                x + layer.dropout(layer.attn.one_block(layer.attn_norm(x), table, context)[0])
+            )
         return self.exits(x, depth)
 
     def hidden_blocks(self, xt, x0, block, first=None, early=None):
-        """Training form: xt, x0 (B, T) -> (B, T, D), noisy block b given clean blocks < b. Block 0 has `first` tokens.
+        """Training form: xt, x0 (B, T) -> (B, T, D), noisy block b given clean blocks < b. Block 0
+        has `first` tokens.
 
         early: also leave behind that many layers; then the result is (1 + 1, B, T, D): last, early.
         """
         T, out = xt.shape[1], []
         first = min(first or block, block)
-        whole = first >= T                                                         # one block is all there is
+        whole = first >= T  # one block is all there is
         masks = None if whole else block_masks(T, block, first, xt.device)
         table = self.table(0, T)
-        x = self.head(xt if whole else torch.cat((xt, x0)))                       # (B, T, D), or (2B, T, D), noisy rows first
+        # (B, T, D), or (2B, T, D), noisy rows first
+        x = self.head(xt if whole else torch.cat((xt, x0)))
         for i, layer in enumerate(self.layers, 1):
             x = recomputed(self.recompute, layer.train_step, x, table, masks, i == len(self.layers))
             if i in (early, len(self.layers)):
@@ -217,9 +266,11 @@ class Transformer(nn.Module):
         return KVCache(self.cfg, batch, length, self.head.weight.device, torch.float32)
 
     def commit(self, x0, cache, block=None):
-        """Freeze finished clean tokens (B, S), one block or several of `block`: their keys and values join the context."""
+        """Freeze finished clean tokens (B, S), one block or several of `block`: their keys and
+        values join the context.
+        """
         S, mask = x0.shape[1], None
-        if block and block < S and not cache.fits(S):                              # then each block sees another window
+        if block and block < S and not cache.fits(S):  # then each block sees another window
             for part in x0.split(block, dim=1):                                    # (B, block)
                 self.commit(part, cache)
             return
@@ -231,7 +282,7 @@ class Transformer(nn.Module):
         table = self.table(cache.length, S)
         for i, layer in enumerate(self.layers):
             context = cache.context(i) if cache.held else None
-            if i + 1 == len(self.layers):                                          # nobody reads x behind the last layer
+            if i + 1 == len(self.layers):  # nobody reads x behind the last layer
                 _, k, v = layer.attn.project(layer.attn_norm(x), table)
             else:
                 y, k, v = layer.attn.one_block(layer.attn_norm(x), table, context, mask)
@@ -240,12 +291,16 @@ class Transformer(nn.Module):
         cache.advance(S)
 
     def step(self, x0, cache):
-        """Causal: read the next tokens (B, S), keep their keys and values -> (B, S, D), each about its successor."""
+        """Causal: read the next tokens (B, S), keep their keys and values -> (B, S, D), each about
+        its successor.
+        """
         x = self.head(x0)                                                         # (B, S, D)
         cache.make_room(x0.shape[1])
         table = self.table(cache.length, x0.shape[1])
         for i, layer in enumerate(self.layers):
-            y, k, v = layer.attn.one_block(layer.attn_norm(x), table, cache.context(i) if cache.held else None)
+            y, k, v = layer.attn.one_block(
+                layer.attn_norm(x), table, cache.context(i) if cache.held else None
+            )
             cache.write(i, k, v)
             x = layer.add_ff(x + layer.dropout(y))
         cache.advance(x0.shape[1])

@@ -1,13 +1,15 @@
 """Text to token files: train.bin, val.bin and meta.json, and a tokenizer when there is none yet.
 
     python -m prepare --source files --input my_texts/ more.jsonl.gz --data_dir data/processed
-    python -m prepare --source hindi --report report.html  # Hindi and Hinglish from the hub, cleaned (text/hub.py, text/clean.py)
+    python -m prepare --source hindi --report report.html  # Hindi and Hinglish from the hub,
+        cleaned (text/hub.py, text/clean.py)
     python -m prepare --source builtin                     # the synthetic starter corpus, offline
 
-text/documents.py says which files are read; "-" is standard input. An existing --tokenizer is reused and never overwritten: to
-train one on the new text, delete it or name another path. Notable: three passes in bounded memory (read and clean, train the
-tokenizer, encode). Everything is written aside and renamed at the end: a run that dies leaves the old data whole, and the
-next one goes on where it stopped.
+text/documents.py says which files are read; "-" is standard input. An existing --tokenizer is
+reused and never overwritten: to train one on the new text, delete it or name another path. Notable:
+three passes in bounded memory (read and clean, train the tokenizer, encode). Everything is written
+aside and renamed at the end: a run that dies leaves the old data whole, and the next one goes on
+where it stopped.
 """
 import shlex
 
@@ -17,7 +19,8 @@ from common import console
 from common.console import check_packages, say
 
 if __name__ == "__main__":
-    cli.answer_help(config.PrepareArgs, "prepare")      # before the heavy imports: --help has to be instant
+    # before the heavy imports: --help has to be instant
+    cli.answer_help(config.PrepareArgs, "prepare")
     check_packages()
 
 
@@ -25,7 +28,7 @@ from text.build import build
 
 try:
     import fcntl
-except ImportError:                        # Windows: two runs in one folder at once are not held apart
+except ImportError:  # Windows: two runs in one folder at once are not held apart
     fcntl = None
 
 def main(argv=None):

@@ -1,11 +1,14 @@
-"""A run as one page: report.html with curves, samples, configuration, data and machine, from train.jsonl alone.
+"""A run as one page: report.html with curves, samples, configuration, data and machine, from
+train.jsonl alone.
 
-    python -m report checkpoints/eco_hybrid_hi          # train.py writes it at each end; this makes it again
+    python -m report checkpoints/eco_hybrid_hi          # train.py writes it at each end; this makes
+        it again
     html = report.page("checkpoints/eco_hybrid_hi/train.jsonl")
 
-The page holds everything it shows: inline SVG, no script, no font and no picture from elsewhere, so it works from a file and
-by mail. What a resume or a rollback took back is not drawn. Whatever train.jsonl holds, a page comes out: lines and figures
-that are none are left out, texts are escaped.
+The page holds everything it shows: inline SVG, no script, no font and no picture from elsewhere, so
+it works from a file and by mail. What a resume or a rollback took back is not drawn. Whatever
+train.jsonl holds, a page comes out: lines and figures that are none are left out, texts are
+escaped.
 """
 from pathlib import Path
 
@@ -14,17 +17,22 @@ import config
 from common.console import UserError, say
 from evaluation.run_report import page
 
-# ---- what happened ---------------------------------------------------------------------------------------------------
+# ---- what happened -------------------------------------------------------------------------------
 
-# ---- a chart ---------------------------------------------------------------------------------------------------------
+# ---- a chart -------------------------------------------------------------------------------------
 
-# ---- the page --------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 def main(argv=None):
     args, _ = cli.parse(config.ReportArgs, argv, "report")
-    run = next((p for p in (Path(args.ckpt), Path(args.ckpt).parent) if (p / "train.jsonl").is_file()), None)
+    run = next(
+        (p for p in (Path(args.ckpt), Path(args.ckpt).parent) if (p / "train.jsonl").is_file()),
+        None,
+    )
     if run is None:
-        raise UserError(f"{args.ckpt} has no train.jsonl: name a run folder, such as checkpoints/eco_hybrid_hi")
+        raise UserError(
+            f"{args.ckpt} has no train.jsonl: name a run folder, such as checkpoints/eco_hybrid_hi"
+        )
     out = Path(args.out or run / "report.html")
     try:
         out.write_text(page(run / "train.jsonl"), encoding="utf-8", errors="replace")

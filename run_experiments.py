@@ -1,14 +1,20 @@
-"""Many trainings in turn: a matrix of denoisers, times and maskings, or a named study; matched, resumable, with one report.
+"""Many trainings in turn: a matrix of denoisers, times and maskings, or a named study; matched,
+resumable, with one report.
 
-    python -m run_experiments                                           # the plan of 8 runs and their commands, nothing else
-    python -m run_experiments --max_steps 2000 --execute                # run what is not finished; one failure stops no other
-    python -m run_experiments --study memory_slots --halving --execute  # studies.py; only the better half goes on
-    python -m run_experiments --report checkpoints/ablations            # report.html and results.md there, from results.jsonl
+    python -m run_experiments                                           # the plan of 8 runs and
+        their commands, nothing else
+    python -m run_experiments --max_steps 2000 --execute                # run what is not finished;
+        one failure stops no other
+    python -m run_experiments --study memory_slots --halving --execute  # studies.py; only the
+        better half goes on
+    python -m run_experiments --report checkpoints/ablations            # report.html and results.md
+        there, from results.jsonl
 
-Every run is `python -m train --resume_latest` and then `python -m evaluate`, each in a process of its own. Whatever stops this
-program, the same command again goes on: a finished run is one with a line in results.jsonl that has the same settings.
-In the output root: experiment_plan.json, results.jsonl (a line per finished run: all that the report needs), results.json
-(the state of every run), summary.md, report.html; for each run its folder NAME/ and what it printed, NAME.log.
+Every run is `python -m train --resume_latest` and then `python -m evaluate`, each in a process of
+its own. Whatever stops this program, the same command again goes on: a finished run is one with a
+line in results.jsonl that has the same settings. In the output root: experiment_plan.json,
+results.jsonl (a line per finished run: all that the report needs), results.json (the state of every
+run), summary.md, report.html; for each run its folder NAME/ and what it printed, NAME.log.
 """
 import contextlib
 import ctypes
@@ -40,16 +46,25 @@ except ImportError:  # Windows: there a second one goes unnoticed
 
 PROBE_STEPS = 6       # of --match time for each block rule; the first two do not count
 PATIENCE = 60         # seconds that a training of a killed run_experiments may take to save
-OURS = {"output_dir": "--output_root", "run_name": "--output_root", "resume": "nothing: every run goes on where it stopped",
-        "ckpt": "train itself", "drive": "train itself", "model": "--architectures", "time_mode": "--time_modes",
-        "masking_strategy": "--masking_strategies"}
+OURS = {
+    "output_dir": "--output_root",
+    "run_name": "--output_root",
+    "resume": "nothing: every run goes on where it stopped",
+    "ckpt": "train itself",
+    "drive": "train itself",
+    "model": "--architectures",
+    "time_mode": "--time_modes",
+    "masking_strategy": "--masking_strategies",
+}
 
 
-# ---- running one ------------------------------------------------------------------------------------------------------
+# ---- running one ---------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def alone(root):
-    """Only one run_experiments works in a folder. Its trainings hold the lock as well, so one that outlives it is waited for."""
+    """Only one run_experiments works in a folder. Its trainings hold the lock as well, so one that
+    outlives it is waited for.
+    """
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "LOCK", "w") as f:
         end = time.monotonic() + PATIENCE
@@ -59,23 +74,35 @@ def alone(root):
                 break
             except OSError:
                 if time.monotonic() > end:
-                    raise UserError(f"another run_experiments works in {root}: wait, or name another --output_root") from None
+                    raise UserError(
+                        f"another run_experiments works in {root}: wait, or name another "
+                        "--output_root"
+                    ) from None
                 time.sleep(0.5)
         yield f.fileno()
 
 
 def die_with_parent():
-    """In a child on Linux: when run_experiments dies, even by SIGKILL, the training is asked to save and leave."""
+    """In a child on Linux: when run_experiments dies, even by SIGKILL, the training is asked to
+    save and leave.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def child(run, command, words, lock, enough=None):
-    """Run one of our commands, its output appended to the run's log -> exit code. enough(): is it time to save and leave?"""
+    """Run one of our commands, its output appended to the run's log -> exit code. enough(): is it
+    time to save and leave?
+    """
     program = [*run.via, command] if run.via else [str(config.ROOT / f"{command}.py")]
     with open(run.log, "ab") as out:
-        process = subprocess.Popen([sys.executable, *program, *words], stdin=subprocess.DEVNULL,
-                                   stdout=out, stderr=subprocess.STDOUT, pass_fds=(lock,) if fcntl else (),
-                                   preexec_fn=die_with_parent if sys.platform == "linux" else None)
+        process = subprocess.Popen(
+            [sys.executable, *program, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock,) if fcntl else (),
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
+        )
         told = False
         try:
             while True:
@@ -84,7 +111,8 @@ def child(run, command, words, lock, enough=None):
                 if enough and not told and enough():
                     process.send_signal(signal.SIGTERM)
                     told = True
-        except BaseException:                 # Ctrl-C reached the training as well: it saves, which is worth the wait
+        # Ctrl-C reached the training as well: it saves, which is worth the wait
+        except BaseException:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=PATIENCE)
             raise
@@ -92,8 +120,14 @@ def child(run, command, words, lock, enough=None):
 
 def last_words(log):
     """Its last error, with the lines below it that say which."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    at = next((i for i in range(len(lines) - 1, -1, -1) if "error" in lines[i].lower()), len(lines) - 1)
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
+    at = next(
+        (i for i in range(len(lines) - 1, -1, -1) if "error" in lines[i].lower()), len(lines) - 1
+    )
     return " ".join(lines[max(at, 0):])[:300]
 
 
@@ -111,15 +145,26 @@ def score_at(run, step):
 
 
 def occupied(run):
-    """What is wrong with the run's folder, or None: what lies there has to be the beginning of this very run."""
+    """What is wrong with the run's folder, or None: what lies there has to be the beginning of this
+    very run.
+    """
     meta = [e for e in read_lines(run.folder / "train.jsonl") if e["event"] == "meta"]
-    if meta and (other := study_plan.unlike(study_plan.trained(meta[-1]["config"]["args"]), run.args)):
-        return {"status": "failed", "code": 2, "error": f"{run.folder} holds a run with " + ", ".join(
-            f"--{name} {value}" for name, value in other.items()) + ": move it away, or name another --output_root"}
+    if meta and (
+        other := study_plan.unlike(study_plan.trained(meta[-1]["config"]["args"]), run.args)
+    ):
+        return {
+            "status": "failed",
+            "code": 2,
+            "error": f"{run.folder} holds a run with "
+            + ", ".join(f"--{name} {value}" for name, value in other.items())
+            + ": move it away, or name another --output_root",
+        }
 
 
 def train(run, lock, until=None):
-    """Train to the end, or for --halving until the validation of a step is there -> what went wrong, or None."""
+    """Train to the end, or for --halving until the validation of a step is there -> what went
+    wrong, or None.
+    """
     def enough():
         return score_at(run, until) is not None
 
@@ -131,15 +176,30 @@ def train(run, lock, until=None):
     if code == 0 and not stopped(run) and not until or until and enough():
         return None
     if code == 0 and not stopped(run):
-        return {"status": "failed", "code": 2, "error": f"it was trained without a validation at step {until}: move {run.folder} "
-                                                        "away, or leave out --halving"}
+        return {
+            "status": "failed",
+            "code": 2,
+            "error": f"it was trained without a validation at step {until}: move {run.folder} "
+            "away, or leave out --halving",
+        }
     return {"status": "failed", "code": code, "error": last_words(run.log)}
 
 
 def evaluate(args, run, lock):
     """Score a trained run -> what went wrong, or None."""
-    words = ["--ckpt", str(run.folder), "--repeats", "0", "--device", args.device, "--threads", str(args.threads)]
-    words += [word for name, value in scoring(args, run).items() for word in (f"--{name}", str(value))]
+    words = [
+        "--ckpt",
+        str(run.folder),
+        "--repeats",
+        "0",
+        "--device",
+        args.device,
+        "--threads",
+        str(args.threads),
+    ]
+    words += [
+        word for name, value in scoring(args, run).items() for word in (f"--{name}", str(value))
+    ]
     code = child(run, "evaluate", [*words, "--out_json", str(run.folder / "evaluate.json")], lock)
     return None if code == 0 else {"status": "failed", "code": code, "error": last_words(run.log)}
 
@@ -156,36 +216,75 @@ def figures(args, run, reference):
         return {"T" if b == "T" or int(b) >= length else b: found for b, found in part.items()}
 
     def rules(part):
-        return {b: {k: r[k] for k in ("nats", "se", "bits_per_byte", "bits_per_byte_se")} for b, r in named(found[part]).items()}
+        return {
+            b: {k: r[k] for k in ("nats", "se", "bits_per_byte", "bits_per_byte_se")}
+            for b, r in named(found[part]).items()
+        }
+
     bound, texts, curve = rules("bound"), found["documents"], study_report.curve(events)
     step, tokens, seconds = curve[-1][:3]
-    return {"name": run.name, "study": args.study or "matrix", "variant": run.variant, "reference": reference, "seed": a.seed,
-            "match": args.match, "model": a.model, "objective": a.objective, "flags": flags(a), "terms": terms(a),
-            "scoring": scoring(args, run), "d_ff": c.d_ff, **run.sizes, "steps": step, "tokens": tokens,
-            "corpus_tokens": meta["data"]["tokens"], "seconds": seconds,
-            "tok_s": tokens / seconds, "bound": bound, "chain_rule": rules("chain_rule"),
-            **{k: statistics.fmean(r[k] for r in bound.values()) for k in ("nats", "bits_per_byte", "bits_per_byte_se")
-               if None not in [r[k] for r in bound.values()]},
-            "documents": {"bytes": texts["bytes"], "nats": named(texts["nats"])},
-            "curve": curve, "data_sha256": meta["data"]["sha256"], "precision": meta["precision"],
-            **{k: meta[k] for k in ("commit", "torch", "python", "device", "device_name", "threads")},
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    return {
+        "name": run.name,
+        "study": args.study or "matrix",
+        "variant": run.variant,
+        "reference": reference,
+        "seed": a.seed,
+        "match": args.match,
+        "model": a.model,
+        "objective": a.objective,
+        "flags": flags(a),
+        "terms": terms(a),
+        "scoring": scoring(args, run),
+        "d_ff": c.d_ff,
+        **run.sizes,
+        "steps": step,
+        "tokens": tokens,
+        "corpus_tokens": meta["data"]["tokens"],
+        "seconds": seconds,
+        "tok_s": tokens / seconds,
+        "bound": bound,
+        "chain_rule": rules("chain_rule"),
+        **{
+            k: statistics.fmean(r[k] for r in bound.values())
+            for k in ("nats", "bits_per_byte", "bits_per_byte_se")
+            if None not in [r[k] for r in bound.values()]
+        },
+        "documents": {"bytes": texts["bytes"], "nats": named(texts["nats"])},
+        "curve": curve,
+        "data_sha256": meta["data"]["sha256"],
+        "precision": meta["precision"],
+        **{k: meta[k] for k in ("commit", "torch", "python", "device", "device_name", "threads")},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
 
 
-# ---- running all ------------------------------------------------------------------------------------------------------
+# ---- running all ---------------------------------------------------------------------------------
 
 class Book:
-    """What is known of every run, written after each: results.jsonl (finished ones), results.json (all), summary.md, report."""
+    """What is known of every run, written after each: results.jsonl (finished ones), results.json
+    (all), summary.md, report.
+    """
 
     def __init__(self, args, runs, root):
         self.args, self.runs, self.root = args, runs, root
-        self.state, self.rungs, self.bad, self.new = {run.name: {"status": "planned"} for run in runs}, [], False, False
+        self.state, self.rungs, self.bad, self.new = (
+            {run.name: {"status": "planned"} for run in runs},
+            [],
+            False,
+            False,
+        )
 
     def finished(self, run):
         """Its line, if there is one with these settings, this scoring and this text."""
-        line = study_report.by_seed(self.root / "results.jsonl").get((run.variant, run.args.seed), {})
+        line = study_report.by_seed(self.root / "results.jsonl").get(
+            (run.variant, run.args.seed), {}
+        )
         meta = Path(run.args.data_dir, "meta.json")
-        same = "terms" in line and not study_plan.unlike(line["terms"], run.args) and line["scoring"] == scoring(self.args, run)
+        same = (
+            "terms" in line
+            and not study_plan.unlike(line["terms"], run.args)
+            and line["scoring"] == scoring(self.args, run)
+        )
         if same and meta.exists() and read_json(meta)["train_sha256"] != line["data_sha256"]:
             return None
         return line if same else None
@@ -194,14 +293,34 @@ class Book:
         self.state[run.name] = state
         self.bad = self.bad or state["status"] == "failed"
         found = {r.name: line for r in self.runs if (line := self.finished(r))}
-        states = {r.name: {"status": "finished"} if r.name in found else self.state[r.name] for r in self.runs}
+        states = {
+            r.name: {"status": "finished"} if r.name in found else self.state[r.name]
+            for r in self.runs
+        }
         lines, long = list(found.values()), ("name", "curve", "flags", "terms", "documents")
-        brief = {name: {k: v for k, v in line.items() if k not in long} for name, line in found.items()}
-        write_json(self.root / "results.json", {
-            "version": 1, "study": self.args.study, "match": self.args.match, "halving": self.rungs,
-            "runs": [{"name": name, **state, **brief.get(name, {})} for name, state in states.items()]})
-        title = f"Study {self.args.study}: {STUDIES[self.args.study].question}" if self.args.study else "Matrix"
-        write_text(self.root / "summary.md", study_report.markdown(title, lines, states, self.rungs))
+        brief = {
+            name: {k: v for k, v in line.items() if k not in long} for name, line in found.items()
+        }
+        write_json(
+            self.root / "results.json",
+            {
+                "version": 1,
+                "study": self.args.study,
+                "match": self.args.match,
+                "halving": self.rungs,
+                "runs": [
+                    {"name": name, **state, **brief.get(name, {})} for name, state in states.items()
+                ],
+            },
+        )
+        title = (
+            f"Study {self.args.study}: {STUDIES[self.args.study].question}"
+            if self.args.study
+            else "Matrix"
+        )
+        write_text(
+            self.root / "summary.md", study_report.markdown(title, lines, states, self.rungs)
+        )
 
     def complete(self, run, lock, number):
         """Train and evaluate what is not finished."""
@@ -221,25 +340,37 @@ class Book:
 
 
 def halve(book, lock):
-    """Successive halving -> the runs that are left. Nothing is trained twice: a run is stopped on its way to the last step
-    when the validation of the round's step is there, and goes on exactly from there if it is kept. The learning rate is on
-    its way, too, so a variant that lives from its last, slow steps is judged early.
+    """Successive halving -> the runs that are left. Nothing is trained twice: a run is stopped on
+    its way to the last step when the validation of the round's step is there, and goes on exactly
+    from there if it is kept. The learning rate is on its way, too, so a variant that lives from its
+    last, slow steps is judged early.
     """
-    left, total = list({run.variant: run for run in book.runs}), rounds(len({run.variant for run in book.runs}))
+    left, total = (
+        list({run.variant: run for run in book.runs}),
+        rounds(len({run.variant for run in book.runs})),
+    )
     unit = book.runs[0].args.eval_interval
     for i in range(total):
         step, scores = unit << i, {}
         for run in (r for r in book.runs if r.variant in left):
             wrong = None if book.finished(run) else train(run, lock, until=step)
-            say(f"halving, step {step}, {run.name}: " + (f"FAILED: {wrong['error']}" if wrong else "there"))
+            say(
+                f"halving, step {step}, {run.name}: "
+                + (f"FAILED: {wrong['error']}" if wrong else "there")
+            )
             book.note(run, wrong or {"status": "trained", "step": step})
             if not wrong:
                 scores.setdefault(run.variant, []).append(score_at(run, step))
         if not scores:
             return []
         common = set.intersection(*({*rules} for found in scores.values() for rules, _ in found))
-        means = {v: [statistics.fmean(rules[b] for b in (common or rules)) * unit_bpb for rules, unit_bpb in found]
-                 for v, found in scores.items()}
+        means = {
+            v: [
+                statistics.fmean(rules[b] for b in (common or rules)) * unit_bpb
+                for rules, unit_bpb in found
+            ]
+            for v, found in scores.items()
+        }
         left = keep(means)
         book.rungs.append({"step": step, "rules": sorted(common), "scores": means, "kept": left})
         for run in book.runs:
@@ -250,30 +381,52 @@ def halve(book, lock):
 
 
 def keep(scores):
-    """{variant: [score of each seed]} -> the better half, and whoever the noise of the seeds cannot tell from its last one."""
+    """{variant: [score of each seed]} -> the better half, and whoever the noise of the seeds cannot
+    tell from its last one.
+    """
     order = sorted(scores, key=lambda v: statistics.fmean(scores[v]))
     half = math.ceil(len(order) / 2)
     spread = [statistics.variance(s) for s in scores.values() if len(s) > 1]
     least = min(map(len, scores.values()))
     noise = math.sqrt(2 * statistics.fmean(spread) / least) if spread else 0.0
     bar = statistics.fmean(scores[order[half - 1]]) + noise
-    return [v for v in order[:half]] + [v for v in order[half:] if statistics.fmean(scores[v]) <= bar]
+    return [v for v in order[:half]] + [
+        v for v in order[half:] if statistics.fmean(scores[v]) <= bar
+    ]
 
 
 def measure_speed(runs, root, lock):
-    """--match time: {variant: milliseconds of a step}, from a short training by each of its block rules, weighed as a run is."""
+    """--match time: {variant: milliseconds of a step}, from a short training by each of its block
+    rules, weighed as a run is.
+    """
     found = {}
     for run in {run.variant: run for run in runs}.values():
         found[run.variant] = 0.0
         for block, share in run.args.rule_shares.items():
             folder = root / f"probe_{run.variant}_{block}"
-            shutil.rmtree(folder, ignore_errors=True)          # an old probe was of another day, or of another shape
-            probe = run._replace(name=folder.name, args=dataclasses.replace(
-                run.args, output_dir=str(folder), max_steps=PROBE_STEPS, eval_interval=0, show_samples=False,
-                train_block_sizes=str(block), ar_fade=0.0))
+            # an old probe was of another day, or of another shape
+            shutil.rmtree(folder, ignore_errors=True)
+            probe = run._replace(
+                name=folder.name,
+                args=dataclasses.replace(
+                    run.args,
+                    output_dir=str(folder),
+                    max_steps=PROBE_STEPS,
+                    eval_interval=0,
+                    show_samples=False,
+                    train_block_sizes=str(block),
+                    ar_fade=0.0,
+                ),
+            )
             if wrong := train(probe, lock):
-                raise UserError(f"the speed of {run.variant} cannot be measured: {wrong['error']}", code=1)
-            steps = [e for e in read_lines(folder / "train.jsonl") if e["event"] == "train" and e["step"] > 2]
+                raise UserError(
+                    f"the speed of {run.variant} cannot be measured: {wrong['error']}", code=1
+                )
+            steps = [
+                e
+                for e in read_lines(folder / "train.jsonl")
+                if e["event"] == "train" and e["step"] > 2
+            ]
             found[run.variant] += share * statistics.median(e["step_ms"] for e in steps)
         say(f"probe {run.variant}: {found[run.variant]:.0f} ms a step")
     return found
@@ -283,20 +436,30 @@ def execute(args, runs, root):
     for folder in dict.fromkeys(run.args.data_dir for run in runs):
         if folder != TrainArgs.data_dir and not Path(folder, "meta.json").exists():
             own, name = STUDIES[args.study].before if args.study else (), shlex.quote(folder)
-            how = own or (f"python -m prepare --source files --input YOUR_TEXT.txt --data_dir {name}",
-                          f"or the starter corpus: python -m prepare --source builtin --data_dir {name}")
-            first = "first (hindi.jsonl and hinglish.jsonl stand for your own text):" if own else "first:"
+            how = own or (
+                f"python -m prepare --source files --input YOUR_TEXT.txt --data_dir {name}",
+                f"or the starter corpus: python -m prepare --source builtin --data_dir {name}",
+            )
+            first = (
+                "first (hindi.jsonl and hinglish.jsonl stand for your own text):"
+                if own
+                else "first:"
+            )
             raise UserError("\n  ".join([f"{folder} holds no prepared text; {first}", *how]))
     with alone(root) as lock:
         path, step_ms = root / "experiment_plan.json", {}
         if args.match == "time":
             old = read_json(path) if path.exists() else {}
             asked = {run.variant: terms(run.args) for run in runs}
-            step_ms = old["step_ms"] if old.get("probed") == asked else measure_speed(runs, root, lock)
+            step_ms = (
+                old["step_ms"] if old.get("probed") == asked else measure_speed(runs, root, lock)
+            )
             share = {v: step_ms[runs[0].variant] / ms for v, ms in step_ms.items()}
             for run in runs:
                 run.args.max_steps = max(1, round(run.args.max_steps * share[run.variant]))
-        write_json(path, study_plan.as_json(args, runs, step_ms) | ({"probed": asked} if step_ms else {}))
+        write_json(
+            path, study_plan.as_json(args, runs, step_ms) | ({"probed": asked} if step_ms else {})
+        )
         book = Book(args, runs, root)
         chosen = halve(book, lock) if args.halving else runs
         for number, run in enumerate(chosen, 1):
@@ -308,7 +471,9 @@ def execute(args, runs, root):
 
 
 def results_page(args):
-    """Where --report writes its tables: beside the runs, but for the studies that this repository keeps itself."""
+    """Where --report writes its tables: beside the runs, but for the studies that this repository
+    keeps itself.
+    """
     folder, ours = Path(args.report), config.ROOT / "docs/studies"
     if args.results_page:
         return Path(args.results_page)
@@ -318,16 +483,30 @@ def results_page(args):
 
 
 def main(argv=None):
-    args, origins = cli.parse(config.ExperimentArgs, argv, "run_experiments",
-                                 tier=lambda typed: STUDIES[typed["study"]].base if typed.get("study") else {})
+    args, origins = cli.parse(
+        config.ExperimentArgs,
+        argv,
+        "run_experiments",
+        tier=lambda typed: STUDIES[typed["study"]].base if typed.get("study") else {},
+    )
     if args.report:
         return study_report.rebuild(Path(args.report), results_page(args))
     cli.announce(args, origins)
     varied = {key for diff in variants(args).values() for key in diff} if args.study else set()
-    mine = [name for name in OURS if origins[name] == "flag" and (name in varied or not args.study or name in list(OURS)[:5])]
+    mine = [
+        name
+        for name in OURS
+        if origins[name] == "flag" and (name in varied or not args.study or name in list(OURS)[:5])
+    ]
     if mine or (mine := [name for name in varied if origins[name] == "flag"]):
-        raise UserError(f"--{mine[0]} is set by run_experiments itself: use {OURS.get(mine[0], 'another --study, or none')}")
-    root = Path(args.output_root or ("checkpoints/studies/" + args.study if args.study else "checkpoints/ablations"))
+        raise UserError(
+            f"--{mine[0]} is set by run_experiments itself: use "
+            f"{OURS.get(mine[0], 'another --study, or none')}"
+        )
+    root = Path(
+        args.output_root
+        or ("checkpoints/studies/" + args.study if args.study else "checkpoints/ablations")
+    )
     return carry_out(args, make_plan(args, origins, root), root)
 
 
@@ -336,7 +515,7 @@ def carry_out(args, runs, root):
     study_plan.tell(args, runs, root)
     if args.execute:
         return execute(args, runs, root)
-    if not (root / "results.json").exists():       # a finished matrix keeps the plan that it was run by
+    if not (root / "results.json").exists():  # a finished matrix keeps the plan that it was run by
         write_json(root / "experiment_plan.json", study_plan.as_json(args, runs, {}))
     return 0
 

@@ -1,21 +1,29 @@
-"""Decoding beside public peers: equal size, one machine, one run, taken in turn. Not part of CI; peers live outside the project.
+"""Decoding beside public peers: equal size, one machine, one run, taken in turn. Not part of CI;
+peers live outside the project.
 
-    python benchmarks/decode_peers.py --peers DIR                                # everything that is in DIR (benchmarks/peers.py)
+    python benchmarks/decode_peers.py --peers DIR                                # everything that
+        is in DIR (benchmarks/peers.py)
     python benchmarks/decode_peers.py --peers DIR --prompts 1024 --only aria dllm --rounds 5
-    python benchmarks/decode_peers.py --peers DIR --agreement --ckpt checkpoints/diffusion_hi --prompts 64 128
+    python benchmarks/decode_peers.py --peers DIR --agreement --ckpt checkpoints/diffusion_hi
+    --prompts 64 128
 
     aria         both models, block_frozen: the exact cache
     llama.cpp    autoregressive with KV cache, Q8_0 and F16, by its own llama-bench
     hf           Hugging Face transformers' Llama, autoregressive greedy generate with KV cache
-    llada        LLaDA's generate on our backup's weights: recomputes the whole canvas at every forward
-    fast_dllm    Fast-dLLM's generate (no cache), prefix cache and dual cache, on our backup's weights
-    dllm         dllm's BD3LMSampler (block diffusion; re-encodes the prefix for each block) and its Fast-dLLM sampler, likewise
-All are about 38M parameters: d 512, 10 layers, 8,000 pieces; blocks of 32. Peers that sample run their own loop on the *same
-transformer weights*, through PeerModel below, which speaks their cache protocols with our kernels (keys kept rotated, so nothing
-is rotated twice: no slower than their own model class). Weights are random: this measures speed; what a number of tokens per
-forward costs in quality is a trained model's matter: `python -m edge_benchmark --grid`. tokens/s is new tokens / wall time with
-the prompt. --agreement asks instead whether each cache is exact: the share of greedy tokens, in float32, that equal those of the
-same sampler without its cache. Prints a table (median of the rounds, min-max) and one JSON document as the last line.
+    llada        LLaDA's generate on our backup's weights: recomputes the whole canvas at every
+        forward
+    fast_dllm    Fast-dLLM's generate (no cache), prefix cache and dual cache, on our backup's
+        weights
+    dllm         dllm's BD3LMSampler (block diffusion; re-encodes the prefix for each block) and its
+        Fast-dLLM sampler, likewise
+All are about 38M parameters: d 512, 10 layers, 8,000 pieces; blocks of 32. Peers that sample run
+their own loop on the *same transformer weights*, through PeerModel below, which speaks their cache
+protocols with our kernels (keys kept rotated, so nothing is rotated twice: no slower than their own
+model class). Weights are random: this measures speed; what a number of tokens per forward costs in
+quality is a trained model's matter: `python -m edge_benchmark --grid`. tokens/s is new tokens /
+wall time with the prompt. --agreement asks instead whether each cache is exact: the share of greedy
+tokens, in float32, that equal those of the same sampler without its cache. Prints a table (median
+of the rounds, min-max) and one JSON document as the last line.
 """
 import json
 import statistics
@@ -42,11 +50,15 @@ VOCAB, WIDTH, LAYERS, HEADS, FF, BLOCK = 8000, 512, 10, 8, 1536, 32
 
 
 def shape(kind):
-    cfg = model_config.ModelConfig(model=kind, vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=FF)
+    cfg = model_config.ModelConfig(
+        model=kind, vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_ff=FF
+    )
     if kind == "backup":
         return cfg
     target = model_config.count_params(shape("backup"))
-    return model_config.ModelConfig.from_dict({**cfg.to_dict(), "d_ff": model_config.match_d_ff(cfg, target)})
+    return model_config.ModelConfig.from_dict(
+        {**cfg.to_dict(), "d_ff": model_config.match_d_ff(cfg, target)}
+    )
 
 
 def network(kind, precision):
@@ -56,23 +68,40 @@ def network(kind, precision):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------- samplers on our weights
+# --------------------------------------------------------------------------------------------------
+# samplers on our weights
 
 class PeerModel:
-    """Our transformer as the peers' samplers call a model: ids (B, S) -> .logits of all positions, .past_key_values if asked.
+    """Our transformer as the peers' samplers call a model: ids (B, S) -> .logits of all positions,
+    .past_key_values if asked.
 
-    past_key_values     per layer keys and values (B, H, C, E) of the places 0 .. C - 1; the ids follow them,
-    replace_position    or (Fast-dLLM's dual cache) stand at these places (1, C), whose keys and values they replace there
-    attention_mask      (B, 1, S, C + S) bool is obeyed (dllm); (B, C + S) is all ones here, and not looked at
+    past_key_values     per layer keys and values (B, H, C, E) of the places 0 .. C - 1; the ids
+        follow them,
+    replace_position    or (Fast-dLLM's dual cache) stand at these places (1, C), whose keys and
+        values they replace there
+    attention_mask      (B, 1, S, C + S) bool is obeyed (dllm); (B, C + S) is all ones here, and not
+        looked at
     """
     device = torch.device("cpu")
 
     def __init__(self, net):
         self.net, self.mask_id = net, net.cfg.mask_id
-        self.tokenizer = SimpleNamespace(mask_token_id=self.mask_id, pad_token_id=net.cfg.pad_id, bos_token_id=2,
-                                         eos_token_id=None)                        # all that dllm asks of one
+        self.tokenizer = SimpleNamespace(
+            mask_token_id=self.mask_id,
+            pad_token_id=net.cfg.pad_id,
+            bos_token_id=2,
+            eos_token_id=None,
+        )  # all that dllm asks of one
 
-    def __call__(self, x, past_key_values=None, replace_position=None, attention_mask=None, use_cache=False, position_ids=None):
+    def __call__(
+        self,
+        x,
+        past_key_values=None,
+        replace_position=None,
+        attention_mask=None,
+        use_cache=False,
+        position_ids=None,
+    ):
         net, past = self.net, past_key_values
         start = past[0][0].shape[2] if past is not None else 0
         at = torch.arange(start, start + x.shape[1])
@@ -82,41 +111,60 @@ class PeerModel:
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
         h, kept = net.head(x), []                                                  # (B, S, D)
         for i, layer in enumerate(net.layers):
-            q, k, v = layer.attn.project(layer.attn_norm(h), table)                # (B, H, S, E) each
+            q, k, v = layer.attn.project(layer.attn_norm(h), table)  # (B, H, S, E) each
             if replace_position is not None:
-                past[i][0][:, :, at], past[i][1][:, :, at] = k, v                  # in place, as theirs
+                past[i][0][:, :, at], past[i][1][:, :, at] = k, v  # in place, as theirs
                 k, v = past[i]
             elif past is not None:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(past[i], (k, v), strict=True))      # (B, H, C + S, E)
+                # (B, H, C + S, E)
+                k, v = (torch.cat(pair, dim=2) for pair in zip(past[i], (k, v), strict=True))
             kept.append((k, v))
             h = layer.add_ff(h + layer.attn.join(attend(q, k, v, mask)))
-        return SimpleNamespace(logits=net.logits(net.exits(h)), past_key_values=kept if use_cache else None)
+        return SimpleNamespace(
+            logits=net.logits(net.exits(h)), past_key_values=kept if use_cache else None
+        )
 
 
 class Forgetful(PeerModel):
-    """The same without a cache, for dllm's block sampler: the past is the ids and their mask, computed again at every call."""
+    """The same without a cache, for dllm's block sampler: the past is the ids and their mask,
+    computed again at every call.
+    """
 
-    def __call__(self, x, past_key_values=None, attention_mask=None, use_cache=False, position_ids=None):
+    def __call__(
+        self, x, past_key_values=None, attention_mask=None, use_cache=False, position_ids=None
+    ):
         if past_key_values is None:
             whole, mask = x, attention_mask
         else:
             ids, before = past_key_values
             whole = torch.cat((ids, x), dim=1)
-            unseen = before.new_zeros(*before.shape[:3], x.shape[1])               # the past does not see the block
+            # the past does not see the block
+            unseen = before.new_zeros(*before.shape[:3], x.shape[1])
             mask = torch.cat((torch.cat((before, unseen), dim=3), attention_mask), dim=2)
         logits = super().__call__(whole, attention_mask=mask).logits[:, -x.shape[1]:]
         return SimpleNamespace(logits=logits, past_key_values=(whole, mask) if use_cache else None)
 
 
 def llada(folder):
-    """{name: function(model, ids (1, P), new, forwards) -> ids (1, P + new)}; so do the next two."""
+    """{name: function(model, ids (1, P), new, forwards) -> ids (1, P + new)}; so do the next two.
+    """
     path = peers.find(folder, "LLaDA/generate.py")
     with peers.stand_ins({"transformers": dict(AutoTokenizer=None, AutoModel=None)}):
         peer = peers.load(path, "llada_generate")
 
     def run(model, ids, new, forwards):
-        return peer.generate(model, ids, steps=forwards, gen_length=new, block_length=BLOCK, temperature=0.0, cfg_scale=0.0,
-                             remasking="low_confidence", mask_id=model.mask_id)
+        return peer.generate(
+            model,
+            ids,
+            steps=forwards,
+            gen_length=new,
+            block_length=BLOCK,
+            temperature=0.0,
+            cfg_scale=0.0,
+            remasking="low_confidence",
+            mask_id=model.mask_id,
+        )
+
     return {"LLaDA generate": run}
 
 
@@ -127,8 +175,16 @@ def fast_dllm(folder):
         peer = peers.load(path, "fast_dllm_generate")
 
     def runner(function):
-        return lambda model, ids, new, forwards: function(model, ids, steps=forwards, gen_length=new, block_length=BLOCK,
-                                                          temperature=0.0, mask_id=model.mask_id)[0]
+        return lambda model, ids, new, forwards: function(
+            model,
+            ids,
+            steps=forwards,
+            gen_length=new,
+            block_length=BLOCK,
+            temperature=0.0,
+            mask_id=model.mask_id,
+        )[0]
+
     return {"Fast-dLLM generate, no cache": runner(peer.generate),
             "Fast-dLLM prefix cache": runner(peer.generate_with_prefix_cache),
             "Fast-dLLM dual cache": runner(peer.generate_with_dual_cache)}
@@ -136,32 +192,60 @@ def fast_dllm(folder):
 
 def dllm(folder):
     root = peers.find(folder, "dllm/dllm")
-    for name in ("", ".core", ".core.samplers", ".pipelines", ".pipelines.fastdllm", ".pipelines.fastdllm.llada"):
+    for name in (
+        "",
+        ".core",
+        ".core.samplers",
+        ".pipelines",
+        ".pipelines.fastdllm",
+        ".pipelines.fastdllm.llada",
+    ):
         peers.bare(f"dllm{name}", root.joinpath(*name.split(".")[1:]))
-    with peers.stand_ins({"transformers": dict(PreTrainedModel=object, PreTrainedTokenizer=object)}):
+    with peers.stand_ins(
+        {"transformers": dict(PreTrainedModel=object, PreTrainedTokenizer=object)}
+    ):
         block = peers.load(root / "core/samplers/bd3lm.py", "dllm.core.samplers.bd3lm")
-        cached = peers.load(root / "pipelines/fastdllm/llada/sampler.py", "dllm.pipelines.fastdllm.llada.sampler")
+        cached = peers.load(
+            root / "pipelines/fastdllm/llada/sampler.py", "dllm.pipelines.fastdllm.llada.sampler"
+        )
 
     def by_blocks(model, ids, new, forwards):
         sampler = block.BD3LMSampler(model=model, tokenizer=model.tokenizer)
-        return sampler.sample([ids[0]], max_new_tokens=new, block_size=BLOCK, steps=forwards, temperature=0.0)
+        return sampler.sample(
+            [ids[0]], max_new_tokens=new, block_size=BLOCK, steps=forwards, temperature=0.0
+        )
 
     def as_fast_dllm(use_cache):
         def run(model, ids, new, forwards):
-            tokenizer = SimpleNamespace(**{**vars(model.tokenizer), "eos_token_id": 3})         # what the canvas is made of first
+            # what the canvas is made of first
+            tokenizer = SimpleNamespace(**{**vars(model.tokenizer), "eos_token_id": 3})
             sampler = cached.FastdLLMLLaDASampler(model=model, tokenizer=tokenizer)
-            return sampler.sample([ids[0]], max_new_tokens=new, block_size=BLOCK, steps=forwards, temperature=0.0,
-                                  use_cache=use_cache)
+            return sampler.sample(
+                [ids[0]],
+                max_new_tokens=new,
+                block_size=BLOCK,
+                steps=forwards,
+                temperature=0.0,
+                use_cache=use_cache,
+            )
+
         return run
-    return {"dllm BD3LMSampler": by_blocks, "dllm Fast-dLLM sampler, no cache": as_fast_dllm(None),
-            "dllm Fast-dLLM sampler, prefix": as_fast_dllm("prefix"), "dllm Fast-dLLM sampler, dual": as_fast_dllm("dual")}
+
+    return {
+        "dllm BD3LMSampler": by_blocks,
+        "dllm Fast-dLLM sampler, no cache": as_fast_dllm(None),
+        "dllm Fast-dLLM sampler, prefix": as_fast_dllm("prefix"),
+        "dllm Fast-dLLM sampler, dual": as_fast_dllm("dual"),
+    }
 
 
 SAMPLERS = {"llada": llada, "fast_dllm": fast_dllm, "dllm": dllm}
 WITHOUT = {  # a sampler with a cache -> the same without
-    "Fast-dLLM prefix cache": "Fast-dLLM generate, no cache", "Fast-dLLM dual cache": "Fast-dLLM generate, no cache",
+    "Fast-dLLM prefix cache": "Fast-dLLM generate, no cache",
+    "Fast-dLLM dual cache": "Fast-dLLM generate, no cache",
     "dllm Fast-dLLM sampler, prefix": "dllm Fast-dLLM sampler, no cache",
-    "dllm Fast-dLLM sampler, dual": "dllm Fast-dLLM sampler, no cache"}
+    "dllm Fast-dLLM sampler, dual": "dllm Fast-dLLM sampler, no cache",
+}
 
 
 def sampled(run, model, prompt, new, forwards):
@@ -171,7 +255,8 @@ def sampled(run, model, prompt, new, forwards):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- contestants
+# --------------------------------------------------------------------------------------------------
+# contestants
 
 def aria(prompt, new, precisions, per_forward):
     """{name: a function that decodes once and returns the new tokens}; so do the next two."""
@@ -180,29 +265,60 @@ def aria(prompt, new, precisions, per_forward):
         for precision in precisions:
             model = network(kind, precision)
             for n in per_forward:
-                s = Settings(new, BLOCK // n, mode="block_frozen", block_size=BLOCK, temperature=0, eos_id=None)
-                runs[f"aria {kind} {precision}, {n} per forward"] = lambda m=model, s=s: generate(m, prompt, s, [0]).rows[0]
+                s = Settings(
+                    new,
+                    BLOCK // n,
+                    mode="block_frozen",
+                    block_size=BLOCK,
+                    temperature=0,
+                    eos_id=None,
+                )
+                runs[f"aria {kind} {precision}, {n} per forward"] = lambda m=model, s=s: generate(
+                    m, prompt, s, [0]
+                ).rows[0]
     return runs
 
 
 def theirs(source, folder, prompt, new, precisions, per_forward):
     samplers = source(folder)
     models = {precision: PeerModel(network("backup", precision)) for precision in precisions}
-    return {f"{name}, {precision}, {n} per forward": lambda run=run, m=m, n=n: sampled(run, m, prompt, new, new // n)
-            for name, run in samplers.items() for precision, m in models.items() for n in per_forward}
+    return {
+        f"{name}, {precision}, {n} per forward": lambda run=run, m=m, n=n: sampled(
+            run, m, prompt, new, new // n
+        )
+        for name, run in samplers.items()
+        for precision, m in models.items()
+        for n in per_forward
+    }
 
 
 def huggingface(folder, prompt, new, precisions):
     peers.packages(folder, "hf")
     from transformers import LlamaConfig, LlamaForCausalLM
-    cfg = LlamaConfig(vocab_size=VOCAB + 1, hidden_size=WIDTH, intermediate_size=FF, num_hidden_layers=LAYERS, eos_token_id=None,
-                      num_attention_heads=HEADS, tie_word_embeddings=True, bos_token_id=2, pad_token_id=0)
+
+    cfg = LlamaConfig(
+        vocab_size=VOCAB + 1,
+        hidden_size=WIDTH,
+        intermediate_size=FF,
+        num_hidden_layers=LAYERS,
+        eos_token_id=None,
+        num_attention_heads=HEADS,
+        tie_word_embeddings=True,
+        bos_token_id=2,
+        pad_token_id=0,
+    )
     ids, dtypes = torch.tensor([prompt]), {"fp32": torch.float32, "bf16": torch.bfloat16}
 
     def run(model):
-        return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)[0, len(prompt):].tolist()
+        return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)[
+            0, len(prompt) :
+        ].tolist()
+
     models = {p: LlamaForCausalLM(cfg).eval().to(dtypes[p]) for p in precisions if p in dtypes}
-    return {f"Hugging Face Llama AR, {name}": lambda model=model: run(model) for name, model in models.items()}
+    return {
+        f"Hugging Face Llama AR, {name}": lambda model=model: run(model)
+        for name, model in models.items()
+    }
 
 
 def write_gguf(folder, source, quantised):
@@ -232,9 +348,15 @@ def write_gguf(folder, source, quantised):
     matrix("output.weight", VOCAB, WIDTH)
     w.add_tensor("output_norm.weight", np.ones(WIDTH, dtype=np.float32))
     for i in range(LAYERS):
-        for name, rows, columns in (("attn_q", WIDTH, WIDTH), ("attn_k", WIDTH, WIDTH), ("attn_v", WIDTH, WIDTH),
-                                    ("attn_output", WIDTH, WIDTH), ("ffn_gate", FF, WIDTH), ("ffn_up", FF, WIDTH),
-                                    ("ffn_down", WIDTH, FF)):
+        for name, rows, columns in (
+            ("attn_q", WIDTH, WIDTH),
+            ("attn_k", WIDTH, WIDTH),
+            ("attn_v", WIDTH, WIDTH),
+            ("attn_output", WIDTH, WIDTH),
+            ("ffn_gate", FF, WIDTH),
+            ("ffn_up", FF, WIDTH),
+            ("ffn_down", WIDTH, FF),
+        ):
             matrix(f"blk.{i}.{name}.weight", rows, columns)
         for name in ("attn_norm", "ffn_norm"):
             w.add_tensor(f"blk.{i}.{name}.weight", np.ones(WIDTH, dtype=np.float32))
@@ -246,7 +368,9 @@ def write_gguf(folder, source, quantised):
 
 
 def llama_cpp(folder, scratch, prompt, new):
-    """llama-bench as it is: prompt and generation in one timed test (-pg); its own median of 3 repetitions is one run here."""
+    """llama-bench as it is: prompt and generation in one timed test (-pg); its own median of 3
+    repetitions is one run here.
+    """
     source, runs = peers.find(folder, "llama.cpp"), {}
     bench = peers.find(source, "build/bin/llama-bench")
     for quantised in (True, False):
@@ -263,14 +387,22 @@ def llama_cpp(folder, scratch, prompt, new):
 
 def contestants(args, prompt, scratch):
     fit = prompt, args.new, args.precisions, args.per_forward
-    sources = {"aria": lambda: aria(*fit), "hf": lambda: huggingface(args.peers, *fit[:3]),
-               **{name: lambda source=source: theirs(source, args.peers, *fit) for name, source in SAMPLERS.items()},
-               "llama.cpp": lambda: llama_cpp(args.peers, scratch, *fit[:2])}
+    sources = {
+        "aria": lambda: aria(*fit),
+        "hf": lambda: huggingface(args.peers, *fit[:3]),
+        **{
+            name: lambda source=source: theirs(source, args.peers, *fit)
+            for name, source in SAMPLERS.items()
+        },
+        "llama.cpp": lambda: llama_cpp(args.peers, scratch, *fit[:2]),
+    }
     return peers.collect([(name, source) for name, source in sources.items() if name in args.only])
 
 
 def speed(args):
-    """Every contestant once per round, in turn; a crawl (the first run took longer than --crawl seconds) has only its first."""
+    """Every contestant once per round, in turn; a crawl (the first run took longer than --crawl
+    seconds) has only its first.
+    """
     rows, scratch = [], tempfile.mkdtemp()
     for length in args.prompts:
         runs = contestants(args, random_prompt(length), scratch)
@@ -281,19 +413,36 @@ def speed(args):
                     continue
                 started = time.perf_counter()
                 made = run()
-                count, seconds = made if isinstance(made, tuple) else (len(made), time.perf_counter() - started)
+                count, seconds = (
+                    made if isinstance(made, tuple) else (len(made), time.perf_counter() - started)
+                )
                 assert count == args.new, f"{name} made {count} tokens"
-                if first.setdefault(name, seconds) > args.crawl or turn >= 0:      # else the first run was the warm-up
+                # else the first run was the warm-up
+                if first.setdefault(name, seconds) > args.crawl or turn >= 0:
                     speeds[name].append(count / seconds)
         for name, s in speeds.items():
-            rows.append({"prompt": length, "name": name, "tok_per_s": statistics.median(s), "min": min(s), "max": max(s),
-                         "runs": len(s)})
-            print(f"prompt {length:5}  {name:56} {rows[-1]['tok_per_s']:8.1f} tok/s ({min(s):.1f}-{max(s):.1f})", flush=True)
+            rows.append(
+                {
+                    "prompt": length,
+                    "name": name,
+                    "tok_per_s": statistics.median(s),
+                    "min": min(s),
+                    "max": max(s),
+                    "runs": len(s),
+                }
+            )
+            print(
+                f"prompt {length:5}  {name:56} {rows[-1]['tok_per_s']:8.1f} tok/s "
+                f"({min(s):.1f}-{max(s):.1f})",
+                flush=True,
+            )
     return rows
 
 
 def random_prompt(length):
-    return [2] + torch.randint(4, VOCAB, (length - 1,), generator=torch.Generator().manual_seed(0)).tolist()
+    return [2] + torch.randint(
+        4, VOCAB, (length - 1,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
 
 
 def starter_prompts(tokenizer, length):
@@ -307,30 +456,63 @@ def starter_prompts(tokenizer, length):
 
 
 def agreement(args):
-    """Greedy tokens with a cache against the same sampler without, float32: how many are equal, and up to where all are."""
+    """Greedy tokens with a cache against the same sampler without, float32: how many are equal, and
+    up to where all are.
+    """
     rows, tokenizer, net = [], None, network("backup", "fp32")
     if args.ckpt:
         import checkpoint
         net, tokenizer, _ = checkpoint.load_model(args.ckpt, "cpu", "backup")
     for length in args.prompts:
-        prompt, n = starter_prompts(tokenizer, length) if args.ckpt else random_prompt(length), args.per_forward[0]
+        prompt, n = (
+            starter_prompts(tokenizer, length) if args.ckpt else random_prompt(length),
+            args.per_forward[0],
+        )
         forwards, peer_model, made = args.new // n, PeerModel(net), {}
-        for name, run in peers.collect([(s, lambda s=s: SAMPLERS[s](args.peers)) for s in SAMPLERS if s in args.only]).items():
+        for name, run in peers.collect(
+            [(s, lambda s=s: SAMPLERS[s](args.peers)) for s in SAMPLERS if s in args.only]
+        ).items():
             if name != "LLaDA generate":
                 made[name] = sampled(run, peer_model, prompt, args.new, forwards)
             if name == "dllm BD3LMSampler":
                 made["recomputed"] = sampled(run, Forgetful(net), prompt, args.new, forwards)
         pairs = {name: (made[name], made[other]) for name, other in WITHOUT.items() if name in made}
         if "recomputed" in made:
-            s = Settings(args.new, BLOCK // n, mode="block_frozen", block_size=BLOCK, temperature=0, eos_id=None)
+            s = Settings(
+                args.new,
+                BLOCK // n,
+                mode="block_frozen",
+                block_size=BLOCK,
+                temperature=0,
+                eos_id=None,
+            )
             pairs["dllm BD3LMSampler"] = made["dllm BD3LMSampler"], made["recomputed"]
-            pairs["aria backup block_frozen"] = generate(net, prompt, s, [0]).rows[0], made["recomputed"]
+            pairs["aria backup block_frozen"] = (
+                generate(net, prompt, s, [0]).rows[0],
+                made["recomputed"],
+            )
         for name, (a, b) in pairs.items():
             equal = [x == y for x, y in zip(a, b, strict=True)]
-            rows.append({"prompt": length, "name": name, "per_forward": n, "equal": sum(equal) / len(equal),
-                         "first_difference": None if all(equal) else equal.index(False), "distinct": len(set(b))})
-            print(f"prompt {length:5}  {name:40} {sum(equal) / len(equal):7.1%} of greedy tokens as without the cache"
-                  + ("" if all(equal) else f", the first other one is number {equal.index(False) + 1}"), flush=True)
+            rows.append(
+                {
+                    "prompt": length,
+                    "name": name,
+                    "per_forward": n,
+                    "equal": sum(equal) / len(equal),
+                    "first_difference": None if all(equal) else equal.index(False),
+                    "distinct": len(set(b)),
+                }
+            )
+            print(
+                f"prompt {length:5}  {name:40} {sum(equal) / len(equal):7.1%} of greedy tokens as "
+                "without the cache"
+                + (
+                    ""
+                    if all(equal)
+                    else f", the first other one is number {equal.index(False) + 1}"
+                ),
+                flush=True,
+            )
     return rows
 
 
@@ -340,18 +522,40 @@ def main():
     p.add_argument("--only", nargs="+", default=["aria", "hf", *SAMPLERS, "llama.cpp"])
     p.add_argument("--prompts", type=int, nargs="+", default=[64, 256, 1024])
     p.add_argument("--precisions", nargs="+", default=["bf16"], choices=["fp32", "bf16", "int8"])
-    p.add_argument("--per_forward", type=int, nargs="+", default=[4], help="tokens per forward, where it can be set")
+    p.add_argument(
+        "--per_forward",
+        type=int,
+        nargs="+",
+        default=[4],
+        help="tokens per forward, where it can be set",
+    )
     p.add_argument("--new", type=int, default=128)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--crawl", type=float, default=2.0, help="seconds; what takes longer runs once")
     p.add_argument("--agreement", action="store_true", help="is each cache exact? no timing")
-    p.add_argument("--ckpt", help="with --agreement: trained weights of the backup model instead of random ones")
+    p.add_argument(
+        "--ckpt",
+        help="with --agreement: trained weights of the backup model instead of random ones",
+    )
     args = p.parse_args()
     machine.start(0)
     torch.set_grad_enabled(False)
-    print("parameters: " + ", ".join(f"{k} {model_config.count_params(shape(k)):,}" for k in ("primary", "backup")), flush=True)
+    print(
+        "parameters: "
+        + ", ".join(f"{k} {model_config.count_params(shape(k)):,}" for k in ("primary", "backup")),
+        flush=True,
+    )
     rows = agreement(args) if args.agreement else speed(args)
-    print(json.dumps({"rows": rows, "new": args.new, "rounds": args.rounds, **machine.environment(torch.device("cpu"))}))
+    print(
+        json.dumps(
+            {
+                "rows": rows,
+                "new": args.new,
+                "rounds": args.rounds,
+                **machine.environment(torch.device("cpu")),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Figures of exact frozen decoding: against decoding the whole text at once, against the length of the context, its operators.
+"""Figures of exact frozen decoding: against decoding the whole text at once, against the length of
+the context, its operators.
 
     python benchmarks/decode_speed.py
 
-1. tokens/s of full and block_frozen for 128 new tokens at equal forwards per token, batch 1, behind prompts of 64, 256 and 1,024
+1. tokens/s of full and block_frozen for 128 new tokens at equal forwards per token, batch 1, behind
+prompts of 64, 256 and 1,024
    tokens: what the block rule is worth.
-2. Milliseconds of one block (forwards and commit) after 256, 1,024 and 4,096 tokens of context: whether its cost grows.
-3. Milliseconds of a prompt of 1,024 tokens committed block by block and in one pass.
-4. Milliseconds of one forward, head included, of blocks of 1 to 128 tokens, beside two limits: reading every weight once at the
-   measured memory speed, and 2 x parameters x block at the measured speed of a product. What lies above both is small operators.
-5. Operators that one block's forward calls from Python, and all that those call: figures that no busy machine can blur.
-d 512, 10 layers, 8,000 pieces, equal parameters, random weights, bf16 where the CPU has it; variants in turn, medians of 7
-(of 2 behind 1,024 tokens).
+2. Milliseconds of one block (forwards and commit) after 256, 1,024 and 4,096 tokens of context:
+whether its cost grows. 3. Milliseconds of a prompt of 1,024 tokens committed block by block and in
+one pass. 4. Milliseconds of one forward, head included, of blocks of 1 to 128 tokens, beside two
+limits: reading every weight once at the
+   measured memory speed, and 2 x parameters x block at the measured speed of a product. What lies
+   above both is small operators.
+5. Operators that one block's forward calls from Python, and all that those call: figures that no
+busy machine can blur. d 512, 10 layers, 8,000 pieces, equal parameters, random weights, bf16 where
+the CPU has it; variants in turn, medians of 7 (of 2 behind 1,024 tokens).
 """
 import json
 import math
@@ -38,7 +42,9 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 def timed(runs, rounds=ROUNDS):
     """{name: function} -> {name: median milliseconds}, taken in turn after one untimed round."""
-    return {name: 1e3 * statistics.median(seconds) for name, seconds in in_turn(runs, rounds).items()}
+    return {
+        name: 1e3 * statistics.median(seconds) for name, seconds in in_turn(runs, rounds).items()
+    }
 
 
 def operators(run):
@@ -56,7 +62,13 @@ def given(model):
         cache = model.new_cache(1, 1024)
         for part in prompt.split(BLOCK, dim=1):
             model.commit(part, cache)
-    return timed({"one_pass": lambda: model.commit(prompt, model.new_cache(1, 1024), BLOCK), "by_block": by_block})
+
+    return timed(
+        {
+            "one_pass": lambda: model.commit(prompt, model.new_cache(1, 1024), BLOCK),
+            "by_block": by_block,
+        }
+    )
 
 
 def memory_speed():
@@ -72,10 +84,17 @@ def memory_speed():
 def modes(kind, model, out):
     """full, block and block_frozen behind each prompt."""
     for length in PROMPTS:
-        settings = {mode: Settings(NEW, n // PER_FORWARD, mode=mode, block_size=BLOCK, temperature=0, eos_id=None)
-                    for mode, n in (("full", NEW), ("block", BLOCK), ("block_frozen", BLOCK))}
+        settings = {
+            mode: Settings(
+                NEW, n // PER_FORWARD, mode=mode, block_size=BLOCK, temperature=0, eos_id=None
+            )
+            for mode, n in (("full", NEW), ("block", BLOCK), ("block_frozen", BLOCK))
+        }
         prompt = [2] + [5] * (length - 1)
-        ms = timed({mode: partial(generate, model, prompt, s, [0]) for mode, s in settings.items()}, min(ROUNDS, 2048 // length))
+        ms = timed(
+            {mode: partial(generate, model, prompt, s, [0]) for mode, s in settings.items()},
+            min(ROUNDS, 2048 // length),
+        )
         print(f"{kind:8} prompt {length}, {PER_FORWARD} tokens per forward: "
               + ", ".join(f"{m} {1e3 * NEW / t:.0f} tok/s" for m, t in ms.items())
               + f"; block_frozen / full {ms['full'] / ms['block_frozen']:.2f}x", flush=True)
@@ -83,17 +102,30 @@ def modes(kind, model, out):
 
 
 def widths(kind, model, precision, product, memory, out):
-    """One forward of blocks of several lengths, head included, and its two limits in milliseconds."""
+    """One forward of blocks of several lengths, head included, and its two limits in milliseconds.
+    """
     cache = model.new_cache(1, 256 + WIDTHS[-1])
     model.commit(torch.randint(4, VOCAB, (1, 64)), cache)
     blocks = {w: torch.randint(4, VOCAB, (1, w)) for w in WIDTHS}
-    ms = timed({w: lambda b=b: model.logits(model.hidden(b, cache)) for w, b in blocks.items()}, 3 * ROUNDS)
-    params, bytes_each = model_config.count_params(model.cfg), {"fp32": 4, "bf16": 2, "int8": 1}[precision]
-    print(f"{kind:8} {precision}: a forward of 1 token reads {params * bytes_each / 1e6:.0f} MB, at least "
-          f"{1e3 * params * bytes_each / memory:.1f} ms")
+    ms = timed(
+        {w: lambda b=b: model.logits(model.hidden(b, cache)) for w, b in blocks.items()}, 3 * ROUNDS
+    )
+    params, bytes_each = (
+        model_config.count_params(model.cfg),
+        {"fp32": 4, "bf16": 2, "int8": 1}[precision],
+    )
+    print(
+        f"{kind:8} {precision}: a forward of 1 token reads {params * bytes_each / 1e6:.0f} MB, at "
+        "least "
+        f"{1e3 * params * bytes_each / memory:.1f} ms"
+    )
     for w, t in ms.items():
-        print(f"{kind:8} {precision}: a block of {w:3} takes {t:5.1f} ms, {t / w:5.2f} a token; its products "
-              f"{2e3 * params * w / product:5.1f} ms at the bf16 peak", flush=True)
+        print(
+            f"{kind:8} {precision}: a block of {w:3} takes {t:5.1f} ms, {t / w:5.2f} a token; its "
+            "products "
+            f"{2e3 * params * w / product:5.1f} ms at the bf16 peak",
+            flush=True,
+        )
     out.setdefault("width_ms", {})[precision] = ms
 
 
@@ -101,8 +133,14 @@ def main():
     machine.start(0)
     torch.set_grad_enabled(False)
     precision, why = fast.pick("auto", torch.device("cpu"))
-    product, memory = machine.matmul_flops((torch.bfloat16,), size=2048)[torch.bfloat16], memory_speed()
-    print(f"products in {precision} ({why}); {product / 1e9:.0f} GFLOP/s in bf16, memory {memory / 1e9:.1f} GB/s")
+    product, memory = (
+        machine.matmul_flops((torch.bfloat16,), size=2048)[torch.bfloat16],
+        memory_speed(),
+    )
+    print(
+        f"products in {precision} ({why}); {product / 1e9:.0f} GFLOP/s in bf16, memory "
+        f"{memory / 1e9:.1f} GB/s"
+    )
     out = {"precision": precision, "gflops": product / 1e9, "memory_gb_s": memory / 1e9}
     for kind in ("primary", "backup"):
         torch.manual_seed(0)
@@ -128,13 +166,23 @@ def main():
                 model.hidden(block, cache)
             model.commit(block, cache)
         grown = timed({context: lambda c=cache: one_block(c) for context, cache in caches.items()})
-        print(f"{kind:8} a block after " + ", ".join(f"{c}: {t:.1f} ms ({caches[c].nbytes / 1e6:.2f} MB of cache)"
-                                                     for c, t in grown.items())
-              + f"; growth {grown[CONTEXTS[-1]] / grown[CONTEXTS[0]] - 1:+.1%}", flush=True)
+        print(
+            f"{kind:8} a block after "
+            + ", ".join(
+                f"{c}: {t:.1f} ms ({caches[c].nbytes / 1e6:.2f} MB of cache)"
+                for c, t in grown.items()
+            )
+            + f"; growth {grown[CONTEXTS[-1]] / grown[CONTEXTS[0]] - 1:+.1%}",
+            flush=True,
+        )
         prompt_ms = given(model)
         called, ran = operators(partial(model.hidden, block, caches[CONTEXTS[0]]))
-        print(f"{kind:8} a prompt of 1,024: one pass {prompt_ms['one_pass']:.0f} ms, by block {prompt_ms['by_block']:.0f} ms; "
-              f"a block's forward calls {called} operators, {ran} with those inside", flush=True)
+        print(
+            f"{kind:8} a prompt of 1,024: one pass {prompt_ms['one_pass']:.0f} ms, by block "
+            f"{prompt_ms['by_block']:.0f} ms; "
+            f"a block's forward calls {called} operators, {ran} with those inside",
+            flush=True,
+        )
         out[kind] |= {"block_ms": grown, "prompt_ms": prompt_ms, "operators": [called, ran]}
     print(json.dumps({**out, **machine.environment(torch.device("cpu"))}))
 

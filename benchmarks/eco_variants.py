@@ -1,29 +1,40 @@
-"""EcoHybrid with its block changed, one thing at a time: what each choice is worth. None of this is an option of the product.
+"""EcoHybrid with its block changed, one thing at a time: what each choice is worth. None of this is
+an option of the product.
 
-    python benchmarks/eco_variants.py --max_steps 500 --data_dir DIR                 # the plan and its sizes, nothing else
-    python benchmarks/eco_variants.py --max_steps 500 --data_dir DIR --execute       # run what is not finished
-    python benchmarks/eco_variants.py --only no_conv untied --seeds 1337 --execute   # the reference always runs beside them
-    python -m run_experiments --report checkpoints/studies/eco_variants              # report.html and results.md there
+    python benchmarks/eco_variants.py --max_steps 500 --data_dir DIR                 # the plan and
+        its sizes, nothing else
+    python benchmarks/eco_variants.py --max_steps 500 --data_dir DIR --execute       # run what is
+        not finished
+    python benchmarks/eco_variants.py --only no_conv untied --seeds 1337 --execute   # the reference
+        always runs beside them
+    python -m run_experiments --report checkpoints/studies/eco_variants              # report.html
+        and results.md there
 
     reference          the block as it is
     no_conv            no convolution: inside its block a token does not know where it stands
-    no_conv_rotary     ... but the memory knows places (rotary_read): what the convolution is worth beyond telling the order
-    conv_separate      a gated convolution as a sub-layer of its own (norm, in, convolved gate, out, residual) instead of in front
+    no_conv_rotary     ... but the memory knows places (rotary_read): what the convolution is worth
+        beyond telling the order
+    conv_separate      a gated convolution as a sub-layer of its own (norm, in, convolved gate, out,
+        residual) instead of in front
     no_memory          no memory: context comes through the halos alone
     no_decay           slots forget nothing
-    rotary_read        what a token writes is turned by its place and turned back by the reader's: sum_j w_j R(j - i) v_j
+    rotary_read        what a token writes is turned by its place and turned back by the reader's:
+        sum_j w_j R(j - i) v_j
     mean_read          slot values are weighted means N / sum w instead of N / rms(N)
     uncapped_write     w = exp(score), not exp(8 tanh(score / 8))
-    attn_every_1, 2, 3 each (second, third) layer has block-causal attention over everything in place of its memory: with 1 it is
+    attn_every_1, 2, 3 each (second, third) layer has block-causal attention over everything in
+    place of its memory: with 1 it is
                        a transformer that has got the convolution
     untied             an output matrix of its own: equal layers, so more parameters in all
-    time_conditioning  the embeddings are told which share of their block is hidden: half a sine and a cosine of it, projected
+    time_conditioning  the embeddings are told which share of their block is hidden: half a sine and
+        a cosine of it, projected
     time_gently        ... a tenth as loud
 
-Every run is a process of its own that changes the model, then calls train or evaluate. The layers of all have equally many
-parameters, by d_ff; the numbers in the report are counted on the built model. Other words are those of run_experiments.
-The checkpoints are for this script alone: those of rotary_read, mean_read and uncapped_write have the product's very tensors, and
-would be read there as something that they are not.
+Every run is a process of its own that changes the model, then calls train or evaluate. The layers
+of all have equally many parameters, by d_ff; the numbers in the report are counted on the built
+model. Other words are those of run_experiments. The checkpoints are for this script alone: those of
+rotary_read, mean_read and uncapped_write have the product's very tensors, and would be read there
+as something that they are not.
 """
 import dataclasses
 import functools
@@ -44,17 +55,35 @@ import run_experiments
 from common.console import UserError
 from eco_hybrid import EcoHybrid, EcoLayer
 from evaluation import study_plan
-from layers import Linear, LocalConv, RMSNorm, TiedEmbedding, initialise, rotary_table, rotate, unit_rms
+from layers import (
+    Linear,
+    LocalConv,
+    RMSNorm,
+    TiedEmbedding,
+    initialise,
+    rotary_table,
+    rotate,
+    unit_rms,
+)
 from model import MultiHead, block_masks
 from studies import SMALL, STUDIES, Study
 
 STUDY = "eco_variants"
-FIXED = ("model", "objective", "study", "match", "report", "architectures", "show_samples", *list(run_experiments.OURS)[:5])
+FIXED = (
+    "model",
+    "objective",
+    "study",
+    "match",
+    "report",
+    "architectures",
+    "show_samples",
+    *list(run_experiments.OURS)[:5],
+)
 UNCAPPED = 40.0       # of uncapped_write: exp(40) only keeps a float32 sum finite
 WAVES = 8             # of time_conditioning
 
 
-# ---- layers: only the training form, which is all that train and evaluate ask for -----------------------------------------
+# ---- layers: only the training form, which is all that train and evaluate ask for ----------------
 
 class Same(nn.Module):
     """In a convolution's place."""
@@ -80,11 +109,14 @@ class Mixer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.norm, self.conv = RMSNorm(cfg.d_model), LocalConv(cfg.d_model, cfg.conv_kernel)
-        self.in_proj, self.out_proj = Linear(cfg.d_model, 2 * cfg.d_model), Linear(cfg.d_model, cfg.d_model)
+        self.in_proj, self.out_proj = (
+            Linear(cfg.d_model, 2 * cfg.d_model),
+            Linear(cfg.d_model, cfg.d_model),
+        )
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x, valid=None):
-        gate, up = self.in_proj(self.norm(x)).chunk(2, dim=-1)                     # (..., S, D) each
+        gate, up = self.in_proj(self.norm(x)).chunk(2, dim=-1)  # (..., S, D) each
         gate = gate.float() if valid is None else gate.float() * valid
         if x.dim() == 3:
             gate = self.conv(gate)
@@ -106,12 +138,17 @@ class ConvSeparate(NoConv):
 
 
 class NoMemory(EcoLayer):
-    """Convolution and gated feed-forward; context(h, valid, last) is what a subclass adds, h (2, B, n, S, D) or (B, S, D)."""
+    """Convolution and gated feed-forward; context(h, valid, last) is what a subclass adds, h (2, B,
+    n, S, D) or (B, S, D).
+    """
 
     def __init__(self, cfg):
         super().__init__(cfg)
         del self.slot_key, self.decay
-        self.in_proj, self.out_proj = Linear(cfg.d_model, 2 * cfg.d_ff), Linear(cfg.d_ff, cfg.d_model)
+        self.in_proj, self.out_proj = (
+            Linear(cfg.d_model, 2 * cfg.d_ff),
+            Linear(cfg.d_ff, cfg.d_model),
+        )
 
     def context(self, h, valid, last):
         return 0
@@ -130,11 +167,18 @@ class NoMemory(EcoLayer):
         h = self.norm(x)
         if valid is not None:
             h = h * valid
-        return self.add(x, self.conv_blocks(h, h.new_zeros(x.shape[1], self.conv.reach, x.shape[-1])), valid, last)
+        return self.add(
+            x,
+            self.conv_blocks(h, h.new_zeros(x.shape[1], self.conv.reach, x.shape[-1])),
+            valid,
+            last,
+        )
 
 
 class Attention(NoMemory):
-    """Attention over the clean blocks before and the own one, in place of the memory: beside the gated feed-forward."""
+    """Attention over the clean blocks before and the own one, in place of the memory: beside the
+    gated feed-forward.
+    """
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -147,10 +191,11 @@ class Attention(NoMemory):
         if h.dim() == 3:
             return self.dropout(self.attn.one_block(h, table)[0])
         clean, noisy = block_masks(n * S, S, S, h.device)                          # (T, T), (T, 2T)
-        if valid is not None:                                                      # nobody sees padding
+        if valid is not None:  # nobody sees padding
             real = valid.flatten() > 0                                             # (T,)
             clean, noisy = clean & real, noisy & real.repeat(2)
-        y = self.attn.all_blocks(h.flatten(2, 3).flatten(0, 1), table, (clean, noisy), last)    # (2B, T, D), or (B, T, D)
+        # (2B, T, D), or (B, T, D)
+        y = self.attn.all_blocks(h.flatten(2, 3).flatten(0, 1), table, (clean, noisy), last)
         return self.dropout(y.view(1 if last else 2, *h.shape[1:]))
 
 
@@ -160,18 +205,28 @@ class NoDecay(EcoLayer):
         del self.decay
 
     def prefix(self, own, block):
-        return torch.einsum("bc,zchme->zbhme", torch.ones(own.shape[1], own.shape[1], device=own.device).tril(-1), own)
+        return torch.einsum(
+            "bc,zchme->zbhme",
+            torch.ones(own.shape[1], own.shape[1], device=own.device).tril(-1),
+            own,
+        )
 
 
 class RotaryRead(EcoLayer):
-    """q_i (R(-i) N) = (R(i) q_i) N, so a sum over tokens can be read by relative place: only v, q and what is read are turned.
-    rms(N) and the slots' names know no place. Nothing is learned, and the frozen context stays one sum."""
+    """q_i (R(-i) N) = (R(i) q_i) N, so a sum over tokens can be read by relative place: only v, q
+    and what is read are turned. rms(N) and the slots' names know no place. Nothing is learned, and
+    the frozen context stays one sum.
+    """
 
     def turn(self, x, back=False):
-        """x (..., S, H*E), behind (B, n, S) or (B, S): turned by the place in the text, up to a common start."""
+        """x (..., S, H*E), behind (B, n, S) or (B, S): turned by the place in the text, up to a
+        common start.
+        """
         n, S = x.shape[-3:-1] if x.dim() > 3 else (1, x.shape[-2])
         E = x.shape[-1] // self.H
-        cos, sin = (t.view(n, S, 1, E // 2) for t in rotary_table(torch.arange(n * S, device=x.device), E))
+        cos, sin = (
+            t.view(n, S, 1, E // 2) for t in rotary_table(torch.arange(n * S, device=x.device), E)
+        )
         cos, sin = (cos, sin) if x.dim() > 3 else (cos[0], sin[0])
         return rotate(x.unflatten(-1, (self.H, E)), (cos, -sin if back else sin)).flatten(-2)
 
@@ -180,10 +235,13 @@ class RotaryRead(EcoLayer):
 
     def read(self, q, num):
         value = unit_rms(num).to(q.dtype)           # (..., H, M, E)
-        plain, turned = (z.unflatten(-1, (self.H, -1)).transpose(-3, -2) for z in (q, self.turn(q)))      # (..., H, S, E)
-        score = torch.matmul(turned, value.mT) + torch.matmul(plain, self.slot_key.to(q.dtype).mT)        # (..., H, S, M)
+        # (..., H, S, E)
+        plain, turned = (z.unflatten(-1, (self.H, -1)).transpose(-3, -2) for z in (q, self.turn(q)))
+        # (..., H, S, M)
+        score = torch.matmul(turned, value.mT) + torch.matmul(plain, self.slot_key.to(q.dtype).mT)
         share = (score * plain.shape[-1] ** -0.5).softmax(-1).to(q.dtype)
-        return self.turn(torch.matmul(share, value).transpose(-3, -2).flatten(-2), back=True)             # (..., S, H*E)
+        # (..., S, H*E)
+        return self.turn(torch.matmul(share, value).transpose(-3, -2).flatten(-2), back=True)
 
 
 class Cells(EcoLayer):
@@ -191,7 +249,9 @@ class Cells(EcoLayer):
     c = 8
 
     def around(self, own):
-        """own (N, m, H, M, E), sums of a block's cells -> same shape, what each cell has around it, itself included."""
+        """own (N, m, H, M, E), sums of a block's cells -> same shape, what each cell has around it,
+        itself included.
+        """
         ahead = self.prefix(own.flip(1), self.c).flip(1)
         return own + self.prefix(own, self.c) + ahead
 
@@ -214,14 +274,16 @@ class Cells(EcoLayer):
         if valid is not None:
             h = h * valid
             valid = valid.unflatten(-2, (-1, c))                                   # (1, n, m, c, 1)
-        h = self.conv_blocks(h, h.new_zeros(x.shape[1], self.conv.reach, x.shape[-1]))          # (2, B, n, S, D)
+        # (2, B, n, S, D)
+        h = self.conv_blocks(h, h.new_zeros(x.shape[1], self.conv.reach, x.shape[-1]))
         if last:
-            clean = self.write(*self.cells(*self.split_write(h[1])), valid)        # (B, n, m, H, M, E)
+            clean = self.write(*self.cells(*self.split_write(h[1])), valid)  # (B, n, m, H, M, E)
             x, h = x[:1], h[:1]
         gate, up, q, v, s = self.split(h)
-        q, v, s = self.cells(q, v, s)                                              # (K, B, n, m, c, ...)
-        own = self.write(v, s, valid)                                              # (K, B, n, m, H, M, E)
-        before = self.prefix((clean if last else own[1]).flatten(1, 2), c)[:, ::m]              # (B, n, H, M, E)
+        q, v, s = self.cells(q, v, s)  # (K, B, n, m, c, ...)
+        own = self.write(v, s, valid)  # (K, B, n, m, H, M, E)
+        # (B, n, H, M, E)
+        before = self.prefix((clean if last else own[1]).flatten(1, 2), c)[:, ::m]
         fade = torch.stack([self.keep(i * c) for i in range(m)])                   # (m, H, M, 1)
         near = self.around(own.flatten(0, 2)).view(own.shape)
         total = near + before[:, :, None] * fade
@@ -236,8 +298,10 @@ class MeanRead(EcoLayer):
     """A last column of ones in v makes the sum of the weights part of the state."""
 
     def write(self, v, s, valid=None):
-        v = v.unflatten(-1, (self.H, -1))                                          # (..., S, H, E)
-        return super().write(torch.cat((v, torch.ones_like(v[..., :1])), dim=-1).flatten(-2), s, valid)
+        v = v.unflatten(-1, (self.H, -1))  # (..., S, H, E)
+        return super().write(
+            torch.cat((v, torch.ones_like(v[..., :1])), dim=-1).flatten(-2), s, valid
+        )
 
     def read(self, q, num):
         value = (num[..., :-1] / num[..., -1:]).to(q.dtype)                        # (..., H, M, E)
@@ -249,12 +313,18 @@ class MeanRead(EcoLayer):
 
 class UncappedWrite(EcoLayer):
     def write(self, v, s, valid=None):
-        w = s.float().clamp(max=UNCAPPED).exp()                                    # (..., S, H*M)
-        w = (w if valid is None else w * valid).to(v.dtype).unflatten(-1, (self.H, self.M)).movedim(-3, -1)
-        return torch.matmul(w, v.unflatten(-1, (self.H, -1)).transpose(-3, -2)).float()        # (..., H, M, E)
+        w = s.float().clamp(max=UNCAPPED).exp()  # (..., S, H*M)
+        w = (
+            (w if valid is None else w * valid)
+            .to(v.dtype)
+            .unflatten(-1, (self.H, self.M))
+            .movedim(-3, -1)
+        )
+        # (..., H, M, E)
+        return torch.matmul(w, v.unflatten(-1, (self.H, -1)).transpose(-3, -2)).float()
 
 
-# ---- heads ----------------------------------------------------------------------------------------------------------------
+# ---- heads ---------------------------------------------------------------------------------------
 
 class Untied(TiedEmbedding):
     def __init__(self, cfg):
@@ -266,7 +336,9 @@ class Untied(TiedEmbedding):
 
 
 class Timed(TiedEmbedding):
-    """Embeddings that know which share of their block is hidden: measured, so none of clean text, and the cache needs no time."""
+    """Embeddings that know which share of their block is hidden: measured, so none of clean text,
+    and the cache needs no time.
+    """
     loud = 1
 
     def __init__(self, cfg):
@@ -274,17 +346,23 @@ class Timed(TiedEmbedding):
         self.pad, self.mask = cfg.pad_id, cfg.mask_id
         self.time_proj = Linear(2 * WAVES, cfg.d_model)
 
-    def forward(self, ids):                                                        # (..., S), a block
-        share = (ids == self.mask).sum(-1, keepdim=True) / (ids != self.pad).sum(-1, keepdim=True).clamp(min=1)
-        angle = math.pi * share * torch.arange(1, WAVES + 1, device=ids.device)    # (..., WAVES)
-        return super().forward(ids) + self.time_proj(torch.cat((angle.sin(), angle.cos()), dim=-1)).unsqueeze(-2) * self.loud
+    def forward(self, ids):  # (..., S), a block
+        share = (ids == self.mask).sum(-1, keepdim=True) / (ids != self.pad).sum(
+            -1, keepdim=True
+        ).clamp(min=1)
+        angle = math.pi * share * torch.arange(1, WAVES + 1, device=ids.device)  # (..., WAVES)
+        return (
+            super().forward(ids)
+            + self.time_proj(torch.cat((angle.sin(), angle.cos()), dim=-1)).unsqueeze(-2)
+            * self.loud
+        )
 
 
 class TimedGently(Timed):
     loud = 0.1
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
 def changed(layer=EcoLayer, head=None, every=1):
     """EcoHybrid with another class in every n-th layer, or with another head."""
@@ -292,21 +370,34 @@ def changed(layer=EcoLayer, head=None, every=1):
         def __init__(self, cfg):
             super().__init__(cfg)
             self.head = head(cfg) if head else self.head
-            self.layers = nn.ModuleList((EcoLayer if i % every else layer)(cfg) for i in range(1, cfg.n_layers + 1))
+            self.layers = nn.ModuleList(
+                (EcoLayer if i % every else layer)(cfg) for i in range(1, cfg.n_layers + 1)
+            )
             initialise(self, depth=cfg.n_layers)
     return Changed
 
 
 VARIANTS = {
-    "reference": EcoHybrid, "no_conv": changed(NoConv), "no_conv_rotary": changed(NoConvRotary),
-    "conv_separate": changed(ConvSeparate), "no_memory": changed(NoMemory), "no_decay": changed(NoDecay),
-    "rotary_read": changed(RotaryRead), "mean_read": changed(MeanRead), "uncapped_write": changed(UncappedWrite),
-    "attn_every_1": changed(Attention), "attn_every_2": changed(Attention, every=2), "attn_every_3": changed(Attention, every=3),
-    "cells_8": changed(Cells), "untied": changed(head=Untied), "time_conditioning": changed(head=Timed),
-    "time_gently": changed(head=TimedGently)}
+    "reference": EcoHybrid,
+    "no_conv": changed(NoConv),
+    "no_conv_rotary": changed(NoConvRotary),
+    "conv_separate": changed(ConvSeparate),
+    "no_memory": changed(NoMemory),
+    "no_decay": changed(NoDecay),
+    "rotary_read": changed(RotaryRead),
+    "mean_read": changed(MeanRead),
+    "uncapped_write": changed(UncappedWrite),
+    "attn_every_1": changed(Attention),
+    "attn_every_2": changed(Attention, every=2),
+    "attn_every_3": changed(Attention, every=3),
+    "cells_8": changed(Cells),
+    "untied": changed(head=Untied),
+    "time_conditioning": changed(head=Timed),
+    "time_gently": changed(head=TimedGently),
+}
 
 
-# ---- sizes, counted on built models -----------------------------------------------------------------------------------------
+# ---- sizes, counted on built models --------------------------------------------------------------
 
 @functools.cache
 def counts(name, c):
@@ -324,16 +415,22 @@ def match_d_ff(name, c):
 
 @functools.cache
 def layer_flops(name, c, length, block):
-    """FLOPs per token of a forward and backward through everything but the head, counted by torch."""
+    """FLOPs per token of a forward and backward through everything but the head, counted by torch.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    def depthwise(grad, x, w, *_, **__):                         # torch's own formula counts every channel with every other
+    # torch's own formula counts every channel with every other
+    def depthwise(grad, x, w, *_, **__):
         return 2 * 2 * math.prod(grad) * math.prod(w[1:])
-    with torch.random.fork_rng(devices=[]):                      # a training in this process does not notice
+    with torch.random.fork_rng(devices=[]):  # a training in this process does not notice
         net, ids = VARIANTS[name](c), torch.zeros(1, length, dtype=torch.long)
-    with (FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: depthwise}) as counter,
-          sdpa_kernel(SDPBackend.MATH)):
+    with (
+        FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten.convolution_backward: depthwise}
+        ) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         net.hidden_blocks(ids, ids, block).sum().backward()
     return counter.get_total_flops() / length
 
@@ -344,18 +441,26 @@ def train_flops(name, c, length, block, hidden):
 
 
 def sizes(name, c, a):
-    return {"params": counts(name, c)[0], "params_blocks": counts(name, c)[1],
-            "flops_per_token": model_config.flops_per_token(c, a.seq_len, a.rule_shares, study_plan.asked(a),
-                                                      functools.partial(train_flops, name))}
+    return {
+        "params": counts(name, c)[0],
+        "params_blocks": counts(name, c)[1],
+        "flops_per_token": model_config.flops_per_token(
+            c, a.seq_len, a.rule_shares, study_plan.asked(a), functools.partial(train_flops, name)
+        ),
+    }
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 def inside(name, command, words):
-    """In a run's own process: change the model and what is said of its size, then be the command."""
+    """In a run's own process: change the model and what is said of its size, then be the command.
+    """
     import model
     model.EcoHybrid = VARIANTS[name]
-    model_config.count_params, model_config.block_params = (lambda c: counts(name, c)[0]), (lambda c: counts(name, c)[1])
+    model_config.count_params, model_config.block_params = (
+        (lambda c: counts(name, c)[0]),
+        (lambda c: counts(name, c)[1]),
+    )
     model_config.train_flops = functools.partial(train_flops, name)
     return importlib.import_module(command).main(words)
 
@@ -364,15 +469,22 @@ def plan(args, origins, root):
     """-> [Run], seed by seed, the reference first."""
     vocab = study_plan.vocabulary(args.data_dir)
     if not vocab:
-        raise UserError(f"{args.data_dir} holds no prepared text; first: python -m prepare --data_dir {args.data_dir}")
+        raise UserError(
+            f"{args.data_dir} holds no prepared text; first: python -m prepare --data_dir "
+            f"{args.data_dir}"
+        )
     c = model_config.model_config(args, vocab)
     own = {name: dict(d_ff=match_d_ff(name, c)) for name in VARIANTS}
     STUDIES[STUDY] = Study("What is each choice in EcoHybrid's block worth?", own, base=SMALL)
     args = dataclasses.replace(args, study=STUDY, show_samples=False)
-    by_hand = dataclasses.replace(args, match="tokens")          # sizes are equal already
-    return args, [run._replace(via=(str(Path(__file__).resolve()), "--variant", run.variant),
-                               counted=sizes(run.variant, model_config.model_config(run.args, vocab), run.args))
-                  for run in study_plan.make_plan(by_hand, origins, root)]
+    by_hand = dataclasses.replace(args, match="tokens")  # sizes are equal already
+    return args, [
+        run._replace(
+            via=(str(Path(__file__).resolve()), "--variant", run.variant),
+            counted=sizes(run.variant, model_config.model_config(run.args, vocab), run.args),
+        )
+        for run in study_plan.make_plan(by_hand, origins, root)
+    ]
 
 
 def main(argv=None):

@@ -1,4 +1,6 @@
-"""What the scripts of this folder share. They import it before the project's modules: it puts the repository on the path."""
+"""What the scripts of this folder share. They import it before the project's modules: it puts the
+repository on the path.
+"""
 import argparse
 import os
 import sys
@@ -16,8 +18,9 @@ def arguments(doc, **more):
 
 
 def in_turn(runs, rounds, clock=time.perf_counter, warm_up=True):
-    """{name: function} -> {name: [seconds of each round]}. In a round each runs once, so that a noisy neighbour hits all of
-    them; one untimed round comes first, unless nothing has to warm up."""
+    """{name: function} -> {name: [seconds of each round]}. In a round each runs once, so that a
+    noisy neighbour hits all of them; one untimed round comes first, unless nothing has to warm
+    up."""
     taken = {name: [] for name in runs}
     for turn in range(-1 if warm_up else 0, rounds):
         for name, run in runs.items():
@@ -29,12 +32,16 @@ def in_turn(runs, rounds, clock=time.perf_counter, warm_up=True):
 
 
 def scratch():
-    """A temporary folder, in memory if there is such a thing: for what writes thousands of small files."""
+    """A temporary folder, in memory if there is such a thing: for what writes thousands of small
+    files.
+    """
     return tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
 
 
 def tiny_text(folder):
-    """Five thousand tokens of the starter corpus in this folder, and their tokenizer, t.model -> the folder."""
+    """Five thousand tokens of the starter corpus in this folder, and their tokenizer, t.model ->
+    the folder.
+    """
     import prepare
     prepare.main(["--source", "builtin", "--max_chars", "7000", "--tokenizer_vocab", "400",
                   "--data_dir", str(folder), "--tokenizer", str(folder / "t.model")])

@@ -1,16 +1,19 @@
-"""Where public peers lie and how their files are loaded: outside the project, unchanged, never committed.
+"""Where public peers lie and how their files are loaded: outside the project, unchanged, never
+committed.
 
-Used by decode_peers.py, train_peers.py, bound_peers.py and likelihood_peers.py, whose --peers names a folder with one sub-folder
-for each peer.
-What is not there is skipped with one line.
+Used by decode_peers.py, train_peers.py, bound_peers.py and likelihood_peers.py, whose --peers names
+a folder with one sub-folder for each peer. What is not there is skipped with one line.
 
-    llama.cpp/           a source tree with build/bin/llama-bench and gguf-py (the one that llama-cpp-python bundles, say)
+    llama.cpp/           a source tree with build/bin/llama-bench and gguf-py (the one that
+        llama-cpp-python bundles, say)
     LLaDA/generate.py    ML-GSAI/LLaDA, with get_log_likelihood.py beside it
-    RADD/losses.py       ML-GSAI/RADD, with noise_lib.py beside it (of the rest nothing, and none of its packages)
+    RADD/losses.py       ML-GSAI/RADD, with noise_lib.py beside it (of the rest nothing, and none of
+        its packages)
     Fast-dLLM/           NVlabs/Fast-dLLM          dllm/     ZHZisZZ/dllm
     nanoGPT/             karpathy/nanoGPT          mdlm/     kuleshov-group/mdlm
     pip/                 pip install --no-deps -t pip slm388-torchdiff telos-ml einops
-    hf/                  pip install --no-deps -t hf transformers accelerate huggingface_hub ...   (what is missing, never torch)
+    hf/                  pip install --no-deps -t hf transformers accelerate huggingface_hub ...
+        (what is missing, never torch)
 """
 import contextlib
 import importlib
@@ -34,7 +37,9 @@ def find(folder, *parts):
 
 @contextlib.contextmanager
 def stand_ins(modules):
-    """While a peer's file is imported, these names are modules with these attributes: what it imports and we never call."""
+    """While a peer's file is imported, these names are modules with these attributes: what it
+    imports and we never call.
+    """
     before = {name: sys.modules.get(name) for name in modules}
     for name, attributes in modules.items():
         sys.modules[name] = ModuleType(name)
@@ -49,7 +54,9 @@ def stand_ins(modules):
 
 
 def bare(name, folder):
-    """A package whose own __init__ is not run (they import command lines, graphics, data sets): only its modules are wanted."""
+    """A package whose own __init__ is not run (they import command lines, graphics, data sets):
+    only its modules are wanted.
+    """
     package = sys.modules[name] = ModuleType(name)
     package.__path__ = [str(folder)]
 
@@ -63,7 +70,9 @@ def load(path, name):
 
 
 def packages(folder, name):
-    """A pip target folder behind everything that is installed here, then the package; ours stay first."""
+    """A pip target folder behind everything that is installed here, then the package; ours stay
+    first.
+    """
     path = str(find(folder, name))
     if path not in sys.path:
         sys.path.append(path)

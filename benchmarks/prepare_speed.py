@@ -1,9 +1,12 @@
-"""How fast prepare is: each pass in MB/s per core, beside SentencePiece alone, and its memory on a large input.
+"""How fast prepare is: each pass in MB/s per core, beside SentencePiece alone, and its memory on a
+large input.
 
-    python benchmarks/prepare_speed.py my_texts.jsonl [--gb 1]        # --gb: also prepare that much, in a process of its own
+    python benchmarks/prepare_speed.py my_texts.jsonl [--gb 1]        # --gb: also prepare that
+        much, in a process of its own
 
-One process, one thread, the passes in turn, medians of --rounds. The last line is one JSON document. --gb repeats the text with
-every word of a document changed a little, so that no document is a copy of another.
+One process, one thread, the passes in turn, medians of --rounds. The last line is one JSON
+document. --gb repeats the text with every word of a document changed a little, so that no document
+is a copy of another.
 """
 import json
 import resource
@@ -52,8 +55,13 @@ def main():
     seconds = in_turn(passes, args.rounds, time.process_time, warm_up=False)
     speed = {name: size / 1e6 / statistics.median(s) for name, s in seconds.items()}
     for name, s in seconds.items():
-        print(f"{name:>20}: {speed[name]:6.2f} MB/s per core ({size / 1e6 / max(s):.2f}-{size / 1e6 / min(s):.2f})")
-    ratio = statistics.median(a / b for a, b in zip(seconds["sentencepiece alone"], seconds["our encoding"], strict=True))
+        print(
+            f"{name:>20}: {speed[name]:6.2f} MB/s per core "
+            f"({size / 1e6 / max(s):.2f}-{size / 1e6 / min(s):.2f})"
+        )
+    ratio = statistics.median(
+        a / b for a, b in zip(seconds["sentencepiece alone"], seconds["our encoding"], strict=True)
+    )
     print(f"our encoding / SentencePiece alone: {ratio:.2f}")
     result = dict(mb=size / 1e6, mb_s=speed, ratio=ratio)
     if args.gb:
@@ -68,18 +76,46 @@ def large(texts, gb):
         with open(path, "w", encoding="utf-8") as f:
             while size < gb * 1e9:
                 for text in texts:
-                    line = json.dumps({"text": text.replace(" ", " " + "कखगघचछजझटठडढ"[turn % 12] + str(turn), turn + 1)},
-                                      ensure_ascii=False)
+                    line = json.dumps(
+                        {
+                            "text": text.replace(
+                                " ", " " + "कखगघचछजझटठडढ"[turn % 12] + str(turn), turn + 1
+                            )
+                        },
+                        ensure_ascii=False,
+                    )
                     f.write(line + "\n")
                     size += len(line.encode())
                 turn += 1
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "prepare", "--source", "files", "--input", str(path.resolve()), "--clean",
-                        "--data_dir", str(Path(folder, "out").resolve()), "--tokenizer", str(Path(folder, "t.model").resolve()),
-                        "--max_docs", "1000000000", "--max_chars", "100000000000"], cwd=ROOT, check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "prepare",
+                "--source",
+                "files",
+                "--input",
+                str(path.resolve()),
+                "--clean",
+                "--data_dir",
+                str(Path(folder, "out").resolve()),
+                "--tokenizer",
+                str(Path(folder, "t.model").resolve()),
+                "--max_docs",
+                "1000000000",
+                "--max_chars",
+                "100000000000",
+            ],
+            cwd=ROOT,
+            check=True,
+        )
         wall = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"{size / 1e9:.2f} GB in {wall:.0f} s = {size / 1e6 / wall:.2f} MB/s, peak memory {peak:.0f} MB")
+    print(
+        f"{size / 1e9:.2f} GB in {wall:.0f} s = {size / 1e6 / wall:.2f} MB/s, peak memory "
+        f"{peak:.0f} MB"
+    )
     return dict(gb=size / 1e9, wall_s=wall, peak_mb=peak)
 
 

@@ -3,11 +3,11 @@
     python benchmarks/readability.py               # this repository, tests and benchmarks left out
     python benchmarks/readability.py PATH ...      # any files or folders, to compare with
 
-Counts per file set: tokens per code line (names, numbers, strings, operators; comments and docstrings
-left out), lines over 100 characters, conditional expressions and tuple assignments per 1,000 code
-lines, imports inside functions, assignments inside conditions, and the longest functions. Tables of
-words (text/starter, the tables of text/romanise.py) are left out of the long lines.
-The last line is one JSON document.
+Counts per file set: tokens per code line (names, numbers, strings, operators; comments and
+docstrings left out), lines over 100 characters, conditional expressions and tuple assignments per
+1,000 code lines, imports inside functions, assignments inside conditions, and the longest
+functions. Tables of words (text/starter, the tables of text/romanise.py) are left out of the long
+lines. The last line is one JSON document.
 """
 import ast
 import io
@@ -27,7 +27,9 @@ SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, toke
 def source_files(paths):
     """The Python files of these paths; without any, those of the repository's own rooms."""
     if not paths:
-        return [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0] not in LEFT_OUT]
+        return [
+            p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0] not in LEFT_OUT
+        ]
     found = []
     for path in map(Path, paths):
         found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
@@ -38,7 +40,9 @@ def docstring_lines(tree):
     """The numbers of the lines that docstrings take."""
     lines = set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
             text = node.body[0]
             lines |= set(range(text.lineno, text.end_lineno + 1))
     return lines
@@ -56,10 +60,14 @@ def count(path):
         tokens += 1
         code_lines.update(range(token.start[0], token.end[0] + 1))
     nodes = list(ast.walk(tree))
-    functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    functions = [
+        node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
     late = set()
     for function in functions:
-        late |= {node for node in ast.walk(function) if isinstance(node, (ast.Import, ast.ImportFrom))}
+        late |= {
+            node for node in ast.walk(function) if isinstance(node, (ast.Import, ast.ImportFrom))
+        }
     words = any(part in path.as_posix() for part in WORD_TABLES)
     return {
         "tokens": tokens,

@@ -1,13 +1,16 @@
-"""Judge text/romanise.py on pairs that people wrote, beside a transliteration without schwa rules and beside libraries.
+"""Judge text/romanise.py on pairs that people wrote, beside a transliteration without schwa rules
+and beside libraries.
 
-    python benchmarks/romanise_eval.py test.tsv --exclude train.tsv dev.tsv --text hindi.txt --typed hinglish.txt
+    python benchmarks/romanise_eval.py test.tsv --exclude train.tsv dev.tsv --text hindi.txt --typed
+    hinglish.txt
 
-test.tsv: one pair a line, the Devanagari word and a spelling in either order, then perhaps how many people wrote it (the
-form of the Dakshina lexicons). Words of --exclude, on which the rules were tuned, are left out. Each row of the table is
-one romaniser: top1, its spelling is one that most people gave; any, somebody gave it; k styles, one of the first k typists
-gives a spelling that somebody gave; error, edit distance over letters, to the commonest spelling and to the nearest one.
---text and --typed add, for running Hindi text, the share of output words that occur twice or more in what people typed.
-A library that is not installed is left out. The last line is JSON.
+test.tsv: one pair a line, the Devanagari word and a spelling in either order, then perhaps how many
+people wrote it (the form of the Dakshina lexicons). Words of --exclude, on which the rules were
+tuned, are left out. Each row of the table is one romaniser: top1, its spelling is one that most
+people gave; any, somebody gave it; k styles, one of the first k typists gives a spelling that
+somebody gave; error, edit distance over letters, to the commonest spelling and to the nearest one.
+--text and --typed add, for running Hindi text, the share of output words that occur twice or more
+in what people typed. A library that is not installed is left out. The last line is JSON.
 """
 import importlib
 import json
@@ -25,7 +28,7 @@ DEVANAGARI = re.compile("[\u0900-\u097f]")
 LIBRARIES = {                                    # name -> (module, its function of module and word)
     "anyascii 0.3.3": ("anyascii", lambda m, word: m.anyascii(word)),
     "hinlangpy 1.0.0": ("hinlang", lambda m, word: m.to_roman(word)),
-    "indic-transliteration 2.3.82": ("indic_transliteration.sanscript",          # ITRANS, in small letters
+    "indic-transliteration 2.3.82": ("indic_transliteration.sanscript",  # ITRANS, in small letters
                                      lambda m, word: m.transliterate(word, "devanagari", "itrans")),
 }
 
@@ -36,7 +39,10 @@ def read_pairs(path):
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         cells = line.split("\t")
         if len(cells) < 2 or len(cells) > 2 and not cells[2].isdigit():
-            raise UserError(f"{path}:{number}: give a word, a spelling and perhaps a count, with tabs between them")
+            raise UserError(
+                f"{path}:{number}: give a word, a spelling and perhaps a count, with tabs between "
+                "them"
+            )
         word, spelling = cells[:2] if DEVANAGARI.search(cells[0]) else cells[1::-1]
         pairs[word][spelling.lower()] += int(cells[2]) if len(cells) > 2 else 1
     return pairs
@@ -58,14 +64,30 @@ def judge(say, pairs):
     for word, spellings in pairs.items():
         out, most = say(word), max(spellings.values())
         best = [s for s, count in spellings.items() if count == most]
-        far, near = min((distance(out, s), len(s)) for s in best), min((distance(out, s), len(s)) for s in spellings)
-        n.update(top1=out in best, any=out in spellings, far=far[0], far_letters=far[1], near=near[0], near_letters=near[1])
-    return {"top1": 100 * n["top1"] / len(pairs), "any": 100 * n["any"] / len(pairs),
-            "error": 100 * n["far"] / n["far_letters"], "error_nearest": 100 * n["near"] / n["near_letters"]}
+        far, near = (
+            min((distance(out, s), len(s)) for s in best),
+            min((distance(out, s), len(s)) for s in spellings),
+        )
+        n.update(
+            top1=out in best,
+            any=out in spellings,
+            far=far[0],
+            far_letters=far[1],
+            near=near[0],
+            near_letters=near[1],
+        )
+    return {
+        "top1": 100 * n["top1"] / len(pairs),
+        "any": 100 * n["any"] / len(pairs),
+        "error": 100 * n["far"] / n["far_letters"],
+        "error_nearest": 100 * n["near"] / n["near_letters"],
+    }
 
 
 def people(pairs):
-    """The same scores for the people themselves, each against all others who wrote that word: what can be hoped for."""
+    """The same scores for the people themselves, each against all others who wrote that word: what
+    can be hoped for.
+    """
     n = Counter()
     for spellings in pairs.values():
         for spelling, count in spellings.items():
@@ -90,7 +112,9 @@ def romanisers():
 
 def typed_share(say, words, vocabulary):
     """Share of running words whose spelling is in the vocabulary, in percent; words are counted."""
-    return 100 * sum(count for word, count in words.items() if say(word) in vocabulary) / words.total()
+    return (
+        100 * sum(count for word, count in words.items() if say(word) in vocabulary) / words.total()
+    )
 
 
 def main(argv=None):
@@ -118,7 +142,11 @@ def main(argv=None):
     for k in STYLES:
         hits = sum(any(s in pairs[word] for s in said[:k]) for word, said in given.items())
         result[f"any_of_{k}_styles"] = 100 * hits / len(pairs)
-        one = sum(s in pairs[word] for word, said in given.items() for s in said[1:k]) / len(pairs) / (k - 1)
+        one = (
+            sum(s in pairs[word] for word, said in given.items() for s in said[1:k])
+            / len(pairs)
+            / (k - 1)
+        )
         print(f"one of {k} styles: {result[f'any_of_{k}_styles']:.1f}; "
               f"a typist among them on average: {100 * one:.1f}; different spellings: "
               f"{sum(len(set(said[:k])) for said in given.values()) / len(pairs):.2f} a word")
@@ -129,11 +157,16 @@ def main(argv=None):
         vocabulary = {word for word, count in typed.items() if count > 1}
         for name, say in (*romanisers(), *((f"style {t.style}", t.word) for t in typists[1:4])):
             result[f"typed: {name}"] = typed_share(say, words, vocabulary)
-            print(f"{name:32}{result[f'typed: {name}']:15.1f} % of {words.total()} running words are typed by people")
+            print(
+                f"{name:32}{result[f'typed: {name}']:15.1f} % of {words.total()} running words are "
+                "typed by people"
+            )
         started = time.process_time()
         romanise.Romaniser()(text)
         result["mb_per_s"] = len(text.encode()) / 1e6 / (time.process_time() - started)
-        print(f"{result['mb_per_s']:.1f} MB of Devanagari a second, one core, nothing cached before")
+        print(
+            f"{result['mb_per_s']:.1f} MB of Devanagari a second, one core, nothing cached before"
+        )
     print(json.dumps(result))
 
 

@@ -1,1 +1,3 @@
-"""What every command and every room uses: the console, files, flags, the machine. It knows nothing of the rest."""
+"""What every command and every room uses: the console, files, flags, the machine. It knows nothing
+of the rest.
+"""

@@ -7,7 +7,9 @@ import sys
 
 
 class UserError(Exception):
-    """A usage error the user can mend: printed as one sentence, exit code 2 (3: something external is missing)."""
+    """A usage error the user can mend: printed as one sentence, exit code 2 (3: something external
+    is missing).
+    """
 
     def __init__(self, message, code=2):
         super().__init__(message)
@@ -21,10 +23,20 @@ class Damage(UserError):
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 
 
-SPEECH = {"quiet": False}      # --quiet: of the lines for people only those that begin with these words are printed
+# --quiet: of the lines for people only those that begin with these words are printed
+SPEECH = {"quiet": False}
 
 
-ALWAYS = ("error", "warning", "notice", "stopped", "skipped", "nothing to do", "compile: failed", "[bench]")
+ALWAYS = (
+    "error",
+    "warning",
+    "notice",
+    "stopped",
+    "skipped",
+    "nothing to do",
+    "compile: failed",
+    "[bench]",
+)
 
 
 def be_quiet(on):
@@ -44,12 +56,16 @@ def say(text):
 
 
 def printable(text):
-    """Control characters, but newline and tab, become U+FFFD: neither a model's text nor a file's name moves the cursor."""
+    """Control characters, but newline and tab, become U+FFFD: neither a model's text nor a file's
+    name moves the cursor.
+    """
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def mute(stream):
-    """Nobody reads this any more (`| head`, a closed terminal): what comes goes nowhere, and the work goes on."""
+    """Nobody reads this any more (`| head`, a closed terminal): what comes goes nowhere, and the
+    work goes on.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -58,8 +74,13 @@ def check_packages():
     import importlib.util
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"error: this Python ({sys.executable}) lacks {', '.join(missing)}: switch to the environment of the README "
-              "(. .venv/bin/activate), or python -m pip install -r requirements.txt -c constraints.txt", file=sys.stderr)
+        print(
+            f"error: this Python ({sys.executable}) lacks {', '.join(missing)}: switch to the "
+            "environment of the README "
+            "(. .venv/bin/activate), or python -m pip install -r requirements.txt -c "
+            "constraints.txt",
+            file=sys.stderr,
+        )
         sys.exit(3)
 
 
@@ -67,21 +88,30 @@ def need(package, why):
     """An optional package that a flag asks for; exit code 3 when it is not there."""
     import importlib.util
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"the package {package} is needed {why}: python -m pip install {package}", code=3)
+        raise UserError(
+            f"the package {package} is needed {why}: python -m pip install {package}", code=3
+        )
 
 
 def commit_hash(folder):
     """The commit of the code in this folder, '+' when the tree is dirty; 'unknown' outside git."""
     def git(*words):
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
     try:
-        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else "")
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + (
+            "+" if git("status", "--porcelain") else ""
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
 
 
 def run(main, argv=None):
-    """Call an entry point; a UserError becomes one message on stderr and its exit code. Output is UTF-8 everywhere."""
+    """Call an entry point; a UserError becomes one message on stderr and its exit code. Output is
+    UTF-8 everywhere.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -93,15 +123,18 @@ def run(main, argv=None):
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.code)
-    except BrokenPipeError:      # `| head` has read enough; the interpreter's last flush goes nowhere
+    except BrokenPipeError:  # `| head` has read enough; the interpreter's last flush goes nowhere
         mute(sys.stdout)
         sys.exit(141)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         where = f": {printable(str(error.filename))}" if error.filename else ""
-        print(f"error: {error.strerror}{where}: make room, then go on (train: --resume); finished files are intact",
-              file=sys.stderr)
+        print(
+            f"error: {error.strerror}{where}: make room, then go on (train: --resume); finished "
+            "files are intact",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except ModuleNotFoundError:
         check_packages()

@@ -13,7 +13,9 @@ from common.console import UserError
 
 
 def read_json(path):
-    """An object from strict JSON: UTF-8, no NaN, no key twice. Trouble is a UserError that names the file."""
+    """An object from strict JSON: UTF-8, no NaN, no key twice. Trouble is a UserError that names
+    the file.
+    """
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a key occurs twice")
@@ -23,7 +25,9 @@ def read_json(path):
         raise ValueError(f"{word} is no JSON")
 
     try:
-        value = json.loads(Path(path).read_bytes().decode(), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(
+            Path(path).read_bytes().decode(), object_pairs_hook=unique, parse_constant=refuse
+        )
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -42,9 +46,11 @@ def file_sha256(path):
 
 
 def sealed(value):
-    """The object with a hash of its content under "seal", so that a changed value shows when it is read."""
+    """The object with a hash of its content under "seal", so that a changed value shows when it is
+    read.
+    """
     body = {key: part for key, part in value.items() if key != "seal"}
-    as_read = json.loads(json.dumps(body))                            # a file has no numbers as keys
+    as_read = json.loads(json.dumps(body))  # a file has no numbers as keys
     digest = hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
     return {**body, "seal": digest}
 
@@ -55,10 +61,13 @@ def seal_holds(value):
 
 
 def read_lines(path):
-    """JSON lines -> their objects. What is not there is empty, and a line that a kill or a full disk tore is none."""
+    """JSON lines -> their objects. What is not there is empty, and a line that a kill or a full
+    disk tore is none.
+    """
     found = []
     try:
-        lines = Path(path).read_bytes().split(b"\n")                  # not splitlines: a text may hold other line ends
+        # not splitlines: a text may hold other line ends
+        lines = Path(path).read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return found
     for line in lines:
@@ -68,8 +77,9 @@ def read_lines(path):
 
 
 def json_text(value, indent=None):
-    """Strict JSON as readable text. Escaped are only what UTF-8 cannot say (half a surrogate pair, as a name that is no UTF-8
-    has it) and the control characters that json leaves raw, which a terminal obeys."""
+    """Strict JSON as readable text. Escaped are only what UTF-8 cannot say (half a surrogate pair,
+    as a name that is no UTF-8 has it) and the control characters that json leaves raw, which a
+    terminal obeys."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
     return re.sub("[\x7f-\x9f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -79,7 +89,9 @@ def write_json(path, value):
 
 
 def in_place(path):
-    """Is this a device, a pipe or a link? A file that was written aside would take its place: it has to be written into."""
+    """Is this a device, a pipe or a link? A file that was written aside would take its place: it
+    has to be written into.
+    """
     try:
         return not stat.S_ISREG(os.lstat(path).st_mode)
     except (OSError, ValueError):
@@ -88,7 +100,8 @@ def in_place(path):
 
 @contextlib.contextmanager
 def written_aside(path, fix=""):
-    """Yields a name beside the path, whose folder is made; the path itself where it must be written in place.
+    """Yields a name beside the path, whose folder is made; the path itself where it must be written
+    in place.
 
     What goes wrong there is said of the path; `fix` ends the message.
     """
@@ -107,7 +120,9 @@ def written_aside(path, fix=""):
 
 
 def write_text(path, text):
-    """Written aside, synced, renamed, so a reader finds the old file or the new one; devices, pipes and links in place."""
+    """Written aside, synced, renamed, so a reader finds the old file or the new one; devices, pipes
+    and links in place.
+    """
     with written_aside(path) as name:
         with open(name, "w", encoding="utf-8", errors="replace", newline="") as f:
             f.write(text)
@@ -119,7 +134,8 @@ def write_text(path, text):
 
 
 def can_write(args, *names):
-    """Dies before long work, and not after it, if a file that these flags name cannot be written."""
+    """Dies before long work, and not after it, if a file that these flags name cannot be written.
+    """
     for name in names:
         if path := getattr(args, name):
             with written_aside(path, f": name another --{name}") as aside:
@@ -139,7 +155,8 @@ def sync(path):
     try:
         os.fsync(fd)
     except OSError as error:
-        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems: no folder sync
+        # some network file systems: no folder sync
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(fd)
@@ -162,7 +179,9 @@ def rename(source, target):
 
 
 def replace_file(path, data, run):
-    """Replace a small file whole. Its temporary twin lies in the run folder, where sweep() finds it after a kill."""
+    """Replace a small file whole. Its temporary twin lies in the run folder, where sweep() finds it
+    after a kill.
+    """
     temp = run / f".tmp-{path.name}-{os.getpid()}"
     write_file(temp, data)
     rename(temp, path)

@@ -1,9 +1,11 @@
-"""The machinery of flags: a dataclass field that declares a setting, and the reading of flags and JSON files into it.
+"""The machinery of flags: a dataclass field that declares a setting, and the reading of flags and
+JSON files into it.
 
-Generic: it knows no setting of Aria's (config.py declares those). A flag is a field whose metadata holds help, choices,
-limits, old names and its resume rule; --help, the tables of the docs and the reading of saved files derive from it.
-Reading argv is a loop of our own: argparse stops at the first mistake, suggests nothing, and cannot read `--x`, `--no_x`
-and `--x True` next to a positional. No torch and no numpy here: --help has to be instant.
+Generic: it knows no setting of Aria's (config.py declares those). A flag is a field whose metadata
+holds help, choices, limits, old names and its resume rule; --help, the tables of the docs and the
+reading of saved files derive from it. Reading argv is a loop of our own: argparse stops at the
+first mistake, suggests nothing, and cannot read `--x`, `--no_x` and `--x True` next to a
+positional. No torch and no numpy here: --help has to be instant.
 """
 import dataclasses
 import math
@@ -17,14 +19,16 @@ from common.console import UserError
 WIDTH, COLUMN = 80, 26         # of --help: all of it, and where the meaning of a flag begins
 
 
-# ---- declaring -------------------------------------------------------------------------------------------------------
+# ---- declaring -----------------------------------------------------------------------------------
 
 def flag(default, help, resume="may", **meta):
-    """A field with one flag's declaration. The type is the annotation's; a default of None also accepts "none".
+    """A field with one flag's declaration. The type is the annotation's; a default of None also
+    accepts "none".
 
-    choices; values: old value -> value; aliases: other flag names; shortcuts: flag -> the value it stands for;
-    at_least, above, at_most, below: limits; bare: value of the flag alone; many: "repeat" (one value each time) or
-    "several"; positional; rare: only under --help_all; elsewhere: wrong choice -> what it is.
+    choices; values: old value -> value; aliases: other flag names; shortcuts: flag -> the value it
+    stands for; at_least, above, at_most, below: limits; bare: value of the flag alone; many:
+    "repeat" (one value each time) or "several"; positional; rare: only under --help_all; elsewhere:
+    wrong choice -> what it is.
     """
     if isinstance(default, bool):
         meta["bare"] = "on"
@@ -37,15 +41,19 @@ def again(cls, name, *default):
     return dataclasses.field(default=default[0] if default else f.default, metadata=f.metadata)
 
 
-# ---- reading values and flags ----------------------------------------------------------------------------------------
+# ---- reading values and flags --------------------------------------------------------------------
 
-WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
+    ("false", "no", "off", "0"), False
+)
 LARGEST = 1e30     # of a number with a point: weights are float32, which ends at 3e38
 LIMITS = dict(at_least=operator.ge, above=operator.gt, at_most=operator.le, below=operator.lt)
 
 
 def convert(f, value):
-    """A flag's text (or a JSON value of the right type) -> the flag's value. A ValueError says what is wrong."""
+    """A flag's text (or a JSON value of the right type) -> the flag's value. A ValueError says what
+    is wrong.
+    """
     meta, is_text = f.metadata, isinstance(value, str)
     if f.default is None and is_text and value.lower() == "none":
         return None
@@ -56,11 +64,17 @@ def convert(f, value):
     try:
         value = f.type(value)
     except (ValueError, OverflowError):
-        raise ValueError("must be a whole number" if f.type is int else "must be a number") from None
+        raise ValueError(
+            "must be a whole number" if f.type is int else "must be a number"
+        ) from None
     if f.type is float and not math.isfinite(value):
         raise ValueError("must be finite")
     if f.type in (int, float) and abs(value) > (LARGEST if f.type is float else 2 ** 63):
-        raise ValueError(f"is more than a machine holds; at most {LARGEST:g}" if f.type is float else "must be below 2^63")
+        raise ValueError(
+            f"is more than a machine holds; at most {LARGEST:g}"
+            if f.type is float
+            else "must be below 2^63"
+        )
     for limit, holds in LIMITS.items():
         if limit in meta and not holds(value, meta[limit]):
             raise ValueError(f"must be {limit.replace('_', ' ')} {meta[limit]}")
@@ -72,7 +86,10 @@ def convert(f, value):
         value = tuple(meta.get("values", {}).get(part, part) for part in value)
     for part in value if f.type is tuple else (value,):
         if "choices" in meta and part not in meta["choices"]:
-            raise ValueError(meta.get("elsewhere", {}).get(part) or f"must be one of {', '.join(meta['choices'])}")
+            raise ValueError(
+                meta.get("elsewhere", {}).get(part)
+                or f"must be one of {', '.join(meta['choices'])}"
+            )
     return value
 
 
@@ -88,7 +105,9 @@ def flag_names(cls):
 
 
 def suggestion(name, names, others=()):
-    """A hint for an unknown name: the command it belongs to, or the nearest name. others: command -> its flags."""
+    """A hint for an unknown name: the command it belongs to, or the nearest name. others: command
+    -> its flags.
+    """
     import difflib  # costs 10 ms, and only a mistake needs it
     for other, cls in dict(others).items():
         if name in flag_names(cls):
@@ -98,14 +117,20 @@ def suggestion(name, names, others=()):
 
 
 def read_flags(cls, argv, prog, commands=()):
-    """argv -> ({field: value}, [all that is wrong with it], {unreadable fields}). Only flag names are normalised."""
+    """argv -> ({field: value}, [all that is wrong with it], {unreadable fields}). Only flag names
+    are normalised.
+    """
     names, queue, typed, problems, bad = flag_names(cls), deque(argv), {}, [], set()
     positional = next((f for f in dataclasses.fields(cls) if f.metadata.get("positional")), None)
     place = None                                                   # the positional argument
 
     def take(accept=None):
         """The next argument, unless it is a flag or none of accept."""
-        if queue and not re.match("--[A-Za-z]|-h$", queue[0]) and (accept is None or queue[0].lower() in accept):
+        if (
+            queue
+            and not re.match("--[A-Za-z]|-h$", queue[0])
+            and (accept is None or queue[0].lower() in accept)
+        ):
             return queue.popleft()
 
     while queue:
@@ -114,7 +139,9 @@ def read_flags(cls, argv, prog, commands=()):
             print(help_text(cls, prog, everything="all" in token))
             raise SystemExit(0)
         if token and not token.strip("\\ \r\n"):
-            problems.append("a lone \\ is no argument: use a single \\ at the line end, with nothing after it")
+            problems.append(
+                "a lone \\ is no argument: use a single \\ at the line end, with nothing after it"
+            )
             continue
         if not token.startswith("-") and positional and place is None:
             place = token
@@ -135,20 +162,27 @@ def read_flags(cls, argv, prog, commands=()):
             problems.append(f"--{name} {error}")
             bad.add(f.name)
             continue
-        typed[f.name] = typed.get(f.name, ()) + value if f.metadata.get("many") == "repeat" else value
+        typed[f.name] = (
+            typed.get(f.name, ()) + value if f.metadata.get("many") == "repeat" else value
+        )
     if place is not None and typed.setdefault(positional.name, place) != place:
-        problems.append(f"{place} and --{positional.name} {typed[positional.name]} differ: give only one of them")
+        problems.append(
+            f"{place} and --{positional.name} {typed[positional.name]} differ: give only one of "
+            "them"
+        )
     return typed, problems, bad
 
 
 def flag_value(f, stands_for, text, take):
-    """The value of one flag; text is what followed its "=", take() hands out the arguments after it."""
+    """The value of one flag; text is what followed its "=", take() hands out the arguments after
+    it.
+    """
     many, bare, choices = (f.metadata.get(key) for key in ("many", "bare", "choices"))
     if stands_for:                                                 # --no_x, --cpu
         if text is not None or take(WORDS):
             raise ValueError("takes no value")
         text = stands_for
-    elif text is None and bare:                                    # a switch takes only what can be its value
+    elif text is None and bare:  # a switch takes only what can be its value
         words = {*WORDS, *(choices or ()), *(["none"] if f.default is None else [])}
         text = take(words if choices or f.type is bool else None) or bare
     elif text is None:
@@ -170,10 +204,12 @@ def split_list(text):
     return [part.strip() for part in text.split(",")]
 
 
-# ---- JSON files ------------------------------------------------------------------------------------------------------
+# ---- JSON files ----------------------------------------------------------------------------------
 
 def checked(cls, saved, where):
-    """Values for fields of cls from JSON, flat or as the "args" of a run. Unknown keys and wrong types die."""
+    """Values for fields of cls from JSON, flat or as the "args" of a run. Unknown keys and wrong
+    types die.
+    """
     if isinstance(saved.get("args"), dict):
         saved = saved["args"]
     fields, values, problems = cls.__dataclass_fields__, {}, []
@@ -195,16 +231,20 @@ def checked(cls, saved, where):
 
 
 def to_dict(args, cls=None):
-    """The "args" section of a run's config.json: every flag of cls (none: of the arguments' own command)."""
+    """The "args" section of a run's config.json: every flag of cls (none: of the arguments' own
+    command).
+    """
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls or args)}
 
 
 def problems_of(args):
-    """Everything wrong with the relations between flags, in sentences that name the flags and the numbers."""
+    """Everything wrong with the relations between flags, in sentences that name the flags and the
+    numbers.
+    """
     return [p for c in type(args).__mro__ if "problems" in vars(c) for p in c.problems(args)]
 
 
-# ---- showing ---------------------------------------------------------------------------------------------------------
+# ---- showing -------------------------------------------------------------------------------------
 
 def show(value):
     if isinstance(value, tuple):
@@ -215,19 +255,41 @@ def show(value):
 
 
 def describe(cls):
-    """(group, flag names, kind, default, help, rare) of every flag: the one source of --help and of the tables."""
+    """(group, flag names, kind, default, help, rare) of every flag: the one source of --help and of
+    the tables.
+    """
     for f in dataclasses.fields(cls):
-        owner = next(c for c in reversed(cls.__mro__) if f.name in vars(c).get("__annotations__", ()))
-        names = [f"--{name}" for name in (f.name, *f.metadata.get("aliases", ()), *f.metadata.get("shortcuts", ()))]
+        owner = next(
+            c for c in reversed(cls.__mro__) if f.name in vars(c).get("__annotations__", ())
+        )
+        names = [
+            f"--{name}"
+            for name in (f.name, *f.metadata.get("aliases", ()), *f.metadata.get("shortcuts", ()))
+        ]
         kind = {str: "text", tuple: "texts", bool: ""}.get(f.type, f.type.__name__)
         kind = "|".join(f.metadata.get("choices", ())) or kind
-        yield owner.__doc__, names, kind, show(f.default), f.metadata["help"], f.metadata.get("rare")
+        yield (
+            owner.__doc__,
+            names,
+            kind,
+            show(f.default),
+            f.metadata["help"],
+            f.metadata.get("rare"),
+        )
 
 
 def wrapped(text, indent, first=None):
-    """The text as lines of at most WIDTH columns; `first` stands in the place of the first line's indent."""
-    return textwrap.wrap(text, WIDTH, initial_indent=" " * indent if first is None else first,
-                         subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    """The text as lines of at most WIDTH columns; `first` stands in the place of the first line's
+    indent.
+    """
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=" " * indent if first is None else first,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def flag_help(names, kind, default, text):
@@ -240,9 +302,15 @@ def flag_help(names, kind, default, text):
 
 
 def help_text(cls, prog, everything=True):
-    """Usage, examples, then the flags by group: those that cls.first names, the others as declared, "Everywhere" last."""
+    """Usage, examples, then the flags by group: those that cls.first names, the others as declared,
+    "Everywhere" last.
+    """
     place = any(f.metadata.get("positional") for f in dataclasses.fields(cls))
-    lines = [f"usage: python -m {prog} {'[CHECKPOINT] ' if place else ''}[--flag value] ...", "", "Examples"]
+    lines = [
+        f"usage: python -m {prog} {'[CHECKPOINT] ' if place else ''}[--flag value] ...",
+        "",
+        "Examples",
+    ]
     for command, what in getattr(cls, "examples", ()):
         lines += [*wrapped(what, 2, "  # "), f"  {command}"]
     groups = {}
@@ -253,7 +321,10 @@ def help_text(cls, prog, everything=True):
     rest = [name for name in groups if name not in (*first, "Everywhere")]
     for name in (*first, *rest, *(name for name in groups if name == "Everywhere")):
         lines += ["", name, *groups[name]]
-    lines += ["", *wrapped("--a_b and --a-b are one flag; a switch --x is turned off by --no_x.", 0)]
+    lines += [
+        "",
+        *wrapped("--a_b and --a-b are one flag; a switch --x is turned off by --no_x.", 0),
+    ]
     if not everything:
         lines.append(f"More flags: python -m {prog} --help_all")
     return "\n".join(lines)
@@ -263,5 +334,8 @@ def table(cls):
     """The flags of a command as a markdown table, for the README and the docs."""
     lines = ["| Flag | Value | Default | Meaning |", "|---|---|---|---|"]
     for _, names, kind, default, text, _ in describe(cls):
-        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {kind.replace('|', ', ')} | {default} | {text} |")
+        lines.append(
+            f"| {', '.join(f'`{name}`' for name in names)} | {kind.replace('|', ', ')} | {default} "
+            f"| {text} |"
+        )
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Older name of `python -m sample --model primary`: text from a checkpoint of the primary denoiser.
 
-    python -m diffusion.sample_eco_hybrid ...       or       python diffusion/sample_eco_hybrid.py ...
+    python -m diffusion.sample_eco_hybrid ...       or       python diffusion/sample_eco_hybrid.py
+        ...
 """
 import sys
 from pathlib import Path

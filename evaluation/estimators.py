@@ -1,13 +1,17 @@
-"""What held-out text costs a model, in nats: the estimators behind evaluate.py, and what train.py measures while it runs.
+"""What held-out text costs a model, in nats: the estimators behind evaluate.py, and what train.py
+measures while it runs.
 
-    pieces = cut(documents, 512)                       # documents: lists of ids, each begins with BOS
-    bound(model, pieces, 64, draws=4)                  # -> nats of each document, and the mean CE by mask rate
+    pieces = cut(documents, 512)                       # documents: lists of ids, each begins with
+        BOS
+    bound(model, pieces, 64, draws=4)                  # -> nats of each document, and the mean CE
+        by mask rate
 
-Every document is scored by itself. BOS is given, as it is whenever text is sampled; EOS counts. A document longer than the
-training length is cut into windows: each but the last starts where the one before ended, without context; the last one ends
-with the document, and what it shares with the one before is given, not scored. So every token counts once.
-An error is a standard error over documents (of a ratio: nats of all / tokens, bytes or letters of all).
-Legend: R rows, L tokens of a window, S block, n blocks, D documents.
+Every document is scored by itself. BOS is given, as it is whenever text is sampled; EOS counts. A
+document longer than the training length is cut into windows: each but the last starts where the one
+before ended, without context; the last one ends with the document, and what it shares with the one
+before is given, not scored. So every token counts once. An error is a standard error over documents
+(of a ratio: nats of all / tokens, bytes or letters of all). Legend: R rows, L tokens of a window, S
+block, n blocks, D documents.
 """
 import contextlib
 import math
@@ -23,38 +27,56 @@ BINS = 10                     # of the curve of CE by mask rate
 RATES = (0.15, 0.5, 0.85)     # of infilling
 
 
-# ---- windows of one stream, for training and for comparing settings ---------------------------------------------------
+# ---- windows of one stream, for training and for comparing settings ------------------------------
 
 def held_out(model, rows, blocks, seed, batch, draws, ranks=None, piece=contextlib.nullcontext):
-    """Held-out rows (R, T) -> {block: {"nats": bound per token, "se": standard error over rows, "masked_mean": plain CE}}.
+    """Held-out rows (R, T) -> {block: {"nats": bound per token, "se": standard error over rows,
+    "masked_mean": plain CE}}.
 
-    ranks: the processes that share the rows; each gets the figures of all of them. piece: as in row_bounds.
+    ranks: the processes that share the rows; each gets the figures of all of them. piece: as in
+    row_bounds.
     """
     result, part = {}, ranks.shard_rows(len(rows)) if ranks else slice(None)
     for block in blocks:
-        parts = torch.stack([masking.row_bounds(model, rows, block, None, seed + i, batch, part, piece)
-                             for i in range(draws)], dim=1)
-        parts = ranks.gather_rows(parts, len(rows)) if ranks else parts                # (R, draws, 3)
+        parts = torch.stack(
+            [
+                masking.row_bounds(model, rows, block, None, seed + i, batch, part, piece)
+                for i in range(draws)
+            ],
+            dim=1,
+        )
+        parts = ranks.gather_rows(parts, len(rows)) if ranks else parts  # (R, draws, 3)
         per_row, (_, plain, hidden) = parts[..., 0].mean(1), parts.sum(0).unbind(1)
         error = float(per_row.std() / math.sqrt(len(per_row))) if len(per_row) > 1 else 0.0
-        result[block] = {"nats": float(per_row.mean()), "se": error, "masked_mean": float((plain / hidden).mean())}
+        result[block] = {
+            "nats": float(per_row.mean()),
+            "se": error,
+            "masked_mean": float((plain / hidden).mean()),
+        }
     return result
 
 
 def at_depth(model, depth):
     """The same model, leaving behind that many layers, as far as an estimator looks at it."""
-    return SimpleNamespace(cfg=model.cfg, head=model.head,
-                           hidden_blocks=lambda xt, x0, block, first: model.hidden_blocks(xt, x0, block, first, depth)[1])
+    return SimpleNamespace(
+        cfg=model.cfg,
+        head=model.head,
+        hidden_blocks=lambda xt, x0, block, first: model.hidden_blocks(xt, x0, block, first, depth)[
+            1
+        ],
+    )
 
 
 def bits_per_byte(nats_per_token, meta):
-    """nats/token -> bits per byte of the raw validation text; None when the bytes were not recorded."""
+    """nats/token -> bits per byte of the raw validation text; None when the bytes were not
+    recorded.
+    """
     if not meta.get("val_bytes"):
         return None
     return nats_per_token * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
 
 
-# ---- documents and their windows --------------------------------------------------------------------------------------
+# ---- documents and their windows -----------------------------------------------------------------
 
 class Piece(NamedTuple):
     """Windows of one length that are cut alike."""
@@ -67,7 +89,10 @@ def windows(tokens, length):
     """Where a document is cut: [(start, tokens of the window, how many of them are given)]."""
     if tokens <= length:
         return [(0, tokens, 1)]
-    cuts = [(0, length, 1), *((start, length, 0) for start in range(length, tokens - length + 1, length))]
+    cuts = [
+        (0, length, 1),
+        *((start, length, 0) for start in range(length, tokens - length + 1, length)),
+    ]
     rest = tokens % length
     return [*cuts, (tokens - length, length, length - rest)] if rest else cuts
 
@@ -78,12 +103,20 @@ def cut(documents, length, device="cpu"):
     for number, ids in enumerate(documents):
         for start, size, given in windows(len(ids), length):
             groups.setdefault((size, given), []).append((number, ids[start:start + size]))
-    return [Piece(torch.tensor([ids for _, ids in group], device=device), given, torch.tensor([number for number, _ in group]))
-            for (_, given), group in sorted(groups.items())]
+    return [
+        Piece(
+            torch.tensor([ids for _, ids in group], device=device),
+            given,
+            torch.tensor([number for number, _ in group]),
+        )
+        for (_, given), group in sorted(groups.items())
+    ]
 
 
 class Layout(NamedTuple):
-    """How a window falls into blocks: the given tokens first, so that a block begins where scoring begins."""
+    """How a window falls into blocks: the given tokens first, so that a block begins where scoring
+    begins.
+    """
     block: int
     first: int
     inside: torch.Tensor    # (n, S) bool: a token of the window
@@ -97,20 +130,30 @@ def lay_out(piece, block):
     n = 1 + math.ceil((L - first) / block)
     at = torch.arange(n * block) - (block - first)
     inside, scored = (at >= 0) & (at < L), (at >= piece.given) & (at < L)
-    return Layout(block, first, inside.view(n, block), scored.view(n, block), (torch.arange(L) + block - first) // block)
+    return Layout(
+        block,
+        first,
+        inside.view(n, block),
+        scored.view(n, block),
+        (torch.arange(L) + block - first) // block,
+    )
 
 
-# ---- estimators -------------------------------------------------------------------------------------------------------
+# ---- estimators ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def surprise(model, x0, hidden, layout, score=None, batch=8):
-    """CE (R, L) on the CPU at the scored positions (those hidden, if none are named), 0 elsewhere."""
+    """CE (R, L) on the CPU at the scored positions (those hidden, if none are named), 0 elsewhere.
+    """
     found = torch.zeros(x0.shape)
     score = hidden if score is None else score
     for a in range(0, len(x0), batch):
         x, at = x0[a:a + batch], score[a:a + batch].to(x0.device)
-        xt = shifted(x, model.cfg.mask_id) if model.cfg.causal else torch.where(hidden[a:a + batch].to(x.device),
-                                                                                  model.cfg.mask_id, x)
+        xt = (
+            shifted(x, model.cfg.mask_id)
+            if model.cfg.causal
+            else torch.where(hidden[a : a + batch].to(x.device), model.cfg.mask_id, x)
+        )
         h = model.hidden_blocks(xt, x, layout.block, layout.first)[at]             # (N, D)
         if len(h):
             ones = torch.ones(len(h), device=h.device)
@@ -128,40 +171,51 @@ def per_document(pieces, values):
 
 
 def exact_counts(pieces, layouts, generator, part=0, parts=1, sampling="stratified"):
-    """Masks of every piece: k of a block's L tokens, k uniform over 1..L and stratified over all windows and blocks.
+    """Masks of every piece: k of a block's L tokens, k uniform over 1..L and stratified over all
+    windows and blocks.
 
-    Yields (mask (R, L), weight (R, n), share hidden (R, n)). part of parts: that slice of the range of k, so that the draws
-    of one window are strata too.
+    Yields (mask (R, L), weight (R, n), share hidden (R, n)). part of parts: that slice of the range
+    of k, so that the draws of one window are strata too.
     """
     cells = [len(p.x0) * len(lay.inside) for p, lay in zip(pieces, layouts, strict=True)]
     grid = (part + strata(sum(cells), sampling, generator)) / parts
     for piece, layout, u in zip(pieces, layouts, grid.split(cells), strict=True):
         R, size = len(piece.x0), layout.scored.sum(-1)                             # (n,)
-        count = torch.ceil((1 - u.view(R, -1)) * size - 1e-9).long().clamp(min=1).minimum(size)            # (R, n)
-        mask = hide(count, layout.scored.expand(R, *layout.scored.shape), 1.0, generator)                  # (R, n, S)
+        # (R, n)
+        count = torch.ceil((1 - u.view(R, -1)) * size - 1e-9).long().clamp(min=1).minimum(size)
+        # (R, n, S)
+        mask = hide(count, layout.scored.expand(R, *layout.scored.shape), 1.0, generator)
         yield mask[:, layout.inside], size / count.clamp(min=1), count / size.clamp(min=1)
 
 
 def independent(pieces, layouts, generator, schedule):
-    """The textbook estimator: t uniform for each window and block, each token hidden with chance 1 - alpha(t), masking.weight."""
+    """The textbook estimator: t uniform for each window and block, each token hidden with chance 1
+    - alpha(t), masking.weight.
+    """
     for piece, layout in zip(pieces, layouts, strict=True):
         R, (n, S) = len(piece.x0), layout.inside.shape
-        t = 1 - torch.rand(R, n, generator=generator, dtype=torch.float64)         # (R, n) in (0, 1]
-        mask = torch.rand(R, n, S, generator=generator) < (1 - masking.alpha(t, schedule))[..., None]
+        t = 1 - torch.rand(R, n, generator=generator, dtype=torch.float64)  # (R, n) in (0, 1]
+        mask = (
+            torch.rand(R, n, S, generator=generator) < (1 - masking.alpha(t, schedule))[..., None]
+        )
         mask &= layout.scored
         yield mask[:, layout.inside], masking.weight(t, schedule), None
 
 
 def bound(model, pieces, block, draws, seed=0, batch=8):
-    """The exact-count bound -> (nats of each document (D,), curve: [(mask rate up to, mean CE of hidden tokens)], plain mean CE).
+    """The exact-count bound -> (nats of each document (D,), curve: [(mask rate up to, mean CE of
+    hidden tokens)], plain mean CE).
 
-    Every token of a block weighs size / count, so the mean of the curve over the rates is the bound again. Of a causal model:
-    the exact NLL, and no curve.
+    Every token of a block weighs size / count, so the mean of the curve over the rates is the bound
+    again. Of a causal model: the exact NLL, and no curve.
     """
     layouts = [lay_out(p, block) for p in pieces]
     if model.cfg.causal:
         ces = [(torch.arange(p.x0.shape[1]) >= p.given).expand(p.x0.shape) for p in pieces]
-        ces = [surprise(model, p.x0, at, lay, None, batch) for p, at, lay in zip(pieces, ces, layouts, strict=True)]
+        ces = [
+            surprise(model, p.x0, at, lay, None, batch)
+            for p, at, lay in zip(pieces, ces, layouts, strict=True)
+        ]
         total = per_document(pieces, [ce.sum(1) for ce in ces])
         return total, [], float(total.sum()) / scored_tokens(pieces)
     nats, g = 0, step_generator(seed, 0, "bound")
@@ -171,7 +225,8 @@ def bound(model, pieces, block, draws, seed=0, batch=8):
         masks = exact_counts(pieces, layouts, g, part, draws)
         for piece, layout, (mask, weight, share) in zip(pieces, layouts, masks, strict=True):
             ce = surprise(model, piece.x0, mask, layout, None, batch)              # (R, L)
-            by_block = torch.zeros(weight.shape).index_add_(1, layout.owner, ce) * weight                  # (R, n) size x mean CE
+            # (R, n) size x mean CE
+            by_block = torch.zeros(weight.shape).index_add_(1, layout.owner, ce) * weight
             values.append(by_block.sum(1))
             size = layout.scored.sum(-1).float().expand(share.shape)
             at = (torch.ceil(share * BINS - 1e-6).long() - 1).clamp(min=0).flatten()
@@ -184,10 +239,12 @@ def bound(model, pieces, block, draws, seed=0, batch=8):
 
 
 def chain_rule(model, pieces, block, batch=8):
-    """-log p left to right -> nats of each document (D,): a token is scored with all before it known and all after it in its
-    block hidden; later blocks do not exist for it. One forward scores one token of every block, so it takes S of them.
+    """-log p left to right -> nats of each document (D,): a token is scored with all before it
+    known and all after it in its block hidden; later blocks do not exist for it. One forward scores
+    one token of every block, so it takes S of them.
 
-    A real probability: the model that writes one token at a time in this order. Of a causal model it is the bound.
+    A real probability: the model that writes one token at a time in this order. Of a causal model
+    it is the bound.
     """
     if model.cfg.causal:
         return bound(model, pieces, block, 1, batch=batch)[0]
@@ -195,19 +252,28 @@ def chain_rule(model, pieces, block, batch=8):
     for piece in pieces:
         layout, L = lay_out(piece, block), piece.x0.shape[1]
         order = torch.arange(L) - piece.given
-        fresh, order = order >= 0, order % layout.block                            # (L,) place inside its block
+        fresh, order = order >= 0, order % layout.block  # (L,) place inside its block
         value = torch.zeros(len(piece.x0))
         for i in range(min(layout.block, L - piece.given)):
             score = fresh & (order == i)
             shape = piece.x0.shape
-            value += surprise(model, piece.x0, (fresh & (order >= i)).expand(shape), layout, score.expand(shape), batch).sum(1)
+            value += surprise(
+                model,
+                piece.x0,
+                (fresh & (order >= i)).expand(shape),
+                layout,
+                score.expand(shape),
+                batch,
+            ).sum(1)
         values.append(value)
     return per_document(pieces, values)
 
 
 @torch.no_grad()
 def infilling(model, pieces, seed=0, batch=8):
-    """Hide a share of every window, both sides known -> {share: (best guesses that are right (D,), hidden tokens (D,))}."""
+    """Hide a share of every window, both sides known -> {share: (best guesses that are right (D,),
+    hidden tokens (D,))}.
+    """
     found = {}
     for rate in RATES:
         g, right, asked = step_generator(seed, 0, f"{rate:.2f}"), [], []
@@ -215,12 +281,16 @@ def infilling(model, pieces, seed=0, batch=8):
             layout = lay_out(piece, piece.x0.shape[1])
             size = int(layout.scored.sum())
             count = torch.full((len(piece.x0), 1), max(1, round(rate * size)))
-            mask = hide(count, layout.scored.expand(len(piece.x0), 1, -1), 1.0, g)[:, 0]                   # (R, L)
+            mask = hide(count, layout.scored.expand(len(piece.x0), 1, -1), 1.0, g)[:, 0]  # (R, L)
             good = torch.zeros(mask.shape)
             for a in range(0, len(mask), batch):
                 x, m = piece.x0[a:a + batch], mask[a:a + batch].to(piece.x0.device)
-                h = model.hidden_blocks(torch.where(m, model.cfg.mask_id, x), x, layout.block, layout.first)
-                good[a:a + batch][m.cpu()] = (model.head.logits(h[m]).argmax(-1) == x[m]).float().cpu()
+                h = model.hidden_blocks(
+                    torch.where(m, model.cfg.mask_id, x), x, layout.block, layout.first
+                )
+                good[a : a + batch][m.cpu()] = (
+                    (model.head.logits(h[m]).argmax(-1) == x[m]).float().cpu()
+                )
             right.append(good.sum(1))
             asked.append(mask.sum(1))
         found[rate] = per_document(pieces, right), per_document(pieces, asked)
@@ -232,22 +302,34 @@ def scored_tokens(pieces):
 
 
 def compare(model, pieces, block, repeats, seed=0, batch=8):
-    """The same bound in four ways, `repeats` times each, one forward per window -> {name: {"nats", "se", "variance"}}.
+    """The same bound in four ways, `repeats` times each, one forward per window -> {name: {"nats",
+    "se", "variance"}}.
 
-    All have the same mean. The variance is that of one pass over these windows: what the masks alone contribute. With t iid
-    and tokens hidden independently it has no finite expectation: E[weight^2 x hidden] goes like the integral of 1/t.
+    All have the same mean. The variance is that of one pass over these windows: what the masks
+    alone contribute. With t iid and tokens hidden independently it has no finite expectation:
+    E[weight^2 x hidden] goes like the integral of 1/t.
     """
     layouts, tokens, found = [lay_out(p, block) for p in pieces], scored_tokens(pieces), {}
-    ways = {"exact count": lambda g: exact_counts(pieces, layouts, g),
-            "exact count, count iid": lambda g: exact_counts(pieces, layouts, g, sampling="uniform"),
-            **{f"{name}, t iid": lambda g, name=name: independent(pieces, layouts, g, name) for name in masking.SCHEDULES}}
+    ways = {
+        "exact count": lambda g: exact_counts(pieces, layouts, g),
+        "exact count, count iid": lambda g: exact_counts(pieces, layouts, g, sampling="uniform"),
+        **{
+            f"{name}, t iid": lambda g, name=name: independent(pieces, layouts, g, name)
+            for name in masking.SCHEDULES
+        },
+    }
     for name, way in ways.items():
         g, passes = step_generator(seed, 0, "compar"), []
         for _ in range(repeats):
             masks = way(g)
             total = 0.0
             for piece, layout, (mask, weight, _) in zip(pieces, layouts, masks, strict=True):
-                total += float((surprise(model, piece.x0, mask, layout, None, batch) * weight[:, layout.owner]).sum())
+                total += float(
+                    (
+                        surprise(model, piece.x0, mask, layout, None, batch)
+                        * weight[:, layout.owner]
+                    ).sum()
+                )
             passes.append(total / tokens)
         passes = torch.tensor(passes, dtype=torch.float64)
         found[name] = {"nats": float(passes.mean()), "se": float(passes.std() / math.sqrt(repeats)),
@@ -255,10 +337,12 @@ def compare(model, pieces, block, repeats, seed=0, batch=8):
     return found
 
 
-# ---- from sums over documents to figures ------------------------------------------------------------------------------
+# ---- from sums over documents to figures ---------------------------------------------------------
 
 def ratio(values, units):
-    """Sum of values / sum of units with its standard error over documents (delta method); no error from one document."""
+    """Sum of values / sum of units with its standard error over documents (delta method); no error
+    from one document.
+    """
     values, units = (torch.as_tensor(v, dtype=torch.float64) for v in (values, units))
     r, n = float(values.sum() / units.sum()), len(values)
     if n < 2:
@@ -267,7 +351,9 @@ def ratio(values, units):
 
 
 def figures(nats, texts):
-    """nats of each document, texts: {"tokens", "bytes", "chars": (D,) each} -> nats/token, bits/byte, bits/char with errors."""
+    """nats of each document, texts: {"tokens", "bytes", "chars": (D,) each} -> nats/token,
+    bits/byte, bits/char with errors.
+    """
     out = {"documents": len(nats), "tokens": int(sum(texts["tokens"]))}
     for name, unit in (("nats", "tokens"), ("bits_per_byte", "bytes"), ("bits_per_char", "chars")):
         value, error = ratio(nats if name == "nats" else nats / math.log(2), texts[unit])

@@ -1,13 +1,18 @@
 """Independent judges of samples: n-gram models, and the repetition that a judge alone would reward.
 
     judge = NGram(tokens, vocab_size); judge.nats(rows)        # mean -log p per token
-    quality(texts, script_of, known_words, {"ngram": judge.nats})              # all figures of sample quality, never one alone
-    shared(judge_tokens, training_tokens)        # how much of its text the judged model has read: of an independent one nothing
+    quality(texts, script_of, known_words, {"ngram": judge.nats})              # all figures of
+        sample quality, never one alone
+    shared(judge_tokens, training_tokens)        # how much of its text the judged model has read:
+        of an independent one nothing
 
-Knows no network, so a network cannot flatter itself. A low value alone is no praise: repeating a common phrase scores well
-too. Read it beside distinct_n and repeat_rate, and beside the value of held-out text. Interpolated absolute discounting:
-    p_n(w | c) = max(count(c w) - d, 0) / count(c)  +  d * kinds(c) / count(c) * p_{n-1}(w | c shortened)
-Each order is one sorted array of packed n-grams, so 3 million tokens take about 2 seconds and 100 MB.
+Knows no network, so a network cannot flatter itself. A low value alone is no praise: repeating a
+common phrase scores well too. Read it beside distinct_n and repeat_rate, and beside the value of
+held-out text. Interpolated absolute discounting:
+    p_n(w | c) = max(count(c w) - d, 0) / count(c)  +  d * kinds(c) / count(c) * p_{n-1}(w | c
+        shortened)
+Each order is one sorted array of packed n-grams, so 3 million tokens take about 2 seconds and 100
+MB.
 """
 import math
 
@@ -23,7 +28,8 @@ class NGram:
         self.vocab = int(vocab_size)
         self.order = min(LONGEST, int(63 // math.log2(self.vocab + 1)))
         ids = np.asarray(tokens).astype(np.int64)
-        self.tables = []                    # per order: sorted keys, their counts; sorted contexts, their totals, their kinds
+        # per order: sorted keys, their counts; sorted contexts, their totals, their kinds
+        self.tables = []
         for n in range(1, self.order + 1):
             keys, counts = np.unique(self.pack(ids, n), return_counts=True)
             contexts, first = np.unique(keys // self.vocab, return_index=True)
@@ -60,7 +66,9 @@ class NGram:
         return p
 
     def nats(self, rows, contexts=None):
-        """Mean -log p per token of rows, each after its own context (a list of ids); None if there is no token."""
+        """Mean -log p per token of rows, each after its own context (a list of ids); None if there
+        is no token.
+        """
         total = count = 0
         for row, context in zip(rows, contexts or [[]] * len(rows), strict=True):
             if len(row):

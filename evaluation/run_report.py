@@ -9,7 +9,7 @@ import config
 WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 520, 210, 52, 20, 12, 24      # of a chart, in its own units
 
 
-BUCKETS = 130                                              # of a curve with more points than these: mean, lowest and highest
+BUCKETS = 130  # of a curve with more points than these: mean, lowest and highest
 
 
 TEXTS = 40                                                 # evaluations whose samples are shown
@@ -43,16 +43,27 @@ details{margin-top:.8rem}summary{cursor:pointer}code{overflow-wrap:anywhere}
 
 def number(x):
     """A number that a curve can show, or None."""
-    return x if isinstance(x, (int, float)) and not isinstance(x, bool) and (x == 0 or 1e-18 < abs(x) < 1e18) else None
+    return (
+        x
+        if isinstance(x, (int, float))
+        and not isinstance(x, bool)
+        and (x == 0 or 1e-18 < abs(x) < 1e18)
+        else None
+    )
 
 
 def history(events):
-    """The events of a log, oldest first -> {event: {step: the last one}}, less what a resume or a rollback took back."""
+    """The events of a log, oldest first -> {event: {step: the last one}}, less what a resume or a
+    rollback took back.
+    """
     kept = {"train": {}, "eval": {}, "sample": {}}
     for e in events:
         name, step = e["event"], number(e.get("to", e.get("step")))
         if name in ("resume", "rollback") and step is not None:
-            kept = {kind: {at: value for at, value in steps.items() if at <= step} for kind, steps in kept.items()}
+            kept = {
+                kind: {at: value for at, value in steps.items() if at <= step}
+                for kind, steps in kept.items()
+            }
         elif name == "sample" and step is not None:
             kept[name].setdefault(step, {})[str(e.get("prompt"))] = str(e.get("text"))
         elif name in ("train", "eval") and step is not None:
@@ -83,18 +94,29 @@ def short(x):
 
 
 def thinned(points):
-    """Many points -> [(step, mean, lowest, highest)] of equal parts of the way; few points as they are."""
+    """Many points -> [(step, mean, lowest, highest)] of equal parts of the way; few points as they
+    are.
+    """
     if len(points) <= BUCKETS:
         return [(x, y, y, y) for x, y in points]
     first, span, parts = points[0][0], points[-1][0] - points[0][0] + 1, {}
     for x, y in points:
         parts.setdefault(int((x - first) * BUCKETS // span), []).append((x, y))
-    return [(statistics.fmean(x for x, _ in part), statistics.fmean(ys := [y for _, y in part]), min(ys), max(ys))
-            for part in parts.values()]
+    return [
+        (
+            statistics.fmean(x for x, _ in part),
+            statistics.fmean(ys := [y for _, y in part]),
+            min(ys),
+            max(ys),
+        )
+        for part in parts.values()
+    ]
 
 
 def chart(title, points, to_words=short, from_zero=True, dots=False):
-    """[(step, figure)] or [(step, figure, lowest, highest)] -> one figure as SVG; nothing when there are no points."""
+    """[(step, figure)] or [(step, figure, lowest, highest)] -> one figure as SVG; nothing when
+    there are no points.
+    """
     if not points:
         return ""
     rows = points if dots else thinned(points)
@@ -112,20 +134,30 @@ def chart(title, points, to_words=short, from_zero=True, dots=False):
     lines = []
     for y in ticks(low, high):
         x, place = at(first, y).split(",")
-        lines.append(f'<path class="grid" d="M{x} {place}H{WIDE - RIGHT}"/>'
-                     f'<text x="{LEFT - 6}" y="{place}" dy="4" text-anchor="end">{to_words(y)}</text>')
+        lines.append(
+            f'<path class="grid" d="M{x} {place}H{WIDE - RIGHT}"/>'
+            f'<text x="{LEFT - 6}" y="{place}" dy="4" text-anchor="end">{to_words(y)}</text>'
+        )
     for x in ticks(first, last):
-        lines.append(f'<text x="{at(x, low).split(",")[0]}" y="{TOP + HIGH + 16}" text-anchor="middle">{short(x)}</text>')
+        lines.append(
+            f'<text x="{at(x, low).split(",")[0]}" y="{TOP + HIGH + 16}" '
+            f'text-anchor="middle">{short(x)}</text>'
+        )
     band = [at(r[0], r[3]) for r in rows] + [at(r[0], r[2]) for r in reversed(rows)]
     marks = [f'<polygon class="band" points="{" ".join(band)}"/>',
              f'<polyline class="curve" points="{" ".join(at(r[0], r[1]) for r in rows)}"/>']
     for r in rows if dots or len(rows) == 1 else ():
         x, y = at(r[0], r[1]).split(",")
         told = f"step {short(r[0])}: {to_words(r[1])}"
-        marks.append(f'<circle class="dot" cx="{x}" cy="{y}" r="3.5"><title>{told}</title></circle>')
-    return (f'<figure><figcaption><span>{title}</span><b>{to_words(points[-1][1])}</b></figcaption>'
-            f'<svg viewBox="0 0 {WIDE} {TOP + HIGH + BOTTOM}" role="img" aria-label="{title}, last {to_words(points[-1][1])}">'
-            f'{"".join(lines + marks)}</svg></figure>')
+        marks.append(
+            f'<circle class="dot" cx="{x}" cy="{y}" r="3.5"><title>{told}</title></circle>'
+        )
+    return (
+        f'<figure><figcaption><span>{title}</span><b>{to_words(points[-1][1])}</b></figcaption>'
+        f'<svg viewBox="0 0 {WIDE} {TOP + HIGH + BOTTOM}" role="img" aria-label="{title}, last '
+        f'{to_words(points[-1][1])}">'
+        f'{"".join(lines + marks)}</svg></figure>'
+    )
 
 
 def charts(train, evals, measure):
@@ -133,7 +165,13 @@ def charts(train, evals, measure):
              for ci in [number(evals[step].get("val_ci")) or 0.0]]
     percent = "{:.0%}".format
     yield chart("Training loss, nats/token", curve(train, "loss"), from_zero=False)
-    yield chart(f"Held-out {measure}, nats/token, with its 95 % interval", bound, "{:.4g}".format, from_zero=False, dots=True)
+    yield chart(
+        f"Held-out {measure}, nats/token, with its 95 % interval",
+        bound,
+        "{:.4g}".format,
+        from_zero=False,
+        dots=True,
+    )
     yield chart("Gradient norm, before clipping", curve(train, "gnorm"))
     yield chart("Learning rate", curve(train, "lr"))
     yield chart("Tokens per second", curve(train, "tok_s"))
@@ -150,8 +188,14 @@ def listing(pairs):
     """A dictionary as a definition list; objects inside are flattened."""
     flat = {}
     for key, value in pairs.items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    return "<dl>" + "".join(f"<dt>{escaped(k)}</dt><dd>{escaped(v)}</dd>" for k, v in flat.items()) + "</dl>"
+        flat |= (
+            {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        )
+    return (
+        "<dl>"
+        + "".join(f"<dt>{escaped(k)}</dt><dd>{escaped(v)}</dd>" for k, v in flat.items())
+        + "</dl>"
+    )
 
 
 def inner(value, *keys):
@@ -167,14 +211,25 @@ def tiles(events, train, evals, measure):
     best, bits = min(bounds, key=lambda pair: pair[0], default=(None, None))
     yield f"best held-out {measure}, nats/token", "–" if best is None else f"{best:.4f}"
     yield "that is in bits/byte", "–" if bits is None else f"{bits:.4f}"
-    for name, key, words in (("tokens seen", "tokens_seen", short), ("skipped steps", "skipped", short)):
+    for name, key, words in (
+        ("tokens seen", "tokens_seen", short),
+        ("skipped steps", "skipped", short),
+    ):
         points = curve(train, key)
         yield name, words(points[-1][1]) if points else "–"
-    for name, key, words in (("tokens/s, median", "tok_s", short), ("MFU, median", "mfu", "{:.0%}".format)):
+    for name, key, words in (
+        ("tokens/s, median", "tok_s", short),
+        ("MFU, median", "mfu", "{:.0%}".format),
+    ):
         ys = [y for _, y in curve(train, key)]
         yield name, words(statistics.median(ys[10:] or ys)) if ys else "–"
-    seconds = [y for e in events if e["event"] == "end" and (y := number(e.get("seconds"))) is not None]
-    yield "time, all sessions", f"{sum(seconds) / 3600:.1f} h" if sum(seconds) >= 7200 else f"{sum(seconds) / 60:.1f} min"
+    seconds = [
+        y for e in events if e["event"] == "end" and (y := number(e.get("seconds"))) is not None
+    ]
+    yield (
+        "time, all sessions",
+        f"{sum(seconds) / 3600:.1f} h" if sum(seconds) >= 7200 else f"{sum(seconds) / 60:.1f} min",
+    )
 
 
 def ending(events):
@@ -183,8 +238,14 @@ def ending(events):
     if last.get("event") != "end":
         return "running, or killed"
     if last.get("stopped"):
-        return "stopped by Ctrl-C" if last["stopped"] == "SIGINT" else f"stopped by {last['stopped']}"
-    return {0: "finished", 1: "failed"}.get(last["code"], "ended") if isinstance(last.get("code"), int) else "ended"
+        return (
+            "stopped by Ctrl-C" if last["stopped"] == "SIGINT" else f"stopped by {last['stopped']}"
+        )
+    return (
+        {0: "finished", 1: "failed"}.get(last["code"], "ended")
+        if isinstance(last.get("code"), int)
+        else "ended"
+    )
 
 
 def samples(texts):
@@ -196,10 +257,18 @@ def samples(texts):
     if not prompts:
         return ""
     head = "".join(f'<th lang="hi">{escaped(p)} …</th>' for p in prompts)
-    cells = {step: "".join(f'<td class="text" lang="hi">{escaped(texts[step].get(p, ""))}</td>' for p in prompts)
-             for step in steps}
+    cells = {
+        step: "".join(
+            f'<td class="text" lang="hi">{escaped(texts[step].get(p, ""))}</td>' for p in prompts
+        )
+        for step in steps
+    }
     rows = "".join(f"<tr><th>{escaped(step)}</th>{cells[step]}</tr>" for step in reversed(steps))
-    note = f' <span class="soft">({TEXTS} of {len(texts)} evaluations)</span>' if len(texts) > TEXTS else ""
+    note = (
+        f' <span class="soft">({TEXTS} of {len(texts)} evaluations)</span>'
+        if len(texts) > TEXTS
+        else ""
+    )
     return f'<h2>Samples through time{note}</h2><div class="card"><table><tr><th>step</th>{head}</tr>{rows}</table></div>'
 
 
@@ -210,21 +279,42 @@ def usage(run, step, args):
     limit = args.get("max_steps")
     limit = limit if type(limit) is int else step + 1
     commands = config.next_commands(run, step, limit, args.get("objective") == "ar")
-    rows = "".join(f"<tr><th>{what}</th><td><code>{escaped(command)}</code></td></tr>" for what, command in commands)
+    rows = "".join(
+        f"<tr><th>{what}</th><td><code>{escaped(command)}</code></td></tr>"
+        for what, command in commands
+    )
     return f'<div class="card"><table>{rows}</table></div>'
 
 
 def render(events, name, run=None):
-    """The events of a log -> the page. run: the run folder as commands name it, if it has a checkpoint."""
+    """The events of a log -> the page. run: the run folder as commands name it, if it has a
+    checkpoint.
+    """
     kept = history(events)
     train, evals = kept["train"], kept["eval"]
     meta = next((e for e in reversed(events) if e["event"] == "meta"), {})
     args, step = inner(meta, "config", "args"), max([*train, *evals], default=0)
-    machine = {key: meta[key] for key in ("device", "device_name", "threads", "precision", "allocator", "peak_flops", "torch",
-                                          "python", "commit", "time") if key in meta}
+    machine = {
+        key: meta[key]
+        for key in (
+            "device",
+            "device_name",
+            "threads",
+            "precision",
+            "allocator",
+            "peak_flops",
+            "torch",
+            "python",
+            "commit",
+            "time",
+        )
+        if key in meta
+    }
     warnings = [e for e in events if e["event"] == "warn"]
-    told = "".join(f'<tr><th>{escaped(e.get("step", ""))}</th><td>{escaped(e.get("message", ""))}</td></tr>'
-                   for e in warnings[-100:])
+    told = "".join(
+        f'<tr><th>{escaped(e.get("step", ""))}</th><td>{escaped(e.get("message", ""))}</td></tr>'
+        for e in warnings[-100:]
+    )
     sessions, argv = sum(e["event"] == "meta" for e in events), meta.get("argv")
     measure = "NLL" if args.get("objective") == "ar" else "bound"
     model = f"{args.get('model', '?')}, {escaped(meta.get('params_total', '?'))} parameters"

@@ -1,1 +1,3 @@
-"""The parts of sample.py: settings, the block loop, the reveal rules, fast weights, the terminal view."""
+"""The parts of sample.py: settings, the block loop, the reveal rules, fast weights, the terminal
+view.
+"""

@@ -4,10 +4,12 @@ Used by checkpoint.load_model's callers after loading; training never comes here
 
     fast.prepare(model, "bf16")        # in place; "fp32" leaves the model as it was trained
 
-A block of 32 tokens is a short product against a large matrix. In float32 it is slow (oneDNN reorders the weights each time);
-with bf16 weights in oneDNN's own layout it runs near the machine's peak. int8 quantises each output row of the weights once and
-each token's activations on the fly, with the operators that torch.export's quantisation compiles to (torch's older quantised
-tensors are deprecated). Where an operator is missing (another CPU, another PyTorch), plain bf16 or an error says so.
+A block of 32 tokens is a short product against a large matrix. In float32 it is slow (oneDNN
+reorders the weights each time); with bf16 weights in oneDNN's own layout it runs near the machine's
+peak. int8 quantises each output row of the weights once and each token's activations on the fly,
+with the operators that torch.export's quantisation compiles to (torch's older quantised tensors are
+deprecated). Where an operator is missing (another CPU, another PyTorch), plain bf16 or an error
+says so.
 """
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,16 @@ ROWS = 32       # tokens that the packed layout is tuned for
 
 
 def pick(precision, device):
-    """'auto' -> what this machine is fast in, with the reason; int8 and bf16 elsewhere are refused, not ignored."""
+    """'auto' -> what this machine is fast in, with the reason; int8 and bf16 elsewhere are refused,
+    not ignored.
+    """
     if precision == "auto":
         units = machine.cpu_bf16_units() if device.type == "cpu" else []
-        return ("bf16", f"the CPU has {', '.join(units)}") if units else ("fp32", f"no bf16 units known of this {device.type}")
+        return (
+            ("bf16", f"the CPU has {', '.join(units)}")
+            if units
+            else ("fp32", f"no bf16 units known of this {device.type}")
+        )
     if precision == "int8" and device.type != "cpu":
         raise UserError(f"--quantize_dynamic works on a CPU only, not on {device}: leave it out")
     return precision, "asked for"
@@ -37,9 +45,12 @@ class PackedBF16(nn.Module):
         super().__init__()
         self.nbytes = weight.numel() * 2
         try:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16().contiguous(), ROWS)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(
+                weight.detach().bfloat16().contiguous(), ROWS
+            )
             self.plain = None
-        except (AttributeError, RuntimeError, NotImplementedError):      # a PyTorch or a CPU without oneDNN
+        # a PyTorch or a CPU without oneDNN
+        except (AttributeError, RuntimeError, NotImplementedError):
             self.packed, self.plain = None, weight.detach().bfloat16()
 
     def forward(self, x):
@@ -52,9 +63,11 @@ class PackedBF16(nn.Module):
 
 
 class PackedInt8(nn.Module):
-    """Symmetric int8 weights with a scale for each row; activations to 8 bits on the fly, a scale for each token; float32 out.
+    """Symmetric int8 weights with a scale for each row; activations to 8 bits on the fly, a scale
+    for each token; float32 out.
 
-    The operator knows one activation scale. It is told 1, and the tokens' own ones multiply the rows of what comes out.
+    The operator knows one activation scale. It is told 1, and the tokens' own ones multiply the
+    rows of what comes out.
     """
 
     def __init__(self, weight):
@@ -64,17 +77,36 @@ class PackedInt8(nn.Module):
         scale = (w.abs().amax(1) / 127).clamp(min=1e-12)                           # (outputs,)
         self.scale, self.zero = scale / 127, torch.zeros(len(w), dtype=torch.int32)
         try:
-            self.packed = torch.ops.onednn.qlinear_prepack((w / scale[:, None]).round().to(torch.int8), None)
+            self.packed = torch.ops.onednn.qlinear_prepack(
+                (w / scale[:, None]).round().to(torch.int8), None
+            )
         except (AttributeError, RuntimeError, NotImplementedError) as error:
-            raise UserError(f"--quantize_dynamic: this PyTorch has no int8 product for this CPU ({error})") from None
+            raise UserError(
+                f"--quantize_dynamic: this PyTorch has no int8 product for this CPU ({error})"
+            ) from None
 
     def rows(self, x):
-        """x (..., inputs) -> (product, largest value of each token): their product is the answer."""
+        """x (..., inputs) -> (product, largest value of each token): their product is the answer.
+        """
         x = x.float()
         top = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)                     # (..., 1)
-        q = (x * (127 / top)).add_(128.5).to(torch.uint8)                          # 1 to 255; signed bytes have no fast product
-        return torch.ops.onednn.qlinear_pointwise(q, 1.0, 128, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32,
-                                                  "none", [], ""), top
+        # 1 to 255; signed bytes have no fast product
+        q = (x * (127 / top)).add_(128.5).to(torch.uint8)
+        return torch.ops.onednn.qlinear_pointwise(
+            q,
+            1.0,
+            128,
+            self.packed,
+            self.scale,
+            self.zero,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        ), top
 
     def forward(self, x):
         product, top = self.rows(x)
@@ -85,7 +117,9 @@ class PackedInt8(nn.Module):
 
 
 class Fast(nn.Module):
-    """In the place of a Linear: the whole product, and the product with its last rows alone (Linear.tail)."""
+    """In the place of a Linear: the whole product, and the product with its last rows alone
+    (Linear.tail).
+    """
 
     def __init__(self, kind, linear):
         super().__init__()

@@ -21,7 +21,7 @@ class Settings:
     reveal: str = "linear"            # how many at each forward
     threshold: float = 0.9            # of the adaptive rules
     alg_temp: float = 0.0             # noise on the choice of positions
-    remask: float = 0.0               # chance of a revealed token to go back (ReMDM), bounded by the schedule
+    remask: float = 0.0  # chance of a revealed token to go back (ReMDM), bounded by the schedule
     remask_rule: str = "cap"          # cap, rescale, conf
     temperature: float = 1.0
     temperature_end: float = None
@@ -31,7 +31,8 @@ class Settings:
     guidance_scale: float = 1.0       # 1: plain conditional
     eos_id: int = None                # None: never stop early
     window: int = None                # positions that a growing cache keeps; None: all
-    min_depth: int = 0                # layers of a block's first forward, growing to all at its last; 0: always all
+    # layers of a block's first forward, growing to all at its last; 0: always all
+    min_depth: int = 0
 
 
 # tokens that a forward may reveal while their words still fit (docs/experiments/decoding.md)
@@ -41,12 +42,24 @@ AT_ONCE = dict(confidence=1.5, margin=1, random=1, ancestral=1)
 SCHEDULERS = dict(ddim="confidence", ddpm="ancestral")
 
 
-UNREAD = ("steps", "sampler", "threshold", "alg_temp", "remask", "remask_rule", "reveal", "temperature_end", "guidance_scale",
-          "block_size", "min_decode_layers")       # of an autoregressive checkpoint
+UNREAD = (
+    "steps",
+    "sampler",
+    "threshold",
+    "alg_temp",
+    "remask",
+    "remask_rule",
+    "reveal",
+    "temperature_end",
+    "guidance_scale",
+    "block_size",
+    "min_decode_layers",
+)  # of an autoregressive checkpoint
 
 
 def suited(args, origins, saved, longest):
-    """The arguments with a value for everything that was not typed; longest: tokens of the longest prompt.
+    """The arguments with a value for everything that was not typed; longest: tokens of the longest
+    prompt.
 
     --steps alone is a command of the older guides and keeps its meaning: the text in one piece, by
     confidence. Else the rule and temperature of the best judged text, in blocks over the exact
@@ -77,10 +90,15 @@ def settings(args, origins, saved, tokenizer):
     """`suited` arguments -> decode.Settings, with a notice for what cannot be had."""
     mode = "full"
     if saved.config["model"].get("causal"):
-        unread = [name for name in ("blockwise", "frozen_context", *UNREAD) if origins[name] == "flag"]
+        unread = [
+            name for name in ("blockwise", "frozen_context", *UNREAD) if origins[name] == "flag"
+        ]
         if unread:
-            say(f"notice: {saved.path} was trained with --objective ar: it writes one token at a time over an exact cache, "
-                "without " + ", ".join(f"--{name}" for name in unread))
+            say(
+                f"notice: {saved.path} was trained with --objective ar: it writes one token at a "
+                "time over an exact cache, "
+                "without " + ", ".join(f"--{name}" for name in unread)
+            )
         mode = "block_frozen"
     elif args.text is not None:
         mode = "full"                                # a gap needs what stands on both sides
@@ -93,8 +111,11 @@ def settings(args, origins, saved, tokenizer):
         say("notice: --frozen_context needs --blockwise; the whole text is decoded in one piece")
     largest = max(trained_blocks(saved))
     if mode == "full" and largest < saved.config["args"]["seq_len"]:
-        say(f"notice: {saved.path} never saw a whole text, only blocks of {largest} tokens and their past: what is written in "
-            "one piece will be poor; --blockwise --frozen_context is what it learned")
+        say(
+            f"notice: {saved.path} never saw a whole text, only blocks of {largest} tokens and "
+            "their past: what is written in "
+            "one piece will be poor; --blockwise --frozen_context is what it learned"
+        )
     s = decode_settings(args, saved, mode, None if args.ignore_eos else tokenizer.eos_id)
     if not saved.config["model"].get("causal"):
         for line in (*idle(args, origins, s), *(degenerate(s, saved) if args.text is None else ())):
@@ -131,9 +152,22 @@ def idle(args, origins, s):
         (("remask_rule",), not s.remask, "--remask is 0"),
         (("top_k", "top_p"), greedy, "temperature 0 takes the likeliest token")]
     if getattr(args, "text", None) is not None:
-        names = ("block_size", "blockwise", "frozen_context", "max_new_tokens", "ignore_eos", "stream",
-                 "benchmark_runs", "warmup_runs", "guidance_scale")
-        rules[0] = (names, True, "--text fills gaps, with all of the text around them, in one piece")
+        names = (
+            "block_size",
+            "blockwise",
+            "frozen_context",
+            "max_new_tokens",
+            "ignore_eos",
+            "stream",
+            "benchmark_runs",
+            "warmup_runs",
+            "guidance_scale",
+        )
+        rules[0] = (
+            names,
+            True,
+            "--text fills gaps, with all of the text around them, in one piece",
+        )
     off = dict(block_size=0, top_k=0, top_p=1.0, guidance_scale=1.0, alg_temp=0.0)
     for names, holds, why in rules:
         typed = []
@@ -150,8 +184,11 @@ def degenerate(s, saved):
     trained = parts_of_a_text(saved)
     if s.mode == "block_frozen" and s.block_size not in trained:
         sizes = ", ".join(map(str, trained))
-        yield (f"warning: this checkpoint was not trained in blocks of {s.block_size} (but of {sizes}), "
-               "so the text will be poor: leave --block_size out")
+        yield (
+            f"warning: this checkpoint was not trained in blocks of {s.block_size} (but of "
+            f"{sizes}), "
+            "so the text will be poor: leave --block_size out"
+        )
     tokens = s.max_new_tokens
     if s.mode != "full":
         tokens = min(s.block_size, tokens)
@@ -164,14 +201,20 @@ def too_few(s, tokens):
     at_once = tokens / s.steps
     if s.sampler in ADAPTIVE:
         if at_once > AT_ONCE["confidence"]:
-            yield (f"warning: {s.steps} forwards for {tokens} tokens: the last one reveals all that is "
-                   "left, sure or not, so the text will be poor: leave --steps out")
+            yield (
+                f"warning: {s.steps} forwards for {tokens} tokens: the last one reveals all that "
+                "is "
+                "left, sure or not, so the text will be poor: leave --steps out"
+            )
     elif at_once > AT_ONCE[s.sampler]:
         advice = "leave --steps and --sampler out"
-        if s.sampler in ("confidence", "margin"):           # the others are poor at one token a forward, too
+        if s.sampler in ("confidence", "margin"):  # the others are poor at one token a forward, too
             advice += f", or --steps {tokens}"
-        yield (f"warning: {s.steps} forwards for {tokens} tokens are {at_once:.1f} at once, and --sampler "
-               f"{s.sampler} bears {AT_ONCE[s.sampler]:g}, so words will not fit together: {advice}")
+        yield (
+            f"warning: {s.steps} forwards for {tokens} tokens are {at_once:.1f} at once, and "
+            "--sampler "
+            f"{s.sampler} bears {AT_ONCE[s.sampler]:g}, so words will not fit together: {advice}"
+        )
 
 
 def decode_settings(args, saved, mode, eos_id):
@@ -182,35 +225,69 @@ def decode_settings(args, saved, mode, eos_id):
     if depth > layers:
         say(f"notice: --min_decode_layers {depth}: this model has {layers} layers, all are used")
     if depth and not saved.config["model"]["exits"]:
-        say("notice: --min_decode_layers needs exits that were trained (train --exit_loss_weight 0.1); this checkpoint has none, "
-            "all layers are used")
+        say(
+            "notice: --min_decode_layers needs exits that were trained (train --exit_loss_weight "
+            "0.1); this checkpoint has none, "
+            "all layers are used"
+        )
         depth = 0
     if depth and args.sampler in ADAPTIVE:
-        say(f"notice: --sampler {args.sampler} cannot know its last forward, which has to be a full one: all layers are used")
+        say(
+            f"notice: --sampler {args.sampler} cannot know its last forward, which has to be a "
+            "full one: all layers are used"
+        )
         depth = 0
     if args.remask and args.sampler in ADAPTIVE:
-        raise UserError(f"--remask {args.remask:g} needs a schedule, --sampler {args.sampler} has none: use confidence, margin, "
-                        "random or ancestral")
+        raise UserError(
+            f"--remask {args.remask:g} needs a schedule, --sampler {args.sampler} has none: use "
+            "confidence, margin, "
+            "random or ancestral"
+        )
     block = args.block_size or usual_block(saved)
-    longest = args.max_new_tokens if mode == "full" else block       # an adaptive rule stops by itself
-    steps = args.steps or (longest if args.sampler in ADAPTIVE else saved.config["args"]["sample_steps"])
-    names = ("max_new_tokens", "sampler", "reveal", "threshold", "alg_temp", "remask", "remask_rule", "temperature",
-             "temperature_end", "top_k", "top_p", "repetition_penalty", "guidance_scale")
-    return Settings(steps=steps, min_depth=depth if depth < layers else 0, mode=mode, block_size=block, eos_id=eos_id,
-                    **{name: getattr(args, name) for name in names})
+    longest = args.max_new_tokens if mode == "full" else block  # an adaptive rule stops by itself
+    steps = args.steps or (
+        longest if args.sampler in ADAPTIVE else saved.config["args"]["sample_steps"]
+    )
+    names = (
+        "max_new_tokens",
+        "sampler",
+        "reveal",
+        "threshold",
+        "alg_temp",
+        "remask",
+        "remask_rule",
+        "temperature",
+        "temperature_end",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "guidance_scale",
+    )
+    return Settings(
+        steps=steps,
+        min_depth=depth if depth < layers else 0,
+        mode=mode,
+        block_size=block,
+        eos_id=eos_id,
+        **{name: getattr(args, name) for name in names},
+    )
 
 
 def usual_block(saved):
-    """The largest block that was trained, up to the size that the checkpoint stores for decoding."""
+    """The largest block that was trained, up to the size that the checkpoint stores for decoding.
+    """
     stored, trained = saved.config["model"]["block_size"], parts_of_a_text(saved)
-    if not trained:                                                # no block was trained, so any will do
+    if not trained:  # no block was trained, so any will do
         return min(stored, max(trained_blocks(saved)))
     return max((size for size in trained if size <= stored), default=min(trained))
 
 
 def parts_of_a_text(saved):
     """The trained blocks that may follow other text; a whole sequence never does."""
-    return sorted({size for size in trained_blocks(saved) if size < saved.config["args"]["seq_len"]}, reverse=True)
+    return sorted(
+        {size for size in trained_blocks(saved) if size < saved.config["args"]["seq_len"]},
+        reverse=True,
+    )
 
 
 def trained_blocks(saved):
@@ -223,21 +300,34 @@ def cannot_freeze(saved):
     trained = saved.config["args"]
     if min(trained_blocks(saved)) < trained["seq_len"] or saved.config["model"].get("causal"):
         return ""
-    return (f"{saved.path} was not trained in blocks (--train_block_sizes {trained['train_block_sizes']}), "
-            "so its context cannot be frozen")
+    return (
+        f"{saved.path} was not trained in blocks (--train_block_sizes "
+        f"{trained['train_block_sizes']}), "
+        "so its context cannot be frozen"
+    )
 
 
 def read_prompts(args):
     prompts = list(args.prompt)
     if args.prompts_file:
         try:
-            found = [line for line in Path(args.prompts_file).read_text(encoding="utf-8").split("\n") if line.strip()]
+            found = [
+                line
+                for line in Path(args.prompts_file).read_text(encoding="utf-8").split("\n")
+                if line.strip()
+            ]
         except OSError as error:
             raise UserError(f"--prompts_file {args.prompts_file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise UserError(f"--prompts_file {args.prompts_file} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+            raise UserError(
+                f"--prompts_file {args.prompts_file} is not UTF-8 (byte {error.start}): save it as "
+                "UTF-8"
+            ) from None
         if not found:
-            raise UserError(f"--prompts_file {args.prompts_file} holds no prompt: write one on each line, or leave the flag out")
+            raise UserError(
+                f"--prompts_file {args.prompts_file} holds no prompt: write one on each line, or "
+                "leave the flag out"
+            )
         prompts += found
     return prompts or [""]
 
@@ -246,8 +336,13 @@ GAP = re.compile(r"\[MASK\]|__+")
 
 
 def masked_sampler(name):
-    """A sampler's name, which may be one of a Gaussian model (--scheduler ddim) -> the one that is meant."""
+    """A sampler's name, which may be one of a Gaussian model (--scheduler ddim) -> the one that is
+    meant.
+    """
     if name not in SCHEDULERS:
         return name
-    say(f"notice: --scheduler {name}: this is a masked model, so --sampler {SCHEDULERS[name]} is used")
+    say(
+        f"notice: --scheduler {name}: this is a masked model, so --sampler {SCHEDULERS[name]} is "
+        "used"
+    )
     return SCHEDULERS[name]

@@ -1,6 +1,8 @@
-"""Text on a terminal: no escape of a model's making reaches it, streaming never cuts a character, the unmasking can be watched.
+"""Text on a terminal: no escape of a model's making reaches it, streaming never cuts a character,
+the unmasking can be watched.
 
-Used by sample.py. Colours go around whole words, because an escape code between a Devanagari letter and its sign breaks both.
+Used by sample.py. Colours go around whole words, because an escape code between a Devanagari letter
+and its sign breaks both.
 """
 import sys
 
@@ -11,7 +13,9 @@ COLOURS = (196, 208, 220, 148, 40)          # 256-colour codes from a guess to a
 
 
 class Stream:
-    """Text that grows: prints what is new. Whoever calls leaves an unfinished character out (Tokenizer.written)."""
+    """Text that grows: prints what is new. Whoever calls leaves an unfinished character out
+    (Tokenizer.written).
+    """
 
     def __init__(self, file=None):
         self.file, self.shown = file or sys.stdout, ""
@@ -26,24 +30,37 @@ class Stream:
 
 def painted(ids, chance, tokenizer, mask_id, colour):
     """One row as text: masks as ░, words coloured by the least sure of their tokens."""
-    words = []                              # [ids, least chance]; a word starts at a space, a newline or a gap
+    words = []  # [ids, least chance]; a word starts at a space, a newline or a gap
     for token, p in zip(ids, chance, strict=True):
         piece = "" if token >= tokenizer.vocab_size else tokenizer.sp.id_to_piece(token)
-        if words and token != mask_id and words[-1][0][-1] != mask_id and not piece.startswith(("\u2581", "\n")):
+        if (
+            words
+            and token != mask_id
+            and words[-1][0][-1] != mask_id
+            and not piece.startswith(("\u2581", "\n"))
+        ):
             words[-1][0].append(token)
             words[-1][1] = min(words[-1][1], p)
         else:
             words.append([[token], p])
     parts = []
     for tokens, p in words:
-        text = GAP if tokens == [mask_id] else printable(tokenizer.decode(tokens)).replace("\n", "⏎")
+        text = (
+            GAP if tokens == [mask_id] else printable(tokenizer.decode(tokens)).replace("\n", "⏎")
+        )
         code = COLOURS[min(len(COLOURS) - 1, int(p * len(COLOURS)))]
-        parts.append(f"\x1b[38;5;{code}m{text}\x1b[0m" if colour and tokens != [mask_id] and text.strip() else text)
+        parts.append(
+            f"\x1b[38;5;{code}m{text}\x1b[0m"
+            if colour and tokens != [mask_id] and text.strip()
+            else text
+        )
     return "".join(parts)
 
 
 class Watch:
-    """on_step of decode: one line per forward with the block as it stands, of the batch's first row."""
+    """on_step of decode: one line per forward with the block as it stands, of the batch's first
+    row.
+    """
 
     def __init__(self, tokenizer, file=None, colour=None):
         self.tokenizer, self.file = tokenizer, file or sys.stderr

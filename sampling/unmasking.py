@@ -1,13 +1,15 @@
-"""Which masked positions are revealed now, and which token each gets: the rules of decoding, one function each.
+"""Which masked positions are revealed now, and which token each gets: the rules of decoding, one
+function each.
 
-Used by sampling/decode.py; knows no model, only logits. A rule sees the masked positions of ONE row of one block and returns indices
-into them, at least one, best first:
+Used by sampling/decode.py; knows no model, only logits. A rule sees the masked positions of ONE row
+of one block and returns indices into them, at least one, best first:
 
-    rule(look, count, s, generator) -> (n,) indices          look: Look, count: what the reveal schedule asks for, s: Settings
+    rule(look, count, s, generator) -> (n,) indices          look: Look, count: what the reveal
+        schedule asks for, s: Settings
 
-Rules that do not look at the logits (random, ancestral) choose before the forward, so the head sees chosen positions only.
-Positions are chosen first, from the model's own untempered distribution; tokens are drawn only there.
-Legend: N masked positions of a row, V vocabulary rows.
+Rules that do not look at the logits (random, ancestral) choose before the forward, so the head sees
+chosen positions only. Positions are chosen first, from the model's own untempered distribution;
+tokens are drawn only there. Legend: N masked positions of a row, V vocabulary rows.
 """
 import math
 
@@ -15,7 +17,9 @@ import torch
 
 
 class Look:
-    """What the model thinks of one row's masked positions; each statistic is computed when a rule asks for it."""
+    """What the model thinks of one row's masked positions; each statistic is computed when a rule
+    asks for it.
+    """
 
     def __init__(self, logits):
         self.logp = logits.float().log_softmax(-1)                                 # (N, V)
@@ -23,7 +27,9 @@ class Look:
 
     @property
     def sure(self):
-        """Probability of the best token: a calibrated number, unlike a raw logit, which has no scale."""
+        """Probability of the best token: a calibrated number, unlike a raw logit, which has no
+        scale.
+        """
         return self.logp.amax(-1).exp()                                            # (N,)
 
     @property
@@ -33,19 +39,27 @@ class Look:
 
     @property
     def entropy(self):
-        return -(self.logp.exp() * self.logp.clamp(min=-1e4)).sum(-1)              # (N,) nats; 0 * -inf is 0
+        return -(self.logp.exp() * self.logp.clamp(min=-1e4)).sum(-1)  # (N,) nats; 0 * -inf is 0
 
 
 def noisy(score, s, generator):
-    """--alg_temp: draw positions without replacement with chances score^(1/alg_temp), by Gumbel noise on the logarithm.
+    """--alg_temp: draw positions without replacement with chances score^(1/alg_temp), by Gumbel
+    noise on the logarithm.
 
-    Below 1 the temperature multiplies the noise instead, which is the same order and cannot overflow.
+    Below 1 the temperature multiplies the noise instead, which is the same order and cannot
+    overflow.
     """
     if not s.alg_temp:
         return score
-    u = torch.rand(score.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300).to(score.device)
+    u = (
+        torch.rand(score.shape, generator=generator, dtype=torch.float64)
+        .clamp(min=1e-300)
+        .to(score.device)
+    )
     noise = -(-u.log()).log()
-    return score.double().clamp(min=1e-300).log() / max(1.0, s.alg_temp) + min(1.0, s.alg_temp) * noise
+    return (
+        score.double().clamp(min=1e-300).log() / max(1.0, s.alg_temp) + min(1.0, s.alg_temp) * noise
+    )
 
 
 def confidence(look, count, s, generator):
@@ -63,7 +77,9 @@ def threshold(look, count, s, generator):
 
 
 def factor(look, count, s, generator):
-    """The largest n with (n + 1) (1 - sure_n) < 1 - threshold: more at once only where they are surer (Fast-dLLM)."""
+    """The largest n with (n + 1) (1 - sure_n) < 1 - threshold: more at once only where they are
+    surer (Fast-dLLM).
+    """
     sure, order = look.sure.sort(descending=True, stable=True)
     n = torch.arange(1, len(sure) + 1, device=sure.device)
     fits = ((n + 1) * (1 - sure) < 1 - s.threshold).nonzero()
@@ -71,39 +87,53 @@ def factor(look, count, s, generator):
 
 
 def entropy(look, count, s, generator):
-    """The most positions whose entropies, the largest left out, sum to at most 1 - threshold nats: a bound on the joint
-    dependence that drawing them independently ignores (EB-Sampler)."""
+    """The most positions whose entropies, the largest left out, sum to at most 1 - threshold nats:
+    a bound on the joint dependence that drawing them independently ignores (EB-Sampler)."""
     h, order = look.entropy.sort(stable=True)
     fits = (h.cumsum(0) - h <= 1 - s.threshold + 1e-9).nonzero()
     return order[:int(fits[-1]) + 1]
 
 
 def random(size, count, generator):
-    """Uniform positions, as many as the schedule says: one per forward is the exact any-order sampler (first-hitting)."""
+    """Uniform positions, as many as the schedule says: one per forward is the exact any-order
+    sampler (first-hitting).
+    """
     return torch.randperm(size, generator=generator)[:count]
 
 
 def ancestral(size, stay, generator):
-    """Every position by itself with the chance that the process has in this interval of time; maybe none."""
+    """Every position by itself with the chance that the process has in this interval of time; maybe
+    none.
+    """
     return (torch.rand(size, generator=generator) >= stay).nonzero()[:, 0]
 
 
 LOOKING = {f.__name__: f for f in (confidence, threshold, factor, entropy, margin)}
 NAMES = (*LOOKING, random.__name__, ancestral.__name__)
-ADAPTIVE = ("threshold", "factor", "entropy")      # the text decides how many forwards a block takes
+ADAPTIVE = ("threshold", "factor", "entropy")  # the text decides how many forwards a block takes
 
 
 def masked_share(step, steps, reveal):
-    """Share of a block that is still masked after `step` of `steps` forwards. cosine: few at first, when little is known."""
-    return 1 - step / steps if reveal == "linear" else math.cos(math.pi / 2 * step / steps) if step < steps else 0.0
+    """Share of a block that is still masked after `step` of `steps` forwards. cosine: few at first,
+    when little is known.
+    """
+    return (
+        1 - step / steps
+        if reveal == "linear"
+        else math.cos(math.pi / 2 * step / steps)
+        if step < steps
+        else 0.0
+    )
 
 
 def reveal_count(masked, step, steps, reveal):
-    """How many of `masked` (those left now) to reveal at forward `step` of `steps`: never 0, and all at the last one.
+    """How many of `masked` (those left now) to reveal at forward `step` of `steps`: never 0, and
+    all at the last one.
 
-    Each share is rounded up, from what is left now, so a row is never behind its schedule and mostly ahead of it: what does not
-    divide comes first. linear: the shares differ by one at most, which puts a row at most steps / 4 tokens ahead; cosine: at most
-    steps / 2, as its first shares are less than a token.
+    Each share is rounded up, from what is left now, so a row is never behind its schedule and
+    mostly ahead of it: what does not divide comes first. linear: the shares differ by one at most,
+    which puts a row at most steps / 4 tokens ahead; cosine: at most steps / 2, as its first shares
+    are less than a token.
     """
     if reveal == "cosine":
         stay = masked_share(step + 1, steps, reveal) / masked_share(step, steps, reveal)
@@ -112,27 +142,32 @@ def reveal_count(masked, step, steps, reveal):
 
 
 def discourage(logits, seen, penalty):
-    """--repetition_penalty: logits (N, V) of tokens that stand in `seen` (ids) lose, whatever their sign (CTRL's rule)."""
+    """--repetition_penalty: logits (N, V) of tokens that stand in `seen` (ids) lose, whatever their
+    sign (CTRL's rule).
+    """
     if penalty == 1:
         return logits
     z = logits[:, seen]
     kind = torch.finfo(z.dtype)
-    penalty = min(max(penalty, kind.tiny), kind.max)                               # an extreme one would make infinities
+    penalty = min(max(penalty, kind.tiny), kind.max)  # an extreme one would make infinities
     changed = torch.where(z > 0, z / penalty, z * penalty).clamp(-kind.max, kind.max)
-    logits[:, seen] = torch.where(torch.isneginf(z), z, changed)                   # what was no answer stays none
+    logits[:, seen] = torch.where(torch.isneginf(z), z, changed)  # what was no answer stays none
     return logits
 
 
 def distribution(logits, temperature, top_k, top_p):
-    """logits (N, V) -> float64 probabilities after temperature, top-k, top-p. float64: rare tokens keep their chance."""
+    """logits (N, V) -> float64 probabilities after temperature, top-k, top-p. float64: rare tokens
+    keep their chance.
+    """
     z = logits.double()
-    z = (z - z.amax(-1, keepdim=True)) / temperature                               # the largest is 0: no temperature is too low
+    z = (z - z.amax(-1, keepdim=True)) / temperature  # the largest is 0: no temperature is too low
     if top_k and top_k < z.shape[-1]:
         z = z.masked_fill(z < z.topk(top_k, dim=-1).values[..., -1:], -math.inf)
     p = z.softmax(-1)
     if top_p < 1:
         sorted_p, order = p.sort(-1, descending=True)
-        drop = sorted_p.cumsum(-1) - sorted_p >= top_p                             # keep until the mass before a token reaches p
+        # keep until the mass before a token reaches p
+        drop = sorted_p.cumsum(-1) - sorted_p >= top_p
         p = p.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), 0.0)
         p = p / p.sum(-1, keepdim=True)
     return p

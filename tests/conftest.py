@@ -1,4 +1,6 @@
-"""Shared by all tests: the repository on the path, no network, one small prepared corpus and one trained run per session."""
+"""Shared by all tests: the repository on the path, no network, one small prepared corpus and one
+trained run per session.
+"""
 import hashlib
 import json
 import os
@@ -11,11 +13,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("OMP_NUM_THREADS", "1")     # tiny models: on a busy machine two threads mostly wait for each other
-os.environ["ARIA_TENSORBOARD"] = "off"             # automatic where it is installed: tests would fill the repository's logs/
-os.environ["HF_ENDPOINT"] = "http://127.0.0.1:1"  # nobody listens there: child processes must not reach for the hub either
+# tiny models: on a busy machine two threads mostly wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# automatic where it is installed: tests would fill the repository's logs/
+os.environ["ARIA_TENSORBOARD"] = "off"
+# nobody listens there: child processes must not reach for the hub either
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:1"
 sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / "benchmarks"))            # behind everything: they import common.py by its bare name
+# behind everything: they import common.py by its bare name
+sys.path.append(str(ROOT / "benchmarks"))
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +41,23 @@ def aloud():
 
 
 def aria(command, *args, cwd, timeout=240, env=None, check=None):
-    """Run `python -m command args` in a folder as a user would -> CompletedProcess with text output."""
+    """Run `python -m command args` in a folder as a user would -> CompletedProcess with text
+    output.
+    """
     words = [sys.executable, "-m", *command.split(), *map(str, args)]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=timeout,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})})
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+    )
     if check is not None:
-        assert done.returncode == check, f"exit {done.returncode}, wanted {check}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == check, (
+            f"exit {done.returncode}, wanted {check}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
     return done
 
 
@@ -62,7 +79,11 @@ def log(run, event="train"):
 
 def tree(folder):
     """{file: its hash}"""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 def trap(canary):
@@ -75,7 +96,9 @@ def trap(canary):
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """Token files of a few thousand tokens, so that a few dozen steps are more than an epoch. Tests read and copy them."""
+    """Token files of a few thousand tokens, so that a few dozen steps are more than an epoch. Tests
+    read and copy them.
+    """
     from harness import tiny_text
     folder = tiny_text(tmp_path_factory.mktemp("text"))
     before = tree(folder)
@@ -85,28 +108,86 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory):
-    """A folder with data/processed and data/tokenizer made by the real prepare command from the starter corpus."""
+    """A folder with data/processed and data/tokenizer made by the real prepare command from the
+    starter corpus.
+    """
     folder = tmp_path_factory.mktemp("aria")
-    aria("prepare", "--source", "builtin", "--max_chars", 300_000, "--tokenizer_vocab", 800, cwd=folder, check=0)
+    aria(
+        "prepare",
+        "--source",
+        "builtin",
+        "--max_chars",
+        300_000,
+        "--tokenizer_vocab",
+        800,
+        cwd=folder,
+        check=0,
+    )
     return folder
 
 
 def latest(path):
     """results.jsonl -> name: its last line."""
-    return {line["name"]: line for line in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())}
+    return {
+        line["name"]: line
+        for line in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+    }
 
 
-TINY = ("--d_model", 32, "--n_layers", 2, "--n_heads", 2, "--d_ff", 64, "--memory_slots", 4, "--seq_len", 32, "--batch_size", 4,
-        "--grad_accum", 2, "--train_block_sizes", "T,8", "--block_size", 8, "--eval_batches", 2, "--lr", 3e-3, "--threads", 1)
+TINY = (
+    "--d_model",
+    32,
+    "--n_layers",
+    2,
+    "--n_heads",
+    2,
+    "--d_ff",
+    64,
+    "--memory_slots",
+    4,
+    "--seq_len",
+    32,
+    "--batch_size",
+    4,
+    "--grad_accum",
+    2,
+    "--train_block_sizes",
+    "T,8",
+    "--block_size",
+    8,
+    "--eval_batches",
+    2,
+    "--lr",
+    3e-3,
+    "--threads",
+    1,
+)
 RUNS = {"primary": "checkpoints/eco_hybrid_hi", "backup": "checkpoints/diffusion_hi"}
 
 
 @pytest.fixture(scope="session")
 def trained(corpus_dir):
-    """The same folder with one tiny trained run of each model, under the names of the user's documents."""
+    """The same folder with one tiny trained run of each model, under the names of the user's
+    documents.
+    """
     for model, run in RUNS.items():
-        aria("train", "--model", model, *TINY, "--max_steps", 12, "--save_interval", 5, "--eval_interval", 6, "--log_interval", 2,
-             "--no_show_samples", cwd=corpus_dir, check=0)
+        aria(
+            "train",
+            "--model",
+            model,
+            *TINY,
+            "--max_steps",
+            12,
+            "--save_interval",
+            5,
+            "--eval_interval",
+            6,
+            "--log_interval",
+            2,
+            "--no_show_samples",
+            cwd=corpus_dir,
+            check=0,
+        )
         assert (corpus_dir / run / "latest").exists()
     return corpus_dir
 

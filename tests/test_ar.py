@@ -1,4 +1,6 @@
-"""The control arm, --objective ar: causal, exact, the same cache, trainer, resume and commands as the diffusion models."""
+"""The control arm, --objective ar: causal, exact, the same cache, trainer, resume and commands as
+the diffusion models.
+"""
 import json
 import math
 import shutil
@@ -32,7 +34,9 @@ AR = ("--model", "backup", "--objective", "ar")
 def tiny(**changes):
     torch.manual_seed(0)
     shape = {**dict(d_model=32, n_layers=2, n_heads=2, d_ff=48), **changes}
-    return build_model(model_config.ModelConfig(model="backup", vocab_size=V, causal=True, **shape)).eval()
+    return build_model(
+        model_config.ModelConfig(model="backup", vocab_size=V, causal=True, **shape)
+    ).eval()
 
 
 def some(rows, length):
@@ -53,13 +57,19 @@ def test_a_later_token_changes_no_earlier_answer():
         y = x.clone()
         y[0, i] = 4 + (y[0, i] - 3) % (V - 4)
         after = whole(net, y)
-        assert torch.equal(before[0, :i + 1, 4:V], after[0, :i + 1, 4:V]), "token i was seen before or at its own place"
-        assert i == 11 or not torch.equal(before[0, i + 1], after[0, i + 1]), "token i was never seen"
+        assert torch.equal(before[0, : i + 1, 4:V], after[0, : i + 1, 4:V]), (
+            "token i was seen before or at its own place"
+        )
+        assert i == 11 or not torch.equal(before[0, i + 1], after[0, i + 1]), (
+            "token i was never seen"
+        )
 
 
 @torch.no_grad()
 def test_nll_by_hand():
-    """Each token from a sequence that ends before it, softmax written out, over all pieces but the mask and the pad."""
+    """Each token from a sequence that ends before it, softmax written out, over all pieces but the
+    mask and the pad.
+    """
     net, x = tiny(), some(2, 7)
     by_hand = torch.zeros(2)
     for row in range(2):
@@ -86,21 +96,30 @@ def test_cached_equals_uncached(cuts):
 @torch.no_grad()
 def test_decoding_is_the_greedy_path_and_one_forward_per_token():
     net, prompt = tiny(), some(1, 5)[0].tolist()
-    out = generate(net, prompt, Settings(max_new_tokens=9, steps=3, mode="full", temperature=0.0), [1, 2])
+    out = generate(
+        net, prompt, Settings(max_new_tokens=9, steps=3, mode="full", temperature=0.0), [1, 2]
+    )
     ids = list(prompt)
     for _ in range(9):
         ids.append(int(whole(net, torch.tensor([[*ids, 4]]))[0, -1].argmax()))
     assert out.rows == [ids[5:]] * 2 and out.forwards == 9 and out.row_forwards == [9, 9]
-    one, two = (generate(net, prompt, Settings(max_new_tokens=9, steps=1, top_p=0.9), seeds).rows for seeds in ([3], [7, 3]))
+    one, two = (
+        generate(net, prompt, Settings(max_new_tokens=9, steps=1, top_p=0.9), seeds).rows
+        for seeds in ([3], [7, 3])
+    )
     assert one[0] == two[1], "a row depends on its batch"
     slid = generate(net, prompt * 4, Settings(max_new_tokens=30, steps=1, window=8), [1])
-    assert len(slid.rows[0]) == 30 and slid.cache_bytes == 2 * 2 * 8 * 32 * 4, "the cache slides when the text outgrows it"
+    assert len(slid.rows[0]) == 30 and slid.cache_bytes == 2 * 2 * 8 * 32 * 4, (
+        "the cache slides when the text outgrows it"
+    )
     with pytest.raises(UserError, match="--objective masked"):
         decode.infill(net, [2, 5, V, 6], Settings(max_new_tokens=1, steps=1), [1])
 
 
 def test_training_reaches_the_entropy_of_its_source():
-    """A chain of four equally likely successors has ln 4 nats per token; within 0.03 of it, and never below it."""
+    """A chain of four equally likely successors has ln 4 nats per token; within 0.03 of it, and
+    never below it.
+    """
     net = tiny(n_layers=1).train()
     g = torch.Generator().manual_seed(0)
 
@@ -114,11 +133,13 @@ def test_training_reaches_the_entropy_of_its_source():
     optimizer = make_optimizer(net, args)
     for step in range(150):
         optimizer.set_lr(2e-2 * (1 - step / 150))
-        masking.denoising_loss(net, source(16, 24), masking.whole_rows(16, 24), "elbo", 16 * 24).loss.backward()
+        masking.denoising_loss(
+            net, source(16, 24), masking.whole_rows(16, 24), "elbo", 16 * 24
+        ).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     held, _ = masking.bound(net.eval(), source(200, 24), 24)
-    entropy = (math.log(16) + 23 * math.log(4)) / 24                               # the first token is uniform over 16
+    entropy = (math.log(16) + 23 * math.log(4)) / 24  # the first token is uniform over 16
     assert -0.01 < float(held.mean()) - entropy < 0.03
 
 
@@ -126,14 +147,32 @@ def test_every_parameter_learns_and_the_mean_is_over_all_tokens():
     net = tiny().train()
     out = masking.denoising_loss(net, some(3, 9), masking.whole_rows(3, 9), "masked_mean", 27)
     out.loss.backward()
-    assert float(out.loss.detach()) == pytest.approx(float(out.nll.mean()), rel=1e-5) and out.hidden.all()
+    assert (
+        float(out.loss.detach()) == pytest.approx(float(out.nll.mean()), rel=1e-5)
+        and out.hidden.all()
+    )
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
 @pytest.fixture(scope="module")
 def run(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ar") / "run"
-    assert fresh(text, folder, *AR, "--max_steps", 14, "--save_interval", 5, "--eval_interval", 7, "--keep_full", 9) == 0
+    assert (
+        fresh(
+            text,
+            folder,
+            *AR,
+            "--max_steps",
+            14,
+            "--save_interval",
+            5,
+            "--eval_interval",
+            7,
+            "--keep_full",
+            9,
+        )
+        == 0
+    )
     return folder
 
 
@@ -142,23 +181,42 @@ def test_resume_and_its_rules(text, run, tmp_path, capsys):
     shutil.copytree(run / "step_000005", half / "step_000005")
     assert call(train.main, "--resume", half, "--objective", "masked") == 2
     assert "--objective masked (flag), but the checkpoint has ar" in capsys.readouterr().err
-    assert call(train.main, "--resume", half, "--threads", 1, "--no_show_samples", "--live", "off") == 0
+    assert (
+        call(train.main, "--resume", half, "--threads", 1, "--no_show_samples", "--live", "off")
+        == 0
+    )
     assert weights(run / "step_000014") == weights(half / "step_000014")
     assert curve(half) == {step: line for step, line in curve(run).items() if step > 5}
-    assert all(line[1] == 1 and line[4] == 16 for line in curve(run).values()), "every token is a question, the row one block"
-    assert fresh(text, tmp_path / "p", "--objective", "ar") == 2 and "--model backup" in capsys.readouterr().err
+    assert all(line[1] == 1 and line[4] == 16 for line in curve(run).values()), (
+        "every token is a question, the row one block"
+    )
+    assert (
+        fresh(text, tmp_path / "p", "--objective", "ar") == 2
+        and "--model backup" in capsys.readouterr().err
+    )
 
 
 def test_its_held_out_figure_is_called_nll(run):
-    """The exact -log p is no bound: not in the summary, not in the report; and it is asked every token, which is no fault."""
+    """The exact -log p is no bound: not in the summary, not in the report; and it is asked every
+    token, which is no fault.
+    """
     for name in ("summary.md", "report.html"):
         page = (run / name).read_text(encoding="utf-8")
         assert "best held-out NLL" in page and "held-out bound" not in page.lower(), name
-    log = [{**e, "step": e["step"] + 10} if e["event"] == "train" else e for e in check_run.read_log(run / "train.jsonl")]
-    [mask] = [line for line in check_run.judge(log, {}, None, None) if line.name == "mask metric in range"]
+    log = [
+        {**e, "step": e["step"] + 10} if e["event"] == "train" else e
+        for e in check_run.read_log(run / "train.jsonl")
+    ]
+    [mask] = [
+        line for line in check_run.judge(log, {}, None, None) if line.name == "mask metric in range"
+    ]
     assert mask.ok, mask.number
     lines = [{"objective": "masked"}, {"objective": "ar"}]
-    assert [study_report.measure(part) for part in (lines[:1], lines[1:], lines)] == ["bound", "NLL", "bound (of ar: the NLL)"]
+    assert [study_report.measure(part) for part in (lines[:1], lines[1:], lines)] == [
+        "bound",
+        "NLL",
+        "bound (of ar: the NLL)",
+    ]
 
 
 def test_a_checkpoint_from_before_the_flag_is_masked():
@@ -170,16 +228,47 @@ def test_a_checkpoint_from_before_the_flag_is_masked():
 
 def test_the_commands_know_it(run, tmp_path, capsys):
     words = ("--prompt", "ek din", "--max_new_tokens", 11, "--ignore_eos", "--json", "--threads", 1)
-    assert call(sample.main, run, *words, "--temperature", 0, "--steps", 3, "--blockwise", "--frozen_context") == 0
+    assert (
+        call(
+            sample.main,
+            run,
+            *words,
+            "--temperature",
+            0,
+            "--steps",
+            3,
+            "--blockwise",
+            "--frozen_context",
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     record = json.loads(out)
     assert record["text"].startswith("ek din") and record["new_tokens"] == record["forwards"] == 11
     assert record["cache_bytes"] > 0 and "--objective ar" in err and "--steps" in err
     assert call(sample.main, run, *words, "--num_samples", 2) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
-    assert call(sample.main, run, "--text", "ek ____ din") == 2 and "cannot" not in capsys.readouterr().out
-    assert call(edge_benchmark.main, run, "--out_json", tmp_path / "b.json", "--max_new_tokens", 6, "--runs_per_prompt", 1,
-                "--prompt", "ek", "--threads", 1) == 0
+    assert (
+        call(sample.main, run, "--text", "ek ____ din") == 2
+        and "cannot" not in capsys.readouterr().out
+    )
+    assert (
+        call(
+            edge_benchmark.main,
+            run,
+            "--out_json",
+            tmp_path / "b.json",
+            "--max_new_tokens",
+            6,
+            "--runs_per_prompt",
+            1,
+            "--prompt",
+            "ek",
+            "--threads",
+            1,
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))["results"]
     assert list(found) == ["block_frozen"] and 0 < found["block_frozen"]["nll_per_token"] < 20
 
@@ -190,4 +279,6 @@ def test_the_benchmarks_nll_is_the_models(run):
     x = some(1, 12)
     z = net.logits(net.hidden_blocks(masking.shifted(x, net.cfg.mask_id), x, 12)).log_softmax(-1)
     by_hand = -float(z[0, 5:].gather(1, x[0, 5:, None]).sum())
-    assert edge_benchmark.nll(net, x[0, :5].tolist(), x[0, 5:].tolist(), True) == pytest.approx(by_hand, rel=1e-4)
+    assert edge_benchmark.nll(net, x[0, :5].tolist(), x[0, 5:].tolist(), True) == pytest.approx(
+        by_hand, rel=1e-4
+    )

@@ -1,5 +1,7 @@
-"""Properties of checkpoint.py: killed or failing anywhere, damaged anyhow, named anyhow, it gives a whole state or a
-sentence. Children are forked from this warm process; nothing here takes longer than a few seconds."""
+"""Properties of checkpoint.py: killed or failing anywhere, damaged anyhow, named anyhow, it gives a
+whole state or a sentence. Children are forked from this warm process; nothing here takes longer
+than a few seconds.
+"""
 import errno
 import json
 import os
@@ -28,8 +30,8 @@ PARTS = ("model", "ema", "optimizer")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Forked children must not wait for the threads of their parent; and no test here can tell a real fsync (each
-    takes milliseconds) from none: what they check is where it is called."""
+    """Forked children must not wait for the threads of their parent; and no test here can tell a
+    real fsync (each takes milliseconds) from none: what they check is where it is called."""
     threads, fsync = torch.get_num_threads(), os.fsync
     torch.set_num_threads(1)
     os.fsync = os.fstat
@@ -48,17 +50,26 @@ def ram():
 def put(run, step, value=None, **more):
     value = float(step if value is None else value)
     w = torch.full((3, 5), value)
-    return ck.save(run, step, model_state={"embed.weight": w, "head.weight": w, "norm.weight": torch.ones(5)},
-                   ema_state={"embed.weight": w + 1},
-                   optimizer_state={"adamw.w.exp_avg": w + 2, "adamw.w.step": w[0, 0]},
-                   state={"value": value}, config={"lr": 3e-4, "name": "हिन्दी"}, tokenizer_bytes=b"pieces" * 9, **more)
+    return ck.save(
+        run,
+        step,
+        model_state={"embed.weight": w, "head.weight": w, "norm.weight": torch.ones(5)},
+        ema_state={"embed.weight": w + 1},
+        optimizer_state={"adamw.w.exp_avg": w + 2, "adamw.w.step": w[0, 0]},
+        state={"value": value},
+        config={"lr": 3e-4, "name": "हिन्दी"},
+        tokenizer_bytes=b"pieces" * 9,
+        **more,
+    )
 
 
 def value_of(path):
     saved = ck.load(path, parts=PARTS)
     assert torch.all(saved.model["embed.weight"] == saved.state["value"])
     assert torch.all(saved.ema["embed.weight"] == saved.state["value"] + 1)
-    assert saved.optimizer is None or torch.all(saved.optimizer["adamw.w.exp_avg"] == saved.state["value"] + 2)
+    assert saved.optimizer is None or torch.all(
+        saved.optimizer["adamw.w.exp_avg"] == saved.state["value"] + 2
+    )
     return saved.step, saved.state["value"]
 
 
@@ -66,9 +77,11 @@ def leftovers(run):
     return [p.name for p in run.iterdir() if p.name.startswith((".tmp", ".trash", ".old"))]
 
 
-# ---------------------------------------------------------------------------------------------- every I/O operation
+# ----------------------------------------------------------------------------------------------
+# every I/O operation
 
-SAVES = [(10, 11, {}), (20, 20, {"best": True}), (30, 30, {})]  # the first replaces a step that exists
+# the first replaces a step that exists
+SAVES = [(10, 11, {}), (20, 20, {"best": True}), (30, 30, {})]
 KEEP = {"keep_last": 2, "keep_full": 1}
 
 
@@ -135,7 +148,9 @@ def test_every_operation_fails_once(template, ram, code, capfd):
             left[0] -= 1
             if left[0] == -1:
                 if name.endswith("tensor file"):
-                    raise SafetensorError(f"Error while serializing: I/O error: no luck (os error {code})")
+                    raise SafetensorError(
+                        f"Error while serializing: I/O error: no luck (os error {code})"
+                    )
                 raise OSError(code, os.strerror(code))
         before = value_of(run)
         with points(fail, ram):
@@ -145,7 +160,9 @@ def test_every_operation_fails_once(template, ram, code, capfd):
                 except OSError as error:
                     assert error.errno == code
                     assert value_of(run) in (before, (step, value)), ops[k]
-                    assert not [name for name in leftovers(run) if name.startswith(".tmp-step")], ops[k]
+                    assert not [name for name in leftovers(run) if name.startswith(".tmp-step")], (
+                        ops[k]
+                    )
                     put(run, step, value, **more, **KEEP)  # one retry
                 before = value_of(run)
                 assert before == (step, value)
@@ -168,8 +185,10 @@ def test_everything_is_synced_before_it_is_published(tmp_path):
     published = log.index(("replace", temp, "step_000007"))
     files = os.listdir(tmp_path / "run" / "step_000007")
     assert {name for op, name, *_ in log[:published] if op == "fsync"} == {*files, temp}
-    assert log[published - 1] == ("fsync", temp)      # the folder, after all that lies in it
-    written = [name for op, name, *_ in log[:published] if op == "open" or op.endswith("tensor file")]
+    assert log[published - 1] == ("fsync", temp)  # the folder, after all that lies in it
+    written = [
+        name for op, name, *_ in log[:published] if op == "open" or op.endswith("tensor file")
+    ]
     assert written[-1] == "MANIFEST.json"
     twin = f".tmp-latest-{os.getpid()}"
     between = log[published:log.index(("replace", twin, "latest"))]
@@ -184,7 +203,14 @@ def test_a_disk_that_really_refuses(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
         try:
-            ck.save(tmp_path, 2, model_state={"w": torch.zeros(100_000)}, state={}, config={}, tokenizer_bytes=b"")
+            ck.save(
+                tmp_path,
+                2,
+                model_state={"w": torch.zeros(100_000)},
+                state={},
+                config={},
+                tokenizer_bytes=b"",
+            )
         except OSError as error:
             os._exit(error.errno)
         os._exit(0)
@@ -192,7 +218,8 @@ def test_a_disk_that_really_refuses(tmp_path):
     assert value_of(tmp_path) == (1, 1.0) and not leftovers(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------- damage
+# ----------------------------------------------------------------------------------------------
+# damage
 
 @pytest.fixture
 def pair(tmp_path):
@@ -237,7 +264,8 @@ def test_truncated_zeroed_and_replaced_files(pair, capsys):
         path.write_bytes(whole[:cut] + (b"" if i < 21 else bytes(len(whole) - cut)))
         check_damage(run, folder, path.name, capsys)
         path.write_bytes(whole)
-    for name in set(names) - {"config.json", "tokenizer.model"}:  # those two are equal in both steps
+    # those two are equal in both steps
+    for name in set(names) - {"config.json", "tokenizer.model"}:
         whole = (folder / name).read_bytes()
         shutil.copy(run / "step_000010" / name, folder / name)
         check_damage(run, folder, name, capsys)
@@ -262,8 +290,10 @@ def test_damage_is_said_in_words(pair):
     _, folder = pair
     path = folder / "config.json"
     whole = path.read_bytes()
-    for data, words in ((whole + b" ", f"it has {len(whole) + 1:,} bytes instead of {len(whole):,}"),
-                        (whole[:-1] + b"#", "its bytes have changed")):
+    for data, words in (
+        (whole + b" ", f"it has {len(whole) + 1:,} bytes instead of {len(whole):,}"),
+        (whole[:-1] + b"#", "its bytes have changed"),
+    ):
         path.write_bytes(data)
         with pytest.raises(ck.Damage, match=r"config\.json is not what was saved: ") as caught:
             ck.verify(folder)
@@ -294,7 +324,12 @@ def reseal(folder, change):
 def plant(folder, name, data):
     """A file with a correct entry in the manifest: what a forger would do."""
     (folder / name).write_bytes(data)
-    reseal(folder, lambda m: m["files"].update({name: {"size": len(data), "sha256": ck.file_sha256(folder / name)}}))
+    reseal(
+        folder,
+        lambda m: m["files"].update(
+            {name: {"size": len(data), "sha256": ck.file_sha256(folder / name)}}
+        ),
+    )
 
 
 def header(entries, data=b""):
@@ -305,15 +340,22 @@ def header(entries, data=b""):
 def test_forged_tensor_files(pair):
     run, folder = pair
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-    for data in (safetensors_bytes({"w": torch.tensor([1.0, float("nan")])}),
-                 safetensors_bytes({"w": torch.tensor([float("inf")], dtype=torch.bfloat16)}),
-                 safetensors_bytes({"w": torch.zeros(0, 10**9)}),
-                 header({"w": {"dtype": "F32", "shape": [0, 10**18], "data_offsets": [0, 0]}}),
-                 header({"w": {"dtype": "F32", "shape": [10**18], "data_offsets": [0, 4 * 10**18]}}, b"1234"),
-                 header({"w": entry, "__metadata__": {"tied": '{"a": "nobody"}'}}, bytes(4)),
-                 header({"w": entry, "__metadata__": {"tied": "[1]"}}, bytes(4)),
-                 header({"w": entry, "__metadata__": {"tied": "[" * 100_000}}, bytes(4)),
-                 struct.pack("<Q", 100_000_000) + b"{" * 1000, struct.pack("<Q", 2**63) + b"{}", b"", b"PK\x03\x04"):
+    for data in (
+        safetensors_bytes({"w": torch.tensor([1.0, float("nan")])}),
+        safetensors_bytes({"w": torch.tensor([float("inf")], dtype=torch.bfloat16)}),
+        safetensors_bytes({"w": torch.zeros(0, 10**9)}),
+        header({"w": {"dtype": "F32", "shape": [0, 10**18], "data_offsets": [0, 0]}}),
+        header(
+            {"w": {"dtype": "F32", "shape": [10**18], "data_offsets": [0, 4 * 10**18]}}, b"1234"
+        ),
+        header({"w": entry, "__metadata__": {"tied": '{"a": "nobody"}'}}, bytes(4)),
+        header({"w": entry, "__metadata__": {"tied": "[1]"}}, bytes(4)),
+        header({"w": entry, "__metadata__": {"tied": "[" * 100_000}}, bytes(4)),
+        struct.pack("<Q", 100_000_000) + b"{" * 1000,
+        struct.pack("<Q", 2**63) + b"{}",
+        b"",
+        b"PK\x03\x04",
+    ):
         plant(folder, "model.safetensors", data)
         began = time.time()
         with pytest.raises(UserError, match=r"model\.safetensors"):
@@ -325,15 +367,39 @@ def test_forged_tensor_files(pair):
 
 def test_forged_json(pair):
     run, folder = pair
-    for data in (b'{"a": NaN}', b'{"a": 1e999}', b'{"a": -Infinity}', b'{"a": 1, "a": 2}', b"[" * 100_000, b"[]", b"",
-                 b"\xff", b'{"a": ' * 50_000, b'{"a": ' + b"9" * 10_000 + b"}",
-                 b'{"format": "aria-checkpoint-1", "step": 21}'):
+    for data in (
+        b'{"a": NaN}',
+        b'{"a": 1e999}',
+        b'{"a": -Infinity}',
+        b'{"a": 1, "a": 2}',
+        b"[" * 100_000,
+        b"[]",
+        b"",
+        b"\xff",
+        b'{"a": ' * 50_000,
+        b'{"a": ' + b"9" * 10_000 + b"}",
+        b'{"format": "aria-checkpoint-1", "step": 21}',
+    ):
         plant(folder, "state.json", data)
         with pytest.raises(ck.Damage, match=r"state\.json"):
             ck.load(folder)
     rng = random.Random(2)
     whole = (run / "step_000010" / "MANIFEST.json").read_bytes()
-    odd = [None, True, -1, 10**400, 1.5, "", "../../x", [], {}, [[]], {"size": 1}, "step_000010", "\ud800"]
+    odd = [
+        None,
+        True,
+        -1,
+        10**400,
+        1.5,
+        "",
+        "../../x",
+        [],
+        {},
+        [[]],
+        {"size": 1},
+        "step_000010",
+        "\ud800",
+    ]
     for _ in range(300):                              # only our error, whatever the manifest says
         manifest = json.loads(whole)
         place = rng.choice([manifest, manifest["files"], *manifest["files"].values()])
@@ -349,14 +415,22 @@ def test_forged_json(pair):
             pass
     reseal(folder, lambda m: m.update(format="aria-checkpoint-2"))
     with pytest.raises(UserError, match="aria-checkpoint-2"):
-        ck.load(run)                                  # from a newer Aria: that is no damage, so no silent fallback
+        ck.load(run)  # from a newer Aria: that is no damage, so no silent fallback
 
 
 def test_pickles_are_refused_and_never_run(tmp_path, monkeypatch):
     canary = tmp_path / "canary"
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "run", 500)
-    for name in ("latest.pt", "last.ckpt", "best.pt", "step_000500.pt", "model.pt", "step_000700", "last.safetensors"):
+    for name in (
+        "latest.pt",
+        "last.ckpt",
+        "best.pt",
+        "step_000500.pt",
+        "model.pt",
+        "step_000700",
+        "last.safetensors",
+    ):
         path = tmp_path / "run" / name
         path.write_bytes(trap(canary))
         for use in (ck.load, ck.resolve):
@@ -381,7 +455,8 @@ def test_pickles_are_refused_and_never_run(tmp_path, monkeypatch):
     assert not canary.exists()
 
 
-# ---------------------------------------------------------------------------------------------- names
+# ----------------------------------------------------------------------------------------------
+# names
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
@@ -395,25 +470,51 @@ def runs(tmp_path, monkeypatch):
 
 
 TABLE = {
-    "checkpoints/day1/step_000500": "day1/step_000500", "checkpoints/day1/step_000500/": "day1/step_000500",
-    "checkpoints/day1": "day1/step_005000", "checkpoints/day1/": "day1/step_005000",
-    "checkpoints/day1/latest": "day1/step_005000", "checkpoints/day1/latest.pt": "day1/step_005000",
-    "checkpoints/day1/last.pt": "day1/step_005000", "checkpoints/day1/last.ckpt": "day1/step_005000",
-    "checkpoints/day1/last": "day1/step_005000", "checkpoints/old/latest.pt": "old/step_007000",
-    "checkpoints/day1/best": "day1/step_001000", "checkpoints/day1/best.pt": "day1/step_001000",
-    "checkpoints/day1/best-base.ckpt": "day1/step_001000", "checkpoints/day1/step_000500.pt": "day1/step_000500",
-    "checkpoints/day1/step500.pt": "day1/step_000500", "checkpoints/day1/step=500.ckpt": "day1/step_000500",
-    "checkpoints/day1/step_500": "day1/step_000500", "checkpoints/old/step_500.pt": "old/step_000500",
+    "checkpoints/day1/step_000500": "day1/step_000500",
+    "checkpoints/day1/step_000500/": "day1/step_000500",
+    "checkpoints/day1": "day1/step_005000",
+    "checkpoints/day1/": "day1/step_005000",
+    "checkpoints/day1/latest": "day1/step_005000",
+    "checkpoints/day1/latest.pt": "day1/step_005000",
+    "checkpoints/day1/last.pt": "day1/step_005000",
+    "checkpoints/day1/last.ckpt": "day1/step_005000",
+    "checkpoints/day1/last": "day1/step_005000",
+    "checkpoints/old/latest.pt": "old/step_007000",
+    "checkpoints/day1/best": "day1/step_001000",
+    "checkpoints/day1/best.pt": "day1/step_001000",
+    "checkpoints/day1/best-base.ckpt": "day1/step_001000",
+    "checkpoints/day1/step_000500.pt": "day1/step_000500",
+    "checkpoints/day1/step500.pt": "day1/step_000500",
+    "checkpoints/day1/step=500.ckpt": "day1/step_000500",
+    "checkpoints/day1/step_500": "day1/step_000500",
+    "checkpoints/old/step_500.pt": "old/step_000500",
     "checkpoints/day1/best-step=500.ckpt": "day1/step_000500",
-    "checkpoints/sunfish-epoch=00-step=5000.ckpt": "day1/step_005000", "checkpoints/last.ckpt": "day1/step_005000",
-    "checkpoints/latest.pt": "day1/step_005000", "checkpoints/best-base.ckpt": "day1/step_001000",
-    "checkpoints/step_000500.pt": "day1/step_000500", "checkpoints/step_007000.pt": "old/step_007000",
+    "checkpoints/sunfish-epoch=00-step=5000.ckpt": "day1/step_005000",
+    "checkpoints/last.ckpt": "day1/step_005000",
+    "checkpoints/latest.pt": "day1/step_005000",
+    "checkpoints/best-base.ckpt": "day1/step_001000",
+    "checkpoints/step_000500.pt": "day1/step_000500",
+    "checkpoints/step_007000.pt": "old/step_007000",
     "checkpoints/sunfish-epoch=00-step=7000.ckpt": "old/step_007000",
 }
-REFUSED = ["checkpoints/day1/step_000501.pt", "checkpoints/step_007001.pt", "checkpoints/day1/model.pt", "checkpoints",
-           "checkpoints/empty", "checkpoints/empty/last.ckpt", "nothing/last.ckpt", "nowhere/last.ckpt", "last.ckpt",
-           "", "checkpoints/day1/timestep500.pt", "checkpoints/day1/lastly.pt", "checkpoints/day1/x\0y", "x" * 5000,
-           "checkpoints/day1/LOCK", "checkpoints/day1/step_000500/model.safetensors"]
+REFUSED = [
+    "checkpoints/day1/step_000501.pt",
+    "checkpoints/step_007001.pt",
+    "checkpoints/day1/model.pt",
+    "checkpoints",
+    "checkpoints/empty",
+    "checkpoints/empty/last.ckpt",
+    "nothing/last.ckpt",
+    "nowhere/last.ckpt",
+    "last.ckpt",
+    "",
+    "checkpoints/day1/timestep500.pt",
+    "checkpoints/day1/lastly.pt",
+    "checkpoints/day1/x\0y",
+    "x" * 5000,
+    "checkpoints/day1/LOCK",
+    "checkpoints/day1/step_000500/model.safetensors",
+]
 
 
 def test_every_spelling(runs, capsys):
@@ -427,23 +528,39 @@ def test_every_spelling(runs, capsys):
         for use in (ck.resolve, ck.load):
             with pytest.raises(UserError):
                 use(typed)
-    with pytest.raises(UserError, match="checkpoints/day1/step_001000, checkpoints/day1/step_005000"):
+    with pytest.raises(
+        UserError, match="checkpoints/day1/step_001000, checkpoints/day1/step_005000"
+    ):
         ck.resolve("checkpoints/day1/step_000501.pt")
-    shutil.copytree("checkpoints/day1/step_000500", "my model")  # a checkpoint is whole under any name
+    # a checkpoint is whole under any name
+    shutil.copytree("checkpoints/day1/step_000500", "my model")
     assert ck.load("my model").step == 500
     put("checkpoints/old", 7001)                      # now the newest run
     assert ck.resolve("checkpoints/last.ckpt").as_posix() == "checkpoints/old/step_007001"
 
 
 def test_a_resume_does_not_choose_between_runs(runs):
-    """It writes into the run: only `last` means the newest of several, any other name has to fit one run alone."""
+    """It writes into the run: only `last` means the newest of several, any other name has to fit
+    one run alone.
+    """
     def resumed(typed):
         return ck.candidates(typed, guess=False)[0].as_posix()
-    assert resumed("checkpoints/last.ckpt") == resumed("checkpoints/latest.pt") == "checkpoints/day1/step_005000"
+
+    assert (
+        resumed("checkpoints/last.ckpt")
+        == resumed("checkpoints/latest.pt")
+        == "checkpoints/day1/step_005000"
+    )
     assert resumed("checkpoints/sunfish-epoch=00-step=7000.ckpt") == "checkpoints/old/step_007000"
     assert resumed("checkpoints/day1/best-base.ckpt") == "checkpoints/day1/step_001000"
-    for typed in ("checkpoints/best-base.ckpt", "checkpoints/best.ckpt", "checkpoints/step_000500.pt"):
-        with pytest.raises(UserError, match=r"there is no checkpoint .*day1/step_005000.*old/step_000500"):
+    for typed in (
+        "checkpoints/best-base.ckpt",
+        "checkpoints/best.ckpt",
+        "checkpoints/step_000500.pt",
+    ):
+        with pytest.raises(
+            UserError, match=r"there is no checkpoint .*day1/step_005000.*old/step_000500"
+        ):
             resumed(typed)
     shutil.rmtree("checkpoints/old")
     assert resumed("checkpoints/best.ckpt") == "checkpoints/day1/step_001000"
@@ -484,11 +601,17 @@ def test_a_link_in_the_way_is_removed_and_what_it_names_stays(tmp_path):
     for name in (".trash-x-1", ".tmp-x-1", ".old-step_000005"):
         (tmp_path / "run" / name).symlink_to(mine)
     with ck.run_lock(tmp_path / "run"):
-        assert not leftovers(tmp_path / "run") and (mine / "file").exists() and value_of(tmp_path / "run")[0] == 5
+        assert (
+            not leftovers(tmp_path / "run")
+            and (mine / "file").exists()
+            and value_of(tmp_path / "run")[0] == 5
+        )
 
 
 def test_best_is_named_before_latest(tmp_path, monkeypatch):
-    """A kill between them: the resume saves that step again, and as the best again. The other way round, never."""
+    """A kill between them: the resume saves that step again, and as the best again. The other way
+    round, never.
+    """
     put(tmp_path, 1, best=True)
     real = replace_file
 
@@ -503,7 +626,9 @@ def test_best_is_named_before_latest(tmp_path, monkeypatch):
 
 
 def test_a_file_that_shrinks_as_it_is_published_is_no_checkpoint(tmp_path, monkeypatch):
-    """Some network file systems lose the end of a file: the sizes are looked at once more under the final name."""
+    """Some network file systems lose the end of a file: the sizes are looked at once more under the
+    final name.
+    """
     put(tmp_path, 1)
     real = rename
 
@@ -514,17 +639,23 @@ def test_a_file_that_shrinks_as_it_is_published_is_no_checkpoint(tmp_path, monke
     monkeypatch.setattr(ck, "rename", lossy)
     with pytest.raises(OSError, match="another size"):
         put(tmp_path, 2)
-    assert list(ck.list_steps(tmp_path)) == [1] and value_of(tmp_path)[0] == 1 and not leftovers(tmp_path)
+    assert (
+        list(ck.list_steps(tmp_path)) == [1]
+        and value_of(tmp_path)[0] == 1
+        and not leftovers(tmp_path)
+    )
 
 
 def test_pointers_that_are_gone_or_stale(runs, capsys):
     os.unlink("checkpoints/day1/latest")
-    assert ck.load("checkpoints/day1").step == 5000 and "latest is missing" in capsys.readouterr().err
+    assert (
+        ck.load("checkpoints/day1").step == 5000 and "latest is missing" in capsys.readouterr().err
+    )
     for text in ("", "step_9", "../old/step_000500\n", "step_000500/../../x", "\udcff"):
         with open("checkpoints/day1/latest", "w", errors="surrogateescape") as f:
             f.write(text)
         assert ck.load("checkpoints/day1/last.pt").step == 5000
-    put("checkpoints/day1", 0)                        # a run that was started again: latest decides, not the number
+    put("checkpoints/day1", 0)  # a run that was started again: latest decides, not the number
     assert ck.load("checkpoints/day1").step == 0
     (runs / "checkpoints/day1/step_001000/MANIFEST.json").unlink()
     put("checkpoints/day1", 1000)
@@ -533,20 +664,27 @@ def test_pointers_that_are_gone_or_stale(runs, capsys):
     assert ck.load("checkpoints/day1").step == 1000   # the one before it, although 5000 is there
 
 
-# ---------------------------------------------------------------------------------------------- saving and keeping
+# ----------------------------------------------------------------------------------------------
+# saving and keeping
 
 def test_what_is_kept(tmp_path):
     for step in range(1, 8):
         put(tmp_path, step, best=step == 2, keep_last=3, keep_full=2)
     assert list(ck.list_steps(tmp_path)) == [2, 5, 6, 7]
-    full = [s for s, folder in ck.list_steps(tmp_path).items() if (folder / "optimizer.safetensors").exists()]
+    full = [
+        s
+        for s, folder in ck.list_steps(tmp_path).items()
+        if (folder / "optimizer.safetensors").exists()
+    ]
     assert full == [6, 7]
     for folder in ck.list_steps(tmp_path).values():
         ck.verify(folder)
     assert ck.load(tmp_path / "step_000005", parts=PARTS).optimizer is None
-    (tmp_path / "step_000005" / "optimizer.safetensors").write_bytes(b"from a kill between the manifest and the file")
+    (tmp_path / "step_000005" / "optimizer.safetensors").write_bytes(
+        b"from a kill between the manifest and the file"
+    )
     assert ck.load(tmp_path / "step_000005", parts=PARTS).optimizer is None
-    put(tmp_path, 3, keep_last=2)                     # rewound: what was just saved stays, and counts as the newest
+    put(tmp_path, 3, keep_last=2)  # rewound: what was just saved stays, and counts as the newest
     assert list(ck.list_steps(tmp_path)) == [2, 3] and value_of(tmp_path)[0] == 3
     for step in range(10, 14):
         put(tmp_path, step, keep_full=0)
@@ -555,15 +693,29 @@ def test_what_is_kept(tmp_path):
 
 def test_tied_shared_and_unusual_tensors(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
-    model = {"a": base, "tied": base, "row": base[1], "t": base.T, "i": torch.tensor(3), "h": base.bfloat16(),
-             "b": torch.tensor([True]), "param": torch.nn.Parameter(base * 2)}
+    model = {
+        "a": base,
+        "tied": base,
+        "row": base[1],
+        "t": base.T,
+        "i": torch.tensor(3),
+        "h": base.bfloat16(),
+        "b": torch.tensor([True]),
+        "param": torch.nn.Parameter(base * 2),
+    }
     folder = ck.save(tmp_path, 1, model_state=model, state={}, config={}, tokenizer_bytes=b"")
     saved = ck.load(tmp_path).model
     assert saved.keys() == model.keys()
     assert all(torch.equal(saved[k], v) and saved[k].dtype == v.dtype for k, v in model.items())
     assert saved["a"] is saved["tied"]
-    alone = ck.save(tmp_path, 2, model_state={k: v for k, v in model.items() if k != "tied"}, state={}, config={},
-                    tokenizer_bytes=b"")
+    alone = ck.save(
+        tmp_path,
+        2,
+        model_state={k: v for k, v in model.items() if k != "tied"},
+        state={},
+        config={},
+        tokenizer_bytes=b"",
+    )
     sizes = [(f / "model.safetensors").stat().st_size for f in (folder, alone)]
     assert sizes[0] - sizes[1] < base.nbytes
     saved["a"].zero_()                                # no map of the file
@@ -575,15 +727,23 @@ def test_what_must_not_be_saved(tmp_path):
     before = sorted(os.listdir(tmp_path))
     good = {"state": {}, "config": {}, "tokenizer_bytes": b""}
     nan = {"w": torch.tensor([0.0, float("nan")])}
-    for parts in ({"model_state": nan}, {"model_state": {"w": torch.ones(1)}, "optimizer_state": nan},
-                  {"model_state": {"w": torch.full((2,), -torch.inf, dtype=torch.bfloat16)}}):
+    for parts in (
+        {"model_state": nan},
+        {"model_state": {"w": torch.ones(1)}, "optimizer_state": nan},
+        {"model_state": {"w": torch.full((2,), -torch.inf, dtype=torch.bfloat16)}},
+    ):
         with pytest.raises(FloatingPointError, match="w holds NaN"):
             ck.save(tmp_path, 2, **parts, **good)
     for model in ({}, {"_orig_mod.w": torch.ones(1)}, {"w": torch.ones(0)}):
         with pytest.raises(AssertionError):
             ck.save(tmp_path, 2, model_state=model, **good)
     with pytest.raises(ValueError):
-        ck.save(tmp_path, 2, model_state={"w": torch.ones(1)}, **{**good, "state": {"best": float("inf")}})
+        ck.save(
+            tmp_path,
+            2,
+            model_state={"w": torch.ones(1)},
+            **{**good, "state": {"best": float("inf")}},
+        )
     assert sorted(os.listdir(tmp_path)) == before and value_of(tmp_path) == (1, 1.0)
 
 
@@ -602,14 +762,17 @@ def test_load_into_is_strict():
     good = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
     ck.load_into(model, good)
     assert model.weight.sum() == 6
-    for tensors, text in (({**good, "bias": torch.zeros(3)}, r"bias is \(3,\) there and \(2,\) here"),
-                          ({"weight": good["weight"]}, "bias is missing there"),
-                          ({**good, "x": good["bias"]}, "x is .* missing here")):
+    for tensors, text in (
+        ({**good, "bias": torch.zeros(3)}, r"bias is \(3,\) there and \(2,\) here"),
+        ({"weight": good["weight"]}, "bias is missing there"),
+        ({**good, "x": good["bias"]}, "x is .* missing here"),
+    ):
         with pytest.raises(UserError, match=text):
             ck.load_into(model, tensors)
 
 
-# ---------------------------------------------------------------------------------------------- one writer
+# ---------------------------------------------------------------------------------------------- one
+# writer
 
 def test_the_second_trainer_is_refused(tmp_path):
     ready, pid = os.pipe(), os.fork()
@@ -630,6 +793,8 @@ def test_the_second_trainer_is_refused(tmp_path):
     (tmp_path / "run" / ".tmp-step_000009-1").mkdir()
     for _ in range(2):
         with ck.run_lock(tmp_path / "run"):
-            assert (tmp_path / "run" / "LOCK").read_text() == str(os.getpid()) and not leftovers(tmp_path / "run")
+            assert (tmp_path / "run" / "LOCK").read_text() == str(os.getpid()) and not leftovers(
+                tmp_path / "run"
+            )
     for end in ready:
         os.close(end)

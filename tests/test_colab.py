@@ -1,4 +1,6 @@
-"""The one-shot: its verdict on itself, back-off when memory runs out, saves by the clock, copies on a drive, its notebook."""
+"""The one-shot: its verdict on itself, back-off when memory runs out, saves by the clock, copies on
+a drive, its notebook.
+"""
 import ast
 import dataclasses
 import importlib
@@ -37,16 +39,25 @@ from training import drive, recovery
 BASE = {"event": "train", "skipped": 0, "step_ms": 100.0, "mask": 0.5}
 
 
-# ---- the verdict ------------------------------------------------------------------------------------------------------
+# ---- the verdict ---------------------------------------------------------------------------------
 
 def good_log(steps=500):
     meta = {"event": "meta", "config": {"args": {"save_interval": 100, "keep_last": 0}}}
-    return [meta, *({**BASE, "step": s, "loss": 9 - 2 * s / 500} for s in range(1, steps + 1) if s <= 20 or s % 10 == 0)]
+    return [
+        meta,
+        *(
+            {**BASE, "step": s, "loss": 9 - 2 * s / 500}
+            for s in range(1, steps + 1)
+            if s <= 20 or s % 10 == 0
+        ),
+    ]
 
 
 def good_samples():
-    return [{"prompt": p, "text": " मैं kal गया", "ids": list(range(40 * i, 40 * i + 40)), "special": 0}
-            for i, p in enumerate(config.PROMPTS)]
+    return [
+        {"prompt": p, "text": " मैं kal गया", "ids": list(range(40 * i, 40 * i + 40)), "special": 0}
+        for i, p in enumerate(config.PROMPTS)
+    ]
 
 
 def failed(lines):
@@ -54,8 +65,14 @@ def failed(lines):
 
 
 def test_a_good_run_passes_everything():
-    lines = check_run.judge(good_log(), dict.fromkeys(range(100, 501, 100), True), 500, good_samples())
-    assert not failed(lines) and check_run.passed(lines) is True and {line.step for line in lines} == {20, 100, 500}
+    lines = check_run.judge(
+        good_log(), dict.fromkeys(range(100, 501, 100), True), 500, good_samples()
+    )
+    assert (
+        not failed(lines)
+        and check_run.passed(lines) is True
+        and {line.step for line in lines} == {20, 100, 500}
+    )
 
 
 def spoil(step, **values):
@@ -63,46 +80,92 @@ def spoil(step, **values):
 
 
 def spoil_all(**values):
-    return lambda run: run.update(log=[{**e, **values} if e["event"] == "train" else e for e in run["log"]])
+    return lambda run: run.update(
+        log=[{**e, **values} if e["event"] == "train" else e for e in run["log"]]
+    )
 
 
 def spoil_text(**values):
     return lambda run: run["samples"][2].update(values)
 
 
-BROKEN = {          # what is broken -> the criteria that have to fail, and no other
+BROKEN = {  # what is broken -> the criteria that have to fail, and no other
     "a loss that is not finite": (spoil(7, loss=None), ["loss finite"]),
     "a step that was skipped": (spoil(20, skipped=1), ["loss finite"]),
     "a mask too low": (spoil(3, mask=0.14), ["mask metric in range"]),
     "a mask too high": (spoil(3, mask=0.91), ["mask metric in range"]),
     "a step of blocks, all hidden": (spoil(3, mask=1.0, block=4), ["mask metric in range"]),
-    "three slow steps": (lambda run: [spoil(s, step_ms=301)(run) for s in (6, 9, 12)], ["throughput stable"]),
-    "a rising loss": (lambda run: run["log"].reverse() or run.update(log=[
-        {**e, "loss": 9 + e["step"] / 500} if e["event"] == "train" else e for e in run["log"]]),
-        ["loss falls", "loss down by 10 %", "loss down by 20 %, the target"]),
-    "a flat end": (lambda run: run.update(log=[{**e, "loss": max(e["loss"], 8.2)} if "loss" in e else e for e in run["log"]]),
-                   ["loss down by 10 %", "loss down by 20 %, the target"]),
-    "15 % down": (lambda run: run.update(log=[{**e, "loss": max(e["loss"], 7.6)} if "loss" in e else e for e in run["log"]]),
-                  ["loss down by 20 %, the target"]),
+    "three slow steps": (
+        lambda run: [spoil(s, step_ms=301)(run) for s in (6, 9, 12)],
+        ["throughput stable"],
+    ),
+    "a rising loss": (
+        lambda run: (
+            run["log"].reverse()
+            or run.update(
+                log=[
+                    {**e, "loss": 9 + e["step"] / 500} if e["event"] == "train" else e
+                    for e in run["log"]
+                ]
+            )
+        ),
+        ["loss falls", "loss down by 10 %", "loss down by 20 %, the target"],
+    ),
+    "a flat end": (
+        lambda run: run.update(
+            log=[{**e, "loss": max(e["loss"], 8.2)} if "loss" in e else e for e in run["log"]]
+        ),
+        ["loss down by 10 %", "loss down by 20 %, the target"],
+    ),
+    "15 % down": (
+        lambda run: run.update(
+            log=[{**e, "loss": max(e["loss"], 7.6)} if "loss" in e else e for e in run["log"]]
+        ),
+        ["loss down by 20 %, the target"],
+    ),
     "no checkpoint at 100": (lambda run: run["folders"].pop(100), ["checkpoint files"]),
-    "the newest is damaged": (lambda run: run["folders"].update({500: False}), ["checkpoint files"]),
+    "the newest is damaged": (
+        lambda run: run["folders"].update({500: False}),
+        ["checkpoint files"],
+    ),
     "no latest": (lambda run: run.update(latest=None), ["checkpoint files"]),
     "a mask token in the text": (spoil_text(special=1), ["text is valid"]),
     "broken UTF-8": (spoil_text(text="मैं \ufffd kal"), ["text is valid"]),
-    "a foreign script": (lambda run: [s.update(text="これは文です kal") for s in run["samples"]], ["script"]),
+    "a foreign script": (
+        lambda run: [s.update(text="これは文です kal") for s in run["samples"]],
+        ["script"],
+    ),
     "one text that repeats itself": (spoil_text(ids=[7, 8] * 20), ["no text repeats itself"]),
     "an empty text": (spoil_text(ids=[]), ["no text repeats itself"]),
-    "the same few tokens everywhere": (lambda run: [s.update(ids=[1, 2, 3, 4, 5] * 20 + s["ids"]) for s in run["samples"]],
-                                       ["no few tokens everywhere"]),
-    "two equal texts": (lambda run: run["samples"][1].update(ids=run["samples"][0]["ids"]), ["no two texts equal"]),
-    "no samples at all": (lambda run: run.update(samples=None), ["text is valid", "script", "no text repeats itself",
-                                                                  "no few tokens everywhere", "no two texts equal"]),
+    "the same few tokens everywhere": (
+        lambda run: [s.update(ids=[1, 2, 3, 4, 5] * 20 + s["ids"]) for s in run["samples"]],
+        ["no few tokens everywhere"],
+    ),
+    "two equal texts": (
+        lambda run: run["samples"][1].update(ids=run["samples"][0]["ids"]),
+        ["no two texts equal"],
+    ),
+    "no samples at all": (
+        lambda run: run.update(samples=None),
+        [
+            "text is valid",
+            "script",
+            "no text repeats itself",
+            "no few tokens everywhere",
+            "no two texts equal",
+        ],
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_each_criterion_can_fail_alone(what):
-    run = dict(log=good_log(), folders=dict.fromkeys(range(100, 501, 100), True), latest=500, samples=good_samples())
+    run = dict(
+        log=good_log(),
+        folders=dict.fromkeys(range(100, 501, 100), True),
+        latest=500,
+        samples=good_samples(),
+    )
     breaks, wanted = BROKEN[what]
     breaks(run)
     lines = check_run.judge(run["log"], run["folders"], run["latest"], run["samples"])
@@ -118,41 +181,70 @@ def test_a_short_run_is_neither_good_nor_bad():
     lines = check_run.judge(good_log(12), {12: True}, 12, good_samples())
     assert {line.ok for line in lines} == {None} and check_run.passed(lines) is None
     lines = check_run.judge(good_log(40), {40: True}, 40, good_samples())
-    assert {line.step for line in lines if line.ok} == {20} and {line.ok for line in lines if line.step > 20} == {None}
-    again = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 0.99}]        # done again after a resume: the later counts
+    assert {line.step for line in lines if line.ok} == {20} and {
+        line.ok for line in lines if line.step > 20
+    } == {None}
+    # done again after a resume: the later counts
+    again = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 0.99}]
     assert failed(check_run.judge(again, {}, None, None)) == ["mask metric in range"]
-    single = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 1.0, "block": 1}]     # a block of one token is all hidden
+    # a block of one token is all hidden
+    single = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 1.0, "block": 1}]
     assert not failed(check_run.judge(single, {}, None, None))
     part = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 0.5, "block": 1}]
     assert failed(check_run.judge(part, {}, None, None)) == ["mask metric in range"]
 
 
 def corrupted(steps=500, **settings):
-    """The log of a run of which only the corruption is real: pick_blocks and draw, as training calls them."""
-    args = config.TrainArgs(**{"seq_len": 64, "batch_size": 16, "grad_accum": 1, "max_steps": 500, **settings})
+    """The log of a run of which only the corruption is real: pick_blocks and draw, as training
+    calls them.
+    """
+    args = config.TrainArgs(
+        **{"seq_len": 64, "batch_size": 16, "grad_accum": 1, "max_steps": 500, **settings}
+    )
     rows = args.batch_size * args.grad_accum
     log = [{"event": "meta", "config": {"args": to_dict(args, config.TrainArgs)}}]
     for step in range(steps):
         chance = args.single_chance(step)
-        block, first = masking.pick_blocks(args.block_choices, args.seq_len, args.seed, step, chance)
+        block, first = masking.pick_blocks(
+            args.block_choices, args.seq_len, args.seed, step, chance
+        )
         if args.causal:
             draw = masking.whole_rows(rows, args.seq_len)
         else:
             draw = masking.draw(args, args.seed, step, rows, args.seq_len, block, first)
-        log.append({**BASE, "step": step + 1, "loss": 9 - step / 250, "mask": draw.hidden / (rows * args.seq_len),
-                    "block": block, "first": first, "seq_len": args.seq_len, "global_batch": rows})
+        log.append(
+            {
+                **BASE,
+                "step": step + 1,
+                "loss": 9 - step / 250,
+                "mask": draw.hidden / (rows * args.seq_len),
+                "block": block,
+                "first": first,
+                "seq_len": args.seq_len,
+                "global_batch": rows,
+            }
+        )
     return log
 
 
 def mask_line(log):
-    [line] = [line for line in check_run.judge(log, {}, None, None) if line.name == "mask metric in range"]
+    [line] = [
+        line for line in check_run.judge(log, {}, None, None) if line.name == "mask metric in range"
+    ]
     return line
 
 
-MASKS = {"the default mixture": {}, "whole rows": dict(train_block_sizes="T"), "short blocks": dict(train_block_sizes="T,4,2"),
-         "cosine": dict(train_block_sizes="T,8", mask_schedule="cosine"), "levels": dict(time_mode="discrete", timesteps=4),
-         "independent times": dict(timestep_sampling="uniform", batch_size=4), "spans": dict(masking_strategy="span"),
-         "nearly all": dict(train_block_sizes="T,8", min_mask_rate=0.9), "little": dict(max_mask_rate=0.2)}
+MASKS = {
+    "the default mixture": {},
+    "whole rows": dict(train_block_sizes="T"),
+    "short blocks": dict(train_block_sizes="T,4,2"),
+    "cosine": dict(train_block_sizes="T,8", mask_schedule="cosine"),
+    "levels": dict(time_mode="discrete", timesteps=4),
+    "independent times": dict(timestep_sampling="uniform", batch_size=4),
+    "spans": dict(masking_strategy="span"),
+    "nearly all": dict(train_block_sizes="T,8", min_mask_rate=0.9),
+    "little": dict(max_mask_rate=0.2),
+}
 
 
 @pytest.mark.parametrize("what", MASKS)
@@ -162,9 +254,13 @@ def test_the_mask_criterion_passes_the_real_corruption_and_no_other(what, monkey
     assert line.ok is True, line.number
     assert "20 steps with blocks of several tokens" in line.number
     real = masking.alpha
-    broken = {"everything is hidden": lambda *bounds: 0 * real(*bounds),
-              "nothing but the least is hidden": lambda *bounds: 1 + 0 * real(*bounds),
-              "the rates of another range": lambda t, schedule, low, high: real(t, schedule, 0.4 * low, 0.5 * high)}
+    broken = {
+        "everything is hidden": lambda *bounds: 0 * real(*bounds),
+        "nothing but the least is hidden": lambda *bounds: 1 + 0 * real(*bounds),
+        "the rates of another range": lambda t, schedule, low, high: real(
+            t, schedule, 0.4 * low, 0.5 * high
+        ),
+    }
     for name, alpha in broken.items():
         monkeypatch.setattr(masking, "alpha", alpha)
         line = mask_line(corrupted(60, **settings))
@@ -172,7 +268,9 @@ def test_the_mask_criterion_passes_the_real_corruption_and_no_other(what, monkey
 
 
 def test_the_mask_criterion_waits_for_a_step_that_can_tell():
-    """The default mixture begins with blocks of one token, all hidden: 20 such steps say nothing of the corruption."""
+    """The default mixture begins with blocks of one token, all hidden: 20 such steps say nothing of
+    the corruption.
+    """
     log = corrupted(20)
     assert {e["block"] for e in log[1:]} == {1}
     assert mask_line(log).ok is None and "none has longer blocks yet" in mask_line(log).number
@@ -199,18 +297,27 @@ def test_special_tokens_of_a_text_are_counted(here, monkeypatch):
 def test_check_run_reads_a_real_run(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(trained)
     run = "checkpoints/eco_hybrid_hi"
-    code = evaluate.main(["--check_run", run, "--out_json", str(tmp_path / "v.json"), "--threads", "1"])
+    code = evaluate.main(
+        ["--check_run", run, "--out_json", str(tmp_path / "v.json"), "--threads", "1"]
+    )
     assert code == 1, "12 steps are not 500"
     shown = capsys.readouterr().out
     assert shown.count("not reached") >= 11 and "verdict: not reached" in shown
     saved = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))
-    assert [s["prompt"] for s in saved["samples"]] == list(config.PROMPTS) and saved["step"] == 12 and saved["passed"] is None
+    assert (
+        [s["prompt"] for s in saved["samples"]] == list(config.PROMPTS)
+        and saved["step"] == 12
+        and saved["passed"] is None
+    )
     words = ["--prompt", config.PROMPTS[0], *(f"--{k}={v}" for k, v in check_run.SETTINGS.items())]
-    sample.main([run, *words, "--precision", "fp32", "--threads", "1"])         # the runbook's sampling command
-    assert capsys.readouterr().out.strip() == (config.PROMPTS[0] + saved["samples"][0]["text"]).strip()
+    # the runbook's sampling command
+    sample.main([run, *words, "--precision", "fp32", "--threads", "1"])
+    assert (
+        capsys.readouterr().out.strip() == (config.PROMPTS[0] + saved["samples"][0]["text"]).strip()
+    )
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_fewer_rows_divide_the_step(micro, accum):
@@ -219,7 +326,9 @@ def test_fewer_rows_divide_the_step(micro, accum):
 
 
 def limited(most, monkeypatch, error=torch.OutOfMemoryError, from_step=0):
-    """The real loss, on a machine where more rows than `most` do not fit -> the row counts that were tried."""
+    """The real loss, on a machine where more rows than `most` do not fit -> the row counts that
+    were tried.
+    """
     real, tried = masking.denoising_loss, []
 
     def loss(model, x0, *rest, **more):
@@ -231,22 +340,44 @@ def limited(most, monkeypatch, error=torch.OutOfMemoryError, from_step=0):
     return tried
 
 
-@pytest.mark.parametrize("from_step", [0, 7])            # found by the probe, and in the middle of a step
+@pytest.mark.parametrize("from_step", [0, 7])  # found by the probe, and in the middle of a step
 def test_out_of_memory_changes_no_gradient(text, tmp_path, monkeypatch, capsys, from_step):
-    shape = ("--batch_size", 8, "--grad_accum", 2, "--max_steps", 4, "--eval_interval", 0, "--auto_batch")
+    shape = (
+        "--batch_size",
+        8,
+        "--grad_accum",
+        2,
+        "--max_steps",
+        4,
+        "--eval_interval",
+        0,
+        "--auto_batch",
+    )
     assert fresh(text, tmp_path / "whole", *shape) == 0
     with monkeypatch.context() as patch:
         tried = limited(2, patch, from_step=from_step)
         assert fresh(text, tmp_path / "less", *shape) == 0
     told = capsys.readouterr().err
-    assert {8, 4, 2} <= set(tried) and tried[-1] == 2 and "8 forwards per step, the same 256 tokens" in told
+    assert (
+        {8, 4, 2} <= set(tried)
+        and tried[-1] == 2
+        and "8 forwards per step, the same 256 tokens" in told
+    )
     whole, less = (log(tmp_path / name) for name in ("whole", "less"))
-    assert [e["tokens_seen"] for e in whole] == [e["tokens_seen"] for e in less] == [256, 512, 768, 1024]
+    assert (
+        [e["tokens_seen"] for e in whole]
+        == [e["tokens_seen"] for e in less]
+        == [256, 512, 768, 1024]
+    )
     for a, b in zip(whole, less, strict=True):
         assert (a["mask"], a["global_batch"]) == (b["mask"], b["global_batch"])
-        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5) and a["gnorm"] == pytest.approx(b["gnorm"], abs=2e-4)
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5) and a["gnorm"] == pytest.approx(
+            b["gnorm"], abs=2e-4
+        )
     saved = checkpoint.load(tmp_path / "less").config["args"]
-    assert (saved["batch_size"], saved["grad_accum"]) == (8, 2), "what was asked for: another machine may hold it"
+    assert (saved["batch_size"], saved["grad_accum"]) == (8, 2), (
+        "what was asked for: another machine may hold it"
+    )
 
 
 @pytest.mark.parametrize("flag, rows", [("--auto_batch", 1), ("--no_auto_batch", 4)])
@@ -267,35 +398,91 @@ def test_another_error_is_no_lack_of_memory(text, tmp_path, monkeypatch):
 
 
 def test_the_probe_counts_what_comes_later(monkeypatch, capsys):
-    """Rows that fit by themselves, but not with what the optimizer will take at its first step, are too many."""
+    """Rows that fit by themselves, but not with what the optimizer will take at its first step, are
+    too many.
+    """
     monkeypatch.setattr(recovery, "room", lambda device: 10e9)
-    monkeypatch.setattr(recovery.runtime, "peak_memory_mb", lambda device: now["rows"] * 1e9 / 2 ** 20)
+    monkeypatch.setattr(
+        recovery.runtime, "peak_memory_mb", lambda device: now["rows"] * 1e9 / 2**20
+    )
     args, now, said = config.ColabArgs(batch_size=8, grad_accum=4), {}, []
     for later, wanted in ((0, 8), (2e9, 4), (7e9, 2)):
-        micro = recovery.measured(lambda n: now.update(rows=n), 8, 32, args, torch.device("cpu"), later, lambda: None, said.append)
+        micro = recovery.measured(
+            lambda n: now.update(rows=n),
+            8,
+            32,
+            args,
+            torch.device("cpu"),
+            later,
+            lambda: None,
+            said.append,
+        )
         assert micro == wanted and f"{32 // wanted} forwards per step" in said[-1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
 def test_real_lack_of_memory(text, tmp_path):
-    """A child that may take 220 MB more than it has: 256 rows of 64 do not fit, fewer do, and the step stays whole."""
-    script = ("import resource, sys, torch, train, config, model\n"
-              "from common import console, machine\nfrom sampling import decode\nfrom text import dataset, tokenizer\n"
-              "from training import drive, optim, recovery\n"
-              "machine.start(1); torch.ones(64, 64) @ torch.ones(64, 64)\n"
-              "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + 220 * 2 ** 20\n"
-              "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
-              "console.run(train.main, sys.argv[1:])")
-    words = ("--data_dir", text, "--output_dir", tmp_path / "run", "--d_model", 64, "--n_layers", 2, "--n_heads", 2,
-             "--d_ff", 128, "--seq_len", 64, "--batch_size", 256, "--grad_accum", 1, "--max_steps", 1, "--eval_interval", 0,
-             "--threads", 1, "--no_amp", "--no_show_samples", "--auto_batch", "--train_block_sizes", "T", "--memory_slots", 2)
-    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    """A child that may take 220 MB more than it has: 256 rows of 64 do not fit, fewer do, and the
+    step stays whole.
+    """
+    script = (
+        "import resource, sys, torch, train, config, model\n"
+        "from common import console, machine\nfrom sampling import decode\nfrom text import "
+        "dataset, tokenizer\n"
+        "from training import drive, optim, recovery\n"
+        "machine.start(1); torch.ones(64, 64) @ torch.ones(64, 64)\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + 220 * 2 ** 20\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
+        "console.run(train.main, sys.argv[1:])"
+    )
+    words = (
+        "--data_dir",
+        text,
+        "--output_dir",
+        tmp_path / "run",
+        "--d_model",
+        64,
+        "--n_layers",
+        2,
+        "--n_heads",
+        2,
+        "--d_ff",
+        128,
+        "--seq_len",
+        64,
+        "--batch_size",
+        256,
+        "--grad_accum",
+        1,
+        "--max_steps",
+        1,
+        "--eval_interval",
+        0,
+        "--threads",
+        1,
+        "--no_amp",
+        "--no_show_samples",
+        "--auto_batch",
+        "--train_block_sizes",
+        "T",
+        "--memory_slots",
+        2,
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "notice: out of memory with 256 x 64" in done.stderr and log(tmp_path / "run")[-1]["tokens_seen"] == 256 * 64
+    assert (
+        "notice: out of memory with 256 x 64" in done.stderr
+        and log(tmp_path / "run")[-1]["tokens_seen"] == 256 * 64
+    )
 
 
-# ---- the clock, the drive ---------------------------------------------------------------------------------------------
+# ---- the clock, the drive ------------------------------------------------------------------------
 
 def test_saving_by_the_clock_changes_no_result(text, tmp_path):
     quiet = ("--max_steps", 9, "--eval_interval", 0, "--save_interval", 100)
@@ -315,13 +502,31 @@ def flip(path):
 
 
 def test_a_run_outlives_its_machine(text, tmp_path, capsys):
-    """Saved to the drive, the machine is gone, the newest copy has a flipped bit: the one before goes on to the same end."""
+    """Saved to the drive, the machine is gone, the newest copy has a flipped bit: the one before
+    goes on to the same end.
+    """
     away = ("--drive", tmp_path / "drive", "--save_interval", 2, "--eval_interval", 4)
-    assert fresh(text, tmp_path / "whole/run", "--max_steps", 8, "--save_interval", 2, "--eval_interval", 4) == 0
+    assert (
+        fresh(
+            text,
+            tmp_path / "whole/run",
+            "--max_steps",
+            8,
+            "--save_interval",
+            2,
+            "--eval_interval",
+            4,
+        )
+        == 0
+    )
     assert fresh(text, tmp_path / "a/run", "--max_steps", 8, *away) == 0
     there = tmp_path / "drive/run"
     kept = checkpoint.list_steps(there)
-    assert list(kept)[-1] == 8 and 2 <= len(kept) <= drive.KEPT + 1 and all(checkpoint.verify(folder) for folder in kept.values())
+    assert (
+        list(kept)[-1] == 8
+        and 2 <= len(kept) <= drive.KEPT + 1
+        and all(checkpoint.verify(folder) for folder in kept.values())
+    )
     assert (there / "train.jsonl").read_bytes() == (tmp_path / "a/run/train.jsonl").read_bytes()
     assert not list(there.glob(".*"))
     flip(kept[8] / "model.safetensors")
@@ -338,29 +543,60 @@ def test_a_run_outlives_its_machine(text, tmp_path, capsys):
 def test_a_failing_drive_never_stops_training(text, tmp_path, capsys):
     (tmp_path / "drive").mkdir()
     (tmp_path / "drive/run").write_text("in the way")
-    assert fresh(text, tmp_path / "run", "--max_steps", 4, "--save_interval", 2, "--drive", tmp_path / "drive") == 0
-    assert capsys.readouterr().err.count("could not be copied") >= 2 and list(checkpoint.list_steps(tmp_path / "run")) == [2, 4]
+    assert (
+        fresh(
+            text,
+            tmp_path / "run",
+            "--max_steps",
+            4,
+            "--save_interval",
+            2,
+            "--drive",
+            tmp_path / "drive",
+        )
+        == 0
+    )
+    assert capsys.readouterr().err.count("could not be copied") >= 2 and list(
+        checkpoint.list_steps(tmp_path / "run")
+    ) == [2, 4]
     flip(tmp_path / "run/step_000004/model.safetensors")
     (tmp_path / "drive/run").unlink()
     told = []
-    assert not drive.store(tmp_path / "run/step_000004", tmp_path / "drive", told.append), "a damaged one must not travel"
-    assert drive.store(tmp_path / "run/step_000002", tmp_path / "drive", told.append) and len(told) == 1
+    assert not drive.store(tmp_path / "run/step_000004", tmp_path / "drive", told.append), (
+        "a damaged one must not travel"
+    )
+    assert (
+        drive.store(tmp_path / "run/step_000002", tmp_path / "drive", told.append)
+        and len(told) == 1
+    )
     assert list(checkpoint.list_steps(tmp_path / "drive/run")) == [2]
 
 
 def test_a_drive_that_is_not_mounted_is_a_slip(text, tmp_path, capsys):
-    assert fresh(text, tmp_path / "run", "--max_steps", 4, "--drive", tmp_path / "drive/MyDrive/Aria") == 2
-    assert "mount" in capsys.readouterr().err and not (tmp_path / "drive").exists() and not (tmp_path / "run").exists()
+    assert (
+        fresh(text, tmp_path / "run", "--max_steps", 4, "--drive", tmp_path / "drive/MyDrive/Aria")
+        == 2
+    )
+    assert (
+        "mount" in capsys.readouterr().err
+        and not (tmp_path / "drive").exists()
+        and not (tmp_path / "run").exists()
+    )
 
 
-# ---- the one-shot and its notebook ------------------------------------------------------------------------------------
+# ---- the one-shot and its notebook ---------------------------------------------------------------
 
-TINY = ("--d_model 16 --n_layers 1 --n_heads 2 --d_ff 32 --memory_slots 2 --seq_len 32 --batch_size 2 --grad_accum 4 --threads 1 "
-        "--eval_interval 0 --live off --allow_cpu --no_compile --max_chars 60000 --tokenizer_vocab 400").split()
+TINY = (
+    "--d_model 16 --n_layers 1 --n_heads 2 --d_ff 32 --memory_slots 2 --seq_len 32 --batch_size 2 "
+    "--grad_accum 4 --threads 1 "
+    "--eval_interval 0 --live off --allow_cpu --no_compile --max_chars 60000 --tokenizer_vocab 400"
+).split()
 
 
 def test_the_one_shot_goes_on_by_itself_and_judges_itself(tmp_path, monkeypatch, capsys):
-    """Run, lose the machine (run and text), run again: both come back, and the run goes on. Then one that fails."""
+    """Run, lose the machine (run and text), run again: both come back, and the run goes on. Then
+    one that fails.
+    """
     here = [tmp_path / "a", tmp_path / "b"]
     for folder in here:
         folder.mkdir()
@@ -372,16 +608,32 @@ def test_the_one_shot_goes_on_by_itself_and_judges_itself(tmp_path, monkeypatch,
     monkeypatch.chdir(here[1])
     assert colab_train_eco.main([*words, "--max_steps", "21"]) == 0
     told = capsys.readouterr()
-    assert "is back in data" in told.err and "is back in checkpoints" in told.err and "PASS" in told.out
+    assert (
+        "is back in data" in told.err
+        and "is back in checkpoints" in told.err
+        and "PASS" in told.out
+    )
     run = here[1] / "checkpoints/eco_hybrid_hi"
-    assert log(run, "resume")[0]["step"] == 4 and [e["step"] for e in log(run)] == list(range(1, 22))
-    assert json.loads((run / "verdict.json").read_text(encoding="utf-8"))["criteria"][0]["ok"] is True
-    assert colab_train_eco.main([*words, "--max_steps", "21"]) == 0    # nothing left to do: judged again
-    with pytest.raises(UserError, match="--if_exists archive"):    # the advice after an OOM, in the same folder
+    assert log(run, "resume")[0]["step"] == 4 and [e["step"] for e in log(run)] == list(
+        range(1, 22)
+    )
+    assert (
+        json.loads((run / "verdict.json").read_text(encoding="utf-8"))["criteria"][0]["ok"] is True
+    )
+    # nothing left to do: judged again
+    assert colab_train_eco.main([*words, "--max_steps", "21"]) == 0
+    # the advice after an OOM, in the same folder
+    with pytest.raises(UserError, match="--if_exists archive"):
         colab_train_eco.main([*words, "--max_steps", "30", "--d_model", "32"])
-    real = masking.draw                                     # a corruption that hides far more than the settings ask for
-    monkeypatch.setattr(masking, "draw", lambda args, *rest: real(dataclasses.replace(args, min_mask_rate=0.97), *rest))
-    code = colab_train_eco.main([*words, "--max_steps", "20", "--if_exists", "suffix", "--train_block_sizes", "T,8"])
+    real = masking.draw  # a corruption that hides far more than the settings ask for
+    monkeypatch.setattr(
+        masking,
+        "draw",
+        lambda args, *rest: real(dataclasses.replace(args, min_mask_rate=0.97), *rest),
+    )
+    code = colab_train_eco.main(
+        [*words, "--max_steps", "20", "--if_exists", "suffix", "--train_block_sizes", "T,8"]
+    )
     told = capsys.readouterr().out
     assert log(here[1] / "checkpoints/eco_hybrid_hi_v2")[0]["mask"] > 0.96
     assert code == 1 and "FAIL" in told and "advice: mask out of range" in told
@@ -393,19 +645,31 @@ def follow(told, monkeypatch):
     for line in told.splitlines():
         for command in re.findall(r"python -m ((?:sample|evaluate|train|report) .*)", line):
             words = shlex.split(re.split(r"\s{3,}|;", command)[0])
-            small = {"sample": "--max_new_tokens 4", "evaluate": "--max_docs 2", "train": "--no_show_samples"}
+            small = {
+                "sample": "--max_new_tokens 4",
+                "evaluate": "--max_docs 2",
+                "train": "--no_show_samples",
+            }
             small = small.get(words[0], "").split()
-            assert conftest.call(importlib.import_module(words[0]).main, *words[1:], *small) == 0, command
+            assert conftest.call(importlib.import_module(words[0]).main, *words[1:], *small) == 0, (
+                command
+            )
             ran.append(words[0])
     return ran
 
 
 def test_the_one_shot_leaves_the_text_of_other_runs_alone(tmp_path, monkeypatch, capsys):
-    """Without a hub: the starter corpus of a starter run stays, bit for bit; what the one-shot prints to type next works."""
+    """Without a hub: the starter corpus of a starter run stays, bit for bit; what the one-shot
+    prints to type next works.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(config, "STARTER_CHARS", 60_000)
     monkeypatch.setattr(config, "STARTER_VOCAB", 500)
-    shape = [word for word in TINY if word not in ("--allow_cpu", "--max_chars", "60000", "--tokenizer_vocab", "400")]
+    shape = [
+        word
+        for word in TINY
+        if word not in ("--allow_cpu", "--max_chars", "60000", "--tokenizer_vocab", "400")
+    ]
     assert fresh_starter(shape) == 0
     before = conftest.tree(tmp_path / "data/builtin")
     words = [*TINY, "--device", "cpu", "--run_name", "one", "--no_show_samples"]
@@ -416,31 +680,75 @@ def test_the_one_shot_leaves_the_text_of_other_runs_alone(tmp_path, monkeypatch,
     assert {"sample", "evaluate", "train"} <= set(follow(told.out, monkeypatch))
     mine = conftest.tree(tmp_path / "data/one_shot")
     args, origins = cli.parse(config.ColabArgs, [*words, "--offline"], "colab_train_eco")
-    assert colab_train_eco.prepare_text(args, origins) == Path("data/one_shot")          # the same again: on the same text
-    args.max_chars = 40_000                                                              # another text: beside it
+    # the same again: on the same text
+    assert colab_train_eco.prepare_text(args, origins) == Path("data/one_shot")
+    args.max_chars = 40_000  # another text: beside it
     assert colab_train_eco.prepare_text(args, origins) == Path("data/one_shot_2")
-    assert conftest.tree(tmp_path / "data/one_shot") == mine and conftest.tree(tmp_path / "data/builtin") == before
-    for main, more in ((train.main, ("--resume", "checkpoints/starter", "--max_steps", "3", "--no_show_samples")),
-                       (evaluate.main, ("--ckpt", "checkpoints/starter", "--max_docs", "2"))):
+    assert (
+        conftest.tree(tmp_path / "data/one_shot") == mine
+        and conftest.tree(tmp_path / "data/builtin") == before
+    )
+    for main, more in (
+        (train.main, ("--resume", "checkpoints/starter", "--max_steps", "3", "--no_show_samples")),
+        (evaluate.main, ("--ckpt", "checkpoints/starter", "--max_docs", "2")),
+    ):
         assert conftest.call(main, *more, "--threads", "1") == 0
 
 
 def fresh_starter(shape):
-    return train.main([*shape, "--run_name", "starter", "--max_steps", "2", "--no_show_samples", "--no_auto_batch"])
+    return train.main(
+        [
+            *shape,
+            "--run_name",
+            "starter",
+            "--max_steps",
+            "2",
+            "--no_show_samples",
+            "--no_auto_batch",
+        ]
+    )
 
 
 @pytest.mark.parametrize("vocab", ["500", "400"])
-def test_the_hint_of_a_starter_run_whose_text_was_replaced_brings_it_back(tmp_path, monkeypatch, vocab):
-    """Another text, with the run's tokenizer or another: the command in the message, typed, and the run goes on."""
+def test_the_hint_of_a_starter_run_whose_text_was_replaced_brings_it_back(
+    tmp_path, monkeypatch, vocab
+):
+    """Another text, with the run's tokenizer or another: the command in the message, typed, and the
+    run goes on.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(config, "STARTER_CHARS", 60_000)
     monkeypatch.setattr(config, "STARTER_VOCAB", 500)
-    shape = [word for word in TINY if word not in ("--allow_cpu", "--max_chars", "60000", "--tokenizer_vocab", "400")]
+    shape = [
+        word
+        for word in TINY
+        if word not in ("--allow_cpu", "--max_chars", "60000", "--tokenizer_vocab", "400")
+    ]
     assert fresh_starter(shape) == 0
     tokenizer = "data/builtin/tokenizer.model" if vocab == "500" else "t.model"
-    prepare.main(["--source", "builtin", "--data_dir", "data/builtin", "--tokenizer", tokenizer, "--tokenizer_vocab", vocab,
-                  "--max_chars", "40000"])
-    resume = ["--resume", "checkpoints/starter", "--max_steps", "3", "--threads", "1", "--no_show_samples"]
+    prepare.main(
+        [
+            "--source",
+            "builtin",
+            "--data_dir",
+            "data/builtin",
+            "--tokenizer",
+            tokenizer,
+            "--tokenizer_vocab",
+            vocab,
+            "--max_chars",
+            "40000",
+        ]
+    )
+    resume = [
+        "--resume",
+        "checkpoints/starter",
+        "--max_steps",
+        "3",
+        "--threads",
+        "1",
+        "--no_show_samples",
+    ]
     with pytest.raises(UserError) as caught:
         train.main(resume)
     if vocab == "400":
@@ -452,12 +760,23 @@ def test_the_hint_of_a_starter_run_whose_text_was_replaced_brings_it_back(tmp_pa
 
 
 def test_runtime_requirements_are_the_others_without_torch():
-    names = [[line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-             for name in ("requirements.txt", "requirements_runtime.txt")]
-    assert names[1] == [line for line in names[0] if not line.startswith("torch")] and len(names[1]) == len(names[0]) - 1
+    names = [
+        [
+            line
+            for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+            if line and not line.startswith("#")
+        ]
+        for name in ("requirements.txt", "requirements_runtime.txt")
+    ]
+    assert (
+        names[1] == [line for line in names[0] if not line.startswith("torch")]
+        and len(names[1]) == len(names[0]) - 1
+    )
 
 
-FORM = re.compile(r'^([A-Z_]+) = (.+?)  #@param (\{type:"(?:string|boolean|integer|slider)".*\}|\[".*"\])$', re.M)
+FORM = re.compile(
+    r'^([A-Z_]+) = (.+?)  #@param (\{type:"(?:string|boolean|integer|slider)".*\}|\[".*"\])$', re.M
+)
 
 
 def notebook():
@@ -470,7 +789,12 @@ def notebook():
 def filled_in(source, **values):
     """The source of a cell as a user leaves its form."""
     for name, value in values.items():
-        source, found = re.subn(rf"^{name} = .+?(?=  #@param)", lambda _, n=name, v=value: f"{n} = {v!r}", source, flags=re.M)
+        source, found = re.subn(
+            rf"^{name} = .+?(?=  #@param)",
+            lambda _, n=name, v=value: f"{n} = {v!r}",
+            source,
+            flags=re.M,
+        )
         assert found == 1, name
     return source
 
@@ -492,8 +816,15 @@ def test_the_notebook_is_clean_and_has_a_form_and_a_text_for_each_step():
     assert {"PROMPT", "MAX_STEPS", "USE_DRIVE", "TEXT", "SEED"} <= set(fields)
 
 
-@pytest.mark.parametrize("form", [{}, {"TEXT": "starter corpus", "COMPILE": False, "ALLOW_CPU": True},
-                                  {"MORE_FLAGS": "--lr 1e-3"}, {"TEXT": "my file", "MY_FILE": "a file.txt"}])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"TEXT": "starter corpus", "COMPILE": False, "ALLOW_CPU": True},
+        {"MORE_FLAGS": "--lr 1e-3"},
+        {"TEXT": "my file", "MY_FILE": "a file.txt"},
+    ],
+)
 def test_the_form_makes_a_command_line_that_the_one_shot_takes(form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a file.txt").write_text("mai kal bazaar gaya tha")
@@ -502,50 +833,94 @@ def test_the_form_makes_a_command_line_that_the_one_shot_takes(form, tmp_path, m
     names = {"USE_DRIVE": True, "DRIVE_FOLDER": "drive", "sys": sys, "os": os}
     exec(source, names)
     args, _ = cli.parse(config.ColabArgs, names["words"][3:], "colab_train_eco")
-    assert str(args.run_dir) == names["RUN"] and args.drive == "drive" and args.max_steps == names["MAX_STEPS"]
-    assert args.source == {"starter corpus": "builtin", "my file": "files"}.get(names["TEXT"], "hindi")
+    assert (
+        str(args.run_dir) == names["RUN"]
+        and args.drive == "drive"
+        and args.max_steps == names["MAX_STEPS"]
+    )
+    assert args.source == {"starter corpus": "builtin", "my file": "files"}.get(
+        names["TEXT"], "hindi"
+    )
 
 
 def test_the_notebook_runs(corpus_dir, tmp_path, monkeypatch):
-    """Every cell, in order, in a real kernel, from a real clone; the first one without an address, too, and twice."""
+    """Every cell, in order, in a real kernel, from a real clone; the first one without an address,
+    too, and twice.
+    """
     import nbclient
     home = tmp_path / "home"
     shutil.copytree(corpus_dir / "data", home / "data")
     for path in [*ROOT.glob("*.py"), ROOT / "requirements_runtime.txt"]:
         shutil.copy(path, home)
     shutil.copytree(ROOT / "starter", home / "starter")
-    for words in (("init", "-q"), ("add", "-A"), ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all")):
+    for words in (
+        ("init", "-q"),
+        ("add", "-A"),
+        ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all"),
+    ):
         subprocess.run(["git", *words], cwd=home, check=True)
     for name, value in {"IPYTHONDIR": str(tmp_path / "ipython"), "PIP_NO_INDEX": "1",
                         "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MPLBACKEND", raising=False)                                    # a kernel shows pictures in the page
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # a kernel shows pictures in the page
     book = notebook()
     cell = {cell.id: cell for cell in book.cells}
     empty = cell["setup"].copy()
     cell["setup"]["source"] = filled_in(cell["setup"].source, REPOSITORY=f"file://{home}")
-    cell["train"]["source"] = filled_in(cell["train"].source, MAX_STEPS=3, MORE_FLAGS=" ".join(TINY))
-    cell["sample"]["source"] = filled_in(cell["sample"].source, PROMPT='kya "aap" $HOME गए', NEW_TOKENS=8)
+    cell["train"]["source"] = filled_in(
+        cell["train"].source, MAX_STEPS=3, MORE_FLAGS=" ".join(TINY)
+    )
+    cell["sample"]["source"] = filled_in(
+        cell["sample"].source, PROMPT='kya "aap" $HOME गए', NEW_TOKENS=8
+    )
     at = [c.id for c in book.cells].index("setup")
     again = cell["setup"].copy()
     empty["id"], empty["metadata"], again["id"] = "empty", {"tags": ["raises-exception"]}, "again"
     book.cells[at:at + 1] = [empty, cell["setup"], again]
     work = tmp_path / "work"
     work.mkdir()
-    nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(work)}}).execute()
+    nbclient.NotebookClient(
+        book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(work)}}
+    ).execute()
     [refusal] = empty["outputs"]
-    assert "Stopped: fill in REPOSITORY" in "".join(refusal["traceback"]) and "Traceback" not in "".join(refusal["traceback"])
+    assert "Stopped: fill in REPOSITORY" in "".join(
+        refusal["traceback"]
+    ) and "Traceback" not in "".join(refusal["traceback"])
     output = {c.id: json.dumps(c.get("outputs", []), ensure_ascii=False) for c in book.cells}
-    assert "image/png" in output["follow"] and "stage 6" in output["follow"] and "ready in" in output["again"]
-    assert "kya" in output["sample"] and "$HOME गए" in output["sample"] and "verdict: not reached" in output["evaluate"]
+    assert (
+        "image/png" in output["follow"]
+        and "stage 6" in output["follow"]
+        and "ready in" in output["again"]
+    )
+    assert (
+        "kya" in output["sample"]
+        and "$HOME गए" in output["sample"]
+        and "verdict: not reached" in output["evaluate"]
+    )
     assert "aria_checkpoint.zip" in output["download"] and not (work / "Aria/Aria").exists()
     shutil.unpack_archive(work / "Aria/aria_checkpoint.zip", tmp_path / "away")
     assert (tmp_path / "away/report.html").exists()
-    assert not sample.main([str(tmp_path / "away/step_000003"), "--prompt", "mai", "--max_new_tokens", "4", "--threads", "1"])
+    assert not sample.main(
+        [
+            str(tmp_path / "away/step_000003"),
+            "--prompt",
+            "mai",
+            "--max_new_tokens",
+            "4",
+            "--threads",
+            "1",
+        ]
+    )
 
 
-@pytest.mark.parametrize("words, told", [
-    (["--check_run", "nothing"], "nothing"), (["--check_run", "a", "--ckpt", "b"], "only one"), ([], "--ckpt is missing")])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--check_run", "nothing"], "nothing"),
+        (["--check_run", "a", "--ckpt", "b"], "only one"),
+        ([], "--ckpt is missing"),
+    ],
+)
 def test_slips_of_check_run(tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=told):

@@ -1,6 +1,8 @@
-"""The command line: precedence, spellings, refusals, presets, resume rules. No torch but for the parameter counts.
+"""The command line: precedence, spellings, refusals, presets, resume rules. No torch but for the
+parameter counts.
 
-`python tests/test_config.py` rewrites tests/flags.txt, the frozen list of flags, after a wanted change.
+`python tests/test_config.py` rewrites tests/flags.txt, the frozen list of flags, after a wanted
+change.
 """
 import dataclasses
 import json
@@ -99,24 +101,39 @@ def test_switches_have_three_forms(prog):
 
 
 def test_amp_takes_all_forms():
-    for line, value in (("--amp", "on"), ("--no_amp", "off"), ("--amp True", "on"), ("--amp off", "off"),
-                        ("--amp auto", "auto"), ("--amp=False", "off"), ("", "auto"), ("--amp --lr 1e-3", "on")):
+    for line, value in (
+        ("--amp", "on"),
+        ("--no_amp", "off"),
+        ("--amp True", "on"),
+        ("--amp off", "off"),
+        ("--amp auto", "auto"),
+        ("--amp=False", "off"),
+        ("", "auto"),
+        ("--amp --lr 1e-3", "on"),
+    ):
         assert parse(TrainArgs, line)[0].amp == value
 
 
 def test_a_switch_does_not_eat_the_checkpoint():
     args, _ = parse(SampleArgs, "--blockwise runs/a --frozen_context True --ignore_eos")
-    assert (args.ckpt, args.blockwise, args.frozen_context, args.ignore_eos) == ("runs/a", True, True, True)
+    assert (args.ckpt, args.blockwise, args.frozen_context, args.ignore_eos) == (
+        "runs/a",
+        True,
+        True,
+        True,
+    )
 
 
-# ---- precedence (L1) -----------------------------------------------------------------------------------------------
+# ---- precedence (L1) -----------------------------------------------------------------------------
 
 SETS = [(TrainArgs, "preset", name, diff) for name, diff in config.PRESETS.items()] + \
        [(TrainArgs, "edge_profile", name, diff) for name, diff in config.TRAIN_PROFILES.items()] + \
        [(SampleArgs, "edge_profile", name, diff) for name, diff in config.SAMPLE_PROFILES.items()]
 
 
-@pytest.mark.parametrize("cls, flag, name, diff", SETS, ids=[f"{c.__name__}-{f}-{n}" for c, f, n, _ in SETS])
+@pytest.mark.parametrize(
+    "cls, flag, name, diff", SETS, ids=[f"{c.__name__}-{f}-{n}" for c, f, n, _ in SETS]
+)
 def test_explicit_flags_beat_presets_and_profiles(cls, flag, name, diff):
     base = ["--ckpt", "x"] if cls is SampleArgs else ["--model", "backup"]
     for key, preset_value in diff.items():
@@ -126,7 +143,10 @@ def test_explicit_flags_beat_presets_and_profiles(cls, flag, name, diff):
             for argv in ([*typed, f"--{flag}", name], [f"--{flag}={name}", *typed]):
                 args, origins = parse(cls, base + argv)
                 assert getattr(args, key) == default and origins[key] == "flag"
-                others = {k: v for k, v in diff.items() if k != key and (key, k) != ("optimizer", "lr")}     # a rate is of one
+                # a rate is of one
+                others = {
+                    k: v for k, v in diff.items() if k != key and (key, k) != ("optimizer", "lr")
+                }
                 assert {k: getattr(args, k) for k in others} == others
     args, origins = parse(cls, [*base, f"--{flag}", name])
     word = {"preset": "preset", "edge_profile": "profile"}[flag]
@@ -136,7 +156,8 @@ def test_explicit_flags_beat_presets_and_profiles(cls, flag, name, diff):
 
 
 def test_the_config_of_an_older_run_means_what_it_meant(tmp_path):
-    """Its blocks held single tokens before there was a fade; a file by hand names what it changes."""
+    """Its blocks held single tokens before there was a fade; a file by hand names what it changes.
+    """
     file = tmp_path / "config.json"
     blocks = {"train_block_sizes": "T,4,1"}
     for content, fade in (({"args": blocks}, 0), (blocks, 0.6)):
@@ -146,13 +167,21 @@ def test_the_config_of_an_older_run_means_what_it_meant(tmp_path):
 
 def test_whole_order_of_precedence(tmp_path):
     file = tmp_path / "a b.json"
-    file.write_text(json.dumps({"args": {"lr": 0.5, "d_ff": 640, "seed": 7, "resume": "latest", "preset": "nano"},
-                                "model": {"d_model": 1}}))
+    file.write_text(
+        json.dumps(
+            {
+                "args": {"lr": 0.5, "d_ff": 640, "seed": 7, "resume": "latest", "preset": "nano"},
+                "model": {"d_model": 1},
+            }
+        )
+    )
     tier = {"batch_size": 3, "lr": 0.1, "seq_len": 999, "weight_decay": 0.3}
-    args, origins = parse(TrainArgs, ["--config", str(file), "--size", "micro", "--weight-decay", "0.25"], tier=tier)
+    args, origins = parse(
+        TrainArgs, ["--config", str(file), "--size", "micro", "--weight-decay", "0.25"], tier=tier
+    )
     assert (args.batch_size, args.seq_len, args.lr, args.weight_decay) == (3, 256, 0.5, 0.25)
     assert (args.d_ff, args.seed) == (640, 7)
-    assert args.resume is None and args.preset == "micro"        # "ignore" flags never come from a file
+    assert args.resume is None and args.preset == "micro"  # "ignore" flags never come from a file
     assert [origins[n] for n in ("batch_size", "seq_len", "lr", "weight_decay", "d_mem")] == \
         ["tier", "preset micro", f"config {file}", "flag", "default"]
 
@@ -165,8 +194,11 @@ def test_a_saved_config_reproduces_the_run(tmp_path):
 
 
 def test_tier_sees_the_typed_flags_and_is_not_asked_for_help(capsys):
-    args, origins = parse(ColabArgs, "--batch_size 8", tier=lambda typed: config.gpu_tier(16e9, typed))
-    assert (args.batch_size, args.grad_accum, args.seq_len) == (8, 4, 1024)        # 32 sequences per step, as before
+    args, origins = parse(
+        ColabArgs, "--batch_size 8", tier=lambda typed: config.gpu_tier(16e9, typed)
+    )
+    # 32 sequences per step, as before
+    assert (args.batch_size, args.grad_accum, args.seq_len) == (8, 4, 1024)
     assert (args.n_layers, origins["grad_accum"]) == (10, "tier")
     with pytest.raises(SystemExit) as end:
         parse(ColabArgs, "--help", tier=lambda typed: 1 / 0)
@@ -174,96 +206,136 @@ def test_tier_sees_the_typed_flags_and_is_not_asked_for_help(capsys):
     refused(ColabArgs, "--d_modle 3", "--d_model", tier=lambda typed: 1 / 0)
 
 
-@pytest.mark.parametrize("memory, row", [(80e9, (8, 4, 2048)), (40e9, (4, 8, 2048)), (15e9, (2, 16, 1024)),
-                                         (8e9, (1, 32, 512)), (None, (1, 8, 256))])
+@pytest.mark.parametrize(
+    "memory, row",
+    [
+        (80e9, (8, 4, 2048)),
+        (40e9, (4, 8, 2048)),
+        (15e9, (2, 16, 1024)),
+        (8e9, (1, 32, 512)),
+        (None, (1, 8, 256)),
+    ],
+)
 def test_gpu_tiers(memory, row):
     tier = config.gpu_tier(memory)
     assert (tier["batch_size"], tier["grad_accum"], tier["seq_len"]) == row
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("cls, line, words", [
-    (TrainArgs, "--d_mode 3", ["--d_mode", "--d_model"]),
-    (TrainArgs, "--grad-acum 3", ["--grad_accum"]),
-    (TrainArgs, "--block 64", ["unknown flag --block", "--block_size"]),         # no abbreviations
-    (TrainArgs, "--max 5", ["unknown flag --max"]),
-    (TrainArgs, "--temperature 1", ["it belongs to sample"]),
-    (TrainArgs, "--edge_profile max", ["that is a profile of sample"]),
-    (SampleArgs, "x --edge_profile laptop", ["that is a profile of train"]),
-    (TrainArgs, "--preset laptop", ["--edge_profile"]),
-    (TrainArgs, "--preset micro --edge_profile laptop", ["--preset micro", "--edge_profile laptop"]),
-    (TrainArgs, "--config nan0", ["nan0", "micro"]),
-    (TrainArgs, "--config micro --preset nano", ["micro", "nano"]),
-    (TrainArgs, "--config missing.json", ["cannot read missing.json"]),
-    (TrainArgs, ["--lr", "0.1", "\\"], ["use a single \\ at the line end"]),
-    (TrainArgs, ["--lr", "0.1", "\\ "], ["use a single \\ at the line end"]),
-    (TrainArgs, "--d_model 100", ["--d_model 100", "--n_heads 8"]),
-    (TrainArgs, "--model backup --d_model 24 --n_heads 8", ["--d_model 24", "--n_heads 8", "even"]),
-    (TrainArgs, "--d_mem 100", ["--d_mem 100", "--n_heads 8"]),
-    (TrainArgs, "--conv_kernel 4", ["--conv_kernel 4", "odd"]),
-    (TrainArgs, "--conv_kernel 1", ["--conv_kernel 1", "at least 3"]),
-    (TrainArgs, "--memory_slots 1", ["--memory_slots 1", "at least 2"]),
-    (TrainArgs, "--seq_len 15", ["--seq_len 15", "at least 16"]),
-    (TrainArgs, "--batch_size 0", ["--batch_size 0", "at least 1"]),
-    (TrainArgs, "--timesteps 1", ["--timesteps 1", "at least 2"]),
-    (TrainArgs, "--lr 0", ["--lr 0", "above 0"]),
-    (TrainArgs, "--lr nan", ["--lr nan", "finite"]),
-    (TrainArgs, "--lr 1e999", ["finite"]),
-    (TrainArgs, "--lr fast", ["--lr fast", "number"]),
-    (TrainArgs, "--max_steps 1.5", ["--max_steps 1.5", "whole number"]),
-    (TrainArgs, "--max_steps", ["--max_steps needs a value"]),
-    (TrainArgs, "--lr --compile", ["--lr needs a value"]),
-    (TrainArgs, "--ema 1", ["--ema 1", "below 1"]),
-    (TrainArgs, "--min_mask_rate 0.6 --max_mask_rate 0.5", ["0.6", "0.5"]),
-    (TrainArgs, "--max_mask_rate 1.5", ["--max_mask_rate 1.5", "at most 1"]),
-    (TrainArgs, "--mask_schedule poly", ["poly", "cosine, linear"]),
-    (TrainArgs, "--train_block_sizes T,0", ["'0'"]),
-    (TrainArgs, "--train_block_sizes T,,4", ["''"]),
-    (TrainArgs, "--train_block_sizes t", ["'t'"]),
-    (TrainArgs, "--device gpu", ["--device gpu", "cuda"]),
-    (TrainArgs, "--cpu yes", ["--cpu takes no value"]),
-    (TrainArgs, "--device cpu --amp_dtype fp16", ["fp16", "--device cpu"]),
-    (TrainArgs, "--name a --output_dir b", ["--run_name a", "--output_dir b"]),
-    (TrainArgs, "--name ../a", ["--run_name ../a"]),
-    (TrainArgs, "--resume a --ckpt b", ["--resume a", "--ckpt b"]),
-    (TrainArgs, "--resume --resume_latest", ["--resume_latest"]),
-    (TrainArgs, "stray", ["unexpected argument 'stray'"]),
-    (TrainArgs, "-x", ["unexpected argument '-x'"]),
-    (TrainArgs, "--compile maybe", ["unexpected argument 'maybe'"]),
-    (TrainArgs, "--compile=maybe", ["--compile maybe", "True or False"]),
-    (BenchArgs, "", ["--ckpt is missing"]),
-    (SampleArgs, "a --ckpt b", ["a and --ckpt b"]),
-    (SampleArgs, "a b", ["unexpected argument 'b'"]),
-    (SampleArgs, "a --stream --json", ["--stream", "--json", "only one"]),
-    (SampleArgs, "a --sampler best", ["confidence, threshold"]),
-    (BenchArgs, "--ckpt a --modes full blok", ["blok", "block_frozen"]),
-    (EvaluateArgs, "a --blocks T,x", ["'x'"]),
-    (PrepareArgs, "--input a.txt", ["--source files", "1 inputs"]),
-    (PrepareArgs, "--source files", ["--input", "0 inputs"]),
-    (PrepareArgs, "--tokenizer_vocab 99", ["--tokenizer_vocab 99", "300"]),
-    (ColabArgs, "--tokenizer_vocab 99 --allow_cpu", ["--tokenizer_vocab 99"]),
-])
+@pytest.mark.parametrize(
+    "cls, line, words",
+    [
+        (TrainArgs, "--d_mode 3", ["--d_mode", "--d_model"]),
+        (TrainArgs, "--grad-acum 3", ["--grad_accum"]),
+        (TrainArgs, "--block 64", ["unknown flag --block", "--block_size"]),  # no abbreviations
+        (TrainArgs, "--max 5", ["unknown flag --max"]),
+        (TrainArgs, "--temperature 1", ["it belongs to sample"]),
+        (TrainArgs, "--edge_profile max", ["that is a profile of sample"]),
+        (SampleArgs, "x --edge_profile laptop", ["that is a profile of train"]),
+        (TrainArgs, "--preset laptop", ["--edge_profile"]),
+        (
+            TrainArgs,
+            "--preset micro --edge_profile laptop",
+            ["--preset micro", "--edge_profile laptop"],
+        ),
+        (TrainArgs, "--config nan0", ["nan0", "micro"]),
+        (TrainArgs, "--config micro --preset nano", ["micro", "nano"]),
+        (TrainArgs, "--config missing.json", ["cannot read missing.json"]),
+        (TrainArgs, ["--lr", "0.1", "\\"], ["use a single \\ at the line end"]),
+        (TrainArgs, ["--lr", "0.1", "\\ "], ["use a single \\ at the line end"]),
+        (TrainArgs, "--d_model 100", ["--d_model 100", "--n_heads 8"]),
+        (
+            TrainArgs,
+            "--model backup --d_model 24 --n_heads 8",
+            ["--d_model 24", "--n_heads 8", "even"],
+        ),
+        (TrainArgs, "--d_mem 100", ["--d_mem 100", "--n_heads 8"]),
+        (TrainArgs, "--conv_kernel 4", ["--conv_kernel 4", "odd"]),
+        (TrainArgs, "--conv_kernel 1", ["--conv_kernel 1", "at least 3"]),
+        (TrainArgs, "--memory_slots 1", ["--memory_slots 1", "at least 2"]),
+        (TrainArgs, "--seq_len 15", ["--seq_len 15", "at least 16"]),
+        (TrainArgs, "--batch_size 0", ["--batch_size 0", "at least 1"]),
+        (TrainArgs, "--timesteps 1", ["--timesteps 1", "at least 2"]),
+        (TrainArgs, "--lr 0", ["--lr 0", "above 0"]),
+        (TrainArgs, "--lr nan", ["--lr nan", "finite"]),
+        (TrainArgs, "--lr 1e999", ["finite"]),
+        (TrainArgs, "--lr fast", ["--lr fast", "number"]),
+        (TrainArgs, "--max_steps 1.5", ["--max_steps 1.5", "whole number"]),
+        (TrainArgs, "--max_steps", ["--max_steps needs a value"]),
+        (TrainArgs, "--lr --compile", ["--lr needs a value"]),
+        (TrainArgs, "--ema 1", ["--ema 1", "below 1"]),
+        (TrainArgs, "--min_mask_rate 0.6 --max_mask_rate 0.5", ["0.6", "0.5"]),
+        (TrainArgs, "--max_mask_rate 1.5", ["--max_mask_rate 1.5", "at most 1"]),
+        (TrainArgs, "--mask_schedule poly", ["poly", "cosine, linear"]),
+        (TrainArgs, "--train_block_sizes T,0", ["'0'"]),
+        (TrainArgs, "--train_block_sizes T,,4", ["''"]),
+        (TrainArgs, "--train_block_sizes t", ["'t'"]),
+        (TrainArgs, "--device gpu", ["--device gpu", "cuda"]),
+        (TrainArgs, "--cpu yes", ["--cpu takes no value"]),
+        (TrainArgs, "--device cpu --amp_dtype fp16", ["fp16", "--device cpu"]),
+        (TrainArgs, "--name a --output_dir b", ["--run_name a", "--output_dir b"]),
+        (TrainArgs, "--name ../a", ["--run_name ../a"]),
+        (TrainArgs, "--resume a --ckpt b", ["--resume a", "--ckpt b"]),
+        (TrainArgs, "--resume --resume_latest", ["--resume_latest"]),
+        (TrainArgs, "stray", ["unexpected argument 'stray'"]),
+        (TrainArgs, "-x", ["unexpected argument '-x'"]),
+        (TrainArgs, "--compile maybe", ["unexpected argument 'maybe'"]),
+        (TrainArgs, "--compile=maybe", ["--compile maybe", "True or False"]),
+        (BenchArgs, "", ["--ckpt is missing"]),
+        (SampleArgs, "a --ckpt b", ["a and --ckpt b"]),
+        (SampleArgs, "a b", ["unexpected argument 'b'"]),
+        (SampleArgs, "a --stream --json", ["--stream", "--json", "only one"]),
+        (SampleArgs, "a --sampler best", ["confidence, threshold"]),
+        (BenchArgs, "--ckpt a --modes full blok", ["blok", "block_frozen"]),
+        (EvaluateArgs, "a --blocks T,x", ["'x'"]),
+        (PrepareArgs, "--input a.txt", ["--source files", "1 inputs"]),
+        (PrepareArgs, "--source files", ["--input", "0 inputs"]),
+        (PrepareArgs, "--tokenizer_vocab 99", ["--tokenizer_vocab 99", "300"]),
+        (ColabArgs, "--tokenizer_vocab 99 --allow_cpu", ["--tokenizer_vocab 99"]),
+    ],
+)
 def test_refusals_name_the_flag_and_the_mend(cls, line, words):
     refused(cls, line, *words)
 
 
 def test_all_mistakes_at_once_and_no_consequential_ones():
-    message = refused(TrainArgs, "--d_mdel 3 --lr x --n_heads 7 --conv_kernel 8 --bach_size 2 --edge_profile max",
-                      "--d_model", "--lr x", "--d_model 512", "--n_heads 7", "--conv_kernel 8", "--batch_size",
-                      "profile")
+    message = refused(
+        TrainArgs,
+        "--d_mdel 3 --lr x --n_heads 7 --conv_kernel 8 --bach_size 2 --edge_profile max",
+        "--d_model",
+        "--lr x",
+        "--d_model 512",
+        "--n_heads 7",
+        "--conv_kernel 8",
+        "--batch_size",
+        "profile",
+    )
     assert message.count("\n") == 6 and "'2'" not in message
     assert "divisible" not in refused(TrainArgs, "--d_model 100 --n_heads eight", "--n_heads eight")
 
 
 def test_every_one_letter_slip_gets_its_suggestion():
-    for name in ("max_steps", "batch_size", "warmup_steps", "memory_slots", "learning_rate", "save_interval"):
-        for typo in (name[:3] + name[4:], name[:3] + "x" + name[3:], name[:2] + name[3] + name[2] + name[4:]):
+    for name in (
+        "max_steps",
+        "batch_size",
+        "warmup_steps",
+        "memory_slots",
+        "learning_rate",
+        "save_interval",
+    ):
+        for typo in (
+            name[:3] + name[4:],
+            name[:3] + "x" + name[3:],
+            name[:2] + name[3] + name[2] + name[4:],
+        ):
             refused(TrainArgs, [f"--{typo}", "1"], f"did you mean --{name}?")
 
 
 ODD = ["--", "-", "\\", "=", "--=", "--lr=", "T", "1", "0.5", "micro", "none", "--no_"]
-WORD = st.one_of(st.sampled_from([f"--{n}" for n in flag_names(TrainArgs)] + ODD), st.text(max_size=6))
+WORD = st.one_of(
+    st.sampled_from([f"--{n}" for n in flag_names(TrainArgs)] + ODD), st.text(max_size=6)
+)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -274,12 +346,17 @@ def test_no_command_line_ends_in_a_traceback(argv, prog):
     except UserError as error:
         assert error.code == 2 and str(error)
     except SystemExit as end:
-        asked = {"-h", "--help", "--help_all"} & set(argv) or any(word.startswith("--version") for word in argv)
+        asked = {"-h", "--help", "--help_all"} & set(argv) or any(
+            word.startswith("--version") for word in argv
+        )
         assert end.code == 0 and asked
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), max_leaves=5,
-                    extend=lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    max_leaves=5,
+    extend=lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+)
 KEYS = st.sampled_from([*TrainArgs.__dataclass_fields__, "args", "vocab_size", "zzz"])
 
 
@@ -293,20 +370,37 @@ def test_no_json_value_ends_in_a_traceback(saved):
             pass
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"lr": NaN}', ["NaN"]), ('{"lr": 1, "lr": 2}', ["twice"]), ('{"lr": "0.1"}', ["lr 0.1", "float"]),
-    ('{"d_model": 8.0}', ["d_model"]), ('{"compile": 1}', ["compile"]), ('{"d_model": true}', ["d_model"]),
-    ('{"d_modl": 8}', ["d_modl", "d_model"]), ('{"args": {"d_modl": 8}}', ["d_modl", "d_model"]), ("[1]", ["object"]),
-    ('{"lr": -1}', ["above 0"]), ("{", ["JSON"]), ("[" * 100_000, ["JSON"]), ("\xff", ["JSON"]),
-    ('{"lr": 1e999}', ["finite"]),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"lr": NaN}', ["NaN"]),
+        ('{"lr": 1, "lr": 2}', ["twice"]),
+        ('{"lr": "0.1"}', ["lr 0.1", "float"]),
+        ('{"d_model": 8.0}', ["d_model"]),
+        ('{"compile": 1}', ["compile"]),
+        ('{"d_model": true}', ["d_model"]),
+        ('{"d_modl": 8}', ["d_modl", "d_model"]),
+        ('{"args": {"d_modl": 8}}', ["d_modl", "d_model"]),
+        ("[1]", ["object"]),
+        ('{"lr": -1}', ["above 0"]),
+        ("{", ["JSON"]),
+        ("[" * 100_000, ["JSON"]),
+        ("\xff", ["JSON"]),
+        ('{"lr": 1e999}', ["finite"]),
+    ],
+)
 def test_config_files_are_strict(tmp_path, text, words):
     (tmp_path / "c.json").write_bytes(text.encode("latin-1"))
     refused(TrainArgs, ["--config", str(tmp_path / "c.json")], *words)
 
 
 def test_run_turns_errors_into_exit_codes(capsys):
-    for error, code in ((UserError("mend it"), 2), (UserError("absent", 3), 3), (KeyboardInterrupt(), 130)):
+    for error, code in (
+        (UserError("mend it"), 2),
+        (UserError("absent", 3), 3),
+        (KeyboardInterrupt(), 130),
+    ):
+
         def main(argv, error=error):
             raise error
         with pytest.raises(SystemExit) as end:
@@ -315,11 +409,19 @@ def test_run_turns_errors_into_exit_codes(capsys):
     assert "error: mend it" in capsys.readouterr().err
 
 
-# ---- shapes and presets --------------------------------------------------------------------------------------------
+# ---- shapes and presets --------------------------------------------------------------------------
 
-TABLE = [("preset", "nano", 2048, 0.29), ("preset", "tiny", 2048, 1.05), ("preset", "micro", 8192, 37.8),
-         ("preset", "micro", 16000, 41.8), ("preset", "medium", 50257, 359.8), ("preset", "full", 32768, 1375.8),
-         ("preset", "none", 16000, 35.5), ("edge_profile", "tiny", 16000, 9.2), ("edge_profile", "laptop", 16000, 15.8)]
+TABLE = [
+    ("preset", "nano", 2048, 0.29),
+    ("preset", "tiny", 2048, 1.05),
+    ("preset", "micro", 8192, 37.8),
+    ("preset", "micro", 16000, 41.8),
+    ("preset", "medium", 50257, 359.8),
+    ("preset", "full", 32768, 1375.8),
+    ("preset", "none", 16000, 35.5),
+    ("edge_profile", "tiny", 16000, 9.2),
+    ("edge_profile", "laptop", 16000, 15.8),
+]
 
 
 @pytest.mark.parametrize("flag, name, vocab, millions", TABLE)
@@ -332,20 +434,29 @@ def test_presets_have_the_documented_size(flag, name, vocab, millions):
     if flag == "preset" and name != "none":
         assert abs(primary / backup - 1) < 0.02
     else:
-        assert primary < backup                                  # at equal flags the leaner block may not be the larger
+        assert primary < backup  # at equal flags the leaner block may not be the larger
 
 
 @pytest.mark.parametrize("name", [n for n in config.PRESETS if n != "none"])
 def test_primary_is_matched_unless_its_width_is_typed(name):
     shape = "--n_layers 5 --memory_slots 4 --d_model 384 --n_heads 6"
-    counts = [model_config.block_params(model_config.model_config(parse(TrainArgs, f"--preset {name} --model {m} {shape}")[0], 1))
-              for m in ("primary", "backup")]
+    counts = [
+        model_config.block_params(
+            model_config.model_config(
+                parse(TrainArgs, f"--preset {name} --model {m} {shape}")[0], 1
+            )
+        )
+        for m in ("primary", "backup")
+    ]
     assert abs(counts[0] / counts[1] - 1) < 0.02
     assert parse(TrainArgs, f"--preset {name} --d_ff 640")[0].d_ff == 640
 
 
 def test_the_guides_slow_machine_shape():
-    args, _ = parse(TrainArgs, "--preset micro --model backup --n_layers 6 --n_heads 6 --d_model 384 --d_ff 1536")
+    args, _ = parse(
+        TrainArgs,
+        "--preset micro --model backup --n_layers 6 --n_heads 6 --d_model 384 --d_ff 1536",
+    )
     assert round(model_config.count_params(model_config.model_config(args, 8192)) / 1e6, 1) == 17.3
 
 
@@ -354,16 +465,27 @@ def test_model_config_round_trip_is_strict():
     assert (c.rows, c.mask_id, c.pad_id, c.d_mem) == (301, 300, 0, 32)
     saved = json.loads(json.dumps(c.to_dict()))
     assert ModelConfig.from_dict(saved) == c
-    for damage in ({"d_model": 63}, {"d_model": "64"}, {"n_heads": 0}, {"vocab_size": 0}, {"model": "x"}, {"extra": 1}):
+    for damage in (
+        {"d_model": 63},
+        {"d_model": "64"},
+        {"n_heads": 0},
+        {"vocab_size": 0},
+        {"model": "x"},
+        {"extra": 1},
+    ):
         with pytest.raises(UserError):
             ModelConfig.from_dict({**saved, **damage})
-    assert ModelConfig.from_dict({k: v for k, v in saved.items() if k not in model_config.ADDED}) == c, "an older checkpoint"
+    assert (
+        ModelConfig.from_dict({k: v for k, v in saved.items() if k not in model_config.ADDED}) == c
+    ), "an older checkpoint"
     for key in set(saved) - set(model_config.ADDED):
         with pytest.raises(UserError):
             ModelConfig.from_dict({k: v for k, v in saved.items() if k != key})
 
 
-ODD_SHAPE = dict(d_model=48, n_heads=6, n_layers=2, d_ff=40, memory_slots=5, conv_kernel=3, d_mem=12)
+ODD_SHAPE = dict(
+    d_model=48, n_heads=6, n_layers=2, d_ff=40, memory_slots=5, conv_kernel=3, d_mem=12
+)
 
 
 @pytest.mark.parametrize("shape", [dict(), ODD_SHAPE], ids=["default", "odd"])
@@ -377,7 +499,7 @@ def test_closed_form_counts_equal_the_real_models(kind, shape):
     assert sum(p.numel() for p in real.parameters()) == model_config.count_params(c)
 
 
-# ---- resume (S4) ---------------------------------------------------------------------------------------------------
+# ---- resume (S4) ---------------------------------------------------------------------------------
 
 def resume(old_line, line):
     old = json.loads(json.dumps(to_dict(parse(TrainArgs, old_line)[0])))
@@ -388,22 +510,39 @@ def resume(old_line, line):
 def test_resume_takes_what_was_not_typed_from_the_checkpoint():
     args, changes, origins = resume("--preset nano --lr 0.25 --d_model 32",
                                     "--resume x --max_steps 900 --log_interval 7")
-    assert (args.d_model, args.lr, args.max_steps, args.resume, args.preset) == (32, 0.25, 900, "x", "nano")
+    assert (args.d_model, args.lr, args.max_steps, args.resume, args.preset) == (
+        32,
+        0.25,
+        900,
+        "x",
+        "nano",
+    )
     assert sorted(changes) == ["log_interval: 10 -> 7", "max_steps: 500 -> 900"]
     assert origins["d_model"] == "checkpoint" and origins["max_steps"] == "flag"
 
 
 def test_resume_refuses_another_shape_and_names_it():
-    for line, word in (("--d_model 128", "--d_model 128"), ("--model backup", "--model"), ("--seed 8", "--seed 8"),
-                       ("--preset tiny", "--d_model 128"), ("--preset micro", "--n_layers 8"),
-                       ("--edge_profile tiny", "--d_model 256"), ("--optimizer muon", "muon")):
+    for line, word in (
+        ("--d_model 128", "--d_model 128"),
+        ("--model backup", "--model"),
+        ("--seed 8", "--seed 8"),
+        ("--preset tiny", "--d_model 128"),
+        ("--preset micro", "--n_layers 8"),
+        ("--edge_profile tiny", "--d_model 256"),
+        ("--optimizer muon", "muon"),
+    ):
         with pytest.raises(UserError, match=word):
             resume("--preset nano", f"--resume {line}")
-    assert resume("--preset nano", "--resume --optimizer muon --reset_optimizer")[0].optimizer == "muon"
+    assert (
+        resume("--preset nano", "--resume --optimizer muon --reset_optimizer")[0].optimizer
+        == "muon"
+    )
 
 
 def test_resume_with_the_runs_own_preset_keeps_what_was_changed_then():
-    args, changes, _ = resume("--config tiny --n_layers 6 --lr 0.25", "--config tiny --cpu --resume")
+    args, changes, _ = resume(
+        "--config tiny --n_layers 6 --lr 0.25", "--config tiny --cpu --resume"
+    )
     assert (args.n_layers, args.lr, changes, args.device) == (6, 0.25, [], "cpu")
 
 
@@ -412,9 +551,12 @@ def test_a_tier_never_overrules_a_checkpoint():
     for line in ("--resume", "--resume --preset starter --model backup"):
         args, origins = parse(ColabArgs, line, tier={"seq_len": 2048, "batch_size": 3})
         if "starter" in line:
-            with pytest.raises(UserError) as caught:              # the shape of the other preset, not what a tier chose
+            # the shape of the other preset, not what a tier chose
+            with pytest.raises(UserError) as caught:
                 cli.resume_check(saved, args, origins)
-            assert "--d_model 192 (preset starter)" in str(caught.value) and "2048" not in str(caught.value)
+            assert "--d_model 192 (preset starter)" in str(caught.value) and "2048" not in str(
+                caught.value
+            )
         else:
             args, changes = cli.resume_check(saved, args, origins)
             assert (args.seq_len, args.batch_size, args.n_layers, changes) == (32, 8, 3, [])
@@ -423,26 +565,45 @@ def test_a_tier_never_overrules_a_checkpoint():
 def test_resume_rejects_a_config_of_another_version():
     old = to_dict(TrainArgs())
     with pytest.raises(UserError, match="lacks lr"):
-        cli.resume_check({k: v for k, v in old.items() if k != "lr"}, TrainArgs(), dict.fromkeys(old, "default"))
+        cli.resume_check(
+            {k: v for k, v in old.items() if k != "lr"}, TrainArgs(), dict.fromkeys(old, "default")
+        )
     with pytest.raises(UserError, match="unknown setting zzz"):
         cli.resume_check({**old, "zzz": 1}, TrainArgs(), dict.fromkeys(old, "default"))
 
 
 def test_every_flag_has_a_known_resume_rule_and_known_metadata():
-    known = {"help", "resume", "choices", "values", "aliases", "shortcuts", "bare", "many", "positional", "rare",
-             "elsewhere", *LIMITS}
+    known = {
+        "help",
+        "resume",
+        "choices",
+        "values",
+        "aliases",
+        "shortcuts",
+        "bare",
+        "many",
+        "positional",
+        "rare",
+        "elsewhere",
+        *LIMITS,
+    }
     for cls in config.COMMANDS.values():
         for f in dataclasses.fields(cls):
-            assert f.metadata["resume"] in ("must", "may", "ignore") and set(f.metadata) <= known and f.metadata["help"]
+            assert (
+                f.metadata["resume"] in ("must", "may", "ignore")
+                and set(f.metadata) <= known
+                and f.metadata["help"]
+            )
             if f.default not in (None, ()):                       # a default obeys its own limits
                 assert convert(f, f.default) == f.default
         names = [name for _, names, *_ in describe(cls) for name in names]
         assert len(names) == len(set(names))
 
 
-# ---- documented commands, the old names, the frozen list -----------------------------------------------------------
+# ---- documented commands, the old names, the frozen list -----------------------------------------
 
-COMMANDS = r"""
+COMMANDS = (
+    r"""
 python -m diffusion.colab_train_eco --max_steps 500 --save_interval 100 --log_interval 10 --compile
 python -m colab_train_eco --max_steps 500 --save_interval 100 --log_interval 10 --compile
 python -m diffusion.sample_eco_hybrid --ckpt checkpoints/eco_hybrid_hi/latest.pt \
@@ -477,7 +638,10 @@ python sample.py checkpoints/last.ckpt --num_samples 3 --seq_len 128 --num_steps
 python train.py --config micro --cpu --resume checkpoints/last.ckpt
 python train.py --config micro --cpu --resume checkpoints/best-base.ckpt --name prompt-finetuning
 python sample.py checkpoints/sunfish-epoch=00-step=5000.ckpt --num_samples 1 --seq_len 64 --num_steps 10
-""".replace("\\\n", "").strip().split("\n")
+""".replace("\\\n", "")
+    .strip()
+    .split("\n")
+)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -488,44 +652,100 @@ def test_documented_commands_parse(line):
     prog = {"train_": "train", "sample": "sample"}.get(name[:6], name)
     pinned = {"model": "backup" if name.endswith("_diffusion") else "primary"} if old else None
     args, origins = parse(config.COMMANDS[prog], words[1:], prog, pinned=pinned)
-    assert sum(word.startswith("--") for word in words) <= sum(o == "flag" for o in origins.values())
+    assert sum(word.startswith("--") for word in words) <= sum(
+        o == "flag" for o in origins.values()
+    )
     if prog == "sample":
         assert args.ckpt == next(w for w in words[1:] if w != "--ckpt")
 
 
-@pytest.mark.parametrize("line, optimizer, rate", [
-    ("", "muon", config.RATES["muon"]), ("--edge_profile laptop", "muon", config.RATES["muon"]),
-    ("--optimizer lion", "lion", config.RATES["lion"]), ("--fsdp --optimizer lion", "lion", config.RATES["lion"]),
-    ("--fsdp", "adamw", config.RATES["adamw"]), ("--optimizer adamw --lr 0.5", "adamw", 0.5),
-    ("--preset tiny", "adamw", config.PRESETS["tiny"]["lr"]), ("--preset tiny --optimizer muon", "muon", config.RATES["muon"]),
-    ("--preset starter --optimizer lion", "lion", config.RATES["lion"]), ("--preset starter --fsdp --lr 0.5", "adamw", 0.5)])
+@pytest.mark.parametrize(
+    "line, optimizer, rate",
+    [
+        ("", "muon", config.RATES["muon"]),
+        ("--edge_profile laptop", "muon", config.RATES["muon"]),
+        ("--optimizer lion", "lion", config.RATES["lion"]),
+        ("--fsdp --optimizer lion", "lion", config.RATES["lion"]),
+        ("--fsdp", "adamw", config.RATES["adamw"]),
+        ("--optimizer adamw --lr 0.5", "adamw", 0.5),
+        ("--preset tiny", "adamw", config.PRESETS["tiny"]["lr"]),
+        ("--preset tiny --optimizer muon", "muon", config.RATES["muon"]),
+        ("--preset starter --optimizer lion", "lion", config.RATES["lion"]),
+        ("--preset starter --fsdp --lr 0.5", "adamw", 0.5),
+    ],
+)
 def test_an_optimizer_brings_its_own_rate(line, optimizer, rate):
-    """Unless a rate was given with it; --fsdp takes what works on cut matrices, unless told otherwise."""
+    """Unless a rate was given with it; --fsdp takes what works on cut matrices, unless told
+    otherwise.
+    """
     args, _ = parse(TrainArgs, line)
     assert (args.optimizer, args.lr) == (optimizer, rate)
 
 
 def test_values_of_documented_commands():
     args, _ = parse(TrainArgs, "--edge_profile laptop --model eco_hybrid")
-    assert (args.d_model, args.n_layers, args.n_heads, args.d_ff, args.memory_slots) == (320, 8, 8, 960, 12)
-    assert (args.timesteps, args.sample_steps, args.seq_len, args.time_mode) == (24, 10, 512, "continuous")
-    assert (args.timestep_sampling, args.masking_strategy, args.mean_span_length) == ("stratified", "token", 3.0)
+    assert (args.d_model, args.n_layers, args.n_heads, args.d_ff, args.memory_slots) == (
+        320,
+        8,
+        8,
+        960,
+        12,
+    )
+    assert (args.timesteps, args.sample_steps, args.seq_len, args.time_mode) == (
+        24,
+        10,
+        512,
+        "continuous",
+    )
+    assert (args.timestep_sampling, args.masking_strategy, args.mean_span_length) == (
+        "stratified",
+        "token",
+        3.0,
+    )
     args, _ = parse(SampleArgs, "x --edge_profile max --steps 9")
-    assert (args.steps, args.temperature, args.temperature_end, args.top_k, args.block_size) == (9, 0, None, 0, 0)
-    assert (args.sampler, args.threshold, args.blockwise, args.frozen_context) == ("threshold", 0.9, True, True)
+    assert (args.steps, args.temperature, args.temperature_end, args.top_k, args.block_size) == (
+        9,
+        0,
+        None,
+        0,
+        0,
+    )
+    assert (args.sampler, args.threshold, args.blockwise, args.frozen_context) == (
+        "threshold",
+        0.9,
+        True,
+        True,
+    )
     args, _ = parse(SampleArgs, "x --prompt एक --prompt='--दो' --seed=3")
     assert args.prompt == ("एक", "--दो") and args.seed == 3
     args, _ = parse(BenchArgs, "--ckpt x --modes full,block --prompt a")
-    assert (args.modes, args.temperature, args.top_k, args.warmup_runs) == (("full", "block"), 0.0, 0, 1)
+    assert (args.modes, args.temperature, args.top_k, args.warmup_runs) == (
+        ("full", "block"),
+        0.0,
+        0,
+        1,
+    )
     args, _ = parse(PrepareArgs, "--source files --input a,b.txt 'c d.jsonl' --force")
     assert args.input == ("a,b.txt", "c d.jsonl") and args.force
-    assert parse(TrainArgs, "--warmup-steps -1 --train_block_sizes T,900,32")[0].block_choices == [512, 512, 32]
-    assert [parse(TrainArgs, f"--max_steps {n}")[0].warmup for n in (100, 6000, 50_000)] == [5, 300, 300]
+    assert parse(TrainArgs, "--warmup-steps -1 --train_block_sizes T,900,32")[0].block_choices == [
+        512,
+        512,
+        32,
+    ]
+    assert [parse(TrainArgs, f"--max_steps {n}")[0].warmup for n in (100, 6000, 50_000)] == [
+        5,
+        300,
+        300,
+    ]
 
 
 def test_run_folders():
-    for line, folder in (("", "checkpoints/eco_hybrid_hi"), ("--model diffusion", "checkpoints/diffusion_hi"),
-                         ("--name day1", "checkpoints/day1"), ("--out-dir 'a b'", "a b")):
+    for line, folder in (
+        ("", "checkpoints/eco_hybrid_hi"),
+        ("--model diffusion", "checkpoints/diffusion_hi"),
+        ("--name day1", "checkpoints/day1"),
+        ("--out-dir 'a b'", "a b"),
+    ):
         assert parse(TrainArgs, line)[0].run_dir == Path(folder)
 
 
@@ -535,17 +755,29 @@ def test_a_wrapper_cannot_be_contradicted():
     assert (args.model, args.d_ff, origins["model"]) == ("backup", 192, "command")
     assert args.run_dir == Path("checkpoints/diffusion_hi")
     assert parse(TrainArgs, "--model diffusion", pinned=pinned)[0].model == "backup"
-    refused(TrainArgs, "--model eco", "--model primary", "--model backup", "python -m train", pinned=pinned)
+    refused(
+        TrainArgs,
+        "--model eco",
+        "--model primary",
+        "--model backup",
+        "python -m train",
+        pinned=pinned,
+    )
     refused(SampleArgs, "x --model=primary", "--model backup", pinned=pinned)
 
 
 def frozen_flags():
-    return "".join(f"{prog} {' '.join(names)} {kind or 'switch'} [{default}]\n" for prog, cls in config.COMMANDS.items()
-                   for _, names, kind, default, _, _ in describe(cls))
+    return "".join(
+        f"{prog} {' '.join(names)} {kind or 'switch'} [{default}]\n"
+        for prog, cls in config.COMMANDS.items()
+        for _, names, kind, default, _, _ in describe(cls)
+    )
 
 
 def test_flags_are_frozen():
-    assert frozen_flags() == FLAGS.read_text(encoding="utf-8"), "wanted? then python tests/test_config.py"
+    assert frozen_flags() == FLAGS.read_text(encoding="utf-8"), (
+        "wanted? then python tests/test_config.py"
+    )
 
 
 def test_help_and_table_come_from_the_declarations():
@@ -553,7 +785,11 @@ def test_help_and_table_come_from_the_declarations():
         whole, table = help_text(cls, prog), flags.table(cls)
         words = " ".join(whole.split())                             # as the text is wrapped
         for f in dataclasses.fields(cls):
-            assert f"--{f.name}" in whole and f"`--{f.name}`" in table and " ".join(f.metadata["help"].split()) in words
+            assert (
+                f"--{f.name}" in whole
+                and f"`--{f.name}`" in table
+                and " ".join(f.metadata["help"].split()) in words
+            )
         assert all(line.count("|") == 5 for line in table.split("\n"))
     assert help_text(TrainArgs, "train", everything=False).count("\n  --") <= 42
 
@@ -565,7 +801,11 @@ def test_help_begins_with_usage_and_examples_and_ends_with_what_all_share(prog, 
         assert max(map(len, lines)) <= 80 and lines[0].startswith(f"usage: python -m {prog} ")
         groups = [line for line in lines[1:] if re.match(r"[A-Z][\w ]+$", line)]
         own = cls.__doc__ if "__doc__" in vars(cls) and len(cls.__doc__) < 30 else groups[1]
-        assert groups[0] == "Examples" and groups[-1] == "Everywhere" and len(set(groups)) == len(groups)
+        assert (
+            groups[0] == "Examples"
+            and groups[-1] == "Everywhere"
+            and len(set(groups)) == len(groups)
+        )
         assert own in groups[1:3], f"{own} is not the first: {groups}"
     commands = [shlex.split(command) for command, _ in cls.examples]
     assert 2 <= len(commands) <= 4
@@ -580,7 +820,11 @@ def test_every_command_tells_its_version_and_can_be_quiet(prog, capsys, monkeypa
     with pytest.raises(SystemExit) as end:
         cli.parse(cls, ["--no_such_flag", "--version"], prog)
     told = capsys.readouterr()
-    assert end.value.code == 0 and re.fullmatch(r"Aria \d+\.\d+( \(commit [0-9a-f]{7,}\+?\))?\n", told.out) and not told.err
+    assert (
+        end.value.code == 0
+        and re.fullmatch(r"Aria \d+\.\d+( \(commit [0-9a-f]{7,}\+?\))?\n", told.out)
+        and not told.err
+    )
     words = shlex.split(cls.examples[0][0])[3:]
     for typed, heard in (([], 3), (["--quiet"], 2)):
         cli.parse(cls, [*words, *typed], prog)
@@ -600,14 +844,25 @@ def test_announce_shows_origins_and_print_config_ends(capsys, tmp_path):
     args, origins = parse(TrainArgs, "--preset nano --lr 0.5")
     cli.announce(args, origins)
     err = capsys.readouterr().err
-    assert err == "settings: preset=nano, lr=0.5 (all of them: --print_config)\n", "a preset's own values are not repeated"
-    cli.announce(*parse(TrainArgs, "--preset starter --optimizer adamw --wandb --wandb_name 'a\x1b[2Jb'"))
+    assert err == "settings: preset=nano, lr=0.5 (all of them: --print_config)\n", (
+        "a preset's own values are not repeated"
+    )
+    cli.announce(
+        *parse(TrainArgs, "--preset starter --optimizer adamw --wandb --wandb_name 'a\x1b[2Jb'")
+    )
     err = capsys.readouterr().err
-    assert "lr=0.002 (flag: that of adamw)" in err and "\x1b" not in err and "d_model" not in err and err.count("\n") == 1
+    assert (
+        "lr=0.002 (flag: that of adamw)" in err
+        and "\x1b" not in err
+        and "d_model" not in err
+        and err.count("\n") == 1
+    )
     cli.announce(*parse(TrainArgs, ""))
     assert "settings: all defaults" in capsys.readouterr().err
     (tmp_path / "meta.json").write_text('{"vocab_size": 2048}')
-    args, origins = parse(TrainArgs, f"--preset nano --print_config --model backup --data_dir '{tmp_path}'")
+    args, origins = parse(
+        TrainArgs, f"--preset nano --print_config --model backup --data_dir '{tmp_path}'"
+    )
     with pytest.raises(SystemExit) as end:
         cli.announce(args, origins)
     out = capsys.readouterr().out
@@ -621,32 +876,53 @@ ENTRY = [prog for prog in config.COMMANDS if (config.ROOT / f"{prog}.py").exists
 @pytest.mark.parametrize("prog", ENTRY)
 def test_help_is_instant_and_needs_no_torch(prog):
     start = os.times()
-    done = subprocess.run([sys.executable, "-m", prog, "--help"], cwd=config.ROOT, capture_output=True, text=True)
-    end = os.times()                                               # of the processor: a busy machine is no fault of ours
+    done = subprocess.run(
+        [sys.executable, "-m", prog, "--help"], cwd=config.ROOT, capture_output=True, text=True
+    )
+    end = os.times()  # of the processor: a busy machine is no fault of ours
     assert done.returncode == 0 and f"usage: python -m {prog}" in done.stdout, done.stderr
-    assert end.children_user + end.children_system - start.children_user - start.children_system < 0.5
+    assert (
+        end.children_user + end.children_system - start.children_user - start.children_system < 0.5
+    )
     code = "import runpy, sys\n" \
            "for flag in ('--help', '--version'):\n" \
            f"    sys.argv = ['{prog}', flag]\n" \
            f"    try: runpy.run_module('{prog}', run_name='__main__')\n" \
            "    except SystemExit: pass\n" \
            "assert not {'torch', 'numpy'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=config.ROOT, capture_output=True
+        ).returncode
+        == 0
+    )
 
 
-@pytest.mark.parametrize("shim", sorted(p.stem for p in (config.ROOT / "diffusion").glob("[a-z]*.py")))
+@pytest.mark.parametrize(
+    "shim", sorted(p.stem for p in (config.ROOT / "diffusion").glob("[a-z]*.py"))
+)
 def test_old_names_run_as_module_and_as_file(shim):
-    target = next(prog for prog in ("train", "sample", "colab_train_eco", "run_experiments") if shim.startswith(prog))
+    target = next(
+        prog
+        for prog in ("train", "sample", "colab_train_eco", "run_experiments")
+        if shim.startswith(prog)
+    )
     if target not in ENTRY:
         pytest.skip(f"{target}.py does not exist yet")
-    outputs = {subprocess.run([sys.executable, *how, "--help"], cwd=config.ROOT, capture_output=True, text=True).stdout
-               for how in (["-m", f"diffusion.{shim}"], [f"diffusion/{shim}.py"])}
+    outputs = {
+        subprocess.run(
+            [sys.executable, *how, "--help"], cwd=config.ROOT, capture_output=True, text=True
+        ).stdout
+        for how in (["-m", f"diffusion.{shim}"], [f"diffusion/{shim}.py"])
+    }
     assert outputs == {help_text(config.COMMANDS[target], target, everything=False) + "\n"}
     if target in ("train", "sample"):
         wrong = "primary" if shim.endswith("_diffusion") else "backup"
         argv = [sys.executable, "-m", f"diffusion.{shim}", "--ckpt", "x", "--model", wrong]
         done = subprocess.run(argv, cwd=config.ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and "contradicts" in done.stderr and "Traceback" not in done.stderr
+        assert (
+            done.returncode == 2 and "contradicts" in done.stderr and "Traceback" not in done.stderr
+        )
 
 
 if __name__ == "__main__":
@@ -655,13 +931,17 @@ if __name__ == "__main__":
 
 
 def test_a_result_never_takes_the_place_of_a_link_a_device_or_a_pipe(tmp_path):
-    """A file that is written aside and renamed would: as root, /dev/null would be a file from then on."""
-    real, link, pipe, full = (tmp_path / name for name in ("real.json", "link.json", "pipe", "full.json"))
+    """A file that is written aside and renamed would: as root, /dev/null would be a file from then
+    on.
+    """
+    real, link, pipe, full = (
+        tmp_path / name for name in ("real.json", "link.json", "pipe", "full.json")
+    )
     real.write_text("old", encoding="utf-8")
     link.symlink_to(real)
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    full.symlink_to("/dev/full")                                   # what stands for /dev/null: no test may touch the real one
+    full.symlink_to("/dev/full")  # what stands for /dev/null: no test may touch the real one
     for path in (link, pipe):
         args = SimpleNamespace(out_json=path)
         can_write(args, "out_json")

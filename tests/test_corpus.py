@@ -1,6 +1,8 @@
-"""The starter corpus: the same text for ever, in two scripts, varied, and grammatical where a regular expression can tell.
+"""The starter corpus: the same text for ever, in two scripts, varied, and grammatical where a
+regular expression can tell.
 
-The agreement tests carry their own small word lists and read generated text, so they know nothing of how it was made.
+The agreement tests carry their own small word lists and read generated text, so they know nothing
+of how it was made.
 """
 import hashlib
 import random
@@ -12,7 +14,8 @@ import pytest
 
 from text.starter import grammar
 
-# VERSION -> sha256 of the first 1,000 documents. When the text changes, bump VERSION and write its hash here.
+# VERSION -> sha256 of the first 1,000 documents. When the text changes, bump VERSION and write its
+# hash here.
 GOLDEN = {1: "fc1c4c8ed4803d3708b55e304146d23dd8b544bbc878cfff6c78e5e87ec2a0fd"}
 
 
@@ -33,7 +36,9 @@ def hinglish(docs):
 
 @pytest.fixture(scope="module")
 def clauses(hindi):
-    """Lists of words, cut at punctuation and before the words that open another clause (which stay as the first word)."""
+    """Lists of words, cut at punctuation and before the words that open another clause (which stay
+    as the first word).
+    """
     opens = "और|लेकिन|क्योंकि|इसलिए|कि|जो|तो|तब|तभी|जिसका|जिसे|या"
     cut = re.compile(rf'[।?!,:"\n]| (?=(?:{opens}) )')
     return [clause.split() for text in hindi for clause in cut.split(text) if clause.strip()]
@@ -42,14 +47,20 @@ def clauses(hindi):
 # ---- stability
 
 def test_golden():
-    text = "\0".join(f"{script} {text}" for script, text in islice(grammar.starter_documents(seed=0), 1000))
-    assert hashlib.sha256(text.encode()).hexdigest() == GOLDEN[grammar.VERSION], "text changed: bump VERSION, add its hash"
+    text = "\0".join(
+        f"{script} {text}" for script, text in islice(grammar.starter_documents(seed=0), 1000)
+    )
+    assert hashlib.sha256(text.encode()).hexdigest() == GOLDEN[grammar.VERSION], (
+        "text changed: bump VERSION, add its hash"
+    )
 
 
 def test_a_document_needs_no_history(docs):
     for index in (19_999, 0, 777, 12_345, 777):
         assert grammar.starter_document(0, index) == docs[index]
-    assert list(islice(grammar.starter_documents(seed=3), 50)) == list(islice(grammar.starter_documents(seed=3), 50))
+    assert list(islice(grammar.starter_documents(seed=3), 50)) == list(
+        islice(grammar.starter_documents(seed=3), 50)
+    )
     assert list(islice(grammar.starter_documents(seed=1), 50)) != docs[:50]
 
 
@@ -57,7 +68,10 @@ def test_a_document_needs_no_history(docs):
 
 @pytest.mark.parametrize("ratio", [0, 0.35, 1])
 def test_script_ratio(ratio):
-    latin = sum(script == "latin" for script, _ in islice(grammar.starter_documents(seed=9, hinglish_ratio=ratio), 4000))
+    latin = sum(
+        script == "latin"
+        for script, _ in islice(grammar.starter_documents(seed=9, hinglish_ratio=ratio), 4000)
+    )
     assert abs(latin / 4000 - ratio) < 0.03
     assert ratio not in (0, 1) or latin == 4000 * ratio
 
@@ -68,7 +82,9 @@ def test_characters(docs):
     for script, text in docs:
         assert allowed[script].fullmatch(text), text
         assert unicodedata.is_normalized("NFC", text)
-        assert not re.search(r" [।,?!.:]|  |[,।?!.:]{2}|^\s|\s$| \n|\n |[।?!.,](?![\s\"]|$)", text), text
+        assert not re.search(
+            r" [।,?!.:]|  |[,।?!.:]{2}|^\s|\s$| \n|\n |[।?!.,](?![\s\"]|$)", text
+        ), text
         assert re.search(r'[।?!."]$', text), text
 
 
@@ -108,8 +124,14 @@ def test_runbook_prompts(docs, prompt, times, distinct):
 
 
 def test_a_typist_keeps_to_one_spelling(hinglish):
-    rivals = [("mai", "main"), ("nahi", "nahin"), ("bahut", "bohot"), ("accha", "acha"), ("phir", "fir"),
-              ("hoon", "hu", "hun")]
+    rivals = [
+        ("mai", "main"),
+        ("nahi", "nahin"),
+        ("bahut", "bohot"),
+        ("accha", "acha"),
+        ("phir", "fir"),
+        ("hoon", "hu", "hun"),
+    ]
     seen = set()
     for text in hinglish:
         words = set(re.findall("[a-z]+", text))
@@ -124,12 +146,20 @@ def split(text):
     return set(grammar.nfc(text).split())
 
 
-FEMININE = split("कहानी किताब चाय लड़की घड़ी साइकिल कमीज़ साड़ी टोपी गेंद गुड़िया बिल्ली चाबी खीर औरत बहन सहेली")
-MASCULINE = split("छाता खिलौना बैग कुर्ता स्वेटर दुपट्टा कुत्ता तोता चश्मा शहर बाज़ार दोस्त भाई लड़का आदमी मौसम पेड़")
+FEMININE = split(
+    "कहानी किताब चाय लड़की घड़ी साइकिल कमीज़ साड़ी टोपी गेंद गुड़िया बिल्ली चाबी खीर औरत बहन सहेली"
+)
+MASCULINE = split(
+    "छाता खिलौना बैग कुर्ता स्वेटर दुपट्टा कुत्ता तोता चश्मा शहर बाज़ार दोस्त भाई लड़का आदमी मौसम "
+    "पेड़"
+)
 STEMS = split("अच्छ पुरान काल नील पील हर मीठ प्यार छोट बड़ मेर तुम्हार अपन उसक हमार सुहान")
 POSTPOSITIONS = split("में को से पर ने का के की तक")
-DIRECT = split("लड़का बच्चा कमरा चूहा घोड़ा कुत्ता तोता केला संतरा मेला पैसा दरवाज़ा बगीचा रास्ता थैला गड्ढा समोसा पराठा छाता खिलौना "
-               "मेरा तुम्हारा उसका अपना छोटा बड़ा मैं वह वे यह")
+DIRECT = split(
+    "लड़का बच्चा कमरा चूहा घोड़ा कुत्ता तोता केला संतरा मेला पैसा दरवाज़ा बगीचा रास्ता थैला गड्ढा "
+    "समोसा पराठा छाता खिलौना "
+    "मेरा तुम्हारा उसका अपना छोटा बड़ा मैं वह वे यह"
+)
 WOMEN = split("प्रिया नेहा अंजलि पूजा मीना काव्या आयशा रिया सुनीता ममता लता शबाना")
 MEN = split("राहुल अमित मोहन रवि अर्जुन सोनू विकास करण समीर इमरान दीपक सुनील अनिल राजेश")
 
@@ -167,13 +197,27 @@ def rx(pattern):
 
 def test_transitive_perfective_agrees_with_the_object(hindi):
     text = "\n".join(hindi)
-    wrong = ("(चाय|लस्सी|कॉफ़ी) (पिया|पिए)>", "(खीर|दाल|खिचड़ी|बिरयानी|कढ़ी) (खाया|खाए|बनाया)>",
-             "(समोसे|पराठे|लड्डू|पकौड़े) (खाया|खाई|खाईं)>", "(जलेबियाँ|कचौड़ियाँ|इडलियाँ) (खाया|खाए)>",
-             "(दूध|शरबत|जूस) (पीं|पी)(?=[।,]| और| थी| है)", "(किताब|कहानी|कविता|डायरी) (पढ़ा|लिखा|पढ़े|लिखे)>",
-             "(कबड्डी|हॉकी|शतरंज) खेला>", "(क्रिकेट|फ़ुटबॉल|बैडमिंटन) खेली>", "(बात|मदद) किया>",
-             "(काम|आराम|योग) की(?=[।,]| और| थी)", "चला गई>", "चली गया>")
-    right = ("ने [^।?!\n]*(चाय|लस्सी|कॉफ़ी) पी>", "ने [^।?!\n]*(समोसे|पराठे|पकौड़े) खाए>", "ने [^।?!\n]*जलेबियाँ खाईं",
-             "ने [^।?!\n]*(कहानी|कविता) (पढ़ी|लिखी)>", "ने [^।?!\n]*(दूध|शरबत) पिया>")
+    wrong = (
+        "(चाय|लस्सी|कॉफ़ी) (पिया|पिए)>",
+        "(खीर|दाल|खिचड़ी|बिरयानी|कढ़ी) (खाया|खाए|बनाया)>",
+        "(समोसे|पराठे|लड्डू|पकौड़े) (खाया|खाई|खाईं)>",
+        "(जलेबियाँ|कचौड़ियाँ|इडलियाँ) (खाया|खाए)>",
+        "(दूध|शरबत|जूस) (पीं|पी)(?=[।,]| और| थी| है)",
+        "(किताब|कहानी|कविता|डायरी) (पढ़ा|लिखा|पढ़े|लिखे)>",
+        "(कबड्डी|हॉकी|शतरंज) खेला>",
+        "(क्रिकेट|फ़ुटबॉल|बैडमिंटन) खेली>",
+        "(बात|मदद) किया>",
+        "(काम|आराम|योग) की(?=[।,]| और| थी)",
+        "चला गई>",
+        "चली गया>",
+    )
+    right = (
+        "ने [^।?!\n]*(चाय|लस्सी|कॉफ़ी) पी>",
+        "ने [^।?!\n]*(समोसे|पराठे|पकौड़े) खाए>",
+        "ने [^।?!\n]*जलेबियाँ खाईं",
+        "ने [^।?!\n]*(कहानी|कविता) (पढ़ी|लिखी)>",
+        "ने [^।?!\n]*(दूध|शरबत) पिया>",
+    )
     for pattern in wrong:
         assert not rx(pattern).search(text), rx(pattern).search(text)
     for pattern in right:
@@ -194,14 +238,41 @@ def test_ne_goes_with_transitive_verbs_only(clauses):
 
 
 def test_verbs_agree_with_their_subject(clauses):
-    """A clause that opens with its subject and ends in participle + auxiliary: both must be of the subject's class."""
-    subjects = {"मैं": "I", "हम": "we", "वे": "they", "माँ": "lady", "दादी": "lady", "नानी": "lady", "पिताजी": "sir",
-                "दादाजी": "sir", "चाचाजी": "sir"} | dict.fromkeys(WOMEN, "she") | dict.fromkeys(MEN, "he")
-    good = {"I": r"(ा|ी) (हूँ|था|थी)", "we": r"े (हैं|थे)", "they": r"(े|ी) (हैं|थे|थीं)", "lady": r"ी (हैं|थीं)",
-            "sir": r"े (हैं|थे)", "she": r"ी (है|थी)", "he": r"ा (है|था)"}
+    """A clause that opens with its subject and ends in participle + auxiliary: both must be of the
+    subject's class.
+    """
+    subjects = (
+        {
+            "मैं": "I",
+            "हम": "we",
+            "वे": "they",
+            "माँ": "lady",
+            "दादी": "lady",
+            "नानी": "lady",
+            "पिताजी": "sir",
+            "दादाजी": "sir",
+            "चाचाजी": "sir",
+        }
+        | dict.fromkeys(WOMEN, "she")
+        | dict.fromkeys(MEN, "he")
+    )
+    good = {
+        "I": r"(ा|ी) (हूँ|था|थी)",
+        "we": r"े (हैं|थे)",
+        "they": r"(े|ी) (हैं|थे|थीं)",
+        "lady": r"ी (हैं|थीं)",
+        "sir": r"े (हैं|थे)",
+        "she": r"ी (है|थी)",
+        "he": r"ा (है|था)",
+    }
     checked = dict.fromkeys(good, 0)
     for words in clauses:
-        if len(words) < 4 or words[0] not in subjects or words[1] in POSTPOSITIONS | {"नाम"} or words[-2] == "मेहनती":
+        if (
+            len(words) < 4
+            or words[0] not in subjects
+            or words[1] in POSTPOSITIONS | {"नाम"}
+            or words[-2] == "मेहनती"
+        ):
             continue
         participle = re.search(r"(?:त|रह)([ाेी]) (हूँ|है|हैं|हो|था|थे|थी|थीं)$", " ".join(words))
         if participle:
@@ -225,6 +296,10 @@ def test_the_speaker_keeps_one_gender(hindi):
 
 def test_describe_and_main(capsys):
     about = grammar.describe()
-    assert "synthetic" in about["name"] and about["version"] == grammar.VERSION and "Aria" in about["licence"]
+    assert (
+        "synthetic" in about["name"]
+        and about["version"] == grammar.VERSION
+        and "Aria" in about["licence"]
+    )
     grammar.main(["--docs", "2", "--seed", "5"])
     assert capsys.readouterr().out.count("[") == 2

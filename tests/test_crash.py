@@ -1,4 +1,5 @@
-"""tests/stress/crash.py in its short form: real SIGKILLs, SIGINT and SIGTERM, a full disk; and what retention may delete.
+"""tests/stress/crash.py in its short form: real SIGKILLs, SIGINT and SIGTERM, a full disk; and what
+retention may delete.
 
     python -m pytest tests/test_crash.py
 """
@@ -22,15 +23,34 @@ def test_no_kill_changes_the_result():
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["random"]["kills"] >= 12 and 2 * result["random"]["in_save"] >= result["random"]["kills"]
-    assert result["every"][0]["points"] == 3 and result["every"][0]["of"] > 150, "the points of a save were not met"
-    assert result["stops"]["plans"] == 3 and result["stops"]["slowest_s"] < 60 and result["failures"] == []
+    assert (
+        result["random"]["kills"] >= 12
+        and 2 * result["random"]["in_save"] >= result["random"]["kills"]
+    )
+    assert result["every"][0]["points"] == 3 and result["every"][0]["of"] > 150, (
+        "the points of a save were not met"
+    )
+    assert (
+        result["stops"]["plans"] == 3
+        and result["stops"]["slowest_s"] < 60
+        and result["failures"] == []
+    )
 
 
 def put(run, step, best, keep_last):
     w = torch.full((4,), float(step))
-    ck.save(run, step, model_state={"w": w}, optimizer_state={"m": w}, state={}, config={}, tokenizer_bytes=b"t", best=best,
-            keep_last=keep_last, keep_full=1)
+    ck.save(
+        run,
+        step,
+        model_state={"w": w},
+        optimizer_state={"m": w},
+        state={},
+        config={},
+        tokenizer_bytes=b"t",
+        best=best,
+        keep_last=keep_last,
+        keep_full=1,
+    )
 
 
 def good_steps(run):
@@ -44,7 +64,9 @@ def good_steps(run):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_retention_never_deletes_the_only_good_one(tmp_path, monkeypatch, seed):
-    """Saves, rewinds, damage, and a disk that fills up inside a save: something whole is left, and `best` is never deleted."""
+    """Saves, rewinds, damage, and a disk that fills up inside a save: something whole is left, and
+    `best` is never deleted.
+    """
     rng, step, room = random.Random(seed), 0, 0
     monkeypatch.setattr(ck.os, "fsync", lambda fd: None)
     real = files.write_file
@@ -72,6 +94,8 @@ def test_retention_never_deletes_the_only_good_one(tmp_path, monkeypatch, seed):
         left, now = good_steps(tmp_path), ck.read_pointer(tmp_path, "best")[0]
         assert step in left if saved else left or not good, "nothing is left to resume from"
         assert not left or ck.load(tmp_path).step in left
-        assert now == best or now == step, "best has moved to another step than the one that was saved"
+        assert now == best or now == step, (
+            "best has moved to another step than the one that was saved"
+        )
         assert now is None or now in ck.list_steps(tmp_path), "the best one was deleted"
         assert now not in good or now in left

@@ -1,4 +1,6 @@
-"""The promises of the decode loop, on a fake denoiser with the worst habits, and cached against uncached text on real nets."""
+"""The promises of the decode loop, on a fake denoiser with the worst habits, and cached against
+uncached text on real nets.
+"""
 import dataclasses
 import itertools
 import random
@@ -33,14 +35,17 @@ class Fake(nn.Module):
     def __init__(self, habit="plain", vocab=V):
         super().__init__()
         self.p = nn.Parameter(torch.zeros(1))
-        self.cfg = SimpleNamespace(mask_id=vocab, pad_id=0, vocab_size=vocab, n_layers=4, causal=False)
+        self.cfg = SimpleNamespace(
+            mask_id=vocab, pad_id=0, vocab_size=vocab, n_layers=4, causal=False
+        )
         self.habit, self.vocab = habit, vocab
         self.hidden_calls, self.head_rows, self.commits, self.depths = 0, [], [], []
 
     def hidden(self, xt, cache=None, depth=None):
         self.hidden_calls += 1
         self.depths.append(depth or self.cfg.n_layers)
-        return nn.functional.one_hot(xt, self.vocab + 1).float().cumsum(1)         # something that depends on the text
+        # something that depends on the text
+        return nn.functional.one_hot(xt, self.vocab + 1).float().cumsum(1)
 
     def logits(self, h):
         self.head_rows.append(len(h))
@@ -56,7 +61,7 @@ class Fake(nn.Module):
             z[:] = 0.0
         if self.habit == "nan":
             z[0, 1] = float("nan")
-        z[..., [0, self.vocab]] = -float("inf")                                    # the protocol: never an answer
+        z[..., [0, self.vocab]] = -float("inf")  # the protocol: never an answer
         return z
 
     def new_cache(self, batch, length):
@@ -72,30 +77,46 @@ def blocks_of(s):
 
 
 def random_settings(rnd, longest, **more):
-    return Settings(max_new_tokens=rnd.randint(1, longest), steps=rnd.randint(1, longest + 20), mode=rnd.choice(MODES),
-                    block_size=rnd.randint(1, 64), sampler=rnd.choice(NAMES), reveal=rnd.choice(["linear", "cosine"]),
-                    threshold=rnd.choice([0.0, 0.3, 0.9, 1.0]), alg_temp=rnd.choice([0.0, 0.5]),
-                    temperature=rnd.choice([0, 1e-6, 0.7, 1.0, 10.0]), temperature_end=rnd.choice([None, 0.0, 0.5]),
-                    top_k=rnd.choice([0, 1, 5, 99]), top_p=rnd.choice([1.0, 0.9, 0.1]),
-                    repetition_penalty=rnd.choice([1.0, 1.5]), remask=rnd.choice([0.0, 0.0, 0.3]),
-                    remask_rule=rnd.choice(["cap", "rescale", "conf"]), eos_id=rnd.choice([EOS, None]), **more)
+    return Settings(
+        max_new_tokens=rnd.randint(1, longest),
+        steps=rnd.randint(1, longest + 20),
+        mode=rnd.choice(MODES),
+        block_size=rnd.randint(1, 64),
+        sampler=rnd.choice(NAMES),
+        reveal=rnd.choice(["linear", "cosine"]),
+        threshold=rnd.choice([0.0, 0.3, 0.9, 1.0]),
+        alg_temp=rnd.choice([0.0, 0.5]),
+        temperature=rnd.choice([0, 1e-6, 0.7, 1.0, 10.0]),
+        temperature_end=rnd.choice([None, 0.0, 0.5]),
+        top_k=rnd.choice([0, 1, 5, 99]),
+        top_p=rnd.choice([1.0, 0.9, 0.1]),
+        repetition_penalty=rnd.choice([1.0, 1.5]),
+        remask=rnd.choice([0.0, 0.0, 0.3]),
+        remask_rule=rnd.choice(["cap", "rescale", "conf"]),
+        eos_id=rnd.choice([EOS, None]),
+        **more,
+    )
 
 
 def check_case(rnd, longest):
     habit = rnd.choice(["plain", "mask_lover", "all_eos", "no_eos", "constant"])
-    vocab = rnd.choice([V, V, 5])                                                  # 5: pad, three specials and one real token
+    vocab = rnd.choice([V, V, 5])  # 5: pad, three specials and one real token
     s = random_settings(rnd, longest, guidance_scale=rnd.choice([1.0, 1.0, 2.0]))
     if s.sampler in unmasking.ADAPTIVE:
         s.remask = 0.0
     B = rnd.randint(1, 3)
-    prompts = [[2, *(rnd.randint(4, vocab - 1) for _ in range(rnd.randint(0, 12)))] for _ in range(B)]
+    prompts = [
+        [2, *(rnd.randint(4, vocab - 1) for _ in range(rnd.randint(0, 12)))] for _ in range(B)
+    ]
     if rnd.random() < 0.5:
         prompts = [prompts[0]] * B
     net = Fake(habit, vocab)
     out = generate(net, prompts, s, [rnd.randrange(10 ** 6) for _ in range(B)])
     most = sum(s.steps if s.remask else min(s.steps, n) for n in blocks_of(s))
     sides = 2 if s.guidance_scale != 1 and s.mode == "block_frozen" else 1
-    assert net.hidden_calls == out.forwards * sides and out.forwards <= most * len({len(p) for p in prompts})
+    assert net.hidden_calls == out.forwards * sides and out.forwards <= most * len(
+        {len(p) for p in prompts}
+    )
     assert max(out.row_forwards) <= most
     for row, full in zip(out.rows, out.full_rows, strict=True):
         assert all(0 < token < vocab for token in full) and row == full[:len(row)]
@@ -106,8 +127,10 @@ def check_case(rnd, longest):
 
 
 def test_guarantees_on_ten_thousand_random_cases():
-    """Ends within the stated forwards, no mask left, no pad, prompt untouched (generate asserts it), for any length, block,
-    steps, sampler, temperature, remasking, guidance, and batches of unequal prompts and progress."""
+    """Ends within the stated forwards, no mask left, no pad, prompt untouched (generate asserts
+    it), for any length, block, steps, sampler, temperature, remasking, guidance, and batches of
+    unequal prompts and progress.
+    """
     rnd = random.Random(0)
     for case in range(10_000):
         check_case(rnd, 130 if case % 200 == 0 else 8)
@@ -119,7 +142,7 @@ def test_twelve_steps_are_twelve_forwards_of_at_most_six():
     assert out.forwards == net.hidden_calls == 12
     revealed = [a - b for a, b in zip(net.head_rows, [*net.head_rows[1:], 0], strict=True)]
     assert sum(revealed) == 64 and max(revealed) <= 6 and min(revealed) >= 5
-    assert net.head_rows[0] == 64                                                  # the head sees masked positions only
+    assert net.head_rows[0] == 64  # the head sees masked positions only
 
 
 @pytest.mark.parametrize("rule", ["linear", "cosine"])
@@ -136,7 +159,7 @@ def test_reveal_schedule_adds_up(rule):
             if rule == "linear":
                 assert max(shares) - min(shares) <= 1 or min(shares) == 1
     first, last = reveal_count(64, 0, 8, "cosine"), reveal_count(64, 0, 8, "linear")
-    assert first < last                                                            # cosine is careful at first
+    assert first < last  # cosine is careful at first
 
 
 @pytest.mark.parametrize("rule, part", [("linear", 4), ("cosine", 2)])
@@ -151,7 +174,9 @@ def test_a_row_is_never_behind_its_schedule_and_ahead_by_a_part_of_the_steps(rul
 
 
 def test_ancestral_keeps_its_steps_and_runs_no_empty_forward():
-    """Many more steps than masks: one token at a time, nearly always, and no more forwards than tokens."""
+    """Many more steps than masks: one token at a time, nearly always, and no more forwards than
+    tokens.
+    """
     net = Fake("no_eos")
     out = generate(net, [2], Settings(20, 5000, sampler="ancestral", eos_id=None), [0, 1, 2])
     assert all(18 <= forwards <= 20 for forwards in out.row_forwards)
@@ -181,9 +206,14 @@ class Bad(Fake):
 @pytest.mark.parametrize("nth", [1, 2])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_no_answer_comes_from_logits_that_are_not_finite(value, nth, temperature):
-    """On both sides of the guidance, in a continuation and in a gap; as a message, not as a traceback."""
+    """On both sides of the guidance, in a continuation and in a gap; as a message, not as a
+    traceback.
+    """
     s = Settings(8, 4, temperature=temperature, guidance_scale=2.0)
-    for write in (lambda: generate(Bad(value, nth), [2, 5], s, [0]), lambda: infill(Bad(value, nth), [2, V, V, 5], s, [0])):
+    for write in (
+        lambda: generate(Bad(value, nth), [2, 5], s, [0]),
+        lambda: infill(Bad(value, nth), [2, V, V, 5], s, [0]),
+    ):
         with pytest.raises(UserError, match="NaN or infinity"):
             write()
     with pytest.raises(UserError, match="NaN or infinity"):
@@ -195,15 +225,26 @@ def test_a_guidance_that_overflows_is_refused():
         generate(RowWise(), [2, 5], Settings(8, 4, guidance_scale=1e308), [0])
 
 
-EXTREMES = [("temperature", 1e-310), ("temperature", 5e-324), ("temperature", 1e308), ("alg_temp", 1e-310), ("alg_temp", 1e308),
-            ("top_p", 1e-310), ("repetition_penalty", 1e-300), ("repetition_penalty", 1e300), ("repetition_penalty", 5e-324)]
+EXTREMES = [
+    ("temperature", 1e-310),
+    ("temperature", 5e-324),
+    ("temperature", 1e308),
+    ("alg_temp", 1e-310),
+    ("alg_temp", 1e308),
+    ("top_p", 1e-310),
+    ("repetition_penalty", 1e-300),
+    ("repetition_penalty", 1e300),
+    ("repetition_penalty", 5e-324),
+]
 
 
 @pytest.mark.parametrize("sampler", LOOKING)
 @pytest.mark.parametrize("name, value", EXTREMES)
 def test_extreme_numbers_still_decode(sampler, name, value):
     for habit in ("plain", "constant"):
-        out = generate(Fake(habit), [2, 5, 6], Settings(12, 6, sampler=sampler, **{name: value}), [0])
+        out = generate(
+            Fake(habit), [2, 5, 6], Settings(12, 6, sampler=sampler, **{name: value}), [0]
+        )
         assert all(0 < token < V for token in out.rows[0]) and len(out.rows[0]) == 12
 
 
@@ -211,9 +252,13 @@ def test_the_lowest_temperature_is_greedy():
     """And the lowest noise on the choice of positions is none."""
     z = torch.randn(50, V + 1, generator=torch.Generator().manual_seed(1))
     assert distribution(z, 5e-324, 0, 1.0).argmax(-1).tolist() == z.argmax(-1).tolist()
-    assert distribution(torch.zeros(1, 4), 1e-310, 0, 1.0).tolist() == [[0.25] * 4]          # equals stay equal
+    # equals stay equal
+    assert distribution(torch.zeros(1, 4), 1e-310, 0, 1.0).tolist() == [[0.25] * 4]
     look, g = Look(z), torch.Generator().manual_seed(2)
-    plain, noisy = (unmasking.confidence(look, 50, Settings(50, 50, alg_temp=t), g).tolist() for t in (0.0, 1e-310))
+    plain, noisy = (
+        unmasking.confidence(look, 50, Settings(50, 50, alg_temp=t), g).tolist()
+        for t in (0.0, 1e-310)
+    )
     assert plain == noisy
 
 
@@ -228,7 +273,10 @@ class RowWise(Fake):
     """Logits depend on the row's own text only."""
 
     def logits(self, h):
-        z = torch.sin(h @ torch.arange(1, (V + 1) * (V + 1) + 1).view(V + 1, V + 1).float() * 0.37) * 2
+        z = (
+            torch.sin(h @ torch.arange(1, (V + 1) * (V + 1) + 1).view(V + 1, V + 1).float() * 0.37)
+            * 2
+        )
         z[..., [0, V]] = -float("inf")
         return z
 
@@ -238,16 +286,30 @@ def test_same_seed_same_text_whatever_the_batch(sampler):
     """Neighbours of other lengths, other seeds and other progress change nothing."""
     for remask in (0.0, 0.3) if sampler not in unmasking.ADAPTIVE else (0.0,):
         for eos in (None, EOS):
-            s = Settings(20, 12, mode="block", block_size=7, sampler=sampler, eos_id=eos, remask=remask, threshold=0.2,
-                         alg_temp=0.3)
+            s = Settings(
+                20,
+                12,
+                mode="block",
+                block_size=7,
+                sampler=sampler,
+                eos_id=eos,
+                remask=remask,
+                threshold=0.2,
+                alg_temp=0.3,
+            )
             prompts, seeds = [[2, 6, 8], [2, 6, 8], [2, 9], [2, 5, 5, 5, 7]], [11, 12, 13, 11]
             batch = generate(RowWise(), prompts, s, seeds).rows
-            assert [generate(RowWise(), p, s, [seed]).rows[0] for p, seed in zip(prompts, seeds, strict=True)] == batch
+            assert [
+                generate(RowWise(), p, s, [seed]).rows[0]
+                for p, seed in zip(prompts, seeds, strict=True)
+            ] == batch
             assert len({tuple(row) for row in batch}) == 4
 
 
 def test_eos_stops_only_when_nothing_before_it_is_masked():
-    """A net that says EOS late first: the text before it must be completed; one that says EOS everywhere stops at once."""
+    """A net that says EOS late first: the text before it must be completed; one that says EOS
+    everywhere stops at once.
+    """
     class LateEos(Fake):
         def hidden(self, xt, cache=None, depth=None):
             self.hidden_calls += 1
@@ -256,32 +318,44 @@ def test_eos_stops_only_when_nothing_before_it_is_masked():
         def logits(self, h):
             z = torch.zeros(len(h), V + 1)
             at = h[:, 0]
-            z[at < 9, 7] = 3 + at[at < 9] * 0.1                                    # later ones are surer
+            z[at < 9, 7] = 3 + at[at < 9] * 0.1  # later ones are surer
             z[at >= 9, EOS] = 50.0
             z[..., [0, V]] = -float("inf")
             return z
     out = generate(LateEos(), [2], Settings(20, 20, temperature=0, eos_id=EOS), [0])
     assert out.rows == [[7] * 8] and out.full_rows == [[7] * 8 + [EOS]]
-    out = generate(Fake("all_eos"), [2], Settings(64, 64, mode="block", block_size=16, temperature=0, eos_id=EOS), [0])
+    out = generate(
+        Fake("all_eos"),
+        [2],
+        Settings(64, 64, mode="block", block_size=16, temperature=0, eos_id=EOS),
+        [0],
+    )
     assert out.rows == [[]] and out.forwards <= 16
 
 
 def test_frozen_mode_passes():
-    """Two blocks: one context pass for the prompt, one for the finished block that has a successor, none for the last."""
+    """Two blocks: one context pass for the prompt, one for the finished block that has a successor,
+    none for the last.
+    """
     net = Fake("no_eos")
-    out = generate(net, [2, 5, 6], Settings(128, 6, mode="block_frozen", block_size=64, eos_id=EOS), [0])
+    out = generate(
+        net, [2, 5, 6], Settings(128, 6, mode="block_frozen", block_size=64, eos_id=EOS), [0]
+    )
     assert (out.forwards, out.context_passes) == (12, 2)
     assert net.commits == [(1, 3), (1, 64)]
     net = Fake("no_eos")
     generate(net, [2] + [5] * 9, Settings(8, 2, mode="block_frozen", block_size=4), [0])
-    assert net.commits == [(1, 2), (1, 4), (1, 4), (1, 4)]                         # the shorter block of a prompt comes first
+    # the shorter block of a prompt comes first
+    assert net.commits == [(1, 2), (1, 4), (1, 4), (1, 4)]
 
 
 def test_confidence_ignores_a_constant_added_to_a_position():
     z, g = torch.randn(6, V + 1), torch.Generator()
     shifted = z + torch.tensor([0.0, 100.0, -50.0, 3.0, 0.0, 9.0])[:, None]
     s = Settings(6, 6)
-    assert torch.equal(unmasking.confidence(Look(z), 4, s, g), unmasking.confidence(Look(shifted), 4, s, g))
+    assert torch.equal(
+        unmasking.confidence(Look(z), 4, s, g), unmasking.confidence(Look(shifted), 4, s, g)
+    )
 
 
 def looked(*sure):
@@ -294,38 +368,51 @@ def test_adaptive_rules_by_hand():
     look = looked(0.5, 0.95, 0.2, 0.92, 0.91)
     s, g = Settings(5, 5, threshold=0.9), None
     assert unmasking.threshold(look, 1, s, g).tolist() == [1, 3, 4]
-    assert unmasking.threshold(looked(0.1, 0.3), 1, s, g).tolist() == [1]                     # never nothing
+    assert unmasking.threshold(looked(0.1, 0.3), 1, s, g).tolist() == [1]  # never nothing
     # factor, 1 - 0.8 = 0.2: n = 1: 2 * 0.05 fits; n = 2: 3 * 0.08 = 0.24 does not, nor do more
     assert unmasking.factor(look, 1, Settings(5, 5, threshold=0.8), g).tolist() == [1]
     assert unmasking.factor(look, 1, Settings(5, 5, threshold=0.7), g).tolist() == [1, 3]
     h = look.entropy.tolist()
-    budget = h[1] + h[3]                                                           # the two surest are free beside the third
-    assert unmasking.entropy(look, 1, Settings(5, 5, threshold=1 - budget - 1e-4), g).tolist() == [1, 3, 4]
+    budget = h[1] + h[3]  # the two surest are free beside the third
+    assert unmasking.entropy(look, 1, Settings(5, 5, threshold=1 - budget - 1e-4), g).tolist() == [
+        1,
+        3,
+        4,
+    ]
     assert unmasking.entropy(look, 1, Settings(5, 5, threshold=1.0), g).tolist() == [1]
     assert unmasking.margin(look, 2, s, g).tolist() == [1, 3]
     certain = looked(1.0, 1.0, 1.0)
-    assert all(len(LOOKING[name](certain, 1, s, g)) == 3 for name in unmasking.ADAPTIVE)      # 0 * -inf is not a number
+    # 0 * -inf is not a number
+    assert all(len(LOOKING[name](certain, 1, s, g)) == 3 for name in unmasking.ADAPTIVE)
 
 
 def test_alg_temp_moves_the_choice_from_the_surest_to_any():
     look, g = looked(0.9, 0.5, 0.3, 0.2), torch.Generator().manual_seed(0)
-    firsts = [[int(unmasking.confidence(look, 1, Settings(4, 4, alg_temp=t), g)) for _ in range(400)] for t in (0.0, 1.0, 1e6)]
+    firsts = [
+        [int(unmasking.confidence(look, 1, Settings(4, 4, alg_temp=t), g)) for _ in range(400)]
+        for t in (0.0, 1.0, 1e6)
+    ]
     assert set(firsts[0]) == {0}
-    assert firsts[1].count(0) / 400 == pytest.approx(0.9 / 1.9, abs=0.09)          # chances as the confidences
+    # chances as the confidences
+    assert firsts[1].count(0) / 400 == pytest.approx(0.9 / 1.9, abs=0.09)
     assert firsts[2].count(0) / 400 == pytest.approx(0.25, abs=0.09)
 
 
 def test_repetition_penalty_divides_and_multiplies():
     z = torch.tensor([[2.0, -2.0, 1.0, -float("inf")]])
-    assert unmasking.discourage(z.clone(), torch.tensor([0, 1, 3]), 2.0).tolist() == [[1.0, -4.0, 1.0, -float("inf")]]
+    assert unmasking.discourage(z.clone(), torch.tensor([0, 1, 3]), 2.0).tolist() == [
+        [1.0, -4.0, 1.0, -float("inf")]
+    ]
 
 
 JOINT = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) ** 3
-JOINT /= JOINT.sum()                                                               # p(x1, x2, x3) over three real tokens
+JOINT /= JOINT.sum()  # p(x1, x2, x3) over three real tokens
 
 
 def conditional(ids):
-    """Exact p(x_i | what is revealed) of the toy joint for one row of ids (0, 1, 2 or None) -> (3, 3)."""
+    """Exact p(x_i | what is revealed) of the toy joint for one row of ids (0, 1, 2 or None) -> (3,
+    3).
+    """
     p = JOINT.clone()
     for axis, token in enumerate(ids):
         if token is not None:
@@ -358,7 +445,9 @@ class Oracle(Fake):
 
 
 def enumerated(steps, sets_at):
-    """Exact law of the text when at each step a set of positions is revealed: sets_at(masked, step) -> [(chance, set)]."""
+    """Exact law of the text when at each step a set of positions is revealed: sets_at(masked, step)
+    -> [(chance, set)].
+    """
     law = torch.zeros(3, 3, 3, dtype=torch.float64)
 
     def go(ids, step, chance):
@@ -385,26 +474,34 @@ def subsets(masked, stay):
             yield (1 - stay) ** n * stay ** (len(masked) - n), chosen
 
 
-@pytest.mark.parametrize("sampler, steps", [("random", 3), ("random", 2), ("ancestral", 2), ("ancestral", 3)])
+@pytest.mark.parametrize(
+    "sampler, steps", [("random", 3), ("random", 2), ("ancestral", 2), ("ancestral", 3)]
+)
 def test_exact_law_on_a_toy_joint(sampler, steps):
-    """Texts of a perfect denoiser follow the law that enumeration gives; one random position at a time: the joint itself."""
+    """Texts of a perfect denoiser follow the law that enumeration gives; one random position at a
+    time: the joint itself.
+    """
     def sets_at(masked, step):
         if sampler == "ancestral":
             return subsets(masked, 1 - 1 / (steps - step))
-        chosen = list(itertools.combinations(masked, reveal_count(len(masked), step, steps, "linear")))
+        chosen = list(
+            itertools.combinations(masked, reveal_count(len(masked), step, steps, "linear"))
+        )
         return [(1 / len(chosen), c) for c in chosen]
     law = enumerated(steps, sets_at)
     assert float(law.sum()) == pytest.approx(1)
     if (sampler, steps) == ("random", 3):
         torch.testing.assert_close(law, JOINT)
     n = 6000
-    out = generate(Oracle(vocab=7), [2], Settings(3, steps, sampler=sampler, eos_id=None), list(range(n)))
+    out = generate(
+        Oracle(vocab=7), [2], Settings(3, steps, sampler=sampler, eos_id=None), list(range(n))
+    )
     seen = torch.zeros(3, 3, 3, dtype=torch.float64)
     for row in out.rows:
         seen[tuple(t - 4 for t in row)] += 1
     chi2 = float(((seen - n * law) ** 2 / (n * law)).sum())
-    assert chi2 < 26 + 5 * 52 ** 0.5, chi2                                         # 26 degrees of freedom, five deviations
-    if (sampler, steps) == ("ancestral", 2):                                       # the test can tell: the joint is another law
+    assert chi2 < 26 + 5 * 52 ** 0.5, chi2  # 26 degrees of freedom, five deviations
+    if (sampler, steps) == ("ancestral", 2):  # the test can tell: the joint is another law
         assert float(((seen - n * JOINT) ** 2 / (n * JOINT)).sum()) > 150
 
 
@@ -419,32 +516,75 @@ def test_remasking_keeps_the_schedule_and_really_happens(sampler, rule):
         masked.append(int(now.sum()))
         went_back += 0 if before is None else int((now & ~before).sum())
         before = now
-    generate(Fake("no_eos"), [2], Settings(32, 64, sampler=sampler, remask=0.2, remask_rule=rule, eos_id=None), [1], look)
-    assert masked == [round(32 * (1 - (i + 1) / 64)) for i in range(63)]           # the last half token rounds to none
+
+    generate(
+        Fake("no_eos"),
+        [2],
+        Settings(32, 64, sampler=sampler, remask=0.2, remask_rule=rule, eos_id=None),
+        [1],
+        look,
+    )
+    # the last half token rounds to none
+    assert masked == [round(32 * (1 - (i + 1) / 64)) for i in range(63)]
     assert went_back > 5
 
 
 def test_depth_grows_from_the_least_to_all_and_ends_with_all():
-    for least, want in ((1, [1, 2, 3, 4, 4] * 2), (3, [3, 4, 4, 4, 4] * 2), (0, [4] * 10), (4, [4] * 10)):
+    for least, want in (
+        (1, [1, 2, 3, 4, 4] * 2),
+        (3, [3, 4, 4, 4, 4] * 2),
+        (0, [4] * 10),
+        (4, [4] * 10),
+    ):
         net = Fake("no_eos")
-        out = generate(net, [2], Settings(20, 5, mode="block", block_size=10, min_depth=least, eos_id=None), [0])
+        out = generate(
+            net,
+            [2],
+            Settings(20, 5, mode="block", block_size=10, min_depth=least, eos_id=None),
+            [0],
+        )
         assert net.depths == want and out.layer_passes == sum(want)
 
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
 def test_full_depth_is_bit_for_bit_no_early_exit(model):
     net = small(model, exits=True)
-    off, all_layers, early = (generate(net, [2, 6], Settings(24, 4, mode="block_frozen", block_size=8, temperature=0, eos_id=None,
-                                                             min_depth=d), [0]) for d in (0, 2, 1))
-    assert off.rows == all_layers.rows and off.layer_passes == all_layers.layer_passes > early.layer_passes
+    off, all_layers, early = (
+        generate(
+            net,
+            [2, 6],
+            Settings(
+                24, 4, mode="block_frozen", block_size=8, temperature=0, eos_id=None, min_depth=d
+            ),
+            [0],
+        )
+        for d in (0, 2, 1)
+    )
+    assert (
+        off.rows == all_layers.rows
+        and off.layer_passes == all_layers.layer_passes > early.layer_passes
+    )
     xt = torch.tensor([[2, 40, 40, 7]])
-    assert torch.equal(net.hidden(xt), net.hidden(xt, depth=2)) and not torch.equal(net.hidden(xt), net.hidden(xt, depth=1))
+    assert torch.equal(net.hidden(xt), net.hidden(xt, depth=2)) and not torch.equal(
+        net.hidden(xt), net.hidden(xt, depth=1)
+    )
 
 
 def small(model, seed=3, exits=False):
     torch.manual_seed(seed)
-    net = build_model(model_config.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=2, n_heads=2, d_ff=48,
-                                         memory_slots=4, exits=exits, conv_kernel=7)).eval()
+    net = build_model(
+        model_config.ModelConfig(
+            model=model,
+            vocab_size=40,
+            d_model=32,
+            n_layers=2,
+            n_heads=2,
+            d_ff=48,
+            memory_slots=4,
+            exits=exits,
+            conv_kernel=7,
+        )
+    ).eval()
     with torch.no_grad():
         for p in net.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -454,7 +594,9 @@ def small(model, seed=3, exits=False):
 @pytest.mark.parametrize("model", ["primary", "backup"])
 @pytest.mark.parametrize("mode", MODES)
 def test_guidance_is_the_formula(model, mode):
-    """u + s (c - u) on log-probabilities, both sides of the same network; the greedy first choice shows it."""
+    """u + s (c - u) on log-probabilities, both sides of the same network; the greedy first choice
+    shows it.
+    """
     net, prompt = small(model), [2, 7, 9, 11, 5]
     plain = Settings(8, 1, mode=mode, block_size=8, temperature=0, eos_id=None)
     guided = dataclasses.replace(plain, guidance_scale=3.0)
@@ -480,7 +622,10 @@ def test_infilling_fills_every_gap_and_nothing_else(model):
         ids = [2] + [rnd.choice([40, rnd.randint(4, 39)]) for _ in range(30)]
         out = infill(net, ids, Settings(0, 5, sampler=sampler, eos_id=None), [3, 4])
         for row in out.rows:
-            assert all(0 < new < 40 and (old == 40 or new == old) for old, new in zip(ids, row, strict=True))
+            assert all(
+                0 < new < 40 and (old == 40 or new == old)
+                for old, new in zip(ids, row, strict=True)
+            )
         assert out.forwards <= 5
     assert infill(net, [2, 5, 6], Settings(0, 5), [0]).forwards == 0
 
@@ -494,24 +639,33 @@ def test_an_eos_in_a_gap_ends_nothing():
 
 def test_ten_thousand_tokens_in_constant_memory():
     net = small("primary")
-    short, long = (generate(net, [2], Settings(n, 1, mode="block_frozen", block_size=64, eos_id=None), [0]) for n in (64, 10_000))
+    short, long = (
+        generate(net, [2], Settings(n, 1, mode="block_frozen", block_size=64, eos_id=None), [0])
+        for n in (64, 10_000)
+    )
     assert len(long.rows[0]) == 10_000 and long.cache_bytes == short.cache_bytes
     assert long.rows[0][:64] == short.rows[0]
 
 
 def test_the_transformers_cache_slides():
     net = small("backup")
-    free, tight = (Settings(160, 2, mode="block_frozen", block_size=16, temperature=0, eos_id=None, window=w) for w in (None, 64))
+    free, tight = (
+        Settings(160, 2, mode="block_frozen", block_size=16, temperature=0, eos_id=None, window=w)
+        for w in (None, 64)
+    )
     a, b = generate(net, [2, 5, 6], free, [0]), generate(net, [2, 5, 6], tight, [0])
     assert len(b.rows[0]) == 160 and b.cache_bytes == net.new_cache(1, 64).nbytes < a.cache_bytes
-    assert a.rows[0][:64] == b.rows[0][:64] and a.rows[0] != b.rows[0]             # the same until text has left the window
+    # the same until text has left the window
+    assert a.rows[0][:64] == b.rows[0][:64] and a.rows[0] != b.rows[0]
 
 
 def test_token_distribution():
     z = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     torch.testing.assert_close(distribution(z, 1.0, 0, 1.0).float(), z.exp())
     assert (distribution(z, 1.0, 2, 1.0) > 0).sum() == 2
-    torch.testing.assert_close(distribution(z, 1.0, 0, 0.75)[0, :3].float(), torch.tensor([0.625, 0.375, 0.0]))
+    torch.testing.assert_close(
+        distribution(z, 1.0, 0, 0.75)[0, :3].float(), torch.tensor([0.625, 0.375, 0.0])
+    )
     assert distribution(z, 0.1, 0, 1.0)[0, 0] > 0.99
     assert distribution(z, 1.0, 0, 1.0).dtype == torch.float64
 
@@ -521,13 +675,17 @@ def test_rare_tokens_keep_their_share():
     z = torch.full((1, 1001), 1e-5)
     z[0, 0] = 0.99
     p = distribution(z.log(), 1.0, 0, 1.0)
-    draws = torch.multinomial(p.expand(1000, -1), 1000, replacement=True, generator=torch.Generator().manual_seed(0))
+    draws = torch.multinomial(
+        p.expand(1000, -1), 1000, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
     assert float((draws > 0).double().mean()) == pytest.approx(0.01, rel=0.05)
 
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
 def test_cached_text_equals_uncached_text(model):
-    """Greedy text of block_frozen equals decoding the same rule without any cache, for many prompts (C6)."""
+    """Greedy text of block_frozen equals decoding the same rule without any cache, for many prompts
+    (C6).
+    """
     net = small(model)
     s = Settings(20, 4, mode="block_frozen", block_size=8, temperature=0, eos_id=None)
     for seed in range(10):
@@ -535,12 +693,13 @@ def test_cached_text_equals_uncached_text(model):
         prompt = torch.randint(4, 40, (1 + seed,), generator=g).tolist()
         got = generate(net, prompt, s, [0]).rows[0]
         text, first = list(prompt), len(prompt) % 8 or 8
-        for lo in range(0, 20, 8):                      # the same rule, recomputed from the clean text at every forward
+        for lo in range(0, 20, 8):  # the same rule, recomputed from the clean text at every forward
             n = min(8, 20 - lo)
             block = [40] * n
             for step in range(4):
                 ids = torch.tensor([text + block])
-                clean = torch.tensor([text + [1] * n])  # the clean side of the active block is never seen
+                # the clean side of the active block is never seen
+                clean = torch.tensor([text + [1] * n])
                 z = net.logits(net.hidden_blocks(ids, clean, 8, first))[0, len(text):].detach()
                 masked = torch.tensor([i for i, t in enumerate(block) if t == 40])
                 if len(masked):
@@ -553,8 +712,11 @@ def test_cached_text_equals_uncached_text(model):
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
 def test_longer_than_any_training_length(model):
-    net = build_model(model_config.ModelConfig(model=model, vocab_size=V, d_model=16, n_layers=1, n_heads=2, d_ff=16,
-                                         memory_slots=2)).eval()
+    net = build_model(
+        model_config.ModelConfig(
+            model=model, vocab_size=V, d_model=16, n_layers=1, n_heads=2, d_ff=16, memory_slots=2
+        )
+    ).eval()
     out = generate(net, [2], Settings(200, 2, mode="block_frozen", block_size=16, eos_id=None), [0])
     assert len(out.rows[0]) == 200 and MASK not in out.rows[0]
 
@@ -562,7 +724,16 @@ def test_longer_than_any_training_length(model):
 @pytest.mark.parametrize("sampler", NAMES)
 def test_sharing_a_forward_with_the_commit_changes_no_text(sampler, monkeypatch):
     net = small("primary")
-    s = Settings(70, 4, mode="block_frozen", block_size=16, sampler=sampler, temperature=0.8, eos_id=7, threshold=0.5)
+    s = Settings(
+        70,
+        4,
+        mode="block_frozen",
+        block_size=16,
+        sampler=sampler,
+        temperature=0.8,
+        eos_id=7,
+        threshold=0.5,
+    )
     shared = generate(net, [[2, 5, 6], [2, 9]], s, [0, 1])
     monkeypatch.delattr(type(net), "commit_and_hidden")
     apart = generate(net, [[2, 5, 6], [2, 9]], s, [0, 1])
@@ -570,11 +741,15 @@ def test_sharing_a_forward_with_the_commit_changes_no_text(sampler, monkeypatch)
     assert shared.context_passes <= apart.context_passes
 
 
-# ---- limits and ends: what a small usage error in the rules would change --------------------------------------------------------
+# ---- limits and ends: what a small usage error in the rules would change -------------------------
 
 def test_the_threshold_itself_is_sure_enough():
-    look = Look(torch.tensor([[0.0, -float("inf")], [0.0, 0.0], [0.0, -float("inf")]]))      # 1, 0.5 and 1
-    assert sorted(unmasking.threshold(look, 1, Settings(3, 3, threshold=1.0), None).tolist()) == [0, 2]
+    # 1, 0.5 and 1
+    look = Look(torch.tensor([[0.0, -float("inf")], [0.0, 0.0], [0.0, -float("inf")]]))
+    assert sorted(unmasking.threshold(look, 1, Settings(3, 3, threshold=1.0), None).tolist()) == [
+        0,
+        2,
+    ]
     assert len(unmasking.threshold(look, 1, Settings(3, 3, threshold=0.5), None)) == 3
 
 
@@ -587,8 +762,15 @@ def test_top_p_ends_where_the_mass_is_reached():
 @pytest.mark.parametrize("mode", MODES)
 def test_temperature_end_is_reached_at_the_last_forward(mode, monkeypatch):
     heats, real = [], unmasking.draw
-    monkeypatch.setattr(unmasking, "draw", lambda z, heat, *rest: heats.append(heat) or real(z, heat, *rest))
-    generate(Fake("no_eos"), [2, 5], Settings(5, 5, mode=mode, block_size=5, temperature=1.0, temperature_end=0.2), [0])
+    monkeypatch.setattr(
+        unmasking, "draw", lambda z, heat, *rest: heats.append(heat) or real(z, heat, *rest)
+    )
+    generate(
+        Fake("no_eos"),
+        [2, 5],
+        Settings(5, 5, mode=mode, block_size=5, temperature=1.0, temperature_end=0.2),
+        [0],
+    )
     assert heats == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
 
@@ -603,7 +785,9 @@ def test_the_repetition_penalty_sees_the_block_that_is_being_written(mode):
             return z.clone()
     s = Settings(6, 6, mode=mode, block_size=6, temperature=0, repetition_penalty=1.5)
     assert sorted(generate(Fond(), [2, 8], s, [0]).rows[0]) == [7, 9, 10, 11, 12, 13]
-    assert generate(Fond(), [2, 8], dataclasses.replace(s, repetition_penalty=1.0), [0]).rows == [[7] * 6]
+    assert generate(Fond(), [2, 8], dataclasses.replace(s, repetition_penalty=1.0), [0]).rows == [
+        [7] * 6
+    ]
 
 
 def test_the_window_holds_the_latest_positions_and_no_other():
@@ -622,9 +806,14 @@ def test_the_window_holds_the_latest_positions_and_no_other():
 
 
 def test_seeds_beyond_32_bits_are_other_seeds():
-    """PyTorch's generator on a CPU takes 32 bits of a seed; those of small seeds stay what they were."""
+    """PyTorch's generator on a CPU takes 32 bits of a seed; those of small seeds stay what they
+    were.
+    """
     s = Settings(20, 10, eos_id=None)
-    texts = [generate(RowWise(), [2], s, [seed]).rows[0] for seed in (5, 5 + 2 ** 32, 5 + 2 ** 33, 5 + 2 ** 62)]
+    texts = [
+        generate(RowWise(), [2], s, [seed]).rows[0] for seed in (5, 5 + 2**32, 5 + 2**33, 5 + 2**62)
+    ]
     assert len({tuple(t) for t in texts}) == 4
-    assert torch.rand((), generator=Canvas(torch.zeros(1, 1), [5], V, False).generators[0]) == torch.rand(
-        (), generator=torch.Generator().manual_seed(5))
+    assert torch.rand(
+        (), generator=Canvas(torch.zeros(1, 1), [5], V, False).generators[0]
+    ) == torch.rand((), generator=torch.Generator().manual_seed(5))

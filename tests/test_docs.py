@@ -1,6 +1,8 @@
-"""The documents are true: commands by line 25, flags that exist, a file table that is the folder, generated tables up to date.
+"""The documents are true: commands by line 25, flags that exist, a file table that is the folder,
+generated tables up to date.
 
-    python -m pytest tests/test_docs.py          # python tests/test_docs.py rewrites docs/flags.md after a deliberate change
+    python -m pytest tests/test_docs.py          # python tests/test_docs.py rewrites docs/flags.md
+        after a deliberate change
 """
 import importlib.metadata
 import re
@@ -17,23 +19,39 @@ from evaluation import study_report
 
 ROOT = config.ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "data/README.md", ROOT / "checkpoints/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "data/README.md",
+    ROOT / "checkpoints/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def fences(text):
-    return [line.strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S)
-            for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        line.strip()
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
 
 
 def flags_page():
     parts = [f"## {name}\n\n{table(cls)}\n" for name, cls in config.COMMANDS.items()]
-    return "# Every flag\n\nGenerated from config.py by `python tests/test_docs.py`.\n\n" + "\n".join(parts)
+    return (
+        "# Every flag\n\nGenerated from config.py by `python tests/test_docs.py`.\n\n"
+        + "\n".join(parts)
+    )
 
 
 def test_both_commands_come_first_and_say_how_long_they_take():
     top = README.splitlines()[:25]
     lines = [line for line in top if line.startswith("python3 -m venv")]
-    assert len(lines) == 2 and "-m train --preset starter" in lines[0] and lines[1].endswith("-m pytest")
+    assert (
+        len(lines) == 2
+        and "-m train --preset starter" in lines[0]
+        and lines[1].endswith("-m pytest")
+    )
     for line in lines:
         assert "-r requirements.txt" in line and "-c constraints.txt" in line
     prose = " ".join(top)
@@ -41,7 +59,9 @@ def test_both_commands_come_first_and_say_how_long_they_take():
 
 
 def test_each_pin_fits_every_python_that_the_readme_promises():
-    """A pinned version that needs a newer Python has a marker that says so. CI resolves the pins for each version, too."""
+    """A pinned version that needs a newer Python has a marker that says so. CI resolves the pins
+    for each version, too.
+    """
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
     assert "Python 3.10 or newer" in README
@@ -63,10 +83,14 @@ def test_each_pin_fits_every_python_that_the_readme_promises():
     assert looked > 5, "no pinned package is installed here"
 
 
-COMMANDS = sorted({(page, line) for page in PAGES for line in fences(page.read_text(encoding="utf-8"))}, key=str)
+COMMANDS = sorted(
+    {(page, line) for page in PAGES for line in fences(page.read_text(encoding="utf-8"))}, key=str
+)
 
 
-@pytest.mark.parametrize("page, line", COMMANDS, ids=lambda v: v.name if isinstance(v, Path) else v[:70])
+@pytest.mark.parametrize(
+    "page, line", COMMANDS, ids=lambda v: v.name if isinstance(v, Path) else v[:70]
+)
 def test_every_documented_command_parses(page, line):
     for part in line.split("&&"):
         words = shlex.split(part, comments=True)
@@ -97,22 +121,38 @@ def test_links_lead_somewhere():
 def test_named_functions_exist():
     """`module.name` in a document is a real name; a renamed function takes its sentence with it."""
     for page in PAGES:
-        for module, name in re.findall(r"`(\w+)\.(\w+)(?:\(\))?`", page.read_text(encoding="utf-8")):
+        for module, name in re.findall(
+            r"`(\w+)\.(\w+)(?:\(\))?`", page.read_text(encoding="utf-8")
+        ):
             source = ROOT / f"{module}.py"
             if source.exists() and name not in ("py", "md", "json"):
-                assert re.search(rf"\b{name}\b", source.read_text(encoding="utf-8")), f"{page.name}: {module}.{name}"
+                assert re.search(rf"\b{name}\b", source.read_text(encoding="utf-8")), (
+                    f"{page.name}: {module}.{name}"
+                )
 
 
 def test_the_page_of_flags_is_generated():
-    assert (ROOT / "docs/flags.md").read_text(encoding="utf-8") == flags_page(), "run python tests/test_docs.py"
+    assert (ROOT / "docs/flags.md").read_text(encoding="utf-8") == flags_page(), (
+        "run python tests/test_docs.py"
+    )
 
 
 def test_the_tables_of_results_are_made_of_the_lines_beside_them():
-    """docs/studies/NAME/results.jsonl, a line for each run. python -m run_experiments --report docs/studies makes them again."""
-    page, found = (ROOT / "docs/results.md").read_text(encoding="utf-8"), study_report.sections(ROOT / "docs/studies")
+    """docs/studies/NAME/results.jsonl, a line for each run. python -m run_experiments --report
+    docs/studies makes them again.
+    """
+    page, found = (
+        (ROOT / "docs/results.md").read_text(encoding="utf-8"),
+        study_report.sections(ROOT / "docs/studies"),
+    )
     for name, lines in found:
-        assert f"<!-- begin {name} -->\n{study_report.markdown(name, lines)}<!-- end {name} -->" in page, name
-    assert len(found) >= 5 and all(len(line["documents"]["bytes"]) > 1 for _, lines in found for line in lines)
+        assert (
+            f"<!-- begin {name} -->\n{study_report.markdown(name, lines)}<!-- end {name} -->"
+            in page
+        ), name
+    assert len(found) >= 5 and all(
+        len(line["documents"]["bytes"]) > 1 for _, lines in found for line in lines
+    )
 
 
 if __name__ == "__main__":

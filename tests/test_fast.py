@@ -1,4 +1,6 @@
-"""Decoding in bf16 and int8: the same function within a stated error, smaller weights, and no silent fallback."""
+"""Decoding in bf16 and int8: the same function within a stated error, smaller weights, and no
+silent fallback.
+"""
 import pytest
 import torch
 
@@ -12,15 +14,20 @@ from sampling.settings import Settings
 
 def net(kind):
     torch.manual_seed(1)
-    model = build_model(model_config.ModelConfig(model=kind, vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=128,
-                                           memory_slots=4)).eval()
+    model = build_model(
+        model_config.ModelConfig(
+            model=kind, vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=128, memory_slots=4
+        )
+    ).eval()
     with torch.no_grad():
         model.head.weight.mul_(5)
     return model
 
 
 def answers(model, ids):
-    """Log-probabilities with a committed context, so that every product runs: the block's, the commit's, the head's."""
+    """Log-probabilities with a committed context, so that every product runs: the block's, the
+    commit's, the head's.
+    """
     with torch.no_grad():
         cache = model.new_cache(2, 48)
         model.commit(ids[:, :20], cache)
@@ -37,7 +44,7 @@ def test_products_in_few_bits_are_close(kind, precision, limit):
     few = fast.prepare(model, precision)
     got = answers(model, ids)
     divergence = (exact.exp() * (exact - got)).sum(-1)
-    assert 0 < float(divergence.mean()) < limit                                    # 0 would mean that nothing was replaced
+    assert 0 < float(divergence.mean()) < limit  # 0 would mean that nothing was replaced
     assert few < whole * {"bf16": 0.52, "int8": 0.27}[precision]
     assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
 
@@ -70,12 +77,16 @@ def test_whole_texts(kind, precision):
     model = net(kind)
     fast.prepare(model, precision)
     for mode in ("full", "block", "block_frozen"):
-        out = generate(model, [2, 5, 7], Settings(20, 4, mode=mode, block_size=8, eos_id=None), [0, 1])
+        out = generate(
+            model, [2, 5, 7], Settings(20, 4, mode=mode, block_size=8, eos_id=None), [0, 1]
+        )
         assert [len(row) for row in out.rows] == [20, 20]
 
 
 def test_int8_rows_do_not_mix():
-    """A token's scale is its own: an outlier in one row of a batch moves no other row, and costs that row's precision alone."""
+    """A token's scale is its own: an outlier in one row of a batch moves no other row, and costs
+    that row's precision alone.
+    """
     torch.manual_seed(0)
     product = fast.PackedInt8(torch.randn(48, 64))
     x = torch.randn(3, 5, 64)

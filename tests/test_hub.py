@@ -1,9 +1,11 @@
-"""The hub path with the real datasets library, against a local server that speaks the hub's protocol.
+"""The hub path with the real datasets library, against a local server that speaks the hub's
+protocol.
 
     python -m pytest tests/test_hub.py
 
-The server holds real parquet and JSON lines files, can break a connection in the middle of a file, and knows no more of the
-hub than the requests that the library makes. Everything runs as a user runs it: `python -m prepare --source hindi`.
+The server holds real parquet and JSON lines files, can break a connection in the middle of a file,
+and knows no more of the hub than the requests that the library makes. Everything runs as a user
+runs it: `python -m prepare --source hindi`.
 """
 import io
 import json
@@ -28,11 +30,17 @@ pytest.importorskip("datasets")
 import pyarrow  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 
-SHA = {source.repo: source.revision or "c0ffee" + 34 * "0" for sources in hub.SOURCES.values() for source in sources}
+SHA = {
+    source.repo: source.revision or "c0ffee" + 34 * "0"
+    for sources in hub.SOURCES.values()
+    for source in sources
+}
 
 
 def rows(script, start, count):
-    """Documents of the starter corpus in one script, each with its number, so that a lost or doubled row shows."""
+    """Documents of the starter corpus in one script, each with its number, so that a lost or
+    doubled row shows.
+    """
     texts, i = [], 0
     while len(texts) < start + count:
         kind, text = grammar.starter_document(3, i, 0.5)
@@ -44,7 +52,9 @@ def rows(script, start, count):
 
 def parquet(texts):
     out = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), "text": texts}), out, row_group_size=50)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": list(range(len(texts))), "text": texts}), out, row_group_size=50
+    )
     return out.getvalue()
 
 
@@ -54,8 +64,10 @@ def lines(texts):
 
 def card(**configs):
     """A dataset card whose head names the files of each configuration."""
-    parts = "".join(f"- config_name: {name!r}\n  data_files:\n  - split: {split}\n    path: {path}\n"
-                    for name, (split, path) in configs.items())
+    parts = "".join(
+        f"- config_name: {name!r}\n  data_files:\n  - split: {split}\n    path: {path}\n"
+        for name, (split, path) in configs.items()
+    )
     return f"---\nlicense: cc-by-4.0\nconfigs:\n{parts}---\n# A set\n".encode()
 
 
@@ -63,13 +75,23 @@ DEVA, LATIN = rows("devanagari", 0, 600), rows("latin", 0, 500)
 FILES = {
     "ai4bharat/sangraha": {
         "README.md": card(verified=("hin", "verified/hin/*.parquet")),
-        "verified/hin/data-0.parquet": parquet(DEVA[:150]), "verified/hin/data-1.parquet": parquet(DEVA[150:300])},
-    "wikimedia/wikipedia": {"README.md": card(**{"20231101.hi": ("train", "20231101.hi/*.parquet")}),
-                            "20231101.hi/train-00000.parquet": parquet(DEVA[300:])},
+        "verified/hin/data-0.parquet": parquet(DEVA[:150]),
+        "verified/hin/data-1.parquet": parquet(DEVA[150:300]),
+    },
+    "wikimedia/wikipedia": {
+        "README.md": card(**{"20231101.hi": ("train", "20231101.hi/*.parquet")}),
+        "20231101.hi/train-00000.parquet": parquet(DEVA[300:]),
+    },
     "kartikagg98/HINMIX_hi-en": {
-        "README.md": card(**{"lcsalign-hicmrom": ("train", "clean/*.jsonl"),
-                             "lcsalign-noisyhicmrom": ("train", "noisy/*.jsonl")}),
-        "clean/a.jsonl": lines(LATIN[:250]), "noisy/a.jsonl": lines(LATIN[250:])},
+        "README.md": card(
+            **{
+                "lcsalign-hicmrom": ("train", "clean/*.jsonl"),
+                "lcsalign-noisyhicmrom": ("train", "noisy/*.jsonl"),
+            }
+        ),
+        "clean/a.jsonl": lines(LATIN[:250]),
+        "noisy/a.jsonl": lines(LATIN[250:]),
+    },
 }
 
 
@@ -91,7 +113,8 @@ class Hub(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         key = urllib.parse.unquote(self.path)
-        if code == 206 and self.server.breaks.get(key.rpartition("/")[2], 0) > 0:          # the connection dies midway
+        # the connection dies midway
+        if code == 206 and self.server.breaks.get(key.rpartition("/")[2], 0) > 0:
             self.server.breaks[key.rpartition("/")[2]] -= 1
             body = body[:len(body) // 3]
             self.close_connection = True
@@ -105,26 +128,63 @@ class Hub(BaseHTTPRequestHandler):
             self.server.stopping.wait(60)
             return None
         path = urllib.parse.unquote(self.path.partition("?")[0])
-        m = re.match(r"(?:/api)?/datasets/([^/]+/[^/]+)(?:/(resolve|tree|revision)/(\w+)(?:/(.*))?)?$", path)
+        m = re.match(
+            r"(?:/api)?/datasets/([^/]+/[^/]+)(?:/(resolve|tree|revision)/(\w+)(?:/(.*))?)?$", path
+        )
         files = FILES.get(m[1]) if m else None
         if files is None:
-            return self.answer({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
+            return self.answer(
+                {"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"}
+            )
         name = m[4] or ""
         if m[2] == "resolve" and name in files:
-            data, tag = files[name], {"ETag": f'"{name.replace("/", "-")}"', "X-Repo-Commit": SHA[m[1]], "Accept-Ranges": "bytes"}
+            data, tag = (
+                files[name],
+                {
+                    "ETag": f'"{name.replace("/", "-")}"',
+                    "X-Repo-Commit": SHA[m[1]],
+                    "Accept-Ranges": "bytes",
+                },
+            )
             if wanted := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
                 first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
-                return self.answer(data[first:last + 1], 206, **tag, **{"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+                return self.answer(
+                    data[first : last + 1],
+                    206,
+                    **tag,
+                    **{"Content-Range": f"bytes {first}-{last}/{len(data)}"},
+                )
             return self.answer(data, **tag)
         if m[2] == "tree":
             base = name + "/" if name else ""
-            inside = dict.fromkeys(base + f[len(base):].split("/")[0] for f in files if f.startswith(base))
+            inside = dict.fromkeys(
+                base + f[len(base) :].split("/")[0] for f in files if f.startswith(base)
+            )
             if inside:
-                return self.answer([{"type": "file" if f in files else "directory", "oid": "0" * 40, "path": f,
-                                     "size": len(files.get(f, b""))} for f in inside])
+                return self.answer(
+                    [
+                        {
+                            "type": "file" if f in files else "directory",
+                            "oid": "0" * 40,
+                            "path": f,
+                            "size": len(files.get(f, b"")),
+                        }
+                        for f in inside
+                    ]
+                )
         if m[2] in (None, "revision"):
-            return self.answer({"id": m[1], "sha": SHA[m[1]], "siblings": [{"rfilename": f} for f in files], "tags": [],
-                                "private": False, "gated": False, "disabled": False, "downloads": 0})
+            return self.answer(
+                {
+                    "id": m[1],
+                    "sha": SHA[m[1]],
+                    "siblings": [{"rfilename": f} for f in files],
+                    "tags": [],
+                    "private": False,
+                    "gated": False,
+                    "disabled": False,
+                    "downloads": 0,
+                }
+            )
         self.answer({"error": "Entry not found"}, 404, **{"X-Error-Code": "EntryNotFound"})
 
 
@@ -138,7 +198,8 @@ def server():
         server.shutdown()
 
 
-# Neither library has a setting for the waits before its new tries: in the child all of them, and ours, are a hundredth as long.
+# Neither library has a setting for the waits before its new tries: in the child all of them, and
+# ours, are a hundredth as long.
 # How many tries there are and what each one does stays as it is.
 FASTER = " sleep = time.sleep\n time.sleep = lambda seconds: sleep(seconds / 100)"
 
@@ -151,41 +212,86 @@ def prepare(folder, server, *argv, **how):
 
 
 def started(folder, server, *argv, code="", port=None):
-    env = dict(os.environ, PYTHONPATH=str(config.ROOT), HF_ENDPOINT=f"http://127.0.0.1:{port or server.server_port}",
-               HF_HOME=str(folder / "hf"), HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
-    run = (f"if True:\n import sys, time, prepare\n from common import console\n from text import hub\n{FASTER}\n"
-           f"{code}\n console.run(prepare.main)")
-    words = [sys.executable, "-c", run, "--source", "hindi", "--tokenizer_vocab", "800", *map(str, argv)]
-    return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            encoding="utf-8")
+    env = dict(
+        os.environ,
+        PYTHONPATH=str(config.ROOT),
+        HF_ENDPOINT=f"http://127.0.0.1:{port or server.server_port}",
+        HF_HOME=str(folder / "hf"),
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_HUB_DISABLE_XET="1",
+        NO_PROXY="127.0.0.1",
+    )
+    run = (
+        "if True:\n import sys, time, prepare\n from common import console\n from text import "
+        f"hub\n{FASTER}\n"
+        f"{code}\n console.run(prepare.main)"
+    )
+    words = [
+        sys.executable,
+        "-c",
+        run,
+        "--source",
+        "hindi",
+        "--tokenizer_vocab",
+        "800",
+        *map(str, argv),
+    ]
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
 
 
 def raw(folder, name):
-    return [json.loads(line)["text"] for line in open(folder / "data/raw" / f"{name}.jsonl", encoding="utf-8")]
+    return [
+        json.loads(line)["text"]
+        for line in open(folder / "data/raw" / f"{name}.jsonl", encoding="utf-8")
+    ]
 
 
 def test_sources_add_up_and_broken_ones_come_back(tmp_path, server):
-    """Every row of every source once and in order, although connections die midway and one set is gone."""
+    """Every row of every source once and in order, although connections die midway and one set is
+    gone.
+    """
     server.breaks = {"train-00000.parquet": 4, "a.jsonl": 3}
     done = prepare(tmp_path, server, "--max_chars", 400_000, "--no_romanise")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert raw(tmp_path, "hindi_sangraha") == DEVA[:300] and raw(tmp_path, "hindi_wikipedia") == DEVA[300:]
-    assert raw(tmp_path, "hinglish_hinmix") == LATIN[:250] and raw(tmp_path, "hinglish_hinmix_noisy") == LATIN[250:]
+    assert (
+        raw(tmp_path, "hindi_sangraha") == DEVA[:300]
+        and raw(tmp_path, "hindi_wikipedia") == DEVA[300:]
+    )
+    assert (
+        raw(tmp_path, "hinglish_hinmix") == LATIN[:250]
+        and raw(tmp_path, "hinglish_hinmix_noisy") == LATIN[250:]
+    )
     assert re.search(r"fineweb-2 hin_Deva is left out", done.stdout) and "hindi: " in done.stdout
     meta = TokenData(tmp_path / "data/processed").meta
     assert meta["source"] == "hindi"
-    assert [s["name"] for s in meta["sources"]] == ["sangraha", "wikipedia", "hinmix", "hinmix_noisy"]
+    assert [s["name"] for s in meta["sources"]] == [
+        "sangraha",
+        "wikipedia",
+        "hinmix",
+        "hinmix_noisy",
+    ]
     assert [s["revision"] for s in meta["sources"]] == [SHA[s["repo"]] for s in meta["sources"]]
     assert all(s["licence"] and s["rows"] and len(s["sha256"]) == 64 for s in meta["sources"])
     for split in ("train", "val"):
         assert meta["scripts"][split]["devanagari"] > 0 < meta["scripts"][split]["latin"]
     assert meta["cleaning"]["kept_docs"] > 900
-    again = prepare(tmp_path, server, "--max_chars", 400_000, "--no_romanise", port=1)         # nothing needs the network now
+    # nothing needs the network now
+    again = prepare(tmp_path, server, "--max_chars", 400_000, "--no_romanise", port=1)
     assert "already there" in again.stdout, again.stderr[-2000:]
 
 
 def test_a_killed_download_goes_on(tmp_path, server):
-    """SIGKILL in the middle: the next run starts from the last state and the files are those of one run."""
+    """SIGKILL in the middle: the next run starts from the last state and the files are those of one
+    run.
+    """
     code = """ import os, signal, json
  hub.SYNC_ROWS = 40
  write = hub.write_json
@@ -198,21 +304,29 @@ def test_a_killed_download_goes_on(tmp_path, server):
     part = tmp_path / "data/raw/hindi_sangraha.jsonl.part"
     assert part.exists() and not part.with_suffix("").exists()
     with open(part, "ab") as f:
-        f.write(b'{"text": "half a li')                                        # what a kill in a write leaves
+        f.write(b'{"text": "half a li')  # what a kill in a write leaves
     counting = """ opened = hub.open_stream
  def said(source, revision, at):
   print('OPEN', source.name, 'anew' if at is None else 'later')
   return opened(source, revision, at)
  hub.open_stream = said"""
     done = prepare(tmp_path, server, "--max_chars", 400_000, "--no_romanise", code=counting)
-    assert done.returncode == 0 and "OPEN sangraha later" in done.stdout and "OPEN wikipedia anew" in done.stdout
+    assert (
+        done.returncode == 0
+        and "OPEN sangraha later" in done.stdout
+        and "OPEN wikipedia anew" in done.stdout
+    )
     assert raw(tmp_path, "hindi_sangraha") == DEVA[:300]
     assert not list((tmp_path / "data/raw").glob("*.part"))
 
 
 def test_no_network_and_a_dead_hub(tmp_path, server):
     done = prepare(tmp_path, server, port=1)
-    assert done.returncode == 3 and "--source builtin" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 3
+        and "--source builtin" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not list(tmp_path.glob("data/processed/*.bin"))
     done = prepare(tmp_path, server, "--offline", "--max_chars", 60_000)
     assert done.returncode == 0 and "--offline" in done.stdout
@@ -225,14 +339,22 @@ HASTE = " hub.QUIET, hub.PROBE, hub.PATIENCE = 0.3, 1, 3"
 
 @pytest.mark.parametrize("mode, most", [("hangs", 4), ("hangs later", 20), ("refuses", 12)])
 def test_a_dead_hub_costs_seconds_and_a_few_lines(tmp_path, server, mode, most):
-    """Nothing answers, or nothing but the address, or all is refused: said early, no source takes long, few lines."""
+    """Nothing answers, or nothing but the address, or all is refused: said early, no source takes
+    long, few lines.
+    """
     assert hub.QUIET <= 3 and hub.PROBE <= 5 and hub.PATIENCE <= 20
     server.mode, began = mode, time.monotonic()
     done = prepare(tmp_path, server, code=HASTE)
     took = time.monotonic() - began
-    assert done.returncode == 3 and "--source builtin" in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert (
+        done.returncode == 3
+        and "--source builtin" in done.stderr
+        and "Traceback" not in done.stderr
+    ), done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) <= most and ("trying again" not in done.stdout or mode == "hangs later"), done.stdout
+    assert len(lines) <= most and ("trying again" not in done.stdout or mode == "hangs later"), (
+        done.stdout
+    )
     assert took < 60
     assert "waiting for" in lines[0] or mode == "refuses"
 
@@ -252,12 +374,18 @@ def test_signals_are_answered_while_a_hub_hangs(tmp_path, server, mode, number, 
         child.kill()
         err = child.communicate()[1]
     assert took < 5 and "Traceback" not in err, err[-2000:]
-    assert child.returncode == code or code is None and child.returncode in (-signal.SIGTERM, 130, 143)
+    assert (
+        child.returncode == code or code is None and child.returncode in (-signal.SIGTERM, 130, 143)
+    )
 
 
 def test_the_table_is_plain():
-    """Each source has a licence and a name of its own; nothing in it could make the library run code."""
+    """Each source has a licence and a name of its own; nothing in it could make the library run
+    code.
+    """
     sources = [s for group in hub.SOURCES.values() for s in group]
-    assert len({(s.kind, s.name) for s in sources}) == len(sources) and all(s.licence for s in sources)
+    assert len({(s.kind, s.name) for s in sources}) == len(sources) and all(
+        s.licence for s in sources
+    )
     for s in sources:
         assert s.revision is None or re.fullmatch("[0-9a-f]{40}", s.revision)

@@ -1,4 +1,6 @@
-"""The n-gram judge is a probability, learns what it saw, prefers real text to noise; repetition is measured beside it."""
+"""The n-gram judge is a probability, learns what it saw, prefers real text to noise; repetition is
+measured beside it.
+"""
 import math
 
 import numpy as np
@@ -28,7 +30,7 @@ def test_probabilities_sum_to_one_in_every_context():
 def test_it_learns_the_law_and_knows_noise():
     judge = NGram(markov(20_000, 1), 20)
     fresh, noise = markov(2000, 9).tolist(), RNG.integers(0, 20, 2000).tolist()
-    assert judge.nats([fresh]) == pytest.approx(math.log(4), abs=0.05)             # the entropy of the source
+    assert judge.nats([fresh]) == pytest.approx(math.log(4), abs=0.05)  # the entropy of the source
     assert judge.nats([noise]) > math.log(20)
     assert judge.nats([[]]) is None
 

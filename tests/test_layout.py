@@ -1,4 +1,5 @@
-"""The shape of the project: one-way imports, no name that hides another, no dangerous call, each flag declared once.
+"""The shape of the project: one-way imports, no name that hides another, no dangerous call, each
+flag declared once.
 
     python -m pytest tests/test_layout.py
 """
@@ -15,14 +16,19 @@ import config
 
 ROOT = config.ROOT
 ROOMS = ("common", "text", "training", "sampling", "evaluation")
-PATHS = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
+PATHS = sorted(
+    [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+)
 TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"):
          ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
-COMMANDS = [name for name, tree in TREES.items()
-            if "." not in name and any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
-                                       for node in tree.body)]
-ON_COMMANDS = {"colab_train_eco": {"train"}}      # this command is another one with settings of its own
-NEEDS_NO_TORCH = sorted(   # --help is instant: whatever a command imports before it knows what to do
+COMMANDS = [
+    name
+    for name, tree in TREES.items()
+    if "." not in name
+    and any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
+]
+ON_COMMANDS = {"colab_train_eco": {"train"}}  # this command is another one with settings of its own
+NEEDS_NO_TORCH = sorted(  # --help is instant: whatever a command imports before it knows what to do
     {*COMMANDS, "config", "cli", "model_config", "studies", "evaluation.study_plan",
      "evaluation.study_report", *(name for name in TREES if name.startswith(("common", "text")))}
     - {"common.machine"})
@@ -67,11 +73,18 @@ def test_no_command_imports_another():
 
 
 def test_the_starter_corpus_is_data():
-    """text/starter/: constants, and the one list that its files make together; grammar.py uses them."""
+    """text/starter/: constants, and the one list that its files make together; grammar.py uses
+    them.
+    """
     for path in set((ROOT / "text/starter").glob("*.py")) - {ROOT / "text/starter/grammar.py"}:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            assert isinstance(node, (ast.Expr, ast.Assign, ast.ImportFrom)), f"{path.name}:{node.lineno}"
-            assert not isinstance(node, ast.ImportFrom) or (path.stem, node.module) == ("__init__", "text.starter")
+            assert isinstance(node, (ast.Expr, ast.Assign, ast.ImportFrom)), (
+                f"{path.name}:{node.lineno}"
+            )
+            assert not isinstance(node, ast.ImportFrom) or (path.stem, node.module) == (
+                "__init__",
+                "text.starter",
+            )
 
 
 def test_what_goes_to_stderr_by_itself_is_a_warning():
@@ -80,9 +93,14 @@ def test_what_goes_to_stderr_by_itself_is_a_warning():
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call) or ast.unparse(node.func) != "print":
                 continue
-            if any(keyword.arg == "file" and ast.unparse(keyword.value) == "sys.stderr" for keyword in node.keywords):
+            if any(
+                keyword.arg == "file" and ast.unparse(keyword.value) == "sys.stderr"
+                for keyword in node.keywords
+            ):
                 text = ast.unparse(node.args[0]).lstrip("f\"'")
-                assert text.startswith(("error", "warning", "notice")), f"{name}.py:{node.lineno}: print where say belongs"
+                assert text.startswith(("error", "warning", "notice")), (
+                    f"{name}.py:{node.lineno}: print where say belongs"
+                )
 
 
 def test_no_name_hides_a_module():
@@ -95,7 +113,9 @@ def test_no_name_hides_a_module():
 
 @pytest.mark.parametrize("name", NEEDS_NO_TORCH)
 def test_torch_comes_late(name):
-    done = subprocess.run([sys.executable, "-c", f"import sys, {name}; sys.exit('torch' in sys.modules)"], cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, {name}; sys.exit('torch' in sys.modules)"], cwd=ROOT
+    )
     assert done.returncode == 0, f"import {name} pulls in torch"
 
 
@@ -103,13 +123,21 @@ def test_torch_comes_late(name):
 def test_every_file_says_what_it_is(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), "no docstring"
-    runs = any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
+    runs = any(
+        isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body
+    )
     if runs and path.parent == ROOT:
         assert f"python -m {path.stem}" in ast.get_docstring(tree), "it runs, but does not say how"
 
 
 FORBIDDEN = {"eval", "exec", "compile", "__import__"}
-FORBIDDEN_ATTRIBUTES = {("torch", "load"), ("torch", "save"), ("os", "system"), ("os", "popen"), ("np", "load")}
+FORBIDDEN_ATTRIBUTES = {
+    ("torch", "load"),
+    ("torch", "save"),
+    ("os", "system"),
+    ("os", "popen"),
+    ("np", "load"),
+}
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -125,11 +153,15 @@ def test_no_way_to_run_what_a_file_says(name):
             if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name):
                 assert (f.value.id, f.attr) not in FORBIDDEN_ATTRIBUTES, ast.unparse(node)
             for keyword in node.keywords:
-                assert keyword.arg not in ("shell", "trust_remote_code", "allow_pickle"), ast.unparse(node)
+                assert keyword.arg not in ("shell", "trust_remote_code", "allow_pickle"), (
+                    ast.unparse(node)
+                )
 
 
 def test_a_flag_has_one_default():
-    """No function gives a parameter that is called like a flag a default of its own, unless it is listed with its reason."""
+    """No function gives a parameter that is called like a flag a default of its own, unless it is
+    listed with its reason.
+    """
     allowed = {  # building blocks whose parameter means the same word in another place
         "seed", "model", "device", "steps", "force",
         "resume"}     # the resume rule of a flag, in common/flags.py
@@ -138,30 +170,53 @@ def test_a_flag_has_one_default():
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.Lambda)):
                 a = node.args
-                pairs = [*zip(a.args[::-1], a.defaults[::-1], strict=False), *zip(a.kwonlyargs, a.kw_defaults, strict=True)]
+                pairs = [
+                    *zip(a.args[::-1], a.defaults[::-1], strict=False),
+                    *zip(a.kwonlyargs, a.kw_defaults, strict=True),
+                ]
                 for arg, default in pairs:
                     plain = isinstance(default, ast.Constant) and default.value is not None
-                    assert not (plain and arg.arg in names), f"{module}:{node.lineno}: {arg.arg}={ast.unparse(default)}"
+                    assert not (plain and arg.arg in names), (
+                        f"{module}:{node.lineno}: {arg.arg}={ast.unparse(default)}"
+                    )
 
 
 def test_no_registry_host_and_no_personal_path():
-    for path in [*EVERYTHING, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*.txt"), *ROOT.glob("*.toml")]:
+    for path in [
+        *EVERYTHING,
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("*.txt"),
+        *ROOT.glob("*.toml"),
+    ]:
         text = path.read_text(encoding="utf-8")
         if path.name == "test_layout.py":
             continue
-        assert not re.search(r"pypi\.org|index-url|pythonhosted|download\.pytorch|/home/\w|/Users/\w|/work/", text), path
+        assert not re.search(
+            r"pypi\.org|index-url|pythonhosted|download\.pytorch|/home/\w|/Users/\w|/work/", text
+        ), path
 
 
 def test_fork_of_state_is_absent():
-    """No module-level mutable state that a command changes: the only globals are constants and registries in capitals."""
+    """No module-level mutable state that a command changes: the only globals are constants and
+    registries in capitals.
+    """
     for name, tree in TREES.items():
         for node in ast.walk(tree):
-            assert not isinstance(node, ast.Global), f"{name}.py:{node.lineno} has a global statement"
+            assert not isinstance(node, ast.Global), (
+                f"{name}.py:{node.lineno} has a global statement"
+            )
 
 
 def test_shapes_are_written_where_they_change():
-    """In the files that hold the mathematics, a line that changes a shape ends in a comment with the new shape."""
+    """In the files that hold the mathematics, a line that changes a shape ends in a comment with
+    the new shape.
+    """
     for name in ("model", "eco_hybrid", "layers", "masking"):
-        for number, line in enumerate((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(
+            (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines(), 1
+        ):
             if re.search(r"\.(view|reshape|unflatten|permute|unfold)\(|einsum\(", line):
-                assert re.search(r"#.*\(|-> \(|return ", line), f"{name}.py:{number}: no shape comment: {line.strip()}"
+                assert re.search(r"#.*\(|-> \(|return ", line), (
+                    f"{name}.py:{number}: no shape comment: {line.strip()}"
+                )

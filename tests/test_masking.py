@@ -1,4 +1,6 @@
-"""The mathematics: schedules and their weights, exact counts, strata, the bound, normalisation over micro-batches."""
+"""The mathematics: schedules and their weights, exact counts, strata, the bound, normalisation over
+micro-batches.
+"""
 import itertools
 import math
 from collections import Counter
@@ -14,8 +16,16 @@ from config import TrainArgs
 from model import build_model
 from model_config import ModelConfig
 
-BASE = dict(mask_schedule="linear", min_mask_rate=0.0, most_hidden=1.0, time_mode="continuous",
-            timestep_sampling="stratified", timesteps=16, masking_strategy="token", mean_span_length=3.0)
+BASE = dict(
+    mask_schedule="linear",
+    min_mask_rate=0.0,
+    most_hidden=1.0,
+    time_mode="continuous",
+    timestep_sampling="stratified",
+    timesteps=16,
+    masking_strategy="token",
+    mean_span_length=3.0,
+)
 
 
 def flags(**changes):
@@ -24,8 +34,16 @@ def flags(**changes):
 
 def tiny(model="primary", vocab=11, **changes):
     torch.manual_seed(0)
-    return build_model(ModelConfig(model=model, vocab_size=vocab, **{**dict(d_model=16, n_layers=2, n_heads=2, d_ff=24,
-                                                                           memory_slots=3, conv_kernel=3), **changes}))
+    return build_model(
+        ModelConfig(
+            model=model,
+            vocab_size=vocab,
+            **{
+                **dict(d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=3, conv_kernel=3),
+                **changes,
+            },
+        )
+    )
 
 
 class Uniform(nn.Module):
@@ -47,26 +65,45 @@ def test_weight_is_derived_from_alpha(schedule, low, high):
     bounds, e = (schedule, low, high), 1e-5
     numeric = (masking.alpha(t + e, *bounds) - masking.alpha(t - e, *bounds)) / (2 * e)
     torch.testing.assert_close(masking.alpha_slope(t, *bounds), numeric, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(masking.weight(t, *bounds), -numeric / (1 - masking.alpha(t, *bounds)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        masking.weight(t, *bounds), -numeric / (1 - masking.alpha(t, *bounds)), atol=1e-4, rtol=1e-4
+    )
     assert (masking.weight(t, *bounds) > 0).all()
     assert masking.alpha(torch.zeros(1), *bounds).item() == pytest.approx(1 - low, abs=1e-6)
     assert masking.alpha(torch.ones(1), *bounds).item() == pytest.approx(1 - high, abs=1e-6)
 
 
-@pytest.mark.parametrize("schedule,mode,strategy,low,high", [
-    *itertools.product(masking.SCHEDULES, ("continuous", "discrete"), ("token", "span"), (0.0,), (1.0,)),
-    ("cosine", "continuous", "token", 0.1, 0.8), ("linear", "discrete", "span", 0.3, 1.0)])
+@pytest.mark.parametrize(
+    "schedule,mode,strategy,low,high",
+    [
+        *itertools.product(
+            masking.SCHEDULES, ("continuous", "discrete"), ("token", "span"), (0.0,), (1.0,)
+        ),
+        ("cosine", "continuous", "token", 0.1, 0.8),
+        ("linear", "discrete", "span", 0.3, 1.0),
+    ],
+)
 def test_uniform_predictor_scores_ln_v(schedule, mode, strategy, low, high):
-    """Every schedule, mode and range: a uniform guess over the V allowed answers costs ln V nats per token."""
+    """Every schedule, mode and range: a uniform guess over the V allowed answers costs ln V nats
+    per token.
+    """
     vocab, rows = 50, 256
     net = Uniform(vocab)
-    args = flags(mask_schedule=schedule, time_mode=mode, masking_strategy=strategy, min_mask_rate=low, most_hidden=high)
+    args = flags(
+        mask_schedule=schedule,
+        time_mode=mode,
+        masking_strategy=strategy,
+        min_mask_rate=low,
+        most_hidden=high,
+    )
     x0 = torch.randint(1, vocab, (rows, 24))
     d = masking.draw(args, 7, 3, rows, 24, 24)
     loss = masking.denoising_loss(net, x0, d, "elbo", masking.normaliser("elbo", d)).loss
     tolerance = 1e-6 if schedule == "linear" and mode == "continuous" else 0.01
     assert float(loss) == pytest.approx(math.log(vocab - 1), rel=tolerance)
-    plain = masking.denoising_loss(net, x0, d, "masked_mean", masking.normaliser("masked_mean", d)).loss
+    plain = masking.denoising_loss(
+        net, x0, d, "masked_mean", masking.normaliser("masked_mean", d)
+    ).loss
     assert float(plain) == pytest.approx(math.log(vocab - 1), rel=1e-6)
 
 
@@ -78,9 +115,11 @@ def test_bound_of_the_uniform_predictor_is_exact():
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
 def test_bound_agrees_with_brute_force(model):
-    """Every mask of a 5-token text, enumerated: mean over k of the mean CE over k hidden tokens, and the code's estimate of it.
+    """Every mask of a 5-token text, enumerated: mean over k of the mean CE over k hidden tokens,
+    and the code's estimate of it.
 
-    The enumeration uses model(...) and a plain log-softmax; the code under test shares neither with it.
+    The enumeration uses model(...) and a plain log-softmax; the code under test shares neither with
+    it.
     """
     net, L = tiny(model).eval(), 5
     x0 = torch.tensor([[3, 7, 1, 9, 4]])
@@ -94,7 +133,7 @@ def test_bound_agrees_with_brute_force(model):
                 by_count[sum(bits)].append(float(ce[mask].mean()))
     truth = sum(sum(v) / len(v) for v in by_count.values()) / L
 
-    weighted = 0.0              # the same sum through the code's own masks, weights and loss, one Draw per mask
+    weighted = 0.0  # the same sum through the code's own masks, weights and loss, one Draw per mask
     for bits in itertools.product((False, True), repeat=L):
         k = sum(bits)
         if k:
@@ -108,12 +147,18 @@ def test_bound_agrees_with_brute_force(model):
     for schedule in masking.SCHEDULES:
         d = masking.draw(flags(mask_schedule=schedule), 1, 0, draws, L, L)
         with torch.no_grad():
-            estimate = float(masking.denoising_loss(net, x0.expand(draws, L), d, "elbo", draws * L).loss)
+            estimate = float(
+                masking.denoising_loss(net, x0.expand(draws, L), d, "elbo", draws * L).loss
+            )
         assert estimate == pytest.approx(truth, rel=0.01), schedule
 
 
-@pytest.mark.parametrize("strategy,span", [("token", 3.0), ("span", 1.0), ("span", 3.0), ("span", 20.0)])
-@pytest.mark.parametrize("length,block,first", [(40, 40, 40), (40, 16, 16), (41, 16, 5), (7, 3, 1), (64, 1, 1)])
+@pytest.mark.parametrize(
+    "strategy,span", [("token", 3.0), ("span", 1.0), ("span", 3.0), ("span", 20.0)]
+)
+@pytest.mark.parametrize(
+    "length,block,first", [(40, 40, 40), (40, 16, 16), (41, 16, 5), (7, 3, 1), (64, 1, 1)]
+)
 def test_masks_hit_their_count_exactly(strategy, span, length, block, first):
     args = flags(masking_strategy=strategy, mean_span_length=span)
     d = masking.draw(args, 5, 9, 64, length, block, first)
@@ -139,16 +184,22 @@ def test_spans_are_spans_and_tokens_are_not():
 def test_times_hit_each_stratum_once_over_the_whole_step(mode):
     rows, n = 12, 4                                     # rows x blocks of the step share one grid
     d = masking.draw(flags(time_mode=mode, timesteps=48), 3, 5, rows, 32, 8)
-    cell = torch.floor((1 - d.t if mode == "continuous" else d.t - 1 / 48) * rows * n + 1e-6).flatten()
+    cell = torch.floor(
+        (1 - d.t if mode == "continuous" else d.t - 1 / 48) * rows * n + 1e-6
+    ).flatten()
     assert sorted(cell.long().tolist()) == list(range(rows * n))
 
 
 def test_strata_come_in_no_order():
     """Else a block's place in the row would say how much of it is hidden."""
-    grids = torch.stack([masking.strata(8, "stratified", torch.Generator().manual_seed(i)) for i in range(400)])
+    grids = torch.stack(
+        [masking.strata(8, "stratified", torch.Generator().manual_seed(i)) for i in range(400)]
+    )
     cells = (grids * 8).long()
     assert all(len(set(row)) == 8 for row in cells.tolist())
-    assert all(len(set(column)) == 8 for column in cells.T.tolist()), "a place that never sees some rates"
+    assert all(len(set(column)) == 8 for column in cells.T.tolist()), (
+        "a place that never sees some rates"
+    )
     assert (grids.mean(0) - 0.5).abs().max() < 0.08
 
 
@@ -158,15 +209,21 @@ def test_each_purpose_has_its_own_stream(monkeypatch):
 
     def kept(seed, step, purpose):
         generator = real(seed, step, purpose)
-        asked.setdefault(purpose, []).append((generator.initial_seed() % 2 ** 32, float(torch.rand((), generator=real(
-            seed, step, purpose)))))
+        asked.setdefault(purpose, []).append(
+            (
+                generator.initial_seed() % 2**32,
+                float(torch.rand((), generator=real(seed, step, purpose))),
+            )
+        )
         return generator
     monkeypatch.setattr(masking, "step_generator", kept)
     masking.pick_blocks([8, 4], 8, 7, 3, single=1e-9)
     masking.draw(flags(), 7, 3, 2, 8, 4)
     masking.pick_exit(5, 7, 3)
     masking.step_generator(7, 3, "drop")
-    assert len(asked) == 5 and all(len(times) == 1 for times in asked.values()), "two draws share a purpose"
+    assert len(asked) == 5 and all(len(times) == 1 for times in asked.values()), (
+        "two draws share a purpose"
+    )
     for part in (0, 1):
         assert len({times[0][part] for times in asked.values()}) == 5, asked
     names = ("mask", "blocks", "single", "exit", "drop", "bound", "compar", "0.15", "0.50", "0.85")
@@ -174,7 +231,9 @@ def test_each_purpose_has_its_own_stream(monkeypatch):
 
 
 def test_a_shorter_first_block_may_be_the_whole_block():
-    """Half of the steps draw its length, evenly from 1 to the block: so 5 of 8 steps of blocks of 4 begin with a whole one."""
+    """Half of the steps draw its length, evenly from 1 to the block: so 5 of 8 steps of blocks of 4
+    begin with a whole one.
+    """
     firsts = Counter(masking.pick_blocks([4], 16, 0, step)[1] for step in range(2000))
     assert set(firsts) == {1, 2, 3, 4} and firsts[4] / 2000 == pytest.approx(5 / 8, abs=0.04)
     assert all(firsts[n] / 2000 == pytest.approx(1 / 8, abs=0.03) for n in (1, 2, 3))
@@ -186,19 +245,30 @@ def test_strata_cut_the_variance():
         for step in range(300):
             d = masking.draw(flags(timestep_sampling=sampling), 1, step, 8, 64, 64)
             share = d.mask.float().mean(1, keepdim=True)
-            losses.append(float(((0.5 + 2.5 * share) * d.weight * d.mask).sum() / d.mask.numel()))     # CE grows with the rate
+            # CE grows with the rate
+            losses.append(float(((0.5 + 2.5 * share) * d.weight * d.mask).sum() / d.mask.numel()))
         return torch.tensor(losses).var().item()
     assert spread("stratified") * 2 < spread("uniform")
 
 
 def test_fully_masked_rows_are_trained():
-    """Decoding starts from them. By default they come in blocks of one token; a mixture without those hides whole rows."""
-    full = sum(int(masking.draw(flags(), 0, step, 16, 16, 16).mask.all(1).sum()) for step in range(100))
-    assert full > 50                                    # k = L is one of 16 equally likely counts
-    for changes, rules in ({}, {1}), (dict(train_block_sizes="T,8"), {16}), (dict(loss="elbo", ar_fade=0.0), {1, 16}):
+    """Decoding starts from them. By default they come in blocks of one token; a mixture without
+    those hides whole rows.
+    """
+    full = sum(
+        int(masking.draw(flags(), 0, step, 16, 16, 16).mask.all(1).sum()) for step in range(100)
+    )
+    assert full > 50  # k = L is one of 16 equally likely counts
+    for changes, rules in (
+        ({}, {1}),
+        (dict(train_block_sizes="T,8"), {16}),
+        (dict(loss="elbo", ar_fade=0.0), {1, 16}),
+    ):
         args, found = TrainArgs(seq_len=16, max_steps=1000, **changes), Counter()
         for step in range(1000):
-            block, first = masking.pick_blocks(args.block_choices, 16, 0, step, args.single_chance(step))
+            block, first = masking.pick_blocks(
+                args.block_choices, 16, 0, step, args.single_chance(step)
+            )
             found[block] += int(masking.draw(args, 0, step, 2, 16, block, first).mask.all(1).sum())
         assert {block for block in found if found[block] > 5} >= rules and found.total() > 50, found
 
@@ -215,7 +285,9 @@ def test_corruption_is_a_function_of_seed_and_step():
 @pytest.mark.parametrize("model", ["primary", "backup"])
 @pytest.mark.parametrize("kind", ["elbo", "masked_mean"])
 def test_micro_batches_equal_one_big_batch(model, kind):
-    """8 rows at once, 4 x 2 and 1 + 7 rows: the same loss and gradient, although their masked counts differ."""
+    """8 rows at once, 4 x 2 and 1 + 7 rows: the same loss and gradient, although their masked
+    counts differ.
+    """
     net = tiny(model)
     x0 = torch.randint(1, 11, (8, 20))
     d = masking.draw(flags(masking_strategy="span"), 2, 4, 8, 20, 8, 5)
@@ -239,9 +311,15 @@ def test_micro_batches_equal_one_big_batch(model, kind):
 
 def test_chunked_cross_entropy_equals_the_plain_one():
     torch.manual_seed(0)
-    h, w, y = torch.randn(37, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True), torch.randint(1, 12, (37,))
+    h, w, y = (
+        torch.randn(37, 8, requires_grad=True),
+        torch.randn(13, 8, requires_grad=True),
+        torch.randint(1, 12, (37,)),
+    )
     weight = torch.rand(37) + 0.1
-    plain = torch.nn.functional.cross_entropy((h @ w.T).index_fill(1, torch.tensor([0, 12]), -math.inf), y, reduction="none")
+    plain = torch.nn.functional.cross_entropy(
+        (h @ w.T).index_fill(1, torch.tensor([0, 12]), -math.inf), y, reduction="none"
+    )
     expected = torch.autograd.grad((plain * weight).sum(), (h, w))
     total, ce = masking.LinearCrossEntropy.apply(h, w, y, weight, [0, 12], 10, torch.float32)
     torch.testing.assert_close(ce, plain.detach())
@@ -258,14 +336,24 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(word in func.name() for word in ("mm", "convolution", "attention")):
-            self.shapes.add((func.name(), *(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))))
+            self.shapes.add(
+                (func.name(), *(tuple(x.shape) for x in args if isinstance(x, torch.Tensor)))
+            )
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
 def test_the_number_of_hidden_tokens_makes_no_new_product(model):
-    """oneDNN compiles and keeps a product for each shape: the shapes of a run have to be few, however many its steps."""
-    args = TrainArgs(model=model, seq_len=64, timestep_sampling="uniform", train_block_sizes="T,16", max_steps=100)
+    """oneDNN compiles and keeps a product for each shape: the shapes of a run have to be few,
+    however many its steps.
+    """
+    args = TrainArgs(
+        model=model,
+        seq_len=64,
+        timestep_sampling="uniform",
+        train_block_sizes="T,16",
+        max_steps=100,
+    )
     net, products, hidden = tiny(model, vocab=52, n_layers=1), Products(), set()
     for step in range(40):
         block, first = masking.pick_blocks(args.block_choices, 64, 1, step)
@@ -275,16 +363,21 @@ def test_the_number_of_hidden_tokens_makes_no_new_product(model):
             masking.denoising_loss(net, torch.full((3, 64), 5), draw, "elbo", 1.0).loss.backward()
     assert len(hidden) > 25, "too few different counts to prove anything"
     of_loss = {shapes for shapes in products.shapes if any(53 in shape for shape in shapes[1:])}
-    assert len(of_loss) <= 3 * 3, of_loss                                  # three products of 64, 128 or 192 rows
+    assert len(of_loss) <= 3 * 3, of_loss  # three products of 64, 128 or 192 rows
     assert len(products.shapes - of_loss) <= 45, len(products.shapes - of_loss)
 
 
 @pytest.mark.parametrize("dtype,close", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 def test_rows_that_fill_up_a_product_change_nothing(dtype, close):
-    """Loss and gradients of any number of rows are those of the formula, and an answer never sees the filling."""
+    """Loss and gradients of any number of rows are those of the formula, and an answer never sees
+    the filling.
+    """
     for n in (1, 63, 64, 65, 300):
         g = torch.Generator().manual_seed(n)
-        h, weight = torch.randn(n, 24, generator=g).requires_grad_(), torch.randn(90, 24, generator=g).requires_grad_()
+        h, weight = (
+            torch.randn(n, 24, generator=g).requires_grad_(),
+            torch.randn(90, 24, generator=g).requires_grad_(),
+        )
         target, w = torch.randint(1, 89, (n,), generator=g), torch.rand(n, generator=g)
         loss, each = masking.LinearCrossEntropy.apply(h, weight, target, w, [0, 89], 128, dtype)
         found = (loss, each, *torch.autograd.grad(loss, (h, weight)))
@@ -292,18 +385,24 @@ def test_rows_that_fill_up_a_product_change_nothing(dtype, close):
         z = z.index_fill(1, torch.tensor([0, 89]), -math.inf)
         each = nn.functional.cross_entropy(z, target, reduction="none")
         loss = (each * w).sum()
-        for got, want in zip(found, (loss, each, *torch.autograd.grad(loss, (h, weight))), strict=True):
+        for got, want in zip(
+            found, (loss, each, *torch.autograd.grad(loss, (h, weight))), strict=True
+        ):
             assert (got - want).abs().max() <= close * max(1, want.abs().max()), (n, got.shape)
 
 
 def test_head_sees_masked_positions_only_and_never_the_mask_logit():
-    """Raising the mask's and the pad's row of the head by 100 changes no loss; the head gets exactly the hidden rows."""
+    """Raising the mask's and the pad's row of the head by 100 changes no loss; the head gets
+    exactly the hidden rows.
+    """
     net = tiny()
     x0 = torch.randint(1, 11, (4, 16))
     d = masking.draw(flags(), 0, 0, 4, 16, 16)
     seen = []
     real = masking.LinearCrossEntropy.apply
-    masking.LinearCrossEntropy.apply = staticmethod(lambda h, *rest: (seen.append(len(h)), real(h, *rest))[1])
+    masking.LinearCrossEntropy.apply = staticmethod(
+        lambda h, *rest: (seen.append(len(h)), real(h, *rest))[1]
+    )
     try:
         before = float(masking.denoising_loss(net, x0, d, "elbo", 1).loss)
     finally:
@@ -313,14 +412,23 @@ def test_head_sees_masked_positions_only_and_never_the_mask_logit():
     class Shifted(nn.Module):
         def __init__(self):
             super().__init__()
-            self.cfg, self.head = net.cfg, SimpleNamespace(weight=net.head.weight.detach().clone(), never=net.head.never)
+            self.cfg, self.head = (
+                net.cfg,
+                SimpleNamespace(weight=net.head.weight.detach().clone(), never=net.head.never),
+            )
             self.head.weight[[0, 11]] += 100
 
         def hidden_blocks(self, *a, **k):
             return net.hidden_blocks(*a, **k)
-    assert float(masking.denoising_loss(Shifted(), x0, d, "elbo", 1).loss) == pytest.approx(before, rel=1e-6)
+
+    assert float(masking.denoising_loss(Shifted(), x0, d, "elbo", 1).loss) == pytest.approx(
+        before, rel=1e-6
+    )
 
 
 def test_training_seeds_beyond_32_bits_are_other_seeds():
-    draws = [torch.rand(4, generator=masking.step_generator(seed, 3, "mask")).tolist() for seed in (7, 7 + 2 ** 32, 7 + 2 ** 40)]
+    draws = [
+        torch.rand(4, generator=masking.step_generator(seed, 3, "mask")).tolist()
+        for seed in (7, 7 + 2**32, 7 + 2**40)
+    ]
     assert draws[0] != draws[1] != draws[2] != draws[0]

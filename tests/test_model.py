@@ -1,4 +1,5 @@
-"""The block rule, the exact frozen cache, the parameter counts and the gradients of both denoisers."""
+"""The block rule, the exact frozen cache, the parameter counts and the gradients of both denoisers.
+"""
 import itertools
 import math
 
@@ -18,9 +19,11 @@ MODELS = ("primary", "backup")
 def tiny(model, vocab=40, **changes):
     torch.manual_seed(1)
     shape = dict(d_model=32, n_layers=3, n_heads=4, d_ff=48, memory_slots=4, conv_kernel=5)
-    net = build_model(model_config.ModelConfig(model=model, vocab_size=vocab, **{**shape, **changes}))
+    net = build_model(
+        model_config.ModelConfig(model=model, vocab_size=vocab, **{**shape, **changes})
+    )
     with torch.no_grad():
-        for p in net.parameters():                     # away from the symmetric start, so that every path matters
+        for p in net.parameters():  # away from the symmetric start, so that every path matters
             p += 0.1 * torch.randn_like(p)
     return net.eval()
 
@@ -41,10 +44,16 @@ def texts(length, batch=2, vocab=40):
 @pytest.mark.parametrize("length", [17, 64, 71])
 @torch.no_grad()
 def test_cache_is_exact(model, block, length):
-    """The most important test: logits decoded with the frozen cache equal logits of the training form, to 1e-5 in float32."""
+    """The most important test: logits decoded with the frozen cache equal logits of the training
+    form, to 1e-5 in float32.
+    """
     net = tiny(model)
     x0, xt = texts(length)
-    for first in sorted({1, (block + 1) // 2, block} & set(range(1, length + 1))) if block < length else [length]:
+    for first in (
+        sorted({1, (block + 1) // 2, block} & set(range(1, length + 1)))
+        if block < length
+        else [length]
+    ):
         whole = net.logits(net.hidden_blocks(xt, x0, block, first))[..., 1:40]
         cache = net.new_cache(2, length)
         for lo, hi in edges(length, block, first):
@@ -57,7 +66,9 @@ def test_cache_is_exact(model, block, length):
 @pytest.mark.parametrize("model", MODELS)
 @torch.no_grad()
 def test_block_rule(model):
-    """Changing a clean token of block b moves no logit of blocks <= b; changing a noisy one moves its own block and no other."""
+    """Changing a clean token of block b moves no logit of blocks <= b; changing a noisy one moves
+    its own block and no other.
+    """
     net, block, length = tiny(model), 8, 40
     x0, xt = texts(length)
     base = net.hidden_blocks(xt, x0, block)
@@ -89,7 +100,9 @@ def test_block_of_the_whole_sequence_is_plain_bidirectional_diffusion(model):
 @pytest.mark.parametrize("model", MODELS)
 @torch.no_grad()
 def test_a_shorter_first_block_counts_whatever_the_block(model):
-    """Blocks as long as the text, or longer, behind a first one of 5 tokens: two blocks, as decoding with the cache has them."""
+    """Blocks as long as the text, or longer, behind a first one of 5 tokens: two blocks, as
+    decoding with the cache has them.
+    """
     net = tiny(model)
     x0, xt = texts(24)
     cache = net.new_cache(2, 24)
@@ -103,7 +116,9 @@ def test_a_shorter_first_block_counts_whatever_the_block(model):
 @pytest.mark.parametrize("model", MODELS)
 @torch.no_grad()
 def test_order_enters_the_denoiser(model):
-    """Swap two distant inputs: the outputs are not just swapped (M3), with every other token hidden too."""
+    """Swap two distant inputs: the outputs are not just swapped (M3), with every other token hidden
+    too.
+    """
     net = tiny(model)
     xt = torch.full((1, 30), 40)
     xt[0, 5], xt[0, 20] = 7, 9
@@ -140,7 +155,9 @@ def test_a_parameter_without_a_rule_is_an_error():
 
 @torch.no_grad()
 def test_cache_sizes():
-    """EcoHybrid's cache does not grow with the context; the transformer's is preallocated; nbytes is the tensors' size."""
+    """EcoHybrid's cache does not grow with the context; the transformer's is preallocated; nbytes
+    is the tensors' size.
+    """
     eco, backup = tiny("primary"), tiny("backup")
     for layer in eco.layers:
         layer.decay.fill_(3.0)                          # a slot forgets within 20 tokens
@@ -149,12 +166,16 @@ def test_cache_sizes():
         eco.commit(texts(16, batch=1)[0], cache)
         sizes.add(cache.nbytes)
         norms.append(float(cache.num.norm()))
-    assert sizes == {sum(t.numel() * t.element_size() for t in (cache.num, cache.halo))} and cache.length == 1024
+    assert (
+        sizes == {sum(t.numel() * t.element_size() for t in (cache.num, cache.halo))}
+        and cache.length == 1024
+    )
     assert max(norms) < 4 * min(norms)                  # bounded over 64 blocks (C1)
     small, large = backup.new_cache(1, 10), backup.new_cache(1, 100)
     assert large.nbytes == 10 * small.nbytes == 2 * 3 * 32 * 100 * 4
     backup.commit(texts(10, batch=1)[0], small)
-    backup.commit(texts(11, batch=1)[0][:, :1], small)  # a full cache slides: the oldest position leaves
+    # a full cache slides: the oldest position leaves
+    backup.commit(texts(11, batch=1)[0][:, :1], small)
     assert (small.held, small.length) == (10, 11)
     with pytest.raises(ValueError, match="10 positions, 11"):
         backup.commit(texts(11, batch=1)[0], small)
@@ -177,7 +198,10 @@ def test_cache_after_reset_is_a_new_one(model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_parameter_count_is_the_formula(model):
-    for changes in ({}, dict(d_model=48, n_heads=6, d_ff=100, n_layers=2, memory_slots=7, conv_kernel=3, d_mem=12)):
+    for changes in (
+        {},
+        dict(d_model=48, n_heads=6, d_ff=100, n_layers=2, memory_slots=7, conv_kernel=3, d_mem=12),
+    ):
         net = tiny(model, **changes)
         assert sum(p.numel() for p in net.parameters()) == model_config.count_params(net.cfg)
 
@@ -190,7 +214,9 @@ def test_rotary_table_is_float32_and_exact():
     assert len(torch.unique(torch.cat((cos, sin), 1), dim=0)) == 8192
     net = tiny("backup").to(torch.bfloat16)
     assert net.table(5000, 3)[0].dtype == torch.float32
-    torch.testing.assert_close(net.table(5000, 3)[0], rotary_table(torch.arange(5000, 5003), 8)[0], atol=0, rtol=0)
+    torch.testing.assert_close(
+        net.table(5000, 3)[0], rotary_table(torch.arange(5000, 5003), 8)[0], atol=0, rtol=0
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -199,7 +225,11 @@ def test_mask_and_pad_are_never_an_answer(model):
     net = tiny(model)
     net.head.weight[[0, 40]] += 100
     z = net(texts(12)[1])
-    assert z.dtype == torch.float32 and torch.isneginf(z[..., [0, 40]]).all() and torch.isfinite(z[..., 1:40]).all()
+    assert (
+        z.dtype == torch.float32
+        and torch.isneginf(z[..., [0, 40]]).all()
+        and torch.isfinite(z[..., 1:40]).all()
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -209,15 +239,31 @@ def test_rows_of_a_batch_do_not_mix(model):
     x0, xt = texts(24, batch=3)
     together = net.hidden_blocks(xt, x0, 8)
     for row in range(3):
-        torch.testing.assert_close(net.hidden_blocks(xt[row:row + 1], x0[row:row + 1], 8)[0], together[row], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            net.hidden_blocks(xt[row : row + 1], x0[row : row + 1], 8)[0],
+            together[row],
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
 @pytest.mark.parametrize("block", [8, 99])
 def test_early_exits_see_what_decoding_at_that_depth_sees(model, block):
-    """Training's early hidden states are the cached block's at that depth, and every exit's norm gets its gradient."""
+    """Training's early hidden states are the cached block's at that depth, and every exit's norm
+    gets its gradient.
+    """
     torch.manual_seed(0)
-    cfg = model_config.ModelConfig(model=model, vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48, memory_slots=4, exits=True)
+    cfg = model_config.ModelConfig(
+        model=model,
+        vocab_size=40,
+        d_model=32,
+        n_layers=3,
+        n_heads=2,
+        d_ff=48,
+        memory_slots=4,
+        exits=True,
+    )
     net = build_model(cfg)
     assert sum(p.numel() for p in net.parameters()) == model_config.count_params(cfg)
     with torch.no_grad():
@@ -231,7 +277,9 @@ def test_early_exits_see_what_decoding_at_that_depth_sees(model, block):
         lo, hi = (0, 24) if block > 24 else (8, 16)
         if lo:
             net.commit(x0[:, :lo], cache)
-        torch.testing.assert_close(net.hidden(xt[:, lo:hi], cache, depth), early[:, lo:hi], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            net.hidden(xt[:, lo:hi], cache, depth), early[:, lo:hi], atol=1e-5, rtol=1e-5
+        )
         early.square().sum().backward()
         assert net.exits.early_norm.grad[depth - 1].abs().sum() > 0
 
@@ -250,7 +298,9 @@ def test_prefixes_in_groups_are_prefixes(n):
 
 @torch.no_grad()
 def test_a_slot_is_read_by_its_direction():
-    """softmax(q.(u + name) / sqrt E) u with u = N / rms(N): the same for N of any size, also in float16, and 0 reads as 0."""
+    """softmax(q.(u + name) / sqrt E) u with u = N / rms(N): the same for N of any size, also in
+    float16, and 0 reads as 0.
+    """
     layer = tiny("primary").layers[0]
     q, num = torch.randn(2, 3, 16), torch.randn(2, 4, 4, 4)
     u, z = num / num.square().mean(-1, keepdim=True).sqrt(), q.unflatten(-1, (4, 4)).transpose(1, 2)
@@ -258,30 +308,50 @@ def test_a_slot_is_read_by_its_direction():
     expected = (share @ u).transpose(1, 2).flatten(2)
     for size in (1e-6, 1.0, 1e6):
         torch.testing.assert_close(layer.read(q, num * size), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(layer.read(q.half(), num * size), expected.half(), atol=2e-2, rtol=2e-2)
-        torch.testing.assert_close(layer.read(q.bfloat16(), num * size), expected.bfloat16(), atol=1e-1, rtol=1e-1)
+        torch.testing.assert_close(
+            layer.read(q.half(), num * size), expected.half(), atol=2e-2, rtol=2e-2
+        )
+        torch.testing.assert_close(
+            layer.read(q.bfloat16(), num * size), expected.bfloat16(), atol=1e-1, rtol=1e-1
+        )
     assert not layer.read(q, torch.zeros_like(num)).any()
 
 
 @pytest.mark.parametrize("n, streams", [(1, 2), (5, 1), (16, 2), (17, 2), (40, 1), (300, 2)])
 def test_single_tokens_read_as_their_sums_would_be_read(n, streams):
-    """read_tokens, which never makes a token's N, against read on it: values, and the gradient of everything it uses."""
+    """read_tokens, which never makes a token's N, against read on it: values, and the gradient of
+    everything it uses.
+    """
     layer = tiny("primary").layers[0]
     q, v = (torch.randn(streams, 2, n, 1, 16, requires_grad=True) for _ in range(2))
-    s, s_clean, v_clean = (3 * torch.randn(*shape, n, 1, 16) for shape in ((streams, 2), (2,), (2,)))
-    used = [q, v, s.requires_grad_(), v_clean.requires_grad_(), s_clean.requires_grad_(), layer.decay, layer.slot_key]
+    s, s_clean, v_clean = (
+        3 * torch.randn(*shape, n, 1, 16) for shape in ((streams, 2), (2,), (2,))
+    )
+    used = [
+        q,
+        v,
+        s.requires_grad_(),
+        v_clean.requires_grad_(),
+        s_clean.requires_grad_(),
+        layer.decay,
+        layer.slot_key,
+    ]
     made = layer.read(q, layer.write(v, s) + layer.prefix(layer.write(v_clean, s_clean), 1))
     lean = layer.read_tokens(q, v, s, v_clean, s_clean)
     torch.testing.assert_close(lean, made, atol=1e-5, rtol=1e-5)
     weight = torch.randn_like(made)
     grads = [torch.autograd.grad((y * weight).sum(), used) for y in (lean, made)]
     for got, wanted in zip(*grads, strict=True):
-        torch.testing.assert_close(got, wanted, atol=1e-4 * float(wanted.abs().max()) + 1e-6, rtol=1e-3)
+        torch.testing.assert_close(
+            got, wanted, atol=1e-4 * float(wanted.abs().max()) + 1e-6, rtol=1e-3
+        )
 
 
 @torch.no_grad()
 def test_sums_stay_within_float16():
-    """4,096 tokens that all write with the largest weight: finite, where e^8 each would not be (--amp_dtype fp16)."""
+    """4,096 tokens that all write with the largest weight: finite, where e^8 each would not be
+    (--amp_dtype fp16).
+    """
     layer = tiny("primary").layers[0]
     total = layer.write(torch.ones(1, 4096, 16).half(), torch.full((1, 4096, 16), 99.0).half())
     assert torch.isfinite(total).all() and total.max() > 1e4
@@ -293,17 +363,29 @@ def test_one_token_is_convolved_as_in_a_sequence(reach):
     conv = LocalConv(8, 2 * reach + 1)
     torch.nn.init.normal_(conv.weight)
     x = torch.randn(5, reach + 2, 8)
-    two = conv(x[:, reach:], x[:, :reach])                             # of a block of two tokens, without the second one
+    two = conv(x[:, reach:], x[:, :reach])  # of a block of two tokens, without the second one
     one = conv(x[:, reach:reach + 1], x[:, :reach])
     torch.testing.assert_close(one[:, 0], two[:, 0] - x[:, reach + 1] * conv.weight[:, reach + 1])
 
 
 @pytest.mark.parametrize("block", [1, 2, 5, 16])
 def test_commit_and_hidden_is_commit_then_hidden(block):
-    """One pass for a finished block and the first forward of the next: same hidden states, same cache, from an empty one too."""
+    """One pass for a finished block and the first forward of the next: same hidden states, same
+    cache, from an empty one too.
+    """
     torch.manual_seed(0)
-    net = build_model(model_config.ModelConfig(model="primary", vocab_size=40, d_model=32, n_layers=3, n_heads=2, d_ff=48,
-                                         memory_slots=4, conv_kernel=7)).eval()
+    net = build_model(
+        model_config.ModelConfig(
+            model="primary",
+            vocab_size=40,
+            d_model=32,
+            n_layers=3,
+            n_heads=2,
+            d_ff=48,
+            memory_slots=4,
+            conv_kernel=7,
+        )
+    ).eval()
     one, two = net.new_cache(2), net.new_cache(2)
     with torch.no_grad():
         for _ in range(4):
@@ -312,18 +394,22 @@ def test_commit_and_hidden_is_commit_then_hidden(block):
             want, got = net.hidden(xt, one), net.commit_and_hidden(x0, xt, two)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
             for name in ("num", "halo"):
-                torch.testing.assert_close(getattr(two, name), getattr(one, name), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    getattr(two, name), getattr(one, name), atol=1e-5, rtol=1e-5
+                )
             assert one.length == two.length
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("first", [1, 3])
 def test_gradients_are_finite_where_a_block_has_few_tokens(dtype, first):
-    """A slot's sum begins with one token of the smallest weight: its value still has rms 1, and all gradients are numbers."""
+    """A slot's sum begins with one token of the smallest weight: its value still has rms 1, and all
+    gradients are numbers.
+    """
     net = tiny("primary")
     with torch.no_grad():
         for layer in net.layers:
-            layer.in_proj.weight[-layer.H * layer.M:] *= 100                       # scores at both ends of their range
+            layer.in_proj.weight[-layer.H * layer.M:] *= 100  # scores at both ends of their range
     x0, xt = texts(19)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         net.hidden_blocks(xt, x0, 4, first).square().mean().backward()
@@ -331,7 +417,9 @@ def test_gradients_are_finite_where_a_block_has_few_tokens(dtype, first):
 
 
 def test_the_scale_of_a_slot_cancels():
-    """read() of N and of N times anything is the same; nothing written is no NaN and no infinite gradient."""
+    """read() of N and of N times anything is the same; nothing written is no NaN and no infinite
+    gradient.
+    """
     layer, g = tiny("primary").layers[0], torch.Generator().manual_seed(0)
     q, num = torch.randn(2, 5, 16, generator=g), torch.randn(2, 4, 4, 4, generator=g)
     want = layer.read(q, num)
@@ -347,7 +435,9 @@ def test_the_scale_of_a_slot_cancels():
 @pytest.mark.parametrize("block, many", [(1, 9), (2, 5), (7, 3), (16, 4)])
 @torch.no_grad()
 def test_many_blocks_are_committed_as_one_after_another(model, block, many):
-    """commit(x0, cache, block) of a whole prompt leaves the cache of a commit per block, behind an empty cache and a full one."""
+    """commit(x0, cache, block) of a whole prompt leaves the cache of a commit per block, behind an
+    empty cache and a full one.
+    """
     net, room = tiny(model), 3 + 2 * many * block
     one, all_at_once = net.new_cache(2, room), net.new_cache(2, room)
     x0 = texts(room)[0]
@@ -360,62 +450,115 @@ def test_many_blocks_are_committed_as_one_after_another(model, block, many):
     assert one.length == all_at_once.length == room
     for name in ("num", "halo") if model == "primary" else ("k", "v"):
         want = getattr(one, name)
-        torch.testing.assert_close(getattr(all_at_once, name), want, atol=1e-5 * float(want.abs().max()), rtol=1e-5)
+        torch.testing.assert_close(
+            getattr(all_at_once, name), want, atol=1e-5 * float(want.abs().max()), rtol=1e-5
+        )
     xt = texts(8)[1]
-    torch.testing.assert_close(net(xt, all_at_once)[..., 1:40], net(xt, one)[..., 1:40], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        net(xt, all_at_once)[..., 1:40], net(xt, one)[..., 1:40], atol=1e-5, rtol=1e-5
+    )
 
 
 def depthwise_backward(grad, x, w, *_, **__):
-    return 2 * 2 * math.prod(grad) * math.prod(w[1:])    # torch's own formula counts every channel with every other
+    # torch's own formula counts every channel with every other
+    return 2 * 2 * math.prod(grad) * math.prod(w[1:])
 
 
-@pytest.mark.parametrize("shape, block", [(dict(model="primary"), 128), (dict(model="primary"), 16), (dict(model="primary"), 4),
-                                          (dict(model="primary"), 1), (dict(model="backup"), 128),
-                                          (dict(model="backup"), 16), (dict(model="backup", causal=True), 128),
-                                          (dict(model="primary", exits=True), 32)], ids=str)
+@pytest.mark.parametrize(
+    "shape, block",
+    [
+        (dict(model="primary"), 128),
+        (dict(model="primary"), 16),
+        (dict(model="primary"), 4),
+        (dict(model="primary"), 1),
+        (dict(model="backup"), 128),
+        (dict(model="backup"), 16),
+        (dict(model="backup", causal=True), 128),
+        (dict(model="primary", exits=True), 32),
+    ],
+    ids=str,
+)
 def test_the_flops_formula_counts_what_a_step_does(shape, block):
     """train_flops against torch's counter during a real forward and backward, within 5 %."""
     length, rows = 128, 2
-    cfg = model_config.ModelConfig(vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=96, memory_slots=8, **shape)
+    cfg = model_config.ModelConfig(
+        vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=96, memory_slots=8, **shape
+    )
     args = config.TrainArgs(seq_len=length)
-    draw = masking.whole_rows(rows, length) if cfg.causal else masking.draw(args, 1, 1, rows, length, block)
+    draw = (
+        masking.whole_rows(rows, length)
+        if cfg.causal
+        else masking.draw(args, 1, 1, rows, length, block)
+    )
     net, x0 = build_model(cfg), torch.randint(1, 300, (rows, length))
-    with (FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: depthwise_backward}) as counter,
-          torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
-        masking.denoising_loss(net, x0, draw, "elbo", 1, early=1 if cfg.exits else None, early_weight=0.5).loss.backward()
-    formula = rows * length * model_config.train_flops(cfg, length, block, draw.hidden / (rows * length))
+    with (
+        FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten.convolution_backward: depthwise_backward}
+        ) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        masking.denoising_loss(
+            net, x0, draw, "elbo", 1, early=1 if cfg.exits else None, early_weight=0.5
+        ).loss.backward()
+    formula = (
+        rows * length * model_config.train_flops(cfg, length, block, draw.hidden / (rows * length))
+    )
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def test_the_mean_flops_of_a_run_are_those_of_its_steps():
     """Blocks of one token are hidden whole, and are drawn more often while they fade."""
-    cfg = model_config.ModelConfig(model="primary", vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=96, memory_slots=8)
+    cfg = model_config.ModelConfig(
+        model="primary", vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=96, memory_slots=8
+    )
     args = config.TrainArgs(seq_len=128, max_steps=1000, ar_fade=0.5, train_block_sizes="T,4,1")
     total = 0
     for step in range(args.max_steps):
-        block, first = masking.pick_blocks(args.block_choices, 128, 1, step, args.single_chance(step))
-        total += model_config.train_flops(cfg, 128, block, masking.draw(args, 1, step, 4, 128, block, first).hidden / (4 * 128))
+        block, first = masking.pick_blocks(
+            args.block_choices, 128, 1, step, args.single_chance(step)
+        )
+        total += model_config.train_flops(
+            cfg, 128, block, masking.draw(args, 1, step, 4, 128, block, first).hidden / (4 * 128)
+        )
     counted = model_config.flops_per_token(cfg, 128, args.rule_shares, 0.4)
     assert counted == pytest.approx(total / args.max_steps, rel=0.02)
     alone = model_config.flops_per_token(cfg, 128, {1: 1.0}, 0.4)
     assert alone == round(model_config.train_flops(cfg, 128, 1, 1.0))
 
 
-# ---- --activation_checkpointing --------------------------------------------------------------------------------------
+# ---- --activation_checkpointing ------------------------------------------------------------------
 
 def one_step(net, block, recompute, dtype=None):
-    """Loss, gradients and {storage: bytes} of what autograd keeps for the backward pass, parameters left out."""
-    torch.manual_seed(5)                                                # dropout
-    net.recompute, kept, known = recompute, {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
+    """Loss, gradients and {storage: bytes} of what autograd keeps for the backward pass, parameters
+    left out.
+    """
+    torch.manual_seed(5)  # dropout
+    net.recompute, kept, known = (
+        recompute,
+        {},
+        {p.untyped_storage().data_ptr() for p in net.parameters()},
+    )
     x0 = texts(48)[0]
     draw = masking.draw(config.TrainArgs(), 1, 0, len(x0), 48, block, 3 if block < 48 else 48)
 
     def keep(t):
         if t.untyped_storage().data_ptr() not in known:
-            kept[t.untyped_storage().data_ptr()] = t                    # held, so that its place is not given to another
+            # held, so that its place is not given to another
+            kept[t.untyped_storage().data_ptr()] = t
         return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype, enabled=dtype is not None):
-        out = masking.denoising_loss(net, x0, draw, "elbo", 1.0, **({"early": 1, "early_weight": 0.5} if net.cfg.exits else {}))
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", dtype, enabled=dtype is not None),
+    ):
+        out = masking.denoising_loss(
+            net,
+            x0,
+            draw,
+            "elbo",
+            1.0,
+            **({"early": 1, "early_weight": 0.5} if net.cfg.exits else {}),
+        )
     net.zero_grad()
     out.loss.backward()
     grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
@@ -431,20 +574,30 @@ def test_recomputed_layers_give_the_same_gradients(model, exits, block):
     again, regrads, _ = one_step(net, block, True)
     assert again == loss and grads.keys() == regrads.keys() and len(grads) > 10
     for name in grads:
-        torch.testing.assert_close(regrads[name], grads[name], rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            regrads[name], grads[name], rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
     with torch.no_grad():
-        assert not net.hidden_blocks(*texts(48), block).requires_grad, "an evaluation has nothing to recompute"
+        assert not net.hidden_blocks(*texts(48), block).requires_grad, (
+            "an evaluation has nothing to recompute"
+        )
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("block", [48, 8])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_recomputed_layers_keep_their_input_alone(model, block, dtype):
-    """What each further layer keeps for the backward pass: its input, 4 bytes per token, unit of width and stream."""
+    """What each further layer keeps for the backward pass: its input, 4 bytes per token, unit of
+    width and stream.
+    """
     extra = {}
     for recompute in (False, True):
-        small, large = (one_step(tiny(model, n_layers=n, memory_slots=2), block, recompute, dtype)[2] for n in (2, 4))
-        slots = 56 if model == "primary" and block == 8 else 48                 # its short first block is padded to 8
+        small, large = (
+            one_step(tiny(model, n_layers=n, memory_slots=2), block, recompute, dtype)[2]
+            for n in (2, 4)
+        )
+        # its short first block is padded to 8
+        slots = 56 if model == "primary" and block == 8 else 48
         extra[recompute] = (large - small) / 2 / (2 * slots * 32)                # rows x T x D
     assert extra[True] == 4 * (1 if block == 48 else 2)
     assert extra[True] < extra[False] / 6
@@ -452,10 +605,22 @@ def test_recomputed_layers_keep_their_input_alone(model, block, dtype):
 
 @pytest.mark.parametrize("d_mem", [2, 4, 6])
 def test_single_tokens_are_exact_however_slim_a_head_is(d_mem):
-    """Heads of one, two and three numbers: training's form of single tokens gives what decoding with its cache gives."""
+    """Heads of one, two and three numbers: training's form of single tokens gives what decoding
+    with its cache gives.
+    """
     torch.manual_seed(0)
-    net = build_model(model_config.ModelConfig(model="primary", vocab_size=40, d_model=16, n_layers=2, n_heads=2, d_ff=24,
-                                         memory_slots=16, d_mem=d_mem))
+    net = build_model(
+        model_config.ModelConfig(
+            model="primary",
+            vocab_size=40,
+            d_model=16,
+            n_layers=2,
+            n_heads=2,
+            d_ff=24,
+            memory_slots=16,
+            d_mem=d_mem,
+        )
+    )
     x0 = torch.randint(4, 40, (8, 96))
     xt = torch.full_like(x0, net.cfg.mask_id)
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Properties of training/optim.py: exact resume, groups by name, Lion against five lines, schedules, averages in closed form."""
+"""Properties of training/optim.py: exact resume, groups by name, Lion against five lines,
+schedules, averages in closed form.
+"""
 import math
 from types import SimpleNamespace
 
@@ -22,7 +24,9 @@ def one_thread():
 
 
 class Fake(nn.Module):
-    """The names and shapes of the real models: a tied embedding, a 2-D convolution, slots, norms, fused matrices."""
+    """The names and shapes of the real models: a tied embedding, a 2-D convolution, slots, norms,
+    fused matrices.
+    """
 
     def __init__(self):
         super().__init__()
@@ -38,9 +42,16 @@ class Fake(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, ids):
-        h = self.norm(self.embed(ids)) + self.conv.weight.sum(-1) + self.slot_key.mean() + self.decay.mean()
+        h = (
+            self.norm(self.embed(ids))
+            + self.conv.weight.sum(-1)
+            + self.slot_key.mean()
+            + self.decay.mean()
+        )
         h = self.in_proj(h)
-        return self.head(torch.tanh(h[..., :10]) @ self.stack[0] + torch.tanh(h[..., 10:]) @ self.stack[1])
+        return self.head(
+            torch.tanh(h[..., :10]) @ self.stack[0] + torch.tanh(h[..., 10:]) @ self.stack[1]
+        )
 
 
 def args(optimizer):
@@ -59,7 +70,9 @@ def train(model, opt, start, stop):
         ids = torch.randint(0, 11, (4, 6), generator=g)
         opt.set_lr(optim.lr_at(step, 20, 3e-3, None, "cosine", 0.1))
         opt.zero_grad()
-        loss = nn.functional.cross_entropy(model(ids).float().flatten(0, 1), (ids.flatten() + 1) % 11)
+        loss = nn.functional.cross_entropy(
+            model(ids).float().flatten(0, 1), (ids.flatten() + 1) % 11
+        )
         loss.backward()
         optim.clip_grad_norm(model, 1.0)
         opt.step()
@@ -77,8 +90,15 @@ def test_2n_steps_equal_n_save_load_n(kind, dtype, tmp_path):
     model, opt = build(kind, dtype)
     first = train(model, opt, 0, 1)
     train(model, opt, 1, 5)
-    checkpoint.save(tmp_path, 5, model_state=model.state_dict(), optimizer_state=opt.state_tensors(), state={},
-                    config={}, tokenizer_bytes=b"t")
+    checkpoint.save(
+        tmp_path,
+        5,
+        model_state=model.state_dict(),
+        optimizer_state=opt.state_tensors(),
+        state={},
+        config={},
+        tokenizer_bytes=b"t",
+    )
     assert train(model, opt, 5, 10) < first
     straight = bits(model, opt)
     for _ in range(2):  # resumed twice, and once from a resumed run's own save
@@ -91,8 +111,15 @@ def test_2n_steps_equal_n_save_load_n(kind, dtype, tmp_path):
         opt.load_state_tensors(saved.optimizer)
         if saved.step < 7:
             train(model, opt, 5, 7)
-            checkpoint.save(tmp_path, 7, model_state=model.state_dict(), optimizer_state=opt.state_tensors(), state={},
-                            config={}, tokenizer_bytes=b"t")
+            checkpoint.save(
+                tmp_path,
+                7,
+                model_state=model.state_dict(),
+                optimizer_state=opt.state_tensors(),
+                state={},
+                config={},
+                tokenizer_bytes=b"t",
+            )
         train(model, opt, 7, 10)
         resumed = bits(model, opt)
         assert straight.keys() == resumed.keys()
@@ -119,16 +146,22 @@ def test_groups_by_name():
     assert [g["names"] for g in opt.parts["muon"].param_groups] == [["in_proj.weight"]]
     assert opt.parts["muon"].param_groups[0]["weight_decay"] == 0.05
     _, opt = build("lion")
-    assert [(g["weight_decay"], len(g["names"])) for g in opt.parts["lion"].param_groups] == [(0.05, 2), (0.0, 6)]
+    assert [(g["weight_decay"], len(g["names"])) for g in opt.parts["lion"].param_groups] == [
+        (0.05, 2),
+        (0.0, 6),
+    ]
 
 
 @pytest.mark.parametrize("name", ["primary", "backup"])
 def test_groups_of_the_real_models(name):
-    cfg = model_config.ModelConfig(model=name, vocab_size=97, d_model=32, n_layers=2, n_heads=4, d_ff=48, memory_slots=4)
+    cfg = model_config.ModelConfig(
+        model=name, vocab_size=97, d_model=32, n_layers=2, n_heads=4, d_ff=48, memory_slots=4
+    )
     net = build_model(cfg)
     decayed = {n for g in optim.param_groups(net, 0.1) for n in g["names"] if g["weight_decay"]}
     linears = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, nn.Linear)}
-    assert decayed == linears and linears             # every Linear, and neither the tied head nor a convolution
+    # every Linear, and neither the tied head nor a convolution
+    assert decayed == linears and linears
     opt = optim.make_optimizer(net, args("muon"))
     assert {n for g in opt.parts["muon"].param_groups for n in g["names"]} == linears
 
@@ -146,7 +179,9 @@ def test_frozen_parameters_are_left_alone():
     opt = optim.make_optimizer(model, args("adamw"))
     before = model.stack.clone()
     train(model, opt, 0, 2)
-    assert torch.equal(before, model.stack) and not any("stack" in key for key in opt.state_tensors())
+    assert torch.equal(before, model.stack) and not any(
+        "stack" in key for key in opt.state_tensors()
+    )
 
 
 def test_lion_is_the_five_line_reference():
@@ -157,7 +192,8 @@ def test_lion_is_the_five_line_reference():
     for _ in range(100):
         p.grad = torch.randn(40)
         opt.step()
-        w = w * (1 - lr * wd) - lr * m.mul(0.9).add(p.grad, alpha=1 - 0.9).sign()  # sign first, from the old momentum
+        # sign first, from the old momentum
+        w = w * (1 - lr * wd) - lr * m.mul(0.9).add(p.grad, alpha=1 - 0.9).sign()
         m = m.mul(0.99).add(p.grad, alpha=1 - 0.99)
     assert torch.equal(p.detach(), w)
 
@@ -167,7 +203,8 @@ def test_bf16_weights_do_not_lose_small_updates(kind):
     model = nn.Linear(25, 40, bias=False).to(torch.bfloat16)
     nn.init.ones_(model.weight)
     opt = optim.make_optimizer(model, SimpleNamespace(optimizer=kind, lr=2e-4, weight_decay=0.0))
-    if kind == "muon":  # its update is orthogonal, not of one sign: with one direction only, it is of one size
+    # its update is orthogonal, not of one sign: with one direction only, it is of one size
+    if kind == "muon":
         opt.set_lr(2e-4 / (0.2 * math.sqrt(40) / math.sqrt(1000)))
     for _ in range(1000):
         model.weight.grad = torch.ones_like(model.weight)
@@ -226,7 +263,9 @@ def test_rates(max_steps, schedule, warmup):
     rates = [optim.lr_at(s, max_steps, 2.0, warmup, schedule, 0.1) for s in range(max_steps)]
     assert all(0 < r <= 2.0 for r in rates)
     top = rates.index(max(rates))
-    assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(
+        rates[top:], reverse=True
+    )
     ramp = min(300, max_steps // 20) if warmup is None else min(warmup, max_steps)
     assert sum(r < 2.0 for r in rates[:ramp]) == max(0, ramp - 1)
     if ramp < max_steps and max_steps > 1:
@@ -262,15 +301,24 @@ def test_ema_swaps_saves_and_resumes_exactly(dtype, tmp_path):
         train(model, opt, step, step + 1)
         ema.update()
     state = ema.state()
-    assert state.keys() == model.state_dict().keys() and state["head.weight"] is state["embed.weight"]
+    assert (
+        state.keys() == model.state_dict().keys() and state["head.weight"] is state["embed.weight"]
+    )
     before = {k: t.clone() for k, t in model.state_dict().items()}
     with pytest.raises(ZeroDivisionError), ema.swap():
         assert torch.equal(model.in_proj.weight, state["in_proj.weight"].to(dtype))
         assert not torch.equal(model.in_proj.weight, before["in_proj.weight"])
         1 / 0  # noqa: B018
     assert all(torch.equal(before[k], t) for k, t in model.state_dict().items())
-    checkpoint.save(tmp_path, 4, model_state=model.state_dict(), ema_state=state, state={"ema": ema.updates}, config={},
-                    tokenizer_bytes=b"t")
+    checkpoint.save(
+        tmp_path,
+        4,
+        model_state=model.state_dict(),
+        ema_state=state,
+        state={"ema": ema.updates},
+        config={},
+        tokenizer_bytes=b"t",
+    )
     saved = checkpoint.load(tmp_path, parts=("model", "ema"))
     other, _ = build("adamw", dtype)
     again = optim.EMA(other, 0.99)

@@ -1,4 +1,5 @@
-"""The benchmarks beside public peers, as far as they are ours: protocols, stand-ins, equal sizes. No peer is needed.
+"""The benchmarks beside public peers, as far as they are ours: protocols, stand-ins, equal sizes.
+No peer is needed.
 
     python -m pytest tests/test_peers.py
 """
@@ -18,7 +19,9 @@ from benchmarks import bound_peers, decode_peers, likelihood_peers, peer_models,
 from evaluation import estimators
 from model import build_model
 
-CFG = model_config.ModelConfig(model="backup", vocab_size=60, d_model=32, n_layers=3, n_heads=4, d_ff=48)
+CFG = model_config.ModelConfig(
+    model="backup", vocab_size=60, d_model=32, n_layers=3, n_heads=4, d_ff=48
+)
 
 
 @pytest.fixture
@@ -42,14 +45,20 @@ def test_without_a_cache_it_is_our_model(net):
 
 
 def test_prefix_and_dual_cache_of_the_same_ids_change_nothing(net):
-    """What a cache holds was computed from these very ids, so that any other logits are an error of the protocol."""
+    """What a cache holds was computed from these very ids, so that any other logits are an error of
+    the protocol.
+    """
     model = decode_peers.PeerModel(net)
     full = model(IDS, use_cache=True)
     prefix = [tuple(t[:, :, :16] for t in layer) for layer in full.past_key_values]
-    assert same(model(IDS[:, 16:], past_key_values=prefix, use_cache=True).logits, full.logits[:, 16:])
+    assert same(
+        model(IDS[:, 16:], past_key_values=prefix, use_cache=True).logits, full.logits[:, 16:]
+    )
     place = torch.zeros(1, 40, dtype=torch.bool)
     place[:, 16:24] = True
-    dual = model(IDS[:, 16:24], past_key_values=full.past_key_values, replace_position=place, use_cache=True)
+    dual = model(
+        IDS[:, 16:24], past_key_values=full.past_key_values, replace_position=place, use_cache=True
+    )
     assert same(dual.logits, full.logits[:, 16:24])
     assert full.past_key_values[0][0].shape[2] == 40
 
@@ -58,21 +67,35 @@ def test_dual_cache_replaces_in_place_and_prefix_does_not(net):
     """The next call sees the block's new keys, as in Fast-dLLM; a prefix stays what it was."""
     model = decode_peers.PeerModel(net)
     past = model(IDS, use_cache=True).past_key_values
-    before, other, place = past[0][0].clone(), IDS[:, 16:24] // 2 + 4, torch.zeros(1, 40, dtype=torch.bool)
+    before, other, place = (
+        past[0][0].clone(),
+        IDS[:, 16:24] // 2 + 4,
+        torch.zeros(1, 40, dtype=torch.bool),
+    )
     place[:, 16:24] = True
     model(other, past_key_values=past, replace_position=place)
-    assert torch.equal(past[0][0][:, :, :16], before[:, :, :16]) and not torch.equal(past[0][0][:, :, 16:24], before[:, :, 16:24])
+    assert torch.equal(past[0][0][:, :, :16], before[:, :, :16]) and not torch.equal(
+        past[0][0][:, :, 16:24], before[:, :, 16:24]
+    )
 
 
 def test_the_uncached_reference_of_the_block_rule(net):
-    """dllm's protocol (mask in, past out), with and without a cache, and our own frozen context: one and the same logits."""
+    """dllm's protocol (mask in, past out), with and without a cache, and our own frozen context:
+    one and the same logits.
+    """
     cached, uncached = decode_peers.PeerModel(net), decode_peers.Forgetful(net)
     block = torch.arange(40) // 8
     rule = (block[None] <= block[:, None])[None, None]                             # (1, 1, 40, 40)
     logits = []
     for model in (cached, uncached):
-        past = model(IDS[:, :32], attention_mask=rule[..., :32, :32], use_cache=True).past_key_values
-        logits.append(model(IDS[:, 32:], past_key_values=copy.deepcopy(past), attention_mask=rule[..., 32:, :]).logits)
+        past = model(
+            IDS[:, :32], attention_mask=rule[..., :32, :32], use_cache=True
+        ).past_key_values
+        logits.append(
+            model(
+                IDS[:, 32:], past_key_values=copy.deepcopy(past), attention_mask=rule[..., 32:, :]
+            ).logits
+        )
     cache = net.new_cache(1, 40)
     for lo in range(0, 32, 8):
         net.commit(IDS[:, lo:lo + 8], cache)
@@ -88,16 +111,25 @@ def test_stand_ins_leave_nothing_behind():
 
 
 def test_missing_peers_are_skipped_with_a_line_each(tmp_path, capsys):
-    args = SimpleNamespace(peers=tmp_path, only=["hf", *decode_peers.SAMPLERS, "llama.cpp"], new=32, precisions=["bf16"],
-                           per_forward=[4])
+    args = SimpleNamespace(
+        peers=tmp_path,
+        only=["hf", *decode_peers.SAMPLERS, "llama.cpp"],
+        new=32,
+        precisions=["bf16"],
+        per_forward=[4],
+    )
     assert decode_peers.contestants(args, [2, 5], tmp_path) == {}
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["skipped " + name for name in args.only]
 
 
 def test_training_of_equal_sizes_is_compared(tmp_path, capsys):
-    """Ours with no peer at hand: every arm has run, with the backup's number of parameters, and the rest is named as skipped."""
-    rows = train_peers.compare("tiny", SimpleNamespace(peers=tmp_path, only=["aria", *train_peers.SOURCES], rounds=1))
+    """Ours with no peer at hand: every arm has run, with the backup's number of parameters, and the
+    rest is named as skipped.
+    """
+    rows = train_peers.compare(
+        "tiny", SimpleNamespace(peers=tmp_path, only=["aria", *train_peers.SOURCES], rounds=1)
+    )
     assert [row["name"] for row in rows] == list(train_peers.OURS)
     wanted = peer_models.target(train_peers.SHAPES["tiny"])
     assert all(abs(row["params"] / wanted - 1) < 0.01 and row["tok_per_s"] > 0 for row in rows)
@@ -112,7 +144,7 @@ def test_a_width_is_found_for_equal_parameters(wide):
     assert width == 1000
 
 
-# ---- what peers have learned: bound_peers.py -------------------------------------------------------------------------
+# ---- what peers have learned: bound_peers.py -----------------------------------------------------
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("more", [0, 1])                     # with and without a logit for the mask
@@ -120,45 +152,84 @@ def test_a_uniform_guess_scores_ln_v(causal, more):
     """Whatever it says of the mask: that is no answer."""
     guess = torch.zeros(60 + more)
     guess[60:] = 9.0
-    student = peer_models.Student(None, None, lambda ids: guess.expand(*ids.shape, 60 + more), causal)
-    nats = bound_peers.score(student, torch.arange(120).view(3, 40) % 60, vocab=60, draws=3, batch=2)
+    student = peer_models.Student(
+        None, None, lambda ids: guess.expand(*ids.shape, 60 + more), causal
+    )
+    nats = bound_peers.score(
+        student, torch.arange(120).view(3, 40) % 60, vocab=60, draws=3, batch=2
+    )
     assert nats.shape == (3,) and torch.allclose(nats, torch.full((3,), math.log(60)), atol=1e-4)
 
 
-TINY = peer_models.Setting(dict(d_model=32, n_layers=2, n_heads=2, d_ff=64, memory_slots=4, seq_len=24), 4, vocab=50, steps=10)
+TINY = peer_models.Setting(
+    dict(d_model=32, n_layers=2, n_heads=2, d_ff=64, memory_slots=4, seq_len=24),
+    4,
+    vocab=50,
+    steps=10,
+)
 
 
 @pytest.mark.parametrize("kind", ["primary", "backup", "ar"])
 def test_the_score_of_ours_is_the_bound_of_evaluate(kind):
-    """Trained a little, so that the logits say something; an adapter that reads other ids than the masks' would score worse."""
+    """Trained a little, so that the logits say something; an adapter that reads other ids than the
+    masks' would score worse.
+    """
     torch.manual_seed(3)
     rows = torch.randint(4, 50, (6, 24))
     student = peer_models.ours(TINY, 1e-2, kind)
     for n in range(3):
         student.step(rows[:4], n)
     student.net.eval()
-    expected = torch.stack([masking.bound(student.net, rows, 24, seed=seed)[0] for seed in (5, 6)]).mean(0)
+    expected = torch.stack(
+        [masking.bound(student.net, rows, 24, seed=seed)[0] for seed in (5, 6)]
+    ).mean(0)
     found = bound_peers.score(student, rows, TINY.vocab, seed=5, draws=2, batch=4)
-    assert torch.allclose(found, expected, atol=1e-4) and abs(float(found.mean()) - math.log(50)) > 0.02
-    assert float(found.mean()) == pytest.approx(estimators.held_out(student.net, rows, [24], 5, 4, 2)[24]["nats"], abs=1e-4)
+    assert (
+        torch.allclose(found, expected, atol=1e-4)
+        and abs(float(found.mean()) - math.log(50)) > 0.02
+    )
+    assert float(found.mean()) == pytest.approx(
+        estimators.held_out(student.net, rows, [24], 5, 4, 2)[24]["nats"], abs=1e-4
+    )
 
 
 @pytest.fixture
 def study(corpus_dir, tmp_path):
     args = bound_peers.parser().parse_args(["--only", "aria backup", "aria ar", "nanoGPT"])
-    vars(args).update(TINY.shape, peers=tmp_path, data_dir=corpus_dir / "data/processed", out=str(tmp_path / "out"), steps=6,
-                      judge=2, every=2, batch_size=2, curve_windows=2, windows=4, draws=1, rounds=2)
+    vars(args).update(
+        TINY.shape,
+        peers=tmp_path,
+        data_dir=corpus_dir / "data/processed",
+        out=str(tmp_path / "out"),
+        steps=6,
+        judge=2,
+        every=2,
+        batch_size=2,
+        curve_windows=2,
+        windows=4,
+        draws=1,
+        rounds=2,
+    )
     return args
 
 
 def test_a_study_of_bounds_goes_on_where_it_stopped(study, capsys):
-    """Rates until the best has neighbours; missing peers skipped; finished runs are kept, a line cut off comes out alike."""
+    """Rates until the best has neighbours; missing peers skipped; finished runs are kept, a line
+    cut off comes out alike.
+    """
     rows, budget = bound_peers.compare(study)
-    assert [r["arm"] for r in rows] == ["aria backup", "aria ar"] and "skipped nanoGPT" in capsys.readouterr().out
+    assert [r["arm"] for r in rows] == [
+        "aria backup",
+        "aria ar",
+    ] and "skipped nanoGPT" in capsys.readouterr().out
     for r in rows:
         rates = sorted(map(float, r["judged"]))
         assert len(rates) >= 3 and r["published_rate"] in rates
-        assert rates[0] < r["rate"] < rates[-1] or r["rate"] in (rates[0], rates[-1]) and len(rates) >= 5
+        assert (
+            rates[0] < r["rate"] < rates[-1]
+            or r["rate"] in (rates[0], rates[-1])
+            and len(rates) >= 5
+        )
         assert [step for step, *_ in r["curve"]] == [2, 4, 6] and r["equal_tokens"]["steps"] == 6
         assert r["equal_seconds"]["steps"] * r["step_s"] <= budget * 1.001
     results = bound_peers.Path(study.out) / "runs.jsonl"
@@ -171,14 +242,15 @@ def test_a_study_of_bounds_goes_on_where_it_stopped(study, capsys):
     again = bound_peers.compare(study)[0]
     assert capsys.readouterr().out.count("run:") == 1
     assert [r["equal_tokens"] for r in again] == [r["equal_tokens"] for r in rows]
-    study.seed = 7                                                                 # other settings: nothing of it is taken over
+    study.seed = 7  # other settings: nothing of it is taken over
     assert not bound_peers.Study(study).find(arm="aria ar")
     assert json.loads(results.read_text().splitlines()[-1])["kind"] == "run"
 
 
-# ---- likelihood: the same tokens of the same model, whoever asks -------------------------------------------------------
+# ---- likelihood: the same tokens of the same model, whoever asks ---------------------------------
 
-ROWS = torch.cat((torch.full((3, 1), likelihood_peers.BOS), torch.arange(4, 37).view(3, 11)), dim=1)               # (3, 12)
+# (3, 12)
+ROWS = torch.cat((torch.full((3, 1), likelihood_peers.BOS), torch.arange(4, 37).view(3, 11)), dim=1)
 LLADA = """
 import torch
 from transformers import AutoModel
@@ -200,7 +272,9 @@ def get_loss_fn(noise, token_dim, train, loss_type):
 
 @pytest.fixture
 def engines_there(tmp_path):
-    """Files with the peers' interfaces and a known answer: the whole row hidden at once, no chance in it."""
+    """Files with the peers' interfaces and a known answer: the whole row hidden at once, no chance
+    in it.
+    """
     for name, text in (("LLaDA/get_log_likelihood.py", LLADA), ("RADD/losses.py", RADD),
                        ("RADD/noise_lib.py", "class LogLinearNoise:\n    pass\n")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -210,36 +284,54 @@ def engines_there(tmp_path):
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
 def test_engines_are_given_exactly_our_logits(kind, net):
-    """Both adapters where a token is hidden: the model's own logits, and the very CE that our estimators add up."""
-    model = build_model(model_config.ModelConfig(model=kind, vocab_size=60, d_model=32, n_layers=2, n_heads=4, d_ff=48)).eval()
+    """Both adapters where a token is hidden: the model's own logits, and the very CE that our
+    estimators add up.
+    """
+    model = build_model(
+        model_config.ModelConfig(
+            model=kind, vocab_size=60, d_model=32, n_layers=2, n_heads=4, d_ff=48
+        )
+    ).eval()
     counted = likelihood_peers.Counted(model)
     hidden = (torch.arange(36).view(3, 12) % 3 == 1) & (torch.arange(12) > 0)
     xt = torch.where(hidden, model.cfg.mask_id, ROWS)
     theirs = likelihood_peers.ForLLaDA(counted)(xt).logits
     assert torch.equal(theirs[hidden], model(xt)[hidden])
     logp = likelihood_peers.ForRADD(counted).eval()(xt[:, 1:])
-    assert torch.equal(logp[hidden[:, 1:]], model(xt).log_softmax(-1)[hidden]) and logp.shape == (3, 11, 61)
+    assert torch.equal(logp[hidden[:, 1:]], model(xt).log_softmax(-1)[hidden]) and logp.shape == (
+        3,
+        11,
+        61,
+    )
     piece = likelihood_peers.as_piece(ROWS)
     ours = estimators.surprise(counted, ROWS, hidden, estimators.lay_out(piece, 12))
-    assert torch.allclose(ours[hidden], -theirs.log_softmax(-1).gather(-1, ROWS[..., None])[..., 0][hidden], atol=1e-5)
+    assert torch.allclose(
+        ours[hidden], -theirs.log_softmax(-1).gather(-1, ROWS[..., None])[..., 0][hidden], atol=1e-5
+    )
     assert counted.rows == 3 * 3
 
 
 def test_a_uniform_model_costs_ln_v_per_token(engines_there, net):
-    """Through the whole path: who is asked, which tokens count, the sums. All but the time drawn iid leave nothing to chance."""
+    """Through the whole path: who is asked, which tokens count, the sums. All but the time drawn
+    iid leave nothing to chance.
+    """
     net.head.weight.zero_()
     counted = likelihood_peers.Counted(net)
-    found = likelihood_peers.measure(likelihood_peers.engines(engines_there, counted), counted, ROWS, 4, 3)
+    found = likelihood_peers.measure(
+        likelihood_peers.engines(engines_there, counted), counted, ROWS, 4, 3
+    )
     assert len(found) == 3 + len(likelihood_peers.RADD_LOSSES)
     for m in found:
         exact = m["name"] != "aria t iid"
         assert abs(m["nats"] - math.log(59)) < (1e-4 if exact else 6 * m["se"]), m["name"]
         assert (m["variance"] < 1e-9) == exact
-    assert {m["forwards"] for m in found} == {3 * 4 * 3}                           # rows x copies x repeats, of each engine
+    assert {m["forwards"] for m in found} == {3 * 4 * 3}  # rows x copies x repeats, of each engine
 
 
 def test_two_ways_to_give_bos_are_one(engines_there, net):
-    """As a prompt, and put in front by the adapter: a model that reads its context says the same, and something else without."""
+    """As a prompt, and put in front by the adapter: a model that reads its context says the same,
+    and something else without.
+    """
     counted = likelihood_peers.Counted(net)
     found = likelihood_peers.engines(engines_there, counted)
     a, b = (found[name](ROWS, 4, 0) for name in ("LLaDA get_log_likelihood", "RADD k_DCE"))
@@ -251,14 +343,23 @@ def test_two_ways_to_give_bos_are_one(engines_there, net):
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
 def test_our_code_and_every_mask_by_hand(kind, tmp_path, capsys):
-    """The bound of a tiny model from all 31 masks of 5 tokens: to 1e-6. Without any peer ours is still measured."""
+    """The bound of a tiny model from all 31 masks of 5 tokens: to 1e-6. Without any peer ours is
+    still measured.
+    """
     rows = likelihood_peers.brute_force(tmp_path, kind, 5, 3, copies=16)
-    assert [r["name"] for r in rows] == ["aria exact count", "aria t iid"] and all(r["ours_off"] < 1e-6 for r in rows)
-    assert abs(rows[0]["nats"] - rows[0]["exact"]) < 6 * rows[0]["se"] and capsys.readouterr().out.count("skipped") == 2
+    assert [r["name"] for r in rows] == ["aria exact count", "aria t iid"] and all(
+        r["ours_off"] < 1e-6 for r in rows
+    )
+    assert (
+        abs(rows[0]["nats"] - rows[0]["exact"]) < 6 * rows[0]["se"]
+        and capsys.readouterr().out.count("skipped") == 2
+    )
 
 
 def test_the_laws_of_the_counts():
-    """Strides that are whole numbers give every count its share; halves rounded to even do not. Times cut off lose their eps."""
+    """Strides that are whole numbers give every count its share; halves rounded to even do not.
+    Times cut off lose their eps.
+    """
     assert likelihood_peers.llada_counts(6, 3) == pytest.approx({k: 1 / 6 for k in range(1, 7)})
     odd = likelihood_peers.llada_counts(6, 4)
     assert sum(odd.values()) == pytest.approx(1) and odd[2] > 1.4 * odd[1]
@@ -267,8 +368,19 @@ def test_the_laws_of_the_counts():
 
 def test_a_gap_is_judged_by_both_errors():
     def engine(name, nats, se):
-        return {"name": name, "nats": nats, "se": se, "variance": 1.0, "forwards": 1, "rows": [nats - 1, nats + 1.1]}
-    close, far = (likelihood_peers.compare([engine("a", 5.0, 0.03), engine("b", b, 0.04)])[0] for b in (5.09, 5.11))
+        return {
+            "name": name,
+            "nats": nats,
+            "se": se,
+            "variance": 1.0,
+            "forwards": 1,
+            "rows": [nats - 1, nats + 1.1],
+        }
+
+    close, far = (
+        likelihood_peers.compare([engine("a", 5.0, 0.03), engine("b", b, 0.04)])[0]
+        for b in (5.09, 5.11)
+    )
     assert close["inside"] and not far["inside"] and close["allowed"] == pytest.approx(0.1)
 
 

@@ -1,4 +1,6 @@
-"""Properties of prepare.py and text/documents.py: every document arrives whole, on one side only, or nothing changes."""
+"""Properties of prepare.py and text/documents.py: every document arrives whole, on one side only,
+or nothing changes.
+"""
 import dataclasses
 import gzip
 import hashlib
@@ -52,7 +54,10 @@ def prepared(tmp_path, docs, name="data", **changes):
     """Build from these documents; returns (folder, notices)."""
     source = write_txt(tmp_path / "in.txt", docs) if isinstance(docs, list) else docs
     folder, said = tmp_path / name, []
-    settings = dict(input=(str(source),), data_dir=str(folder), tokenizer=str(tmp_path / "t.model")) | changes
+    settings = (
+        dict(input=(str(source),), data_dir=str(folder), tokenizer=str(tmp_path / "t.model"))
+        | changes
+    )
     build(dataclasses.replace(SETTINGS, **settings), said.append)
     return folder, "\n".join(said)
 
@@ -70,7 +75,9 @@ def decoded(folder, split):
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 # ---- documents in, documents out
@@ -82,7 +89,8 @@ def test_documents_come_back_byte_for_byte(tmp_path):
     assert sorted(train + val) == sorted(map(normalise, docs))
     assert not set(train) & set(val)
     order = {normalise(doc): n for n, doc in enumerate(docs)}
-    assert [order[doc] for doc in train] == sorted(order[doc] for doc in train)         # order of the source
+    # order of the source
+    assert [order[doc] for doc in train] == sorted(order[doc] for doc in train)
 
 
 def test_meta_tells_the_truth(tmp_path):
@@ -93,22 +101,37 @@ def test_meta_tells_the_truth(tmp_path):
     assert meta["version"] == 1 and meta["dtype"] == "uint16" and meta["source"] == "files"
     assert meta["mask_token_id"] == meta["vocab_size"] == 400
     assert meta["tokenizer_sha256"] == Tokenizer(tmp_path / "t.model").sha256
-    assert meta["sources"] == [dict(name=str(tmp_path / "in.txt"), licence=None, documents=300,
-                                    sha256=hashlib.sha256((tmp_path / "in.txt").read_bytes()).hexdigest(),
-                                    bytes=sum(len(normalise(doc).encode()) for doc in docs))]
+    assert meta["sources"] == [
+        dict(
+            name=str(tmp_path / "in.txt"),
+            licence=None,
+            documents=300,
+            sha256=hashlib.sha256((tmp_path / "in.txt").read_bytes()).hexdigest(),
+            bytes=sum(len(normalise(doc).encode()) for doc in docs),
+        )
+    ]
     for split in ("train", "val"):
         found = decoded(folder, split)
         assert meta[f"{split}_docs"] == len(found) == sum(meta["scripts"][split].values())
         assert meta[f"{split}_bytes"] == sum(len(doc.encode()) for doc in found)
         assert meta["scripts"][split]["devanagari"] > 0 < meta["scripts"][split]["latin"]
-    assert "devanagari" in said and "latin" in said and "bytes/token" in said and "only 300 documents" in said
+    assert (
+        "devanagari" in said
+        and "latin" in said
+        and "bytes/token" in said
+        and "only 300 documents" in said
+    )
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "txt.gz", "jsonl.xz", "JSONL.GZ"])
 def test_each_format_gives_the_same_documents(tmp_path, suffix):
     docs = texts(30)
     path = tmp_path / f"x.{suffix}"
-    body = "\n\n".join(docs) if "txt" in suffix else "".join(json.dumps({"text": doc}) + "\n" for doc in docs)
+    body = (
+        "\n\n".join(docs)
+        if "txt" in suffix
+        else "".join(json.dumps({"text": doc}) + "\n" for doc in docs)
+    )
     pack = {"gz": gzip.compress, "xz": lzma.compress}.get(suffix.lower().split(".")[-1], bytes)
     path.write_bytes(pack(("\ufeff" + body).encode()))
     assert [doc.strip() for doc in read_documents(path)][:30] == docs
@@ -116,7 +139,9 @@ def test_each_format_gives_the_same_documents(tmp_path, suffix):
 
 def test_prompt_comes_before_the_text(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"prompt": "नाम?", "text": "राम"}\n\n{"text": "a", "prompt": null}\n', encoding="utf-8")
+    path.write_text(
+        '{"prompt": "नाम?", "text": "राम"}\n\n{"text": "a", "prompt": null}\n', encoding="utf-8"
+    )
     assert list(read_documents(path))[:2] == ["नाम?\nराम", "a"]
 
 
@@ -124,12 +149,17 @@ def test_folders_are_read_in_order_and_once(tmp_path):
     for name in ("b/2.txt", "a.txt", "b/1.jsonl", "b/.hidden.txt", "b/readme.md", "c/d/e.txt.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = [str(p.relative_to(tmp_path)) for p in find_files([tmp_path, tmp_path / "b", tmp_path / "b/../a.txt"])]
+    found = [
+        str(p.relative_to(tmp_path))
+        for p in find_files([tmp_path, tmp_path / "b", tmp_path / "b/../a.txt"])
+    ]
     assert found == ["a.txt", "b/1.jsonl", "b/2.txt", "c/d/e.txt.gz"]
 
 
 def test_pipes_and_links_out_of_a_folder_are_left_out(tmp_path):
-    """A pipe would be waited for without end; a link out of the folder would read what nobody named. Both are said."""
+    """A pipe would be waited for without end; a link out of the folder would read what nobody
+    named. Both are said.
+    """
     (tmp_path / "secret/deep").mkdir(parents=True)
     for path in (tmp_path / "secret/passwd.txt", tmp_path / "secret/deep/x.txt"):
         path.write_text("root")
@@ -140,26 +170,45 @@ def test_pipes_and_links_out_of_a_folder_are_left_out(tmp_path):
     (folder / "out.txt").symlink_to(tmp_path / "secret/passwd.txt")
     (folder / "sub/up").symlink_to(tmp_path / "secret")
     (folder / "gone.txt").symlink_to(folder / "nothing.txt")
-    (folder / "b.txt").symlink_to("a.txt")                           # inside: the same file, read once
+    (folder / "b.txt").symlink_to("a.txt")  # inside: the same file, read once
     said = []
     assert [path.name for path in find_files([folder], said.append)] == ["a.txt"]
-    assert len(said) == 1 and all(name in said[0] for name in ("pipe.txt", "out.txt", "sub/up", "gone.txt"))
-    assert [path.name for path in find_files([folder, folder / "out.txt"], [].append)] == ["a.txt", "out.txt"]
+    assert len(said) == 1 and all(
+        name in said[0] for name in ("pipe.txt", "out.txt", "sub/up", "gone.txt")
+    )
+    assert [path.name for path in find_files([folder, folder / "out.txt"], [].append)] == [
+        "a.txt",
+        "out.txt",
+    ]
     (tmp_path / "alias").symlink_to(folder)
     assert [path.name for path in find_files([tmp_path / "alias"], [].append)] == ["a.txt"]
     with pytest.raises(UserError, match="not a plain file.*--input -"):
         find_files([folder / "pipe.txt"])
 
 
-@pytest.mark.parametrize("pack, name", [(gzip.compress, "x.txt.gz"), (lzma.compress, "x.txt.xz"), (bytes, "x.jsonl")])
+@pytest.mark.parametrize(
+    "pack, name", [(gzip.compress, "x.txt.gz"), (lzma.compress, "x.txt.xz"), (bytes, "x.jsonl")]
+)
 def test_any_number_of_empty_lines_costs_little(tmp_path, pack, name):
-    """Millions of line ends are a few thousand steps at most, and the line numbers after them are right."""
+    """Millions of line ends are a few thousand steps at most, and the line numbers after them are
+    right.
+    """
     path, many = tmp_path / name, 2_000_000
-    path.write_bytes(pack(b'{"text": "a"}\n' + many * b"\n" + many // 4 * b" \r\n" + b'{"text": "b"}\n\n{"text": "c"}'))
+    path.write_bytes(
+        pack(
+            b'{"text": "a"}\n'
+            + many * b"\n"
+            + many // 4 * b" \r\n"
+            + b'{"text": "b"}\n\n{"text": "c"}'
+        )
+    )
     lines = list(documents.read_lines(path))
     assert len(lines) < 10_000
     assert [(number, line.strip()) for number, line in lines if line.strip()] == [
-        (1, '{"text": "a"}'), (many + many // 4 + 2, '{"text": "b"}'), (many + many // 4 + 4, '{"text": "c"}')]
+        (1, '{"text": "a"}'),
+        (many + many // 4 + 2, '{"text": "b"}'),
+        (many + many // 4 + 4, '{"text": "c"}'),
+    ]
     assert len([doc for doc in read_documents(path) if doc.strip()]) == 3
 
 
@@ -177,7 +226,10 @@ def test_a_huge_line_is_cut_between_characters(tmp_path, monkeypatch, letter):
     path.write_text(letter * 1000 + "\n\nsecond\nline\n\nthird", encoding="utf-8")
     docs = list(read_documents(path, said.append))
     assert docs[0] and "".join(docs[:-2]).strip() == letter * 1000
-    assert [doc.strip() for doc in docs[-2:]] == ["second\nline", "third"] and "is cut here" in said[0]
+    assert [doc.strip() for doc in docs[-2:]] == [
+        "second\nline",
+        "third",
+    ] and "is cut here" in said[0]
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "%s"}' % (letter * 200), encoding="utf-8")
     with pytest.raises(UserError, match="line 1: longer than 100 bytes"):
@@ -196,10 +248,14 @@ def test_copies_never_fall_on_both_sides(tmp_path):
 
 def test_the_split_depends_on_seed_and_text_only(tmp_path):
     docs = texts(300)
-    vals = [set(decoded(prepared(tmp_path, some, name, val_doc_frac=0.1, **how)[0], "val"))
-            for name, some, how in (("a", docs, {}), ("b", docs[::-1], {}), ("c", docs, {"seed": 2}))]
+    vals = [
+        set(decoded(prepared(tmp_path, some, name, val_doc_frac=0.1, **how)[0], "val"))
+        for name, some, how in (("a", docs, {}), ("b", docs[::-1], {}), ("c", docs, {"seed": 2}))
+    ]
     assert vals[0] == vals[1] != vals[2]
-    more = set(decoded(prepared(tmp_path, docs + texts(400)[300:], "d", val_doc_frac=0.1)[0], "val"))
+    more = set(
+        decoded(prepared(tmp_path, docs + texts(400)[300:], "d", val_doc_frac=0.1)[0], "val")
+    )
     assert len(vals[0] - more) <= 2 and len(more) > len(vals[0])    # old documents stay
 
 
@@ -208,7 +264,10 @@ def test_the_split_depends_on_seed_and_text_only(tmp_path):
 def test_no_split_is_ever_empty(tmp_path, count, frac):
     folder, _ = prepared(tmp_path, texts(count), val_doc_frac=frac)
     meta = TokenData(folder).meta
-    assert meta["train_docs"] + meta["val_docs"] == count and min(meta["train_docs"], meta["val_docs"]) > 0
+    assert (
+        meta["train_docs"] + meta["val_docs"] == count
+        and min(meta["train_docs"], meta["val_docs"]) > 0
+    )
     if count >= 60:
         assert all(found["devanagari"] > 0 < found["latin"] for found in meta["scripts"].values())
 
@@ -224,7 +283,11 @@ def test_a_single_document_is_cut(tmp_path, copies):
     doc = "\n".join(map(hindi, range(100)))
     folder, said = prepared(tmp_path, [doc] * copies)
     (train, *_), (val, *_) = decoded(folder, "train"), decoded(folder, "val")
-    assert f"{train}\n{val}" == normalise(doc) and 500 < len(val) < len(train) / 4 and "only one document" in said
+    assert (
+        f"{train}\n{val}" == normalise(doc)
+        and 500 < len(val) < len(train) / 4
+        and "only one document" in said
+    )
     with pytest.raises(UserError, match="one document of 30 characters"):
         prepared(tmp_path, ["x" * 30], "other")
 
@@ -241,13 +304,18 @@ def test_same_settings_are_already_there(tmp_path):
     assert (folder / "train.bin").stat().st_mtime_ns > stamp
 
 
-@pytest.mark.parametrize("change", [dict(seed=5), dict(val_doc_frac=0.2), dict(max_docs=50), dict(max_chars=3000)])
+@pytest.mark.parametrize(
+    "change", [dict(seed=5), dict(val_doc_frac=0.2), dict(max_docs=50), dict(max_chars=3000)]
+)
 def test_a_changed_setting_rebuilds(tmp_path, change):
     folder, _ = prepared(tmp_path, texts(60))
     old = TokenData(folder).meta
     prepared(tmp_path, texts(60), **change)
     new = TokenData(folder).meta
-    assert old["settings_sha256"] != new["settings_sha256"] and old["train_sha256"] != new["train_sha256"]
+    assert (
+        old["settings_sha256"] != new["settings_sha256"]
+        and old["train_sha256"] != new["train_sha256"]
+    )
 
 
 def test_changed_text_or_damage_rebuilds(tmp_path):
@@ -297,16 +365,32 @@ def test_the_tokenizer_sees_no_validation_text(tmp_path, monkeypatch):
     seen.clear()
     prepared(tmp_path, texts(200), "b", val_doc_frac=0.2, tokenizer=str(tmp_path / "u.model"))
     places = [texts(200).index(doc) for doc in seen]
-    assert set(seen) < set(decoded(folder, "train")) and 10 < len(seen) < 60 and min(places) < 60 and max(places) > 140
+    assert (
+        set(seen) < set(decoded(folder, "train"))
+        and 10 < len(seen) < 60
+        and min(places) < 60
+        and max(places) > 140
+    )
 
 
 # ---- what is not prepare's own stays
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_the_users_own_files_stay(tmp_path, fails):
-    """Temporary files of other programs, in the data folder and even in prepare's work folder, outlive any run."""
-    own = {name: tmp_path / "data" / name for name in ("draft.tmp", ".hidden.tmp", "train.bin.tmp", "spool.json.tmp",
-                                                       f"{build.WORK}/letter.tmp", f"{build.WORK}/.x.tmp.7.tmp")}
+    """Temporary files of other programs, in the data folder and even in prepare's work folder,
+    outlive any run.
+    """
+    own = {
+        name: tmp_path / "data" / name
+        for name in (
+            "draft.tmp",
+            ".hidden.tmp",
+            "train.bin.tmp",
+            "spool.json.tmp",
+            f"{build.WORK}/letter.tmp",
+            f"{build.WORK}/.x.tmp.7.tmp",
+        )
+    }
     for name, path in own.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
@@ -316,9 +400,13 @@ def test_the_users_own_files_stay(tmp_path, fails):
             prepared(tmp_path, tmp_path / "bad.txt")
     else:
         prepared(tmp_path, texts(60))
-    assert {name: path.read_text() for name, path in own.items() if path.exists()} == {name: name for name in own}
+    assert {name: path.read_text() for name, path in own.items() if path.exists()} == {
+        name: name for name in own
+    }
     made = {"train.bin", "val.bin", "meta.json", ".lock"} if not fails else {".lock"}
-    assert set(contents(tmp_path / "data")) == {*own, *made}, "and nothing of prepare's own is left over"
+    assert set(contents(tmp_path / "data")) == {*own, *made}, (
+        "and nothing of prepare's own is left over"
+    )
 
 
 def test_token_files_of_another_program_are_not_replaced(tmp_path):
@@ -329,7 +417,7 @@ def test_token_files_of_another_program_are_not_replaced(tmp_path):
             prepared(tmp_path, texts(60))
         assert contents(tmp_path / "data") == {"train.bin": b"somebody's"}
     folder, _ = prepared(tmp_path, texts(60), force=True)
-    (folder / "meta.json").unlink()                                  # ours, as a run that died while renaming leaves it
+    (folder / "meta.json").unlink()  # ours, as a run that died while renaming leaves it
     prepared(tmp_path, texts(60))
     assert TokenData(folder).meta["train_docs"] > 50
 
@@ -360,8 +448,17 @@ def flipped(path, at):
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("name, says", [("spool.bin", "damaged"), ("spool.json", ""), ("train.bin", ""), ("val.bin", ""),
-                                        ("encode.json", ""), (None, "broken off")])
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("spool.bin", "damaged"),
+        ("spool.json", ""),
+        ("train.bin", ""),
+        ("val.bin", ""),
+        ("encode.json", ""),
+        (None, "broken off"),
+    ],
+)
 def test_what_a_broken_run_kept_is_used_only_if_it_is_whole(tmp_path, monkeypatch, name, says):
     whole, _ = prepared(tmp_path, texts(200), "whole")
     wanted = contents(whole)
@@ -371,7 +468,10 @@ def test_what_a_broken_run_kept_is_used_only_if_it_is_whole(tmp_path, monkeypatc
             if name:
                 damage(work / name, at)
             folder, said = prepared(tmp_path, texts(200))
-            assert TokenData(folder, verify=True).meta["train_sha256"] == json.loads(wanted["meta.json"])["train_sha256"]
+            assert (
+                TokenData(folder, verify=True).meta["train_sha256"]
+                == json.loads(wanted["meta.json"])["train_sha256"]
+            )
             assert contents(folder)["val.bin"] == wanted["val.bin"] and says in said
             for file in ("train.bin", "val.bin", "meta.json"):
                 (folder / file).unlink()
@@ -383,8 +483,21 @@ def test_what_a_broken_run_kept_is_used_only_if_it_is_whole(tmp_path, monkeypatc
 def test_the_hint_of_a_damaged_folder_makes_it_again(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     write_txt(tmp_path / "my text.txt", texts(60))
-    argv = ["--source", source, "--tokenizer", "t/t.model", "--tokenizer_vocab", "400", "--max_chars", "60000", "--seed", "3"]
-    prepare.main([*argv, *(["--input", "my text.txt"] if source == "files" else []), "--data_dir", "d"])
+    argv = [
+        "--source",
+        source,
+        "--tokenizer",
+        "t/t.model",
+        "--tokenizer_vocab",
+        "400",
+        "--max_chars",
+        "60000",
+        "--seed",
+        "3",
+    ]
+    prepare.main(
+        [*argv, *(["--input", "my text.txt"] if source == "files" else []), "--data_dir", "d"]
+    )
     before = contents(Path("d"))
     flipped(Path("d/val.bin"), 0.5)
     with pytest.raises(UserError) as caught:
@@ -402,7 +515,9 @@ def test_the_hint_of_a_damaged_starter_corpus_makes_it_again(tmp_path, monkeypat
     folder = Path(ensure_builtin(chars=config.STARTER_CHARS, log=[].append))
     before = contents(folder)
     meta = json.loads(before["meta.json"])
-    (folder / "meta.json").write_text(json.dumps(meta | {"val_bytes": meta["val_bytes"] ^ 1}), encoding="utf-8")
+    (folder / "meta.json").write_text(
+        json.dumps(meta | {"val_bytes": meta["val_bytes"] ^ 1}), encoding="utf-8"
+    )
     with pytest.raises(UserError, match="meta.json was changed after it was written") as caught:
         TokenData(folder)
     [command] = re.findall("python -m prepare (.*) builds it again", str(caught.value))
@@ -425,9 +540,16 @@ def test_an_older_folder_is_sealed_when_it_is_prepared_again(tmp_path, capsys):
 
 # ---- failures leave what was there
 
-@pytest.mark.parametrize("data, why", [
-    (b"good\n\nbad \xff\xfe here", "line 3, byte 4.*iconv"), ("नमस्ते".encode("utf-16"), "UTF-16"),
-    (b"\xe0\xa4", "line 1, byte 0"), (b"", "every document is empty"), (b" \n\t\n\x00\n", "every document is empty")])
+@pytest.mark.parametrize(
+    "data, why",
+    [
+        (b"good\n\nbad \xff\xfe here", "line 3, byte 4.*iconv"),
+        ("नमस्ते".encode("utf-16"), "UTF-16"),
+        (b"\xe0\xa4", "line 1, byte 0"),
+        (b"", "every document is empty"),
+        (b" \n\t\n\x00\n", "every document is empty"),
+    ],
+)
 def test_bad_text_changes_nothing(tmp_path, data, why):
     folder, _ = prepared(tmp_path, texts(60))
     before = contents(folder)
@@ -437,13 +559,26 @@ def test_bad_text_changes_nothing(tmp_path, data, why):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name, data, why", [
-    ("x.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not valid JSON"), ("x.jsonl", b'["text"]', 'no "text"'),
-    ("x.jsonl", b'{"txt": "a"}', 'line 1: no "text"'), ("x.jsonl", b'{"text": 5}', "must be strings"),
-    ("x.jsonl", b'{"text": "a", "prompt": []}\n{"text": "a", "prompt": 1}', "line 2: .*must be strings"),
-    ("x.jsonl", b"[" * 100_000, "not valid JSON"), ("x.txt.gz", b"not gzip at all", "cannot read"),
-    ("x.txt.gz", gzip.compress(os.urandom(5000).hex().encode())[:-2000], "cannot read"),
-    ("x.txt.xz", b"not xz", "cannot read"), ("x.pdf", b"", "unknown kind"), ("folder/x.pdf", b"", "no .txt, .jsonl or")])
+@pytest.mark.parametrize(
+    "name, data, why",
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not valid JSON"),
+        ("x.jsonl", b'["text"]', 'no "text"'),
+        ("x.jsonl", b'{"txt": "a"}', 'line 1: no "text"'),
+        ("x.jsonl", b'{"text": 5}', "must be strings"),
+        (
+            "x.jsonl",
+            b'{"text": "a", "prompt": []}\n{"text": "a", "prompt": 1}',
+            "line 2: .*must be strings",
+        ),
+        ("x.jsonl", b"[" * 100_000, "not valid JSON"),
+        ("x.txt.gz", b"not gzip at all", "cannot read"),
+        ("x.txt.gz", gzip.compress(os.urandom(5000).hex().encode())[:-2000], "cannot read"),
+        ("x.txt.xz", b"not xz", "cannot read"),
+        ("x.pdf", b"", "unknown kind"),
+        ("folder/x.pdf", b"", "no .txt, .jsonl or"),
+    ],
+)
 def test_bad_files_are_named(tmp_path, name, data, why):
     (tmp_path / "folder").mkdir()
     (tmp_path / name).write_bytes(data)
@@ -454,14 +589,27 @@ def test_bad_files_are_named(tmp_path, name, data, why):
 
 def child(*argv, **more):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LC_ALL": "C"}
-    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, encoding="utf-8", env=env,
-                          timeout=60, **more)
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=env,
+        timeout=60,
+        **more,
+    )
 
 
-@pytest.mark.parametrize("argv, why", [
-    (["--input", "nowhere.txt"], "nowhere.txt"), (["--input", "bad.txt"], "line 1, byte 0"), ([], "--input"),
-    (["--input", "ok.txt", "--tokenizer", "bad.txt"], "bad.txt"),
-    (["--input", "ok.txt", "--val_doc_frac", "1"], "frac")])
+@pytest.mark.parametrize(
+    "argv, why",
+    [
+        (["--input", "nowhere.txt"], "nowhere.txt"),
+        (["--input", "bad.txt"], "line 1, byte 0"),
+        ([], "--input"),
+        (["--input", "ok.txt", "--tokenizer", "bad.txt"], "bad.txt"),
+        (["--input", "ok.txt", "--val_doc_frac", "1"], "frac"),
+    ],
+)
 def test_command_line_slips(tmp_path, argv, why):
     (tmp_path / "bad.txt").write_bytes(b"\xff\x00")
     write_txt(tmp_path / "ok.txt", texts(30))
@@ -472,8 +620,18 @@ def test_command_line_slips(tmp_path, argv, why):
 
 def test_command_line_from_start_to_end(tmp_path, monkeypatch):
     write_txt(tmp_path / "मेरी फ़ाइल.txt", texts(60))
-    done = child("-m", "prepare", "--source", "files", "--input", "मेरी फ़ाइल.txt", "--data-dir=my data",
-                 "--tokenizer_vocab", "400", cwd=tmp_path)
+    done = child(
+        "-m",
+        "prepare",
+        "--source",
+        "files",
+        "--input",
+        "मेरी फ़ाइल.txt",
+        "--data-dir=my data",
+        "--tokenizer_vocab",
+        "400",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "next: python -m train" in done.stdout and "devanagari" in done.stdout
     monkeypatch.chdir(tmp_path)
@@ -484,7 +642,9 @@ def test_command_line_from_start_to_end(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
 def test_killed_at_each_file_operation(tmp_path):
-    """SIGKILL before the n-th write, sync, rename or removal: old data or none at all, and the next run is whole."""
+    """SIGKILL before the n-th write, sync, rename or removal: old data or none at all, and the next
+    run is whole.
+    """
     old, _ = prepared(tmp_path, texts(60))
     before = contents(old)
     new, _ = prepared(tmp_path, texts(80), "new")
@@ -509,9 +669,26 @@ def test_killed_at_each_file_operation(tmp_path):
     write_txt(tmp_path / "in.txt", texts(80))
     outcomes = []
     for n in range(40):
-        done = child("-c", code, n, "--source", "files", "--input", tmp_path / "in.txt", "--data_dir", old,
-                     "--tokenizer", tmp_path / "t.model", "--tokenizer_vocab", 400)
-        left = {name: raw for name, raw in contents(old).items() if not name.startswith((build.WORK, ".lock"))}
+        done = child(
+            "-c",
+            code,
+            n,
+            "--source",
+            "files",
+            "--input",
+            tmp_path / "in.txt",
+            "--data_dir",
+            old,
+            "--tokenizer",
+            tmp_path / "t.model",
+            "--tokenizer_vocab",
+            400,
+        )
+        left = {
+            name: raw
+            for name, raw in contents(old).items()
+            if not name.startswith((build.WORK, ".lock"))
+        }
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr[-500:]
@@ -523,12 +700,14 @@ def test_killed_at_each_file_operation(tmp_path):
         for name, raw in before.items():
             (old / name).write_bytes(raw)
     assert outcomes[0] == "old" and outcomes.count("none") <= 8 and len(outcomes) >= 7, outcomes
-    assert contents(old) == wanted and done.returncode == 0                     # no temporary file is left either
+    assert contents(old) == wanted and done.returncode == 0  # no temporary file is left either
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
-    """Killed while encoding: the next run reads no source and encodes the rest, and the files are those of one run."""
+    """Killed while encoding: the next run reads no source and encodes the rest, and the files are
+    those of one run.
+    """
     folder, _ = prepared(tmp_path, texts(400), "whole")
     wanted = contents(folder)
     code = """if True:
@@ -545,34 +724,75 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
         build.write_json = counted
         prepare.main(sys.argv[1:])"""
-    argv = ("--source", "files", "--input", tmp_path / "in.txt", "--data_dir", tmp_path / "data", "--tokenizer",
-            tmp_path / "t.model", "--tokenizer_vocab", 400)
+    argv = (
+        "--source",
+        "files",
+        "--input",
+        tmp_path / "in.txt",
+        "--data_dir",
+        tmp_path / "data",
+        "--tokenizer",
+        tmp_path / "t.model",
+        "--tokenizer_vocab",
+        400,
+    )
     assert child("-c", code, *argv).returncode == -signal.SIGKILL
     assert not (tmp_path / "data" / "meta.json").exists()
-    done = child("-c", "if True:\n import sys, prepare\n from text import build\n build.read = None\n prepare.main(sys.argv[1:])", *argv)
+    done = child(
+        "-c",
+        "if True:\n import sys, prepare\n from text import build\n build.read = None\n "
+        "prepare.main(sys.argv[1:])",
+        *argv,
+    )
     assert done.returncode == 0 and "broken off" in done.stdout, done.stderr[-500:]
     assert contents(tmp_path / "data") == wanted
 
 
 def test_standard_input(tmp_path):
     docs = texts(60)
-    done = subprocess.run([sys.executable, "-m", "prepare", "--source", "files", "--input", "-", "--data_dir", tmp_path / "d",
-                           "--tokenizer", tmp_path / "t.model", "--tokenizer_vocab", "400"], cwd=config.ROOT, text=True,
-                          input="\n\n".join(docs), capture_output=True, encoding="utf-8")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "prepare",
+            "--source",
+            "files",
+            "--input",
+            "-",
+            "--data_dir",
+            tmp_path / "d",
+            "--tokenizer",
+            tmp_path / "t.model",
+            "--tokenizer_vocab",
+            "400",
+        ],
+        cwd=config.ROOT,
+        text=True,
+        input="\n\n".join(docs),
+        capture_output=True,
+        encoding="utf-8",
+    )
     assert done.returncode == 0, done.stderr
-    assert sorted(decoded(tmp_path / "d", "train") + decoded(tmp_path / "d", "val")) == sorted(map(normalise, docs))
+    assert sorted(decoded(tmp_path / "d", "train") + decoded(tmp_path / "d", "val")) == sorted(
+        map(normalise, docs)
+    )
 
 
 def test_parquet(tmp_path):
     pyarrow, table = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     docs = texts(60)
-    table.write_table(pyarrow.table({"text": docs, "id": list(range(60))}), tmp_path / "a.parquet", row_group_size=7)
+    table.write_table(
+        pyarrow.table({"text": docs, "id": list(range(60))}),
+        tmp_path / "a.parquet",
+        row_group_size=7,
+    )
     folder, _ = prepared(tmp_path, tmp_path / "a.parquet")
     assert sorted(decoded(folder, "train") + decoded(folder, "val")) == sorted(map(normalise, docs))
     table.write_table(pyarrow.table({"body": docs}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match='no column "text", but body'):
         prepared(tmp_path, tmp_path / "b.parquet")
-    parts = [None, pyarrow.py_buffer(b"\0\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"a\xffb")]        # no nulls, offsets, bytes
+    # no nulls, offsets, bytes
+    parts = [None, pyarrow.py_buffer(b"\0\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"a\xffb")]
     text = pyarrow.Array.from_buffers(pyarrow.string(), 1, parts)
     table.write_table(pyarrow.table({"text": text}), tmp_path / "d.parquet")
     with pytest.raises(UserError, match="d.parquet.*not valid UTF-8"):
@@ -583,12 +803,18 @@ def test_parquet(tmp_path):
 
 
 def test_cleaning_and_its_report(tmp_path):
-    """--clean drops the copies and the junk, says so, and writes the page; without it every document stays."""
+    """--clean drops the copies and the junk, says so, and writes the page; without it every
+    document stays.
+    """
     docs = [grammar.starter_document(3, n, 0.0)[1] for n in range(80)]
     dirty = [*docs, docs[3], "?? 12 34 --", "नहीं " * 40]
     folder, said = prepared(tmp_path, dirty, clean="on", report=str(tmp_path / "r.html"))
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    assert meta["cleaning"]["dropped_docs"] == {"exact duplicate": 1, "too short": 1, "repeats itself": 1}
+    assert meta["cleaning"]["dropped_docs"] == {
+        "exact duplicate": 1,
+        "too short": 1,
+        "repeats itself": 1,
+    }
     assert meta["train_docs"] + meta["val_docs"] == 80 and "80 of 83 documents kept" in said
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "exact duplicate" in page and "<script" not in page and "नहीं नहीं" in page
@@ -597,7 +823,9 @@ def test_cleaning_and_its_report(tmp_path):
 
 
 def test_romanise_makes_up_the_wanted_share(tmp_path):
-    """--romanise types so many of the Hindi documents in Latin letters; none is there in both forms, each split has both."""
+    """--romanise types so many of the Hindi documents in Latin letters; none is there in both
+    forms, each split has both.
+    """
     docs = [hindi(n) + f"\nवह गाँव नंबर {n} में रहता था और रोज़ बाज़ार जाता था" for n in range(600)]
     folder, _ = prepared(tmp_path, docs, romanise="on", hinglish_ratio=0.4)
     scripts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["scripts"]
@@ -605,7 +833,7 @@ def test_romanise_makes_up_the_wanted_share(tmp_path):
     assert latin + deva == 600 and 200 < latin < 280
     both = decoded(folder, "train") + decoded(folder, "val")
     numbers = [doc.split("\n")[-1].split()[3] for doc in both]
-    assert len(set(numbers)) == 600                                             # each document once, in one script
+    assert len(set(numbers)) == 600  # each document once, in one script
 
 
 def test_a_full_disk_is_a_message(tmp_path, monkeypatch):
@@ -623,7 +851,9 @@ def test_a_full_disk_is_a_message(tmp_path, monkeypatch):
 # ---- size, and the starter corpus
 
 def test_memory_stays_bounded(tmp_path, monkeypatch):
-    """12 MB in, of many documents and one endless line; less Python memory than text, the same as for a third of it."""
+    """12 MB in, of many documents and one endless line; less Python memory than text, the same as
+    for a third of it.
+    """
     monkeypatch.setattr(spool, "SAMPLE_BYTES", 200_000)
     monkeypatch.setattr(spool, "BATCH_CHARS", 50_000)
     monkeypatch.setattr(documents, "LINE_BYTES", 100_000)
@@ -645,17 +875,27 @@ def test_starter_corpus(tmp_path, monkeypatch):
     said = []
     folder = ensure_builtin(tmp_path / "builtin", chars=60_000, log=said.append)
     meta = TokenData(folder).meta
-    assert meta["source"] == "builtin" and "synthetic" in "".join(said) and meta["sources"][0]["documents"] > 50
+    assert (
+        meta["source"] == "builtin"
+        and "synthetic" in "".join(said)
+        and meta["sources"][0]["documents"] > 50
+    )
     assert TokenData(folder).tokenizer_path == Path(folder) / "tokenizer.model"
-    for split in ("train", "val"):                                  # X1: both scripts in both splits
+    for split in ("train", "val"):  # X1: both scripts in both splits
         assert meta["scripts"][split]["devanagari"] > 0 < meta["scripts"][split]["latin"]
     before = contents(Path(folder))
-    monkeypatch.setattr(grammar, "starter_documents", None)          # nothing is generated a second time
+    monkeypatch.setattr(grammar, "starter_documents", None)  # nothing is generated a second time
     said.clear()
     ensure_builtin(tmp_path / "builtin", chars=60_000, log=said.append)
     assert "already there" in said[0] and contents(Path(folder)) == before
 
 
 def test_starter_corpus_is_the_same_in_two_folders(tmp_path):
-    metas = [TokenData(ensure_builtin(tmp_path / name, chars=40_000, log=[].append)).meta for name in "ab"]
-    assert all(metas[0][key] == metas[1][key] for key in ("train_sha256", "settings_sha256", "tokenizer_sha256"))
+    metas = [
+        TokenData(ensure_builtin(tmp_path / name, chars=40_000, log=[].append)).meta
+        for name in "ab"
+    ]
+    assert all(
+        metas[0][key] == metas[1][key]
+        for key in ("train_sha256", "settings_sha256", "tokenizer_sha256")
+    )

@@ -1,4 +1,5 @@
-"""Properties of text/romanise.py: what people type, no Devanagari left, nothing else touched, one typist stays one typist.
+"""Properties of text/romanise.py: what people type, no Devanagari left, nothing else touched, one
+typist stays one typist.
 
     python -m pytest tests/test_romanise.py
 """
@@ -51,7 +52,10 @@ GOLDEN = """
 कंप्यूटर computer  कंपनियों companiyon|kampaniyon  इंटरनेट internet  वीडियो video  टीवी tv  एटीएम atm  बीजेपी bjp  आईपीएल ipl
 यूपी up  पुलिस police  टिकट ticket  होटल hotel  बैंक bank  क्रिकेट cricket  मिनट minute  अमेरिका america  अक्टूबर october
 """
-GOLDEN = [(word, spelled.split("|")) for word, spelled in (row.split() for row in re.split(r"  +|\n", GOLDEN.strip()))]
+GOLDEN = [
+    (word, spelled.split("|"))
+    for word, spelled in (row.split() for row in re.split(r"  +|\n", GOLDEN.strip()))
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,23 +66,35 @@ def typist():
 @pytest.mark.parametrize("word, spelled", GOLDEN, ids=lambda v: v if isinstance(v, str) else v[0])
 def test_words_that_people_type(typist, word, spelled):
     assert typist(word) in spelled
-    assert typist(unicodedata.normalize("NFD", word)) == typist(unicodedata.normalize("NFC", word)) == typist(word)
+    assert (
+        typist(unicodedata.normalize("NFD", word))
+        == typist(unicodedata.normalize("NFC", word))
+        == typist(word)
+    )
 
 
 BLOCK = [chr(code) for code in range(0x900, 0x980)]
-ANY = st.text(st.one_of(st.sampled_from([*BLOCK, *"\u200c\u200d \n"]), st.characters()), max_size=60)
+ANY = st.text(
+    st.one_of(st.sampled_from([*BLOCK, *"\u200c\u200d \n"]), st.characters()), max_size=60
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(ANY, st.integers(0, 40))
 def test_any_text(text, style):
-    """Total, no Devanagari left, what is not Devanagari in its order, bounded, stable, and the same for the same typist."""
+    """Total, no Devanagari left, what is not Devanagari in its order, bounded, stable, and the same
+    for the same typist.
+    """
     typist = Romaniser(style)
     out = typist(text)
     assert not re.search("[\u0900-\u097f]", out), ascii(out)
     assert len(out) <= 4 * len(text) + 8
     assert typist(out) == out == typist(text) == Romaniser(style)(text)
-    others = [c for c in text if not c.isascii() and not "\u0900" <= c <= "\u097f" and c not in "\u200c\u200d"]
+    others = [
+        c
+        for c in text
+        if not c.isascii() and not "\u0900" <= c <= "\u097f" and c not in "\u200c\u200d"
+    ]
     assert [c for c in out if not c.isascii() and c not in "\u200c\u200d"] == others
 
 
@@ -113,15 +129,29 @@ def test_every_letter_of_the_block_is_known():
     assert "ka" in heard and len(heard) >= 8
 
 
-TEXT = "मैं कल बाज़ार गया था और वहाँ बहुत अच्छे फल मिले। क्या आप विवाह में जाएँगे? ज़रूर, लड़कों ने शादी की तैयारी की है।"
+TEXT = (
+    "मैं कल बाज़ार गया था और वहाँ बहुत अच्छे फल मिले। क्या आप विवाह में जाएँगे? ज़रूर, लड़कों ने "
+    "शादी की तैयारी की है।"
+)
 
 
 def test_a_typist_is_the_same_everywhere():
-    """In another process with another hash seed; one word has one spelling; the order of the words met does not matter."""
+    """In another process with another hash seed; one word has one spelling; the order of the words
+    met does not matter.
+    """
     code = f"from text import romanise; print([romanise.Romaniser(n)({TEXT!r}) for n in range(12)])"
-    there = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True,
-                            cwd=conftest.ROOT, env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONIOENCODING": "utf-8"}).stdout
-             for seed in "12"]
+    there = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            check=True,
+            cwd=conftest.ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONIOENCODING": "utf-8"},
+        ).stdout
+        for seed in "12"
+    ]
     assert there[0] == there[1] == f"{[Romaniser(n)(TEXT) for n in range(12)]}\n"
     typist, words = Romaniser(3), TEXT.split()
     backwards = [typist(word) for word in reversed(words)][::-1]
@@ -134,18 +164,31 @@ def test_typists_differ_and_each_keeps_its_habits():
     v_words, z_words = "विचार वर्तमान विवरण भवन".split(), "ज़ुल्म ज़ख्म नज़ारा".split()
     for letter, words in (("v", v_words), ("z", z_words)):
         habits = [{letter in typist(word) for word in words} for typist in typists]
-        assert all(len(habit) == 1 for habit in habits) and {True} in habits and {False} in habits, letter
+        assert (
+            all(len(habit) == 1 for habit in habits) and {True} in habits and {False} in habits
+        ), letter
 
 
 def fold(spelling):
     """One form for spellings that differ by habit only."""
-    for a, b in (("aa", "a"), ("ee", "i"), ("oo", "u"), ("w", "v"), ("ph", "f"), ("ei", "e"), ("y", ""), ("chh", "ch")):
+    for a, b in (
+        ("aa", "a"),
+        ("ee", "i"),
+        ("oo", "u"),
+        ("w", "v"),
+        ("ph", "f"),
+        ("ei", "e"),
+        ("y", ""),
+        ("chh", "ch"),
+    ):
         spelling = spelling.replace(a, b)
     return re.sub(r"(.)\1", r"\1", spelling)
 
 
 def test_the_starter_corpus_agrees():
-    """Our grammar types its own inflected words by rules of its own: both agree but for habits, and for odd plurals."""
+    """Our grammar types its own inflected words by rules of its own: both agree but for habits, and
+    for odd plurals.
+    """
     typist, pairs = Romaniser(), list(grammar.ROMAN.items())
     same = [fold(typist(word)) == fold(typed) for word, typed in pairs]
     assert len(pairs) > 2500 and sum(same) / len(same) > 0.95
@@ -153,22 +196,43 @@ def test_the_starter_corpus_agrees():
 
 def test_schwas():
     """The silent and the spoken vowel, by the rules alone: no word list helps here."""
-    for word, spelled in {"तड़पना": "tadapna", "झगड़ना": "jhagadna", "सिलसिला": "silsila", "खटमल": "khatmal", "पचपन": "pachpan",
-                          "अनुशासन": "anushasan", "प्रगति": "pragati", "मनोरंजन": "manoranjan", "कलमदान": "kalamdan",
-                          "धरती": "dharti", "सूत्र": "sutra", "अध्यक्ष": "adhyaksh", "राजकीय": "rajkiya"}.items():
+    for word, spelled in {
+        "तड़पना": "tadapna",
+        "झगड़ना": "jhagadna",
+        "सिलसिला": "silsila",
+        "खटमल": "khatmal",
+        "पचपन": "pachpan",
+        "अनुशासन": "anushasan",
+        "प्रगति": "pragati",
+        "मनोरंजन": "manoranjan",
+        "कलमदान": "kalamdan",
+        "धरती": "dharti",
+        "सूत्र": "sutra",
+        "अध्यक्ष": "adhyaksh",
+        "राजकीय": "rajkiya",
+    }.items():
         assert romanise.rules(word, romanise.COMMON) == spelled
 
 
 def test_the_command(tmp_path):
     done = conftest.aria("romanise", "मैं कल", "आऊँगा।", cwd=tmp_path, check=0)
     assert done.stdout == "main kal aaunga.\n"
-    lines = subprocess.run([sys.executable, "-m", "romanise", "--style", "3"], input="नमस्ते\n\nok यार", capture_output=True,
-                           text=True, encoding="utf-8", cwd=conftest.ROOT, check=True).stdout
+    lines = subprocess.run(
+        [sys.executable, "-m", "romanise", "--style", "3"],
+        input="नमस्ते\n\nok यार",
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=conftest.ROOT,
+        check=True,
+    ).stdout
     assert lines == Romaniser(3)("नमस्ते\n\nok यार")
 
 
 def test_a_megabyte_takes_less_than_a_second():
-    text = "\n".join(text for script, text in itertools.islice(grammar.starter_documents(0, 0.0), 1200))
+    text = "\n".join(
+        text for script, text in itertools.islice(grammar.starter_documents(0, 0.0), 1200)
+    )
     size = len(text.encode()) / 1e6
     started = time.process_time()
     Romaniser(5)(text)
@@ -176,8 +240,12 @@ def test_a_megabyte_takes_less_than_a_second():
 
 
 def test_the_judge_by_hand(tmp_path):
-    """benchmarks/romanise_eval.py against counts on paper, columns in both orders, excluded words left out."""
-    (tmp_path / "t.tsv").write_text("घर\tghar\t3\nghr\tघर\t1\nकमल\tkml\nmaal\tमाल\t2\n", encoding="utf-8")
+    """benchmarks/romanise_eval.py against counts on paper, columns in both orders, excluded words
+    left out.
+    """
+    (tmp_path / "t.tsv").write_text(
+        "घर\tghar\t3\nghr\tघर\t1\nकमल\tkml\nmaal\tमाल\t2\n", encoding="utf-8"
+    )
     (tmp_path / "seen.tsv").write_text("माल\tmal\n", encoding="utf-8")
     pairs = romanise_eval.read_pairs(tmp_path / "t.tsv")
     assert pairs == {"घर": {"ghar": 3, "ghr": 1}, "कमल": {"kml": 1}, "माल": {"maal": 2}}
@@ -185,9 +253,15 @@ def test_the_judge_by_hand(tmp_path):
     assert scores["top1"] == pytest.approx(100 / 3) and scores["any"] == pytest.approx(200 / 3)
     assert scores["error"] == pytest.approx(100 * (1 + 2) / (4 + 3 + 4))
     assert scores["error_nearest"] == pytest.approx(100 * 2 / (3 + 3 + 4))
-    # of घर four people: three ghar (the rest agree), one ghr (nobody else); of माल two agree; कमल has one
-    assert romanise_eval.people(pairs) == {"top1": pytest.approx(500 / 6), "any": pytest.approx(500 / 6)}
-    assert [romanise_eval.distance(a, b) for a, b in (("", "abc"), ("kitab", "kitaab"), ("abc", "cba"))] == [3, 1, 2]
+    # of घर four people: three ghar (the rest agree), one ghr (nobody else); of माल two agree; कमल
+    # has one
+    assert romanise_eval.people(pairs) == {
+        "top1": pytest.approx(500 / 6),
+        "any": pytest.approx(500 / 6),
+    }
+    assert [
+        romanise_eval.distance(a, b) for a, b in (("", "abc"), ("kitab", "kitaab"), ("abc", "cba"))
+    ] == [3, 1, 2]
     with pytest.raises(UserError, match="bad.tsv:1"):
         (tmp_path / "bad.tsv").write_text("घर ghar\n", encoding="utf-8")
         romanise_eval.read_pairs(tmp_path / "bad.tsv")

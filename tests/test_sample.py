@@ -1,4 +1,6 @@
-"""Text out of checkpoints: the documented commands word for word, what sampling promises, and the mode comparison."""
+"""Text out of checkpoints: the documented commands word for word, what sampling promises, and the
+mode comparison.
+"""
 import io
 import json
 import re
@@ -53,15 +55,22 @@ COMPARE = """python -m edge_benchmark \\
 
 
 def words(document, kind="primary"):
-    """A command of the user's document -> its arguments after `python -m`; for the backup, with the backup's names."""
+    """A command of the user's document -> its arguments after `python -m`; for the backup, with the
+    backup's names.
+    """
     if kind == "backup":
-        document = document.replace("eco_hybrid_hi", "diffusion_hi").replace("--model primary", "--model backup")
+        document = document.replace("eco_hybrid_hi", "diffusion_hi").replace(
+            "--model primary", "--model backup"
+        )
     return shlex.split(document.replace("\\\n", " "))[2:]
 
 
 def stats(errors):
     """The [stats] lines as dicts."""
-    return [dict(pair.split("=", 1) for pair in line.split()[1:]) for line in re.findall(r"^\[stats\].*", errors, re.M)]
+    return [
+        dict(pair.split("=", 1) for pair in line.split()[1:])
+        for line in re.findall(r"^\[stats\].*", errors, re.M)
+    ]
 
 
 def draw(capsys, kind, *arguments):
@@ -72,7 +81,7 @@ def draw(capsys, kind, *arguments):
     return out.removesuffix("\n"), stats(err)
 
 
-# ---- the documents' commands, word for word --------------------------------------------------------------------------
+# ---- the documents' commands, word for word ------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
 def test_edge_sampling(trained, kind):
@@ -81,7 +90,7 @@ def test_edge_sampling(trained, kind):
     assert done.stdout.startswith("mai kal bazaar gaya tha") and "\ufffd" not in done.stdout[:23]
     [figures] = stats(done.stderr)
     assert 0 <= int(figures["before_eos"]) <= int(figures["new"]) <= 128
-    size = 8                                         # that of the checkpoint; what a block reveals after an EOS is no new token
+    size = 8  # that of the checkpoint; what a block reveals after an EOS is no new token
     blocks = -(-int(figures["new"]) // size)
     assert blocks <= int(figures["forwards"]) <= blocks * size and figures["mode"] == "block_frozen"
     assert int(figures["context"]) <= blocks
@@ -92,8 +101,11 @@ def test_sampling_benchmark(trained):
     name, *arguments = words(BENCH)
     done = aria(name, *arguments, cwd=trained, check=0)
     assert done.stdout.startswith("namaste")
-    [line] = re.findall(r"^\[bench\] runs=5 warmup=1 mean=([\d.]+)s p50=([\d.]+)s tok/s=([\d.]+) tokens=(\d+) forwards=(\d+)$",
-                        done.stderr, re.M)
+    [line] = re.findall(
+        r"^\[bench\] runs=5 warmup=1 mean=([\d.]+)s p50=([\d.]+)s tok/s=([\d.]+) tokens=(\d+) forwards=(\d+)$",
+        done.stderr,
+        re.M,
+    )
     mean, _, speed, tokens, forwards = map(float, line)
     [figures] = stats(done.stderr)
     assert int(figures["before_eos"]) == tokens and int(figures["forwards"]) == forwards
@@ -102,18 +114,31 @@ def test_sampling_benchmark(trained):
 
 KEYS = """runs warmup_runs mean_latency_s p50_latency_s p90_latency_s mean_tok_s mean_generated_tokens mean_forwards
 mean_layer_passes peak_rss_mb nll_per_token distinct_2 agree_with_full""".split()
-TOP_KEYS = "version model ckpt step device threads torch seed prompts args results batch commit".split()
+TOP_KEYS = (
+    "version model ckpt step device threads torch seed prompts args results batch commit".split()
+)
 
 
 def check_document(document, kind, runs):
-    assert set(TOP_KEYS) <= set(document) and document["model"] == kind and document["prompts"] == list(config.BENCH_PROMPTS)
+    assert (
+        set(TOP_KEYS) <= set(document)
+        and document["model"] == kind
+        and document["prompts"] == list(config.BENCH_PROMPTS)
+    )
     assert list(document["results"]) == list(MODES)
     for mode, r in document["results"].items():
         assert set(KEYS) <= set(r), mode
-        assert r["runs"] == runs * 3 and 0 < r["p50_latency_s"] <= r["p90_latency_s"] and r["peak_rss_mb"] > 50
+        assert (
+            r["runs"] == runs * 3
+            and 0 < r["p50_latency_s"] <= r["p90_latency_s"]
+            and r["peak_rss_mb"] > 50
+        )
         assert r["mean_layer_passes"] == 2 * r["mean_forwards"] and 0 <= r["agree_with_full"] <= 1
         assert (r["nll_per_token"] is None) == (r["mean_generated_tokens"] == 0)
-    assert document["results"]["full"]["agree_with_full"] == 1 and document["results"]["full"]["cache_bytes"] == 0
+    assert (
+        document["results"]["full"]["agree_with_full"] == 1
+        and document["results"]["full"]["cache_bytes"] == 0
+    )
     assert document["results"]["block_frozen"]["cache_bytes"] > 0
 
 
@@ -128,21 +153,37 @@ def test_mode_comparison(trained):
     assert [path.name for path in (trained / "benchmarks").iterdir()] == ["edge_benchmark.json"]
 
 
-# ---- what sampling promises --------------------------------------------------------------------------------------------
+# ---- what sampling promises ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.parametrize("mode", MODES)
 def test_promises_of_a_sample(here, capsys, tmp_path, kind, mode):
     prompt, path = "भारत में आज  मौसम\tkaisa", tmp_path / "new" / "out.json"
-    arguments = (*MODES[mode], "--prompt", prompt, "--max_new_tokens", 20, "--steps", 5, "--seed", 3)
+    arguments = (
+        *MODES[mode],
+        "--prompt",
+        prompt,
+        "--max_new_tokens",
+        20,
+        "--steps",
+        5,
+        "--seed",
+        3,
+    )
     text, [figures] = draw(capsys, kind, *arguments, "--out_json", path)
     assert draw(capsys, kind, *arguments)[0] == text, "the same seed gave another text"
     assert draw(capsys, kind, *arguments, "--seed", 4)[0] != text
     assert text.startswith(prompt) and figures["mode"] == mode
-    assert int(figures["new"]) <= 20 and int(figures["forwards"]) <= 5 * (1 if mode == "full" else 3)
+    assert int(figures["new"]) <= 20 and int(figures["forwards"]) <= 5 * (
+        1 if mode == "full" else 3
+    )
     assert (int(figures["context"]) > 0) == (mode == "block_frozen")
     [record] = json.loads(path.read_text(encoding="utf-8"))["samples"]
-    assert record["text"] == text and record["new_tokens"] == int(figures["new"]) and record["seconds"] > 0
+    assert (
+        record["text"] == text
+        and record["new_tokens"] == int(figures["new"])
+        and record["seconds"] > 0
+    )
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -152,16 +193,23 @@ def test_ids_of_a_sample(here, kind, mode):
     net, tokenizer, _ = checkpoint.load_model(RUNS[kind], torch.device("cpu"))
     prompt = [tokenizer.bos_id, *tokenizer.encode("namaste")]
     for length, temperature in ((1, 0.0), (13, 1e-6), (13, 10.0)):
-        s = settings.Settings(max_new_tokens=length, steps=4, mode=mode, block_size=8, temperature=temperature)
+        s = settings.Settings(
+            max_new_tokens=length, steps=4, mode=mode, block_size=8, temperature=temperature
+        )
         out = decode.generate(net, prompt, s, [1, 2])
-        assert all(len(row) == length and not {net.cfg.mask_id, net.cfg.pad_id} & set(row) for row in out.full_rows)
+        assert all(
+            len(row) == length and not {net.cfg.mask_id, net.cfg.pad_id} & set(row)
+            for row in out.full_rows
+        )
         assert out.forwards <= 4 * (1 if mode == "full" else -(-length // 8))
         if temperature == 0:
             assert out.rows[0] == out.rows[1]
 
 
 def test_no_half_letter_at_the_end(here, capsys, monkeypatch):
-    """A row whose length cut a letter of four bytes: printed, streamed, as JSON and before the verdict it ends before it."""
+    """A row whose length cut a letter of four bytes: printed, streamed, as JSON and before the
+    verdict it ends before it.
+    """
     real = decode.generate
 
     def cut(model, ids, settings, seeds, watch=None, grow=None):
@@ -201,7 +249,11 @@ def test_eos_ends_the_text_and_the_count(here, capsys, monkeypatch, mode):
     load = checkpoint.load_model
     monkeypatch.setattr(checkpoint, "load_model", boosted(1000.0))
     text, [figures] = draw(capsys, "primary", *arguments)
-    assert text == "namaste" and (figures["before_eos"], figures["new"]) == ("0", "1") and figures["tok/s"] == "0.0"
+    assert (
+        text == "namaste"
+        and (figures["before_eos"], figures["new"]) == ("0", "1")
+        and figures["tok/s"] == "0.0"
+    )
     assert int(figures["forwards"]) <= 12, "blocks after the end were decoded"
     text, [figures] = draw(capsys, "primary", *arguments, "--ignore_eos")
     assert figures["new"] == "24"
@@ -213,23 +265,53 @@ def test_eos_ends_the_text_and_the_count(here, capsys, monkeypatch, mode):
 
 def test_several_prompts_and_samples(here, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("namaste\n\nमुझे एक\n", encoding="utf-8")
-    text, figures = draw(capsys, "primary", "--prompts_file", tmp_path / "prompts.txt", "--prompt", "ek", "--prompt", "do",
-                         "--num_samples", 2, "--seed", 5, "--max_new_tokens", 3, "--ignore_eos")
+    text, figures = draw(
+        capsys,
+        "primary",
+        "--prompts_file",
+        tmp_path / "prompts.txt",
+        "--prompt",
+        "ek",
+        "--prompt",
+        "do",
+        "--num_samples",
+        2,
+        "--seed",
+        5,
+        "--max_new_tokens",
+        3,
+        "--ignore_eos",
+    )
     parts = text.split("\n---\n")
     assert len(parts) == 8 and [int(line["seed"]) for line in figures] == [*range(5, 13)]
-    for part, prompt in zip(parts, [p for p in ("ek", "do", "namaste", "मुझे एक") for _ in "ab"], strict=True):
+    for part, prompt in zip(
+        parts, [p for p in ("ek", "do", "namaste", "मुझे एक") for _ in "ab"], strict=True
+    ):
         assert part.startswith(prompt)
-    alone = draw(capsys, "primary", "--prompt", "do", "--seed", 8, "--max_new_tokens", 3, "--ignore_eos")[0]
+    alone = draw(
+        capsys, "primary", "--prompt", "do", "--seed", 8, "--max_new_tokens", 3, "--ignore_eos"
+    )[0]
     assert alone == parts[3], "a sample depends on its neighbours"
-    assert draw(capsys, "primary", "--max_new_tokens", 3)[1], "no prompt at all is an unconditional sample"
+    assert draw(capsys, "primary", "--max_new_tokens", 3)[1], (
+        "no prompt at all is an unconditional sample"
+    )
 
 
 def test_the_bare_command(here, capsys, tmp_path, monkeypatch):
-    """The run that saved last, named; its blocks over the cache, the best rule, no more tokens than it was trained for."""
+    """The run that saved last, named; its blocks over the cache, the best rule, no more tokens than
+    it was trained for.
+    """
     assert call(sample.main) == 0
     out, err = capsys.readouterr()
-    assert "checkpoint: checkpoints/latest -> checkpoints/diffusion_hi/step_000012" in err and out.strip()
-    assert "text: up to 31 tokens in blocks of 8 over the exact cache; threshold 0.9, temperature 0.7\n" in err
+    assert (
+        "checkpoint: checkpoints/latest -> checkpoints/diffusion_hi/step_000012" in err
+        and out.strip()
+    )
+    assert (
+        "text: up to 31 tokens in blocks of 8 over the exact cache; threshold 0.9, temperature "
+        "0.7\n"
+        in err
+    )
     assert stats(err)[0]["mode"] == "block_frozen" and "warning" not in err and "notice" not in err
     monkeypatch.chdir(tmp_path)
     assert call(sample.main) == 2
@@ -240,9 +322,16 @@ def resolved(line, blocks="T,8", length=32, stored=64, prompt=1):
     """A command line on a checkpoint trained like this -> its decode.Settings."""
     args, origins = cli.parse(config.SampleArgs, ["x", *shlex.split(line)], "sample")
     args.sampler = settings.masked_sampler(args.sampler)
-    saved = SimpleNamespace(path="x", config={"model": dict(block_size=stored, n_layers=2, exits=False),
-                            "args": dict(train_block_sizes=blocks, seq_len=length, sample_steps=12)})
-    return settings.settings(settings.suited(args, origins, saved, prompt), origins, saved, SimpleNamespace(eos_id=3))
+    saved = SimpleNamespace(
+        path="x",
+        config={
+            "model": dict(block_size=stored, n_layers=2, exits=False),
+            "args": dict(train_block_sizes=blocks, seq_len=length, sample_steps=12),
+        },
+    )
+    return settings.settings(
+        settings.suited(args, origins, saved, prompt), origins, saved, SimpleNamespace(eos_id=3)
+    )
 
 
 BEST, OLD = ("threshold", 0.7, 0), ("confidence", 1.0, 50)
@@ -265,37 +354,55 @@ BEST, OLD = ("threshold", 0.7, 0), ("confidence", 1.0, 50)
     ("--scheduler ddim", "block_frozen", 8, ("confidence", 0.7, 0)),
     ("--num_steps 100 --scheduler ddpm", "full", 8, ("ancestral", 1.0, 50))])
 def test_what_is_not_typed_suits_the_checkpoint(line, mode, block, rule):
-    """--steps alone is a command of the older guides and means what it meant; what is typed always wins."""
+    """--steps alone is a command of the older guides and means what it meant; what is typed always
+    wins.
+    """
     s = resolved(line)
     assert (s.mode, s.block_size) == (mode, block) and (s.sampler, s.temperature, s.top_k) == rule
     assert s.max_new_tokens == 31 and resolved("--max_new_tokens 50 " + line).max_new_tokens == 50
 
 
 def test_length_and_block_are_those_of_the_training():
-    for blocks, stored, wanted in (("T,32,4,1", 64, 32), ("T,64,32", 64, 64), ("T,64,32", 16, 32), ("T", 64, 64)):
+    for blocks, stored, wanted in (
+        ("T,32,4,1", 64, 32),
+        ("T,64,32", 64, 64),
+        ("T,64,32", 16, 32),
+        ("T", 64, 64),
+    ):
         assert resolved("", blocks, 512, stored).block_size == wanted
     assert resolved("", "T").mode == "full", "no block was trained"
     for length, prompt, wanted in ((2048, 1, 128), (64, 20, 44), (64, 60, 32), (64, 500, 32)):
         assert resolved("", "T,8", length, prompt=prompt).max_new_tokens == wanted
 
 
-@pytest.mark.parametrize("line, flags, why", [
-    ("--steps 31 --block_size 4", "--block_size", "in one piece"),
-    ("--sampler confidence --threshold 0.5 --steps 31", "--threshold", "no bound"),
-    ("--sampler random --steps 31 --alg_temp 1", "--alg_temp", "rank"), ("--remask_rule conf", "--remask_rule", "--remask is 0"),
-    ("--sampler threshold --reveal cosine", "--reveal", "no schedule"),
-    ("--temperature 0 --top_k 5 --top_p 0.5", "--top_k, --top_p", "temperature 0"),
-    ("--text a__b --blockwise --stream", "--blockwise, --stream", "fills gaps")])
+@pytest.mark.parametrize(
+    "line, flags, why",
+    [
+        ("--steps 31 --block_size 4", "--block_size", "in one piece"),
+        ("--sampler confidence --threshold 0.5 --steps 31", "--threshold", "no bound"),
+        ("--sampler random --steps 31 --alg_temp 1", "--alg_temp", "rank"),
+        ("--remask_rule conf", "--remask_rule", "--remask is 0"),
+        ("--sampler threshold --reveal cosine", "--reveal", "no schedule"),
+        ("--temperature 0 --top_k 5 --top_p 0.5", "--top_k, --top_p", "temperature 0"),
+        ("--text a__b --blockwise --stream", "--blockwise, --stream", "fills gaps"),
+    ],
+)
 def test_a_flag_without_effect_is_named(capsys, line, flags, why):
     resolved(line)
     [said] = re.findall("^notice: without effect: (.*)$", capsys.readouterr().err, re.M)
     assert said.startswith(flags + " (") and why in said
 
 
-@pytest.mark.parametrize("line, words", [
-    ("--block_size 3", "not trained in blocks of 3 (but of 8)"), ("--steps 4", "4 forwards for 31 tokens"),
-    ("--sampler ancestral --steps 20", "20 forwards for 31"), ("--sampler margin --blockwise --steps 5", "5 forwards for 8"),
-    ("--sampler threshold --steps 4", "reveals all that is left")])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--block_size 3", "not trained in blocks of 3 (but of 8)"),
+        ("--steps 4", "4 forwards for 31 tokens"),
+        ("--sampler ancestral --steps 20", "20 forwards for 31"),
+        ("--sampler margin --blockwise --steps 5", "5 forwards for 8"),
+        ("--sampler threshold --steps 4", "reveals all that is left"),
+    ],
+)
 def test_settings_that_make_poor_text_are_named(capsys, line, words):
     resolved(line)
     [said] = re.findall("^warning: (.*)$", capsys.readouterr().err, re.M)
@@ -308,9 +415,24 @@ def test_settings_that_make_poor_text_are_named(capsys, line, words):
 
 def test_a_scheduler_of_gaussian_models_is_translated_once(here, capsys):
     for name, ours in (("ddim", "confidence"), ("ddpm", "ancestral")):
-        assert call(sample.main, RUNS["primary"], "--num_steps", 50, "--scheduler", name, "--max_new_tokens", 12) == 0
+        assert (
+            call(
+                sample.main,
+                RUNS["primary"],
+                "--num_steps",
+                50,
+                "--scheduler",
+                name,
+                "--max_new_tokens",
+                12,
+            )
+            == 0
+        )
         err = capsys.readouterr().err
-        assert re.findall(f"^notice: --scheduler {name}.*--sampler {ours} is used$", err, re.M) and err.count("notice") == 1
+        assert (
+            re.findall(f"^notice: --scheduler {name}.*--sampler {ours} is used$", err, re.M)
+            and err.count("notice") == 1
+        )
         assert int(stats(err)[0]["forwards"]) <= 12
 
 
@@ -318,15 +440,42 @@ def test_statistics_stand_with_their_sample(here, monkeypatch):
     both = io.StringIO()
     monkeypatch.setattr(sys, "stdout", both)
     monkeypatch.setattr(sys, "stderr", both)
-    assert call(sample.main, RUNS["primary"], "--prompt", "ek", "--prompt", "do", "--num_samples", 2, "--max_new_tokens", 3) == 0
-    lines = [line[:2] for line in both.getvalue().split("\n") if line.startswith(("[stats]", "ek", "do", "---"))]
+    assert (
+        call(
+            sample.main,
+            RUNS["primary"],
+            "--prompt",
+            "ek",
+            "--prompt",
+            "do",
+            "--num_samples",
+            2,
+            "--max_new_tokens",
+            3,
+        )
+        == 0
+    )
+    lines = [
+        line[:2]
+        for line in both.getvalue().split("\n")
+        if line.startswith(("[stats]", "ek", "do", "---"))
+    ]
     assert lines == ["ek", "[s", "--", "ek", "[s", "--", "do", "[s", "--", "do", "[s"]
 
 
 def test_every_spelling_of_a_checkpoint(here, capsys):
     run = RUNS["primary"]
-    for spelling, step in (("", 12), ("/", 12), ("/latest.pt", 12), ("/last.ckpt", 12), ("/latest", 12), ("/step_000005.pt", 5),
-                           ("/step_000005", 5), ("/ckpt-step=10.ckpt", 10), ("/best.pt", None)):
+    for spelling, step in (
+        ("", 12),
+        ("/", 12),
+        ("/latest.pt", 12),
+        ("/last.ckpt", 12),
+        ("/latest", 12),
+        ("/step_000005.pt", 5),
+        ("/step_000005", 5),
+        ("/ckpt-step=10.ckpt", 10),
+        ("/best.pt", None),
+    ):
         assert call(sample.main, run + spelling, "--max_new_tokens", 1) == 0, spelling
         if step:
             assert f"step_{step:06d}" in capsys.readouterr().err + run + spelling
@@ -341,17 +490,30 @@ def test_wrong_model_and_wrong_tokenizer(here, text, capsys):
     assert "use --model primary" in capsys.readouterr().err
     assert call(sample.main, RUNS["primary"], "--tokenizer", text / "t.model") == 2
     assert "leave the flag out" in capsys.readouterr().err
-    assert call(sample.main, RUNS["primary"], "--tokenizer", "data/tokenizer/nowhere.model") == 2     # as after a starter run
+    # as after a starter run
+    assert call(sample.main, RUNS["primary"], "--tokenizer", "data/tokenizer/nowhere.model") == 2
     assert "leave the flag out, the checkpoint carries its own" in capsys.readouterr().err
     assert call(evaluate.main, RUNS["primary"], "--data_dir", text) == 2
 
 
-# ---- the mode comparison ------------------------------------------------------------------------------------------------
+# ---- the mode comparison -------------------------------------------------------------------------
 
 def compare(capsys, tmp_path, kind, *arguments):
     capsys.readouterr()
-    assert call(edge_benchmark.main, RUNS.get(kind, kind), "--out_json", tmp_path / "b.json", "--max_new_tokens", 12,
-                "--threads", 1, *arguments) == 0
+    assert (
+        call(
+            edge_benchmark.main,
+            RUNS.get(kind, kind),
+            "--out_json",
+            tmp_path / "b.json",
+            "--max_new_tokens",
+            12,
+            "--threads",
+            1,
+            *arguments,
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     return json.loads(out.rstrip("\n").split("\n")[-1])
 
@@ -361,27 +523,45 @@ def test_comparison_repeats_for_both_models(here, capsys, tmp_path):
         one, two = (compare(capsys, tmp_path, kind, "--runs_per_prompt", 2) for _ in "ab")
         check_document(one, kind, 2)
         for mode in MODES:
-            for key in ("texts", "mean_forwards", "nll_per_token", "distinct_2", "agree_with_full", "mean_generated_tokens"):
+            for key in (
+                "texts",
+                "mean_forwards",
+                "nll_per_token",
+                "distinct_2",
+                "agree_with_full",
+                "mean_generated_tokens",
+            ):
                 assert one["results"][mode][key] == two["results"][mode][key]
 
 
 def test_timed_runs_alternate(here, capsys, tmp_path, monkeypatch):
     order, real = [], decode.generate
-    monkeypatch.setattr(decode, "generate", lambda model, ids, s, seeds: order.append(s.mode) or real(model, ids, s, seeds))
-    compare(capsys, tmp_path, "primary", "--prompt", "ek", "--runs_per_prompt", 3, "--warmup_runs", 2)
+    monkeypatch.setattr(
+        decode,
+        "generate",
+        lambda model, ids, s, seeds: order.append(s.mode) or real(model, ids, s, seeds),
+    )
+    compare(
+        capsys, tmp_path, "primary", "--prompt", "ek", "--runs_per_prompt", 3, "--warmup_runs", 2
+    )
     assert order[-15:] == [*MODES] * 5, "2 warm-up and 3 timed turns, modes in turn"
 
 
 def test_a_text_without_tokens_is_counted_as_such(here, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_model", boosted(1000.0))
     for r in compare(capsys, tmp_path, "primary", "--runs_per_prompt", 1)["results"].values():
-        assert r["mean_generated_tokens"] == r["mean_tok_s"] == 0 and r["nll_per_token"] is r["distinct_2"] is None
+        assert (
+            r["mean_generated_tokens"] == r["mean_tok_s"] == 0
+            and r["nll_per_token"] is r["distinct_2"] is None
+        )
         assert r["agree_with_full"] == 1
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_nll_is_the_exact_chain_rule(here, kind):
-    """Token by token over the cache = the training form with blocks of one; each token is a mask when it is scored."""
+    """Token by token over the cache = the training form with blocks of one; each token is a mask
+    when it is scored.
+    """
     net, _, _ = checkpoint.load_model(RUNS[kind], torch.device("cpu"))
     ids = torch.randint(4, net.cfg.vocab_size, (1, 17), generator=torch.Generator().manual_seed(0))
     seen, real = [], net.hidden
@@ -398,24 +578,62 @@ def test_nll_is_the_exact_chain_rule(here, kind):
 
 
 def test_figures_by_hand():
-    assert edge_benchmark.agreement([1, 2, 3], [1, 5, 3, 4]) == 0.5 and edge_benchmark.agreement([], []) == 1
-    assert sample_quality.distinct([[1, 2, 1, 2], [2, 1]], 2) == 0.5 and sample_quality.distinct([[1], []], 2) is None
-    assert sample_quality.repeat_rate([[1, 2, 3, 4] * 2, [1, 2, 3, 4]]) == 1 / 6 and sample_quality.repeat_rate([[1]]) == 0
+    assert (
+        edge_benchmark.agreement([1, 2, 3], [1, 5, 3, 4]) == 0.5
+        and edge_benchmark.agreement([], []) == 1
+    )
+    assert (
+        sample_quality.distinct([[1, 2, 1, 2], [2, 1]], 2) == 0.5
+        and sample_quality.distinct([[1], []], 2) is None
+    )
+    assert (
+        sample_quality.repeat_rate([[1, 2, 3, 4] * 2, [1, 2, 3, 4]]) == 1 / 6
+        and sample_quality.repeat_rate([[1]]) == 0
+    )
 
 
-@pytest.mark.parametrize("blocks, size, whole", [("1", 1, False), ("4,2", 4, False), ("T,1", 1, True)])
+@pytest.mark.parametrize(
+    "blocks, size, whole", [("1", 1, False), ("4,2", 4, False), ("T,1", 1, True)]
+)
 def test_a_checkpoint_is_decoded_as_it_was_trained(here, capsys, tmp_path, blocks, size, whole):
-    """In blocks no larger than those it knows; whoever asks for a whole text of one that never saw any is told."""
+    """In blocks no larger than those it knows; whoever asks for a whole text of one that never saw
+    any is told.
+    """
     run = tmp_path / "run"
-    assert call(train.main, "--data_dir", "data/processed", "--output_dir", run, *TINY, "--max_steps", 1, "--eval_interval", 0,
-                "--train_block_sizes", blocks, "--no_show_samples") == 0
+    assert (
+        call(
+            train.main,
+            "--data_dir",
+            "data/processed",
+            "--output_dir",
+            run,
+            *TINY,
+            "--max_steps",
+            1,
+            "--eval_interval",
+            0,
+            "--train_block_sizes",
+            blocks,
+            "--no_show_samples",
+        )
+        == 0
+    )
     saved = checkpoint.load(run)
     for given, wanted in (([], size), (["--block_size", "2"], 2)):
-        args, origins = cli.parse(config.SampleArgs, ["--ckpt", str(run), "--blockwise", "--frozen_context", *given], "sample")
-        s = settings.settings(settings.suited(args, origins, saved, 1), origins, saved, SimpleNamespace(eos_id=3))
+        args, origins = cli.parse(
+            config.SampleArgs,
+            ["--ckpt", str(run), "--blockwise", "--frozen_context", *given],
+            "sample",
+        )
+        s = settings.settings(
+            settings.suited(args, origins, saved, 1), origins, saved, SimpleNamespace(eos_id=3)
+        )
         assert (s.mode, s.block_size) == ("block_frozen", wanted)
     capsys.readouterr()
-    for words in (["--prompt", "namaste", "--max_new_tokens", 4], ["--text", "mai ____ gaya", "--guidance_scale", 2]):
+    for words in (
+        ["--prompt", "namaste", "--max_new_tokens", 4],
+        ["--text", "mai ____ gaya", "--guidance_scale", 2],
+    ):
         assert call(sample.main, "--ckpt", run, *words) == 0
         said = capsys.readouterr().err
         assert ("never saw a whole text" in said) == (not whole and "--text" in words)
@@ -423,10 +641,37 @@ def test_a_checkpoint_is_decoded_as_it_was_trained(here, capsys, tmp_path, block
 
 
 def test_a_checkpoint_without_blocks(here, capsys, tmp_path):
-    """Its context cannot be frozen: sample says so and goes on, the comparison records the mode as skipped."""
+    """Its context cannot be frozen: sample says so and goes on, the comparison records the mode as
+    skipped.
+    """
     run = tmp_path / "whole"
-    assert call(train.main, "--output_dir", run, "--train_block_sizes", "T", "--d_model", 16, "--n_layers", 1, "--n_heads", 2,
-                "--d_ff", 32, "--seq_len", 16, "--max_steps", 1, "--eval_interval", 0, "--no_show_samples", "--threads", 1) == 0
+    assert (
+        call(
+            train.main,
+            "--output_dir",
+            run,
+            "--train_block_sizes",
+            "T",
+            "--d_model",
+            16,
+            "--n_layers",
+            1,
+            "--n_heads",
+            2,
+            "--d_ff",
+            32,
+            "--seq_len",
+            16,
+            "--max_steps",
+            1,
+            "--eval_interval",
+            0,
+            "--no_show_samples",
+            "--threads",
+            1,
+        )
+        == 0
+    )
     capsys.readouterr()
     assert call(sample.main, run, "--blockwise", "--frozen_context", "--max_new_tokens", 4) == 0
     err = capsys.readouterr().err
@@ -436,14 +681,30 @@ def test_a_checkpoint_without_blocks(here, capsys, tmp_path):
     assert document["results"]["block"]["nll_per_token"] > 0
 
 
-# ---- evaluate -----------------------------------------------------------------------------------------------------------
+# ---- evaluate ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_evaluate_gives_one_number_twice(here, capsys, tmp_path, kind):
     found = []
     for blocks in ((), ("--blocks", "T,8")):
-        assert call(evaluate.main, RUNS[kind], "--batches", 2, "--draws", 1, "--chain_docs", 2, "--repeats", 0, "--out_json",
-                    tmp_path / "e.json", *blocks) == 0
+        assert (
+            call(
+                evaluate.main,
+                RUNS[kind],
+                "--batches",
+                2,
+                "--draws",
+                1,
+                "--chain_docs",
+                2,
+                "--repeats",
+                0,
+                "--out_json",
+                tmp_path / "e.json",
+                *blocks,
+            )
+            == 0
+        )
         found.append(json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["bound"])
         assert len(re.findall(r"^(?:T|8) +bound +all ", capsys.readouterr().out, re.M)) == 2
     assert found[0] == found[1]
@@ -451,12 +712,30 @@ def test_evaluate_gives_one_number_twice(here, capsys, tmp_path, kind):
 
 
 def test_a_grid_of_settings(here, capsys, tmp_path):
-    """Every combination is a row; what is quantised says what it costs; a misspelt axis is a sentence."""
-    one = compare(capsys, tmp_path, "primary", "--modes", "block_frozen", "--runs_per_prompt", 1, "--prompt", "ek", "--grid",
-                  "steps=2,4", "precision=fp32,int8")
+    """Every combination is a row; what is quantised says what it costs; a misspelt axis is a
+    sentence.
+    """
+    one = compare(
+        capsys,
+        tmp_path,
+        "primary",
+        "--modes",
+        "block_frozen",
+        "--runs_per_prompt",
+        1,
+        "--prompt",
+        "ek",
+        "--grid",
+        "steps=2,4",
+        "precision=fp32,int8",
+    )
     rows = one["results"]
-    assert list(rows) == [f"block_frozen steps={s} precision={p}" for s in (2, 4) for p in ("fp32", "int8")]
-    assert len({r["held_out_nats"] for r in rows.values()}) == 2 and all(r["judge_nats"] > 0 for r in rows.values())
+    assert list(rows) == [
+        f"block_frozen steps={s} precision={p}" for s in (2, 4) for p in ("fp32", "int8")
+    ]
+    assert len({r["held_out_nats"] for r in rows.values()}) == 2 and all(
+        r["judge_nats"] > 0 for r in rows.values()
+    )
     assert one["weights_bytes"]["int8"] < 0.5 * one["weights_bytes"]["fp32"]
     assert one["judge_nats_of_held_out_text"] > 0
     for bad in ("steps", "speed=4", "steps=x", "precision=int4"):
@@ -464,15 +743,28 @@ def test_a_grid_of_settings(here, capsys, tmp_path):
 
 
 def test_the_picture_has_a_line_for_each_rule():
-    """Twelve settings are four lines, joined along the steps; the frontier holds what no other beats in both."""
-    results = {f"block_frozen sampler={rule} temperature={heat} steps={steps}": dict(mean_tok_s=100 / steps, judge_nats=nats)
-               for rule, nats in (("confidence", 2.0), ("margin", 3.0)) for heat in (0, 1) for steps in (16, 4, 8)}
+    """Twelve settings are four lines, joined along the steps; the frontier holds what no other
+    beats in both.
+    """
+    results = {
+        f"block_frozen sampler={rule} temperature={heat} steps={steps}": dict(
+            mean_tok_s=100 / steps, judge_nats=nats
+        )
+        for rule, nats in (("confidence", 2.0), ("margin", 3.0))
+        for heat in (0, 1)
+        for steps in (16, 4, 8)
+    }
     results["full"] = {"skipped": "no blocks"}
     axis, lines = edge_benchmark.lines_of(results)
     rules = ("confidence", "margin")
-    assert axis == "steps" and sorted(lines) == [f"{rule} temperature {heat}" for rule in rules for heat in (0, 1)]
+    assert axis == "steps" and sorted(lines) == [
+        f"{rule} temperature {heat}" for rule in rules for heat in (0, 1)
+    ]
     assert [point[0] for point in lines["margin temperature 1"]] == ["4", "8", "16"]
-    assert edge_benchmark.lines_of({"full a=x": dict(mean_tok_s=1, judge_nats=2)}) == (None, {"full": [(None, 1, 2)]})
+    assert edge_benchmark.lines_of({"full a=x": dict(mean_tok_s=1, judge_nats=2)}) == (
+        None,
+        {"full": [(None, 1, 2)]},
+    )
     points = [("a", 5, 3.0), ("b", 4, 3.0), ("c", 4, 2.0), ("d", 1, 2.5), ("e", 1, 1.0)]
     assert [value for value, *_ in edge_benchmark.frontier(points)] == ["a", "c", "e"]
     assert edge_benchmark.spread([0, 0, 0.5, 9], 1) == [0, 1, 2, 9], "no two names on each other"
@@ -480,28 +772,77 @@ def test_the_picture_has_a_line_for_each_rule():
 
 def test_the_price_of_profiles(here, capsys, tmp_path):
     """Each beside itself at one token a forward; a rule that guesses much at once is found out."""
-    assert call(edge_benchmark.main, RUNS["primary"], "--out_json", tmp_path / "p.json", "--max_new_tokens", 12,
-                "--prompt", "ek", "--prompt", "भारत में", "--prompt", "namaste", "--prompt", "yaar mujhe", "--prompt", "aaj mausam",
-                "--runs_per_prompt", 1, "--warmup_runs", 0, "--profiles", "balanced", "max", "--block_size", 12) == 0
-    err, document = capsys.readouterr().err, json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
+    assert (
+        call(
+            edge_benchmark.main,
+            RUNS["primary"],
+            "--out_json",
+            tmp_path / "p.json",
+            "--max_new_tokens",
+            12,
+            "--prompt",
+            "ek",
+            "--prompt",
+            "भारत में",
+            "--prompt",
+            "namaste",
+            "--prompt",
+            "yaar mujhe",
+            "--prompt",
+            "aaj mausam",
+            "--runs_per_prompt",
+            1,
+            "--warmup_runs",
+            0,
+            "--profiles",
+            "balanced",
+            "max",
+            "--block_size",
+            12,
+        )
+        == 0
+    )
+    err, document = (
+        capsys.readouterr().err,
+        json.loads((tmp_path / "p.json").read_text(encoding="utf-8")),
+    )
     rows = document["results"]
     for name in ("balanced", "max"):
-        fast, slow = rows[f"block_frozen {name}"], rows[f"block_frozen {name}{edge_benchmark.CAREFUL}"]
-        assert slow["mean_forwards"] == 12 >= fast["mean_forwards"], "a token each, whether the text ends early or not"
-        assert document["profiles"][name]["judged"] == pytest.approx(fast["judge_nats"] / slow["judge_nats"] - 1)
+        fast, slow = (
+            rows[f"block_frozen {name}"],
+            rows[f"block_frozen {name}{edge_benchmark.CAREFUL}"],
+        )
+        assert slow["mean_forwards"] == 12 >= fast["mean_forwards"], (
+            "a token each, whether the text ends early or not"
+        )
+        assert document["profiles"][name]["judged"] == pytest.approx(
+            fast["judge_nats"] / slow["judge_nats"] - 1
+        )
     assert len(re.findall(r"^profile (?:balanced|max): \S+ judged", err, re.M)) == 2
-    cards = {f"block_frozen max{end}": dict(judge_nats=n, mean_tok_s=1.0, repeat_rate=0.0, tokens_per_forward=1.0)
-             for end, n in (("", 5.3), (edge_benchmark.CAREFUL, 5.0))}
-    assert edge_benchmark.price("max", cards)["judged"] == pytest.approx(0.06) and "NOT justified" in capsys.readouterr().err
-    cards["block_frozen max" + edge_benchmark.CAREFUL]["judge_nats"] = None          # it wrote nothing but an end
+    cards = {
+        f"block_frozen max{end}": dict(
+            judge_nats=n, mean_tok_s=1.0, repeat_rate=0.0, tokens_per_forward=1.0
+        )
+        for end, n in (("", 5.3), (edge_benchmark.CAREFUL, 5.0))
+    }
+    assert (
+        edge_benchmark.price("max", cards)["judged"] == pytest.approx(0.06)
+        and "NOT justified" in capsys.readouterr().err
+    )
+    # it wrote nothing but an end
+    cards["block_frozen max" + edge_benchmark.CAREFUL]["judge_nats"] = None
     assert edge_benchmark.price("max", cards) is None
     assert call(edge_benchmark.main, RUNS["primary"], "--profiles", "max", "--grid", "steps=2") == 2
 
 
 def test_a_prompt_that_no_terminal_should_see_raw(here, capsys, tmp_path):
-    """Half a surrogate pair, as a byte that is no UTF-8 comes in, and a C1 control: in --json and --out_json as escapes."""
+    """Half a surrogate pair, as a byte that is no UTF-8 comes in, and a C1 control: in --json and
+    --out_json as escapes.
+    """
     prompt, path = "a\udcff\x9bb", tmp_path / "o.json"
-    text, _ = draw(capsys, "primary", "--prompt", prompt, "--max_new_tokens", 2, "--json", "--out_json", path)
+    text, _ = draw(
+        capsys, "primary", "--prompt", prompt, "--max_new_tokens", 2, "--json", "--out_json", path
+    )
     for written in (text, path.read_text(encoding="utf-8")):
         assert "a\\udcff\\u009bb" in written and "\x9b" not in written
     [record] = json.loads(path.read_text(encoding="utf-8"))["samples"]

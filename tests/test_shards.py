@@ -1,6 +1,8 @@
-"""Checkpoints of cut-up weights: real gloo ranks, real FSDP2, written by some and read by any other number of them.
+"""Checkpoints of cut-up weights: real gloo ranks, real FSDP2, written by some and read by any other
+number of them.
 
-    python -m pytest tests/test_shards.py               # whole torchrun jobs with --fsdp: tests/test_distributed.py
+    python -m pytest tests/test_shards.py               # whole torchrun jobs with --fsdp:
+        tests/test_distributed.py
 """
 import contextlib
 import errno
@@ -28,7 +30,9 @@ from model_config import ModelConfig
 from training import distributed, optim
 
 # two heads over three and four ranks: some of them hold nothing of a slot's names
-CFG = ModelConfig(model="primary", vocab_size=50, d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=2)
+CFG = ModelConfig(
+    model="primary", vocab_size=50, d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=2
+)
 SMALL = dict(config={}, tokenizer_bytes=b"pieces")
 
 
@@ -39,11 +43,15 @@ def ram():
 
 
 def together(world, work, folder):
-    """work(ranks) in so many forked gloo processes -> what each returned (JSON can say it); an exception fails the test."""
+    """work(ranks) in so many forked gloo processes -> what each returned (JSON can say it); an
+    exception fails the test.
+    """
     def one(rank):
         torch.set_num_threads(1)
         try:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+            )
             found = work(distributed.Ranks(rank, world, sharded=True))
         except BaseException:
             found = traceback.format_exc()
@@ -51,7 +59,10 @@ def together(world, work, folder):
         os._exit(0)                                              # gloo's threads end with it
 
     folder.mkdir()
-    children = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(world)]
+    children = [
+        multiprocessing.get_context("fork").Process(target=one, args=(rank,))
+        for rank in range(world)
+    ]
     for child in children:
         child.start()
     for child in children:
@@ -69,9 +80,14 @@ def whole_model(seed=3):
 
 
 def trained(ranks):
-    """A sharded model after two steps of AdamW, and the averages of it: (model, optimizer, ema). Every rank alike."""
+    """A sharded model after two steps of AdamW, and the averages of it: (model, optimizer, ema).
+    Every rank alike.
+    """
     model = ranks.to_device(whole_model(), torch.device("cpu"), None)
-    optimizer, ema = optim.make_optimizer(model, TrainArgs(optimizer="adamw")), optim.EMA(model, 0.9)
+    optimizer, ema = (
+        optim.make_optimizer(model, TrainArgs(optimizer="adamw")),
+        optim.EMA(model, 0.9),
+    )
     for i in range(2):
         ids = torch.randint(4, 50, (2, 12), generator=torch.Generator().manual_seed(i))
         (model.hidden_blocks(ids, ids, 4) ** 2).mean().div(ranks.world).backward()
@@ -85,19 +101,33 @@ def store(ranks, run, step, model, optimizer=None, ema=None, **more):
     def write(**tensors):
         checkpoint.save(run, step, state={"n": step}, **SMALL, **tensors, **more)
         return True
-    return ranks.save(write, model=model.state_dict(), ema=ema and ema.state(), optimizer=optimizer and optimizer.state_tensors())
+
+    return ranks.save(
+        write,
+        model=model.state_dict(),
+        ema=ema and ema.state(),
+        optimizer=optimizer and optimizer.state_tensors(),
+    )
 
 
 def whole(tensors):
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+    return {
+        name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def saved(ram):
-    """A checkpoint of three ranks, and the same state gathered into safetensors of whole tensors by rank 0."""
+    """A checkpoint of three ranks, and the same state gathered into safetensors of whole tensors by
+    rank 0.
+    """
     def work(ranks):
         model, optimizer, ema = trained(ranks)
-        parts = dict(model_state=model.state_dict(), ema_state=ema.state(), optimizer_state=optimizer.state_tensors())
+        parts = dict(
+            model_state=model.state_dict(),
+            ema_state=ema.state(),
+            optimizer_state=optimizer.state_tensors(),
+        )
         parts = {name: whole(tensors) for name, tensors in parts.items()}
         if ranks.main:
             checkpoint.save(ram / "whole", 5, state={}, **SMALL, **parts)
@@ -107,12 +137,19 @@ def saved(ram):
 
 
 def same(one, other):
-    assert one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+    assert one.keys() == other.keys() and all(
+        torch.equal(t, other[name]) for name, t in one.items()
+    )
 
 
 def test_one_process_reads_what_three_wrote(saved):
-    """As whole tensors, bit for bit; each rank wrote about a third of every part, in safetensors, and nothing is pickle."""
-    cut, one = (checkpoint.load(path, parts=checkpoint.PARTS) for path in (saved, saved.parents[1] / "whole"))
+    """As whole tensors, bit for bit; each rank wrote about a third of every part, in safetensors,
+    and nothing is pickle.
+    """
+    cut, one = (
+        checkpoint.load(path, parts=checkpoint.PARTS)
+        for path in (saved, saved.parents[1] / "whole")
+    )
     for part in checkpoint.PARTS:
         same(getattr(cut, part), getattr(one, part))
         sizes = [file.stat().st_size for file in cut.files[part]]
@@ -125,15 +162,22 @@ def test_one_process_reads_what_three_wrote(saved):
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("source", ["cut", "whole"])
 def test_other_numbers_of_ranks_read_it(saved, ram, world, source):
-    """Their own parts alone: weights, averages and moments of two and four ranks are those that three had, or one."""
+    """Their own parts alone: weights, averages and moments of two and four ranks are those that
+    three had, or one.
+    """
     found = checkpoint.load(ram / source, parts=checkpoint.PARTS)
 
     def work(ranks):
-        seen = ranks.broadcast_checkpoint(checkpoint.load(ram / source, parts=()) if ranks.main else None)
+        seen = ranks.broadcast_checkpoint(
+            checkpoint.load(ram / source, parts=()) if ranks.main else None
+        )
         assert seen.model is None and seen.optimizer is None, "nobody holds the whole"
         model = ranks.to_device(whole_model(seed=4), torch.device("cpu"), None, seen.files["model"])
         same(whole(model.state_dict()), found.model)
-        optimizer, ema = optim.make_optimizer(model, TrainArgs(optimizer="adamw")), optim.EMA(model, 0.5)
+        optimizer, ema = (
+            optim.make_optimizer(model, TrainArgs(optimizer="adamw")),
+            optim.EMA(model, 0.5),
+        )
         optimizer.load_state_tensors(ranks.load_aux(seen, "optimizer", model))
         ema.load(ranks.load_aux(seen, "ema", model), 2)
         same(whole(optimizer.state_tensors()), found.optimizer)
@@ -146,11 +190,16 @@ def test_another_model_is_refused_on_every_rank(saved, ram):
     def work(ranks):
         model = build_model(ModelConfig(**{**vars(CFG), "d_ff": 32}))
         try:
-            ranks.to_device(model, torch.device("cpu"), None, checkpoint.load(saved, parts=()).files["model"])
+            ranks.to_device(
+                model, torch.device("cpu"), None, checkpoint.load(saved, parts=()).files["model"]
+            )
         except UserError as error:
             return str(error)
     for why in together(2, work, ram / "other"):
-        assert re.search(r"does not fit the model: layers\.0\.in_proj\.weight is \(\d+, 16\) there and \(\d+, 16\) here", why)
+        assert re.search(
+            r"does not fit the model: layers\.0\.in_proj\.weight is \(\d+, 16\) there and \(\d+, 16\) here",
+            why,
+        )
 
 
 @contextlib.contextmanager
@@ -167,9 +216,14 @@ def full_disk(owner, name):
         setattr(owner, name, real)
 
 
-@pytest.mark.parametrize("fault, victim", [("NaN", 0), ("NaN", 2), ("rename", 1), ("fsync", 1), ("fsync", 2), ("mkdir", 0)])
+@pytest.mark.parametrize(
+    "fault, victim",
+    [("NaN", 0), ("NaN", 2), ("rename", 1), ("fsync", 1), ("fsync", 2), ("mkdir", 0)],
+)
 def test_what_fails_on_one_rank_fails_on_all_and_leaves_the_last_one(ram, fault, victim):
-    """In its tensors, in DCP's files, in their names, before there is a folder; and the next save works."""
+    """In its tensors, in DCP's files, in their names, before there is a folder; and the next save
+    works.
+    """
     run = ram / f"{fault} {victim}"
 
     def work(ranks):
@@ -177,16 +231,18 @@ def test_what_fails_on_one_rank_fails_on_all_and_leaves_the_last_one(ram, fault,
         store(ranks, run, 1, model, ema=ema)
         before, mine = sorted(map(str, run.rglob("*"))), model.head.weight.detach().to_local()
         kept = mine.clone()
-        dist.barrier()                                           # nobody writes before all have looked
+        dist.barrier()  # nobody writes before all have looked
 
         def write(**tensors):
-            with pytest.raises((OSError, FloatingPointError), match="NaN" if fault == "NaN" else "No space left"):
+            with pytest.raises(
+                (OSError, FloatingPointError), match="NaN" if fault == "NaN" else "No space left"
+            ):
                 checkpoint.save(run, 2, state={}, **SMALL, **tensors)
             return False
         with contextlib.ExitStack() as undo:
             if ranks.rank == victim and fault == "NaN":
                 mine.fill_(torch.nan)
-            elif ranks.rank == victim and victim:                # not of what rank 0 writes by itself
+            elif ranks.rank == victim and victim:  # not of what rank 0 writes by itself
                 undo.enter_context(full_disk(os, "replace" if fault == "rename" else fault))
             elif ranks.rank == victim:
                 undo.enter_context(full_disk(os, "mkdir"))
@@ -203,7 +259,9 @@ def test_what_fails_on_one_rank_fails_on_all_and_leaves_the_last_one(ram, fault,
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("at", ["before", "between", "after"])
 def test_a_rank_killed_in_a_save(ram, victim, at):
-    """Before its files, between the parts, after them: the others end, the step before is whole, the next writer sweeps up."""
+    """Before its files, between the parts, after them: the others end, the step before is whole,
+    the next writer sweeps up.
+    """
     run = ram / f"killed {victim} {at}"
 
     def work(ranks):
@@ -222,12 +280,14 @@ def test_a_rank_killed_in_a_save(ram, victim, at):
         checkpoint_shards.dcp.save = save
         try:
             store(ranks, run, 2, model, ema=ema)
-        except (RuntimeError, OSError) as error:                 # distributed.joined makes a sentence of it
+        except (RuntimeError, OSError) as error:  # distributed.joined makes a sentence of it
             return type(error).__name__
         return "saved"
     found = together(2, work, ram / f"ranks killed {victim} {at}")
     assert found[victim] is None and found[1 - victim] != "saved"
-    assert checkpoint.load(run, parts=("model", "ema")).step == 1 and list(checkpoint.list_steps(run)) == [1]
+    assert checkpoint.load(run, parts=("model", "ema")).step == 1 and list(
+        checkpoint.list_steps(run)
+    ) == [1]
     with checkpoint.run_lock(run):
         assert not list(run.glob(".*-*"))
 
@@ -248,17 +308,22 @@ def test_old_moments_are_dropped_from_all_files(ram):
     checkpoint.verify(two.path)
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 def forge(source, target, change):
-    """A copy whose manifest vouches for whatever change(folder, manifest) did: only the content can give it away."""
+    """A copy whose manifest vouches for whatever change(folder, manifest) did: only the content can
+    give it away.
+    """
     target.mkdir()
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     manifest = checkpoint.read_manifest(target)
     change(target, manifest)
     for file in manifest["files"]:
-        manifest["files"][file] = {"size": (target / file).stat().st_size, "sha256": file_sha256(target / file)}
+        manifest["files"][file] = {
+            "size": (target / file).stat().st_size,
+            "sha256": file_sha256(target / file),
+        }
     (target / "MANIFEST.json").write_bytes(to_json(checkpoint.seal(manifest)))
     return target
 
@@ -288,16 +353,48 @@ def drop(folder, manifest):
     (folder / SECOND).unlink()
 
 
-@pytest.mark.parametrize("change", [
-    drop,
-    lambda folder, _: (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:-4]),
-    lambda folder, _: (folder / SECOND).write_bytes((folder / "model-00003-of-00003.safetensors").read_bytes()),
-    *(lambda folder, _, new=new: header(folder / SECOND, offsets(new)) for new in (
-        {"saved_offsets": [0, 0]}, {"saved_offsets": [10 ** 9, 0]}, {"saved_offsets": [-17, 0]}, {"saved_offsets": [17]},
-        {"saved_offsets": "17"}, {"saved_offsets": [17.5, 0]}, {}, None)),
-    lambda folder, _: header(folder / SECOND, lambda value: value["__metadata__"].update(DCP_SHARDING_INFO="{")),
-    lambda folder, _: header(folder / SECOND, lambda value: value["__metadata__"].clear()),
-], ids=["no file", "short", "twice", "overlap", "far", "negative", "few", "text", "half", "empty", "null", "no json", "none"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        drop,
+        lambda folder, _: (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:-4]),
+        lambda folder, _: (folder / SECOND).write_bytes(
+            (folder / "model-00003-of-00003.safetensors").read_bytes()
+        ),
+        *(
+            lambda folder, _, new=new: header(folder / SECOND, offsets(new))
+            for new in (
+                {"saved_offsets": [0, 0]},
+                {"saved_offsets": [10**9, 0]},
+                {"saved_offsets": [-17, 0]},
+                {"saved_offsets": [17]},
+                {"saved_offsets": "17"},
+                {"saved_offsets": [17.5, 0]},
+                {},
+                None,
+            )
+        ),
+        lambda folder, _: header(
+            folder / SECOND, lambda value: value["__metadata__"].update(DCP_SHARDING_INFO="{")
+        ),
+        lambda folder, _: header(folder / SECOND, lambda value: value["__metadata__"].clear()),
+    ],
+    ids=[
+        "no file",
+        "short",
+        "twice",
+        "overlap",
+        "far",
+        "negative",
+        "few",
+        "text",
+        "half",
+        "empty",
+        "null",
+        "no json",
+        "none",
+    ],
+)
 def test_parts_that_make_no_whole_are_refused(saved, tmp_path, change):
     """Whatever the manifest says; and --resume_latest takes the checkpoint before."""
     forge(saved, tmp_path / "step_000005", change)
@@ -315,7 +412,7 @@ def test_a_flipped_bit_in_any_shard_is_found(saved, tmp_path):
             checkpoint.load(folder, parts=())
 
 
-# ---- gradients, without --fsdp ----------------------------------------------------------------------------------------
+# ---- gradients, without --fsdp -------------------------------------------------------------------
 
 class TwoPaths(torch.nn.Module):
     """One of its weights is used by even steps only, one by none."""
@@ -329,7 +426,9 @@ class TwoPaths(torch.nn.Module):
 
 
 def test_gradients_are_sums_and_what_has_none_keeps_none(ram):
-    """Over two and four ranks, in accumulation, with weights that start apart; a lone forward leaves the ranks to themselves."""
+    """Over two and four ranks, in accumulation, with weights that start apart; a lone forward
+    leaves the ranks to themselves.
+    """
     def work(ranks):
         net = TwoPaths()
         with torch.no_grad():

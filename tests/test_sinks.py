@@ -1,4 +1,5 @@
-"""TensorBoard and Weights & Biases, the real packages: fed from the log's events, and dead ones never stop or change a training.
+"""TensorBoard and Weights & Biases, the real packages: fed from the log's events, and dead ones
+never stop or change a training.
 
     python -m pytest tests/test_sinks.py
 """
@@ -14,7 +15,7 @@ from common.console import UserError
 from conftest import aria, log
 from training import logs as sinks
 
-# ---- a sink may do what it likes -----------------------------------------------------------------------------------------
+# ---- a sink may do what it likes -----------------------------------------------------------------
 
 class Kept:
     def __init__(self):
@@ -43,18 +44,25 @@ class Breaks(Kept):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a\nb"), SystemExit(1)], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ValueError("a\nb"), SystemExit(1)], ids=repr
+)
 @pytest.mark.parametrize("at", [3, None])
 def test_a_sink_that_raises_is_named_once_and_dropped(error, at, capsys):
     kept, lines, broken = Kept(), Kept(), Breaks(error, at)
     lines.write = lambda event, **values: lines.items.append((event, values))
-    events = sinks.Events(lines, [sinks.Sink("Broken", lambda: broken), sinks.Sink("Whole", lambda: kept)])
+    events = sinks.Events(
+        lines, [sinks.Sink("Broken", lambda: broken), sinks.Sink("Whole", lambda: kept)]
+    )
     for i in range(50):
         events.write("train", step=i)
     events.close()
     told = capsys.readouterr().err
     assert told.count("warning: Broken: ") == 1 == told.count("\n") and type(error).__name__ in told
-    assert kept.items == [*(("train", {"step": i}) for i in range(50)), "closed"] and len(lines.items) == 51
+    assert (
+        kept.items == [*(("train", {"step": i}) for i in range(50)), "closed"]
+        and len(lines.items) == 51
+    )
     assert len(broken.items) == (at or 50)
 
 
@@ -65,7 +73,7 @@ def test_a_sink_that_hangs_costs_no_time(capsys):
     for i in range(1000):
         sink.put(("train", {"step": i}))
     assert time.perf_counter() - started < 1
-    sink.finish(5)                                                # it is dead already: nobody waits for it
+    sink.finish(5)  # it is dead already: nobody waits for it
     slow = sinks.Sink("Slow", free.wait)
     slow.finish(0.05)
     assert time.perf_counter() - started < 3
@@ -75,73 +83,151 @@ def test_a_sink_that_hangs_costs_no_time(capsys):
 
 
 def test_numbers_of_an_event():
-    assert sinks.numbers("eval", dict(step=3, best=True, text="x", none=None, val=1.5, by_block={"T": 2, "8": 3.0})) == {
-        "eval/val": 1.5, "eval/by_block/T": 2, "eval/by_block/8": 3.0}
+    assert sinks.numbers(
+        "eval", dict(step=3, best=True, text="x", none=None, val=1.5, by_block={"T": 2, "8": 3.0})
+    ) == {"eval/val": 1.5, "eval/by_block/T": 2, "eval/by_block/8": 3.0}
 
 
-# ---- the training does not notice ------------------------------------------------------------------------------------------
+# ---- the training does not notice ----------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
 def test_samples_and_sinks_change_no_weight(text, tmp_path, kind, capsys):
-    """With samples at every second step and TensorBoard, with neither, and with a TensorBoard that cannot write: equal bits."""
+    """With samples at every second step and TensorBoard, with neither, and with a TensorBoard that
+    cannot write: equal bits.
+    """
     pytest.importorskip("tensorboard")
     (tmp_path / "file").write_text("in the way")
     words = ("--model", kind, *HARD, "--max_steps", 9, "--eval_interval", 2, "--save_interval", 0)
-    for name, more in (("a", ()), ("b", ("--show_samples", "--tensorboard", "--log_dir", tmp_path / "logs")),
-                       ("c", ("--tensorboard", "--log_dir", tmp_path / "file"))):
+    for name, more in (
+        ("a", ()),
+        ("b", ("--show_samples", "--tensorboard", "--log_dir", tmp_path / "logs")),
+        ("c", ("--tensorboard", "--log_dir", tmp_path / "file")),
+    ):
         assert fresh(text, tmp_path / name, *words, *more) == 0
     a, b, c = (weights(tmp_path / name / "step_000009") for name in "abc")
     assert a == b == c
     said = log(tmp_path / "b", "sample")
-    assert [e["step"] for e in said] == [s for s in (0, 2, 4, 6, 8, 9) for _ in range(2)] and not log(tmp_path / "a", "sample")
+    assert [e["step"] for e in said] == [
+        s for s in (0, 2, 4, 6, 8, 9) for _ in range(2)
+    ] and not log(tmp_path / "a", "sample")
     assert capsys.readouterr().err.count("warning: TensorBoard: ") == 1
     assert said[-1]["prompt"] in (tmp_path / "b/report.html").read_text(encoding="utf-8")
 
 
 def test_tensorboard_holds_the_log(text, tmp_path):
-    """Read back by TensorBoard itself: every figure of every step; what a resume does again counts once."""
+    """Read back by TensorBoard itself: every figure of every step; what a resume does again counts
+    once.
+    """
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run, logs = tmp_path / "run", ("--tensorboard", "on", "--log_dir", tmp_path / "logs")
     words = ("--save_interval", 4, "--eval_interval", 3, "--show_samples", *logs)
     assert fresh(text, run, *words, "--max_steps", 6, "--lr_schedule", "constant") == 0
-    assert call("--resume", run / "step_000004", "--max_steps", 8, "--threads", 1, *logs, "--show_samples") == 0
-    lines = {e["step"]: e for e in log(run)}                      # the later one of two
-    found = loader.EventAccumulator(str(tmp_path / "logs/run"), size_guidance={"scalars": 0, "tensors": 0})
+    assert (
+        call(
+            "--resume",
+            run / "step_000004",
+            "--max_steps",
+            8,
+            "--threads",
+            1,
+            *logs,
+            "--show_samples",
+        )
+        == 0
+    )
+    lines = {e["step"]: e for e in log(run)}  # the later one of two
+    found = loader.EventAccumulator(
+        str(tmp_path / "logs/run"), size_guidance={"scalars": 0, "tensors": 0}
+    )
     found.Reload()
     for key in ("loss", "mfu", "gnorm", "mask", "lr", "tok_s"):
         assert [(s.step, s.value) for s in found.Scalars(f"train/{key}")] == [
             (step, pytest.approx(e[key], rel=1e-6)) for step, e in sorted(lines.items())], key
-    assert [s.step for s in found.Scalars("eval/val_nelbo")] == [0, 3, 6, 8] and "eval/by_block/T" in found.Tags()["scalars"]
+    assert [s.step for s in found.Scalars("eval/val_nelbo")] == [
+        0,
+        3,
+        6,
+        8,
+    ] and "eval/by_block/T" in found.Tags()["scalars"]
     spoken = [t for t in found.Tags()["tensors"] if t.startswith("sample/")]
-    assert len(spoken) == 2 and found.Tensors(spoken[0])[0].tensor_proto.string_val[0].decode().startswith(spoken[0][7:])
+    assert len(spoken) == 2 and found.Tensors(spoken[0])[0].tensor_proto.string_val[
+        0
+    ].decode().startswith(spoken[0][7:])
 
 
 def test_wandb_offline_goes_on_with_its_run(text, tmp_path):
-    """The real package, twice: figures in its file on the disk, and the same run after a resume. Nothing is sent."""
+    """The real package, twice: figures in its file on the disk, and the same run after a resume.
+    Nothing is sent.
+    """
     pytest.importorskip("wandb")
     env = {"WANDB_MODE": "offline", "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:1"}
-    first = ("--data_dir", text, "--output_dir", "run", "--max_steps", 3, "--eval_interval", 3, "--d_model", 16, "--n_layers", 1,
-             "--n_heads", 2, "--d_ff", 16, "--seq_len", 16, "--batch_size", 2, "--eval_batches", 1, "--show_samples")
+    first = (
+        "--data_dir",
+        text,
+        "--output_dir",
+        "run",
+        "--max_steps",
+        3,
+        "--eval_interval",
+        3,
+        "--d_model",
+        16,
+        "--n_layers",
+        1,
+        "--n_heads",
+        2,
+        "--d_ff",
+        16,
+        "--seq_len",
+        16,
+        "--batch_size",
+        2,
+        "--eval_batches",
+        1,
+        "--show_samples",
+    )
     done = aria("train", *first, "--wandb", "--wandb_tags", "a,b", cwd=tmp_path, env=env, check=0)
     assert "Weights" not in done.stderr, "a warning of the sink"
     state = json.loads((tmp_path / "run/step_000003/state.json").read_text())
     aria("train", "--resume", "run", "--max_steps", 4, "--wandb", cwd=tmp_path, env=env, check=0)
     files = sorted(tmp_path.glob(f"logs/wandb/offline-run-*/run-{state['wandb_id']}.wandb"))
     assert len(files) == 2 and all(b"train/loss" in p.read_bytes() for p in files)
-    assert json.loads((tmp_path / "run/step_000004/state.json").read_text())["wandb_id"] == state["wandb_id"]
-    assert call("--resume", tmp_path / "run", "--max_steps", 5, "--no_show_samples") == 0        # not asked for: not fed
+    assert (
+        json.loads((tmp_path / "run/step_000004/state.json").read_text())["wandb_id"]
+        == state["wandb_id"]
+    )
+    # not asked for: not fed
+    assert call("--resume", tmp_path / "run", "--max_steps", 5, "--no_show_samples") == 0
     assert len(list(tmp_path.glob("logs/wandb/offline-run-*"))) == 2
-    assert json.loads((tmp_path / "run/step_000005/state.json").read_text())["wandb_id"] == state["wandb_id"]
+    assert (
+        json.loads((tmp_path / "run/step_000005/state.json").read_text())["wandb_id"]
+        == state["wandb_id"]
+    )
 
 
-# ---- usage errors ------------------------------------------------------------------------------------------------------------------
+# ---- usage errors --------------------------------------------------------------------------------
 
 def test_what_is_missing_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    done = aria("train", "--data_dir", "nothing", "--wandb", cwd=tmp_path,
-                env={"HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path), "NETRC": str(tmp_path / "none")}, check=3)
-    assert "wandb login" in done.stderr and "Traceback" not in done.stderr and not list(tmp_path.glob("checkpoints/*"))
+    done = aria(
+        "train",
+        "--data_dir",
+        "nothing",
+        "--wandb",
+        cwd=tmp_path,
+        env={
+            "HOME": str(tmp_path),
+            "WANDB_CONFIG_DIR": str(tmp_path),
+            "NETRC": str(tmp_path / "none"),
+        },
+        check=3,
+    )
+    assert (
+        "wandb login" in done.stderr
+        and "Traceback" not in done.stderr
+        and not list(tmp_path.glob("checkpoints/*"))
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for words, package in ((["--wandb"], "wandb"), (["--tensorboard"], "tensorboard")):
         with pytest.raises(UserError, match=f"pip install {package}") as error:
@@ -156,12 +242,16 @@ def call_raw(words):
 
 
 def test_a_missing_tensorboard_is_said_once(tmp_path, monkeypatch, capsys):
-    """By default it is used where it is installed; where it is not, one line says so and how to get it or silence this."""
+    """By default it is used where it is installed; where it is not, one line says so and how to get
+    it or silence this.
+    """
     monkeypatch.delenv("ARIA_TENSORBOARD", raising=False)
     monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
     assert sinks.opened(config.TrainArgs(log_dir=str(tmp_path)), tmp_path / "run", None, 0) == []
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "pip install tensorboard" in told and "--tensorboard off" in told
+    assert (
+        told.count("\n") == 1 and "pip install tensorboard" in told and "--tensorboard off" in told
+    )
     assert sinks.opened(config.TrainArgs(tensorboard="off"), tmp_path / "run", None, 0) == []
     assert not capsys.readouterr().err
 

@@ -1,4 +1,6 @@
-"""The trainer as a user sees it: exact resume, signals, damage control, logs. Tiny models; a process only where it matters."""
+"""The trainer as a user sees it: exact resume, signals, damage control, logs. Tiny models; a
+process only where it matters.
+"""
 import contextlib
 import hashlib
 import json
@@ -29,10 +31,40 @@ from conftest import ROOT, aria, log, tree
 from sampling import decode
 from training import logs, optim, recovery
 
-SHAPE = ("--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 32, "--memory_slots", 2, "--seq_len", 16,
-         "--batch_size", 4, "--grad_accum", 2, "--train_block_sizes", "T,8,4", "--block_size", 4, "--lr", 3e-3,
-         "--eval_batches", 1, "--threads", 1, "--no_amp", "--no_show_samples", "--live", "off")
-HARD = ("--dropout", 0.1, "--ema", 0.9, "--masking_strategy", "span", "--keep_full", 9)      # all that carries state
+SHAPE = (
+    "--d_model",
+    16,
+    "--n_layers",
+    2,
+    "--n_heads",
+    2,
+    "--d_ff",
+    32,
+    "--memory_slots",
+    2,
+    "--seq_len",
+    16,
+    "--batch_size",
+    4,
+    "--grad_accum",
+    2,
+    "--train_block_sizes",
+    "T,8,4",
+    "--block_size",
+    4,
+    "--lr",
+    3e-3,
+    "--eval_batches",
+    1,
+    "--threads",
+    1,
+    "--no_amp",
+    "--no_show_samples",
+    "--live",
+    "off",
+)
+# all that carries state
+HARD = ("--dropout", 0.1, "--ema", 0.9, "--masking_strategy", "span", "--keep_full", 9)
 
 
 def call(*words):
@@ -45,23 +77,49 @@ def fresh(text, run, *more):
 
 def curve(run):
     """What must not depend on how often one looks or where one stopped: {step: figures}."""
-    return {line["step"]: [line[key] for key in ("loss", "mask", "lr", "gnorm", "block", "first")] for line in log(run)}
+    return {
+        line["step"]: [line[key] for key in ("loss", "mask", "lr", "gnorm", "block", "first")]
+        for line in log(run)
+    }
 
 
 def weights(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("*.safetensors"))
+    }
 
 
-# ---- nobody listens -------------------------------------------------------------------------------------------------
+# ---- nobody listens ------------------------------------------------------------------------------
 
 def test_a_closed_pipe_or_terminal_costs_no_work(text, tmp_path):
-    """Whoever read the output has gone: the training goes on. SIGHUP, a closed terminal, is a stop that saves."""
+    """Whoever read the output has gone: the training goes on. SIGHUP, a closed terminal, is a stop
+    that saves.
+    """
     for name, number in (("pipe", None), ("hangup", signal.SIGHUP)):
-        words = ["--data_dir", text, *SHAPE, "--max_steps", 5000 if number else 30, "--save_interval", 0,
-                 "--log_interval", 1, "--eval_interval", 0, "--output_dir", tmp_path / name]
-        with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, words)], stderr=subprocess.PIPE,
-                              stdout=subprocess.DEVNULL, cwd=tmp_path,     # whatever a nohup around the tests has said
-                              preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)) as process:
+        words = [
+            "--data_dir",
+            text,
+            *SHAPE,
+            "--max_steps",
+            5000 if number else 30,
+            "--save_interval",
+            0,
+            "--log_interval",
+            1,
+            "--eval_interval",
+            0,
+            "--output_dir",
+            tmp_path / name,
+        ]
+        with subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *map(str, words)],
+            stderr=subprocess.PIPE,
+            # whatever a nohup around the tests has said
+            stdout=subprocess.DEVNULL,
+            cwd=tmp_path,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        ) as process:
             while b"step 1/" not in process.stderr.readline():
                 assert process.poll() is None
             process.stderr.close()
@@ -69,20 +127,39 @@ def test_a_closed_pipe_or_terminal_costs_no_work(text, tmp_path):
                 process.send_signal(number)
             assert process.wait(timeout=60) == 0
         end = log(tmp_path / name, "end")[-1]
-        assert end["stopped"] == ("SIGHUP" if number else None) and (tmp_path / name / "latest").exists()
+        assert (
+            end["stopped"] == ("SIGHUP" if number else None)
+            and (tmp_path / name / "latest").exists()
+        )
         assert end["step"] == 30 or number and end["step"] < 5000
 
 
-# ---- the best checkpoint ----------------------------------------------------------------------------------------------
+# ---- the best checkpoint -------------------------------------------------------------------------
 
 def state(folder):
     return json.loads((folder / "state.json").read_text())
 
 
 def test_best_is_the_best_of_what_was_both_scored_and_saved(text, tmp_path):
-    """Scored every 4 steps, saved every 6: a save between two validations bears nobody's figure, step 0's least of all."""
+    """Scored every 4 steps, saved every 6: a save between two validations bears nobody's figure,
+    step 0's least of all.
+    """
     run = tmp_path / "run"
-    assert fresh(text, run, "--max_steps", 36, "--eval_interval", 4, "--save_interval", 6, "--keep_last", 0) == 0
+    assert (
+        fresh(
+            text,
+            run,
+            "--max_steps",
+            36,
+            "--eval_interval",
+            4,
+            "--save_interval",
+            6,
+            "--keep_last",
+            0,
+        )
+        == 0
+    )
     nats = {line["step"]: line["val_nelbo"] for line in log(run, "eval")}
     saves = {line["step"]: line["best"] for line in log(run, "save")}
     best = math.inf
@@ -90,12 +167,16 @@ def test_best_is_the_best_of_what_was_both_scored_and_saved(text, tmp_path):
         assert is_best == (nats.get(step, math.inf) < best), step
         best = min(best, nats[step]) if is_best else best
         assert state(run / f"step_{step:06d}")["kept"] == (None if best == math.inf else best)
-    assert {step for step, is_best in saves.items() if is_best} <= {12, 24, 36} and best == min(nats[s] for s in (12, 24, 36))
+    assert {step for step, is_best in saves.items() if is_best} <= {12, 24, 36} and best == min(
+        nats[s] for s in (12, 24, 36)
+    )
     assert (run / "best").read_text().startswith(f"step_{min((12, 24, 36), key=nats.get):06d}")
 
 
 def test_another_validation_has_another_best(text, tmp_path):
-    """Other held-out windows are another question: their first figure is the best so far, whatever the earlier ones said."""
+    """Other held-out windows are another question: their first figure is the best so far, whatever
+    the earlier ones said.
+    """
     run = tmp_path / "run"
     words = ("--eval_interval", 5, "--save_interval", 5, "--keep_full", 9)
     assert fresh(text, run, *words, "--max_steps", 10, "--train_block_sizes", 4) == 0
@@ -119,7 +200,10 @@ def test_text_of_unknown_size_is_scored_in_nats(text, tmp_path, capsys):
 
 def test_one_layer_has_no_early_exit(text, tmp_path):
     """There is none before the last: the run is saved, and says so in no file."""
-    assert fresh(text, tmp_path / "run", "--n_layers", 1, "--exit_loss_weight", 0.1, "--max_steps", 2) == 0
+    assert (
+        fresh(text, tmp_path / "run", "--n_layers", 1, "--exit_loss_weight", 0.1, "--max_steps", 2)
+        == 0
+    )
     assert (tmp_path / "run/latest").exists()
 
 
@@ -132,23 +216,42 @@ def test_the_probe_for_memory_tries_every_block_rule(text, tmp_path, monkeypatch
     assert asked[:3] == [16, 8, 1]
 
 
-# ---- block rules ------------------------------------------------------------------------------------------------------
+# ---- block rules ---------------------------------------------------------------------------------
 
 def test_single_tokens_come_first_and_fade_out(text, tmp_path, capsys, monkeypatch):
-    """A run's own log: at first every block is one token, after half of the steps none is; before and after a resume."""
-    monkeypatch.setattr(train, "MANY_EPOCHS", 1)                                   # these are one and a half
+    """A run's own log: at first every block is one token, after half of the steps none is; before
+    and after a resume.
+    """
+    monkeypatch.setattr(train, "MANY_EPOCHS", 1)  # these are one and a half
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    words = ("--max_steps", 60, "--eval_interval", 0, "--save_interval", 17, "--keep_full", 9, "--train_block_sizes",
-             "T,8", "--ar_fade", 0.5)
+    words = (
+        "--max_steps",
+        60,
+        "--eval_interval",
+        0,
+        "--save_interval",
+        17,
+        "--keep_full",
+        9,
+        "--train_block_sizes",
+        "T,8",
+        "--ar_fade",
+        0.5,
+    )
     assert fresh(text, whole, *words) == 0
     ones = [line["block"] == 1 for line in log(whole)]
-    assert all(ones[:2]) and 11 <= sum(ones[:30]) <= 20 and not any(ones[30:]), "evenly: half of 30, three deviations around"
+    assert all(ones[:2]) and 11 <= sum(ones[:30]) <= 20 and not any(ones[30:]), (
+        "evenly: half of 30, three deviations around"
+    )
     assert all(line["mask"] == 1 for line, one in zip(log(whole), ones, strict=True) if one)
     shutil.copytree(whole / "step_000017", cut / "step_000017")
     assert call("--resume", cut / "step_000017", "--no_show_samples") == 0
     assert curve(cut) == {step: value for step, value in curve(whole).items() if step > 17}
     said = capsys.readouterr().err
-    assert "fading into T,8 until step 30" in said and "2 passes over this text: single tokens unlearn" in said
+    assert (
+        "fading into T,8 until step 30" in said
+        and "2 passes over this text: single tokens unlearn" in said
+    )
     assert fresh(text, tmp_path / "off", "--max_steps", 60, "--eval_interval", 0) == 0
     assert not {"fading", "unlearn"} & set(re.findall(r"\w+", capsys.readouterr().err))
     monkeypatch.setattr(train, "MANY_EPOCHS", 8)
@@ -166,40 +269,108 @@ def test_who_fades():
     assert args(train_block_sizes="T", ar_fade=0.5).block_rules == [512, 1]
     assert [args(ar_fade=0.5).single_chance(step) for step in (0, 25, 50, 99)] == [1, 0.5, 0, 0]
     assert [masking.pick_blocks([512, 32], 512, 0, s) for s in range(50)] == [
-        masking.pick_blocks([512, 32], 512, 0, s, 1e-9) for s in range(50)], "the other draws stay what they were"
+        masking.pick_blocks([512, 32], 512, 0, s, 1e-9) for s in range(50)
+    ], "the other draws stay what they were"
 
 
-# ---- resume ---------------------------------------------------------------------------------------------------------
+# ---- resume --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resume_equals_the_uninterrupted_run(text, tmp_path, kind, optimizer):
-    """Bit for bit, from the middle of one epoch into the next, with intervals that do not divide."""
+    """Bit for bit, from the middle of one epoch into the next, with intervals that do not divide.
+    """
     a, b = tmp_path / "a", tmp_path / "b"
-    assert fresh(text, a, *HARD, "--model", kind, "--optimizer", optimizer, "--max_steps", 52, "--save_interval", 19,
-                 "--eval_interval", 7, "--log_interval", 3) == 0
+    assert (
+        fresh(
+            text,
+            a,
+            *HARD,
+            "--model",
+            kind,
+            "--optimizer",
+            optimizer,
+            "--max_steps",
+            52,
+            "--save_interval",
+            19,
+            "--eval_interval",
+            7,
+            "--log_interval",
+            3,
+        )
+        == 0
+    )
     windows = read_json(text / "meta.json")["train_tokens"] // 16
-    assert 19 * 8 < windows < 52 * 8 and windows % (19 * 8), "the resume has to be mid-epoch, and the end in the next one"
+    assert 19 * 8 < windows < 52 * 8 and windows % (19 * 8), (
+        "the resume has to be mid-epoch, and the end in the next one"
+    )
     shutil.copytree(a / "step_000019", b / "step_000019")
-    assert call("--resume", b, "--eval_interval", 10, "--save_interval", 23, "--log_interval", 2, "--threads", 1,
-                "--no_show_samples") == 0
+    assert (
+        call(
+            "--resume",
+            b,
+            "--eval_interval",
+            10,
+            "--save_interval",
+            23,
+            "--log_interval",
+            2,
+            "--threads",
+            1,
+            "--no_show_samples",
+        )
+        == 0
+    )
     files = weights(a / "step_000052")
     assert set(files) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
     assert files == weights(b / "step_000052")
     one, two = curve(a), curve(b)
-    assert list(one) == list(range(1, 53)) and two == {step: one[step] for step in range(20, 53)}, "a record per step"
+    assert list(one) == list(range(1, 53)) and two == {step: one[step] for step in range(20, 53)}, (
+        "a record per step"
+    )
     ends = [read_json(run / "step_000052" / "state.json") for run in (a, b)]
-    assert all(ends[0][key] == ends[1][key] for key in ("position", "tokens_seen", "skipped", "ema_updates"))
+    assert all(
+        ends[0][key] == ends[1][key]
+        for key in ("position", "tokens_seen", "skipped", "ema_updates")
+    )
 
 
 @pytest.mark.parametrize("kind, optimizer", [("primary", "muon"), ("backup", "adamw")])
 def test_n_and_n_steps_are_2n_steps_across_processes(text, tmp_path, kind, optimizer):
-    """The command line's own way: --max_steps N, then --resume --max_steps 2N; the rate must not depend on the total."""
-    more = ("--model", kind, "--optimizer", optimizer, "--lr_schedule", "constant", "--warmup_steps", 4,
-            "--save_interval", 4, "--eval_interval", 5, *HARD)
+    """The command line's own way: --max_steps N, then --resume --max_steps 2N; the rate must not
+    depend on the total.
+    """
+    more = (
+        "--model",
+        kind,
+        "--optimizer",
+        optimizer,
+        "--lr_schedule",
+        "constant",
+        "--warmup_steps",
+        4,
+        "--save_interval",
+        4,
+        "--eval_interval",
+        5,
+        *HARD,
+    )
     assert fresh(text, tmp_path / "a", *more, "--max_steps", 18) == 0
-    assert fresh(text, tmp_path / "b", *more, "--max_steps", 9) == 0           # this process; the rest is another's
-    done = aria("train", "--output_dir", "b", "--resume", "--max_steps", 18, "--threads", 1, cwd=tmp_path, check=0)
+    # this process; the rest is another's
+    assert fresh(text, tmp_path / "b", *more, "--max_steps", 9) == 0
+    done = aria(
+        "train",
+        "--output_dir",
+        "b",
+        "--resume",
+        "--max_steps",
+        18,
+        "--threads",
+        1,
+        cwd=tmp_path,
+        check=0,
+    )
     assert "max_steps: 9 -> 18" in done.stderr
     assert weights(tmp_path / "a/step_000018") == weights(tmp_path / "b/step_000018")
     one, two = curve(tmp_path / "a"), curve(tmp_path / "b")
@@ -209,10 +380,24 @@ def test_n_and_n_steps_are_2n_steps_across_processes(text, tmp_path, kind, optim
 def test_sigterm_saves_and_the_resume_changes_nothing(text, tmp_path, capsys):
     """Also: while it runs, a second trainer is refused and touches nothing."""
     a, b = tmp_path / "a", tmp_path / "my b"
-    words = ["--data_dir", text, *SHAPE, "--max_steps", 120, "--eval_interval", 0, "--save_interval", 0, "--log_interval", 1]
+    words = [
+        "--data_dir",
+        text,
+        *SHAPE,
+        "--max_steps",
+        120,
+        "--eval_interval",
+        0,
+        "--save_interval",
+        0,
+        "--log_interval",
+        1,
+    ]
     assert call(*words, "--output_dir", a) == 0
     command = [sys.executable, str(ROOT / "train.py"), *map(str, words), "--output_dir", str(b)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8", cwd=tmp_path) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, encoding="utf-8", cwd=tmp_path
+    ) as process:
         try:
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline and process.poll() is None:
@@ -220,7 +405,7 @@ def test_sigterm_saves_and_the_resume_changes_nothing(text, tmp_path, capsys):
                     if len(log(b)) >= 5:
                         break
                 time.sleep(0.01)
-            process.send_signal(signal.SIGSTOP)                      # hold it, so that the second trainer meets it
+            process.send_signal(signal.SIGSTOP)  # hold it, so that the second trainer meets it
             capsys.readouterr()
             assert call(*words, "--output_dir", b) == 2
             assert f"process {process.pid} trains in" in capsys.readouterr().err
@@ -242,24 +427,49 @@ def test_sigterm_saves_and_the_resume_changes_nothing(text, tmp_path, capsys):
 def many_parts(text, tmp_path_factory):
     """A run whose steps and evaluations have many parts, and the words that start it."""
     run = tmp_path_factory.mktemp("many") / "run"
-    words = ("--batch_size", 1, "--grad_accum", 8, "--eval_batches", 6, "--max_steps", 6, "--eval_interval", 3,
-             "--save_interval", 2, *HARD)
+    words = (
+        "--batch_size",
+        1,
+        "--grad_accum",
+        8,
+        "--eval_batches",
+        6,
+        "--max_steps",
+        6,
+        "--eval_interval",
+        3,
+        "--save_interval",
+        2,
+        *HARD,
+    )
     assert fresh(text, run, *words) == 0
     return run, words
 
 
-@pytest.mark.parametrize("place, number, at", [
-    ("forward", 6 * 3 + 8 * 2 + 5, 2),       # step 3, fifth of its eight forwards
-    ("backward", 8 * 2 * 3 + 7, 3),          # step 4, in the middle of a backward pass; step 3 was evaluated
-    ("forward", 6 * 3 + 8 * 3 + 7, 3),       # the evaluation of step 3
-    ("forward", 2 * 6 * 3 + 8 * 6 + 7, 6),   # the evaluation of the last step
-    ("forward", 5, 0)])                      # the evaluation before the first step: there is nothing to save
-def test_a_signal_ends_a_step_or_an_evaluation_in_its_middle(many_parts, text, tmp_path, monkeypatch, place, number, at):
-    """What was given up leaves no trace: the resumed run has the weights, losses and evaluations of the uninterrupted one."""
+@pytest.mark.parametrize(
+    "place, number, at",
+    [
+        ("forward", 6 * 3 + 8 * 2 + 5, 2),  # step 3, fifth of its eight forwards
+        # step 4, in the middle of a backward pass; step 3 was evaluated
+        ("backward", 8 * 2 * 3 + 7, 3),
+        ("forward", 6 * 3 + 8 * 3 + 7, 3),  # the evaluation of step 3
+        ("forward", 2 * 6 * 3 + 8 * 6 + 7, 6),  # the evaluation of the last step
+        ("forward", 5, 0),
+    ],
+)  # the evaluation before the first step: there is nothing to save
+def test_a_signal_ends_a_step_or_an_evaluation_in_its_middle(
+    many_parts, text, tmp_path, monkeypatch, place, number, at
+):
+    """What was given up leaves no trace: the resumed run has the weights, losses and evaluations of
+    the uninterrupted one.
+    """
     reference, words = many_parts
-    module, name = {"forward": (masking, "denoising_loss"), "backward": (layers, "let_signals_in")}[place]
+    module, name = {"forward": (masking, "denoising_loss"), "backward": (layers, "let_signals_in")}[
+        place
+    ]
     real, calls = getattr(module, name), []
-    monkeypatch.setattr(recovery, "can_learn", lambda *_: True)          # asked at each save: its forwards are not counted here
+    # asked at each save: its forwards are not counted here
+    monkeypatch.setattr(recovery, "can_learn", lambda *_: True)
 
     def signalled(*args, **kwargs):
         calls.append(place)
@@ -274,7 +484,11 @@ def test_a_signal_ends_a_step_or_an_evaluation_in_its_middle(many_parts, text, t
     assert (end["stopped"], end["step"], end["code"]) == ("SIGTERM", at, 0)
     assert len(calls) == number, "the work went on after the signal"
     assert len(log(run)) == at and (run / "latest").exists() == (at > 0)
-    assert (call("--resume", run, "--threads", 1, "--no_show_samples") if at else fresh(text, run, *words)) == 0
+    assert (
+        call("--resume", run, "--threads", 1, "--no_show_samples")
+        if at
+        else fresh(text, run, *words)
+    ) == 0
     assert weights(run / "step_000006") == weights(reference / "step_000006")
     assert curve(run) == curve(reference)
     evals = [{line["step"]: line["val_nelbo"] for line in log(r, "eval")} for r in (run, reference)]
@@ -282,7 +496,9 @@ def test_a_signal_ends_a_step_or_an_evaluation_in_its_middle(many_parts, text, t
 
 
 def test_a_signal_during_the_samples_leaves_them_out(text, tmp_path, monkeypatch, capsys):
-    """Those at an evaluation: the step is saved. Those at the end: the run is finished, which is what it says."""
+    """Those at an evaluation: the step is saved. Those at the end: the run is finished, which is
+    what it says.
+    """
     real, calls = decode.generate, []
 
     def signalled(model, *args):
@@ -295,7 +511,12 @@ def test_a_signal_during_the_samples_leaves_them_out(text, tmp_path, monkeypatch
     number = 4                                                       # two at each evaluation
     assert fresh(text, tmp_path / "a", *words) == 0
     end = log(tmp_path / "a", "end")[-1]
-    assert (end["stopped"], end["step"], len(calls), len(log(tmp_path / "a", "sample"))) == ("SIGTERM", 2, 4, 3)
+    assert (end["stopped"], end["step"], len(calls), len(log(tmp_path / "a", "sample"))) == (
+        "SIGTERM",
+        2,
+        4,
+        3,
+    )
     number, before = 6 + 2, len(calls)
     calls.clear()
     capsys.readouterr()
@@ -309,8 +530,15 @@ def test_evaluating_more_often_leaves_the_loss_curve(text, tmp_path):
     for every, run in runs.items():
         assert fresh(text, run, "--max_steps", 11, "--dropout", 0.1, "--eval_interval", every) == 0
     assert curve(runs[2]) == curve(runs[5]) == curve(runs[0])
-    assert not log(runs[0], "eval") and [line["step"] for line in log(runs[5], "eval")] == [0, 5, 10, 11]
-    assert log(runs[2], "eval")[-1]["val_nelbo"] == log(runs[5], "eval")[-1]["val_nelbo"], "one model, two validation scores"
+    assert not log(runs[0], "eval") and [line["step"] for line in log(runs[5], "eval")] == [
+        0,
+        5,
+        10,
+        11,
+    ]
+    assert log(runs[2], "eval")[-1]["val_nelbo"] == log(runs[5], "eval")[-1]["val_nelbo"], (
+        "one model, two validation scores"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -328,11 +556,17 @@ def run(finished, tmp_path):
 def test_resume_rules(run, capsys):
     before = tree(run)
     assert call("--resume", run, "--d_model", 32, "--max_steps", 6) == 2
-    assert "--d_model 32" in (error := capsys.readouterr().err) and "16" in error and "Traceback" not in error
+    assert (
+        "--d_model 32" in (error := capsys.readouterr().err)
+        and "16" in error
+        and "Traceback" not in error
+    )
     assert tree(run).items() >= before.items()
     assert call("--resume", run, "--lr", 1e-3, "--max_steps", 6, "--threads", 1) == 0
     assert "lr: 0.003 -> 0.001" in capsys.readouterr().err
-    assert "lr: 0.003 -> 0.001" in str(log(run, "resume")[-1]["notes"]) and log(run)[-1]["step"] == 6
+    assert (
+        "lr: 0.003 -> 0.001" in str(log(run, "resume")[-1]["notes"]) and log(run)[-1]["step"] == 6
+    )
 
 
 def change_state(folder, **values):
@@ -342,36 +576,73 @@ def change_state(folder, **values):
     data = to_json(state(folder) | values)
     (folder / "state.json").write_bytes(data)
     manifest = json.loads((folder / "MANIFEST.json").read_text())
-    manifest["files"]["state.json"] = {"size": len(data), "sha256": checkpoint.file_sha256(folder / "state.json")}
+    manifest["files"]["state.json"] = {
+        "size": len(data),
+        "sha256": checkpoint.file_sha256(folder / "state.json"),
+    }
     (folder / "MANIFEST.json").write_bytes(to_json(checkpoint.seal(manifest)))
 
 
 def test_a_resume_compares_with_what_best_names(text, tmp_path):
-    """The lowest figure of all may belong to a step that nobody saved: the next saved one need not be below that."""
+    """The lowest figure of all may belong to a step that nobody saved: the next saved one need not
+    be below that.
+    """
     run = tmp_path / "run"
     assert fresh(text, run, "--max_steps", 2, "--eval_interval", 2) == 0
     change_state(run / "step_000002", best=0.001)
     assert call("--resume", run, "--max_steps", 4, "--threads", 1, "--no_show_samples") == 0
-    assert state(run / "step_000004")["kept"] < state(run / "step_000002")["kept"], "the test needs a better one"
+    assert state(run / "step_000004")["kept"] < state(run / "step_000002")["kept"], (
+        "the test needs a better one"
+    )
     assert (run / "best").read_text().startswith("step_000004")
 
 
 def test_a_resume_from_an_earlier_step_keeps_the_later_ones(text, tmp_path, capsys):
-    """The run goes on in its own folder; what it had reached before is a run of its own, best included."""
+    """The run goes on in its own folder; what it had reached before is a run of its own, best
+    included.
+    """
     import checkpoint
     run = tmp_path / "run"
-    assert fresh(text, run, "--max_steps", 9, "--eval_interval", 3, "--save_interval", 3, "--keep_full", 9) == 0
+    assert (
+        fresh(
+            text,
+            run,
+            "--max_steps",
+            9,
+            "--eval_interval",
+            3,
+            "--save_interval",
+            3,
+            "--keep_full",
+            9,
+        )
+        == 0
+    )
     assert (run / "best").read_text().startswith("step_000009")
     before = {name: tree(run / name) for name in ("step_000006", "step_000009")}
     capsys.readouterr()
-    words = ("--lr", 10, "--lr_schedule", "constant", "--warmup_steps", 0, "--threads", 1, "--no_show_samples")
+    words = (
+        "--lr",
+        10,
+        "--lr_schedule",
+        "constant",
+        "--warmup_steps",
+        0,
+        "--threads",
+        1,
+        "--no_show_samples",
+    )
     assert call("--resume", run / "step_000003", *words) == 0
     assert "later checkpoints (step_000006, step_000009) were moved to" in capsys.readouterr().err
     old = run / "previous_1"
     assert {name: tree(old / name) for name in before} == before
     assert [checkpoint.load(old / name).step for name in ("latest", "best")] == [9, 9]
-    assert log(run, "eval")[-1]["val_nelbo"] > log(run, "eval")[1]["val_nelbo"], "the test needs a worse run"
-    assert checkpoint.load(run / "best").step == 3 and checkpoint.load(run).step == 9, "best of what is here"
+    assert log(run, "eval")[-1]["val_nelbo"] > log(run, "eval")[1]["val_nelbo"], (
+        "the test needs a worse run"
+    )
+    assert checkpoint.load(run / "best").step == 3 and checkpoint.load(run).step == 9, (
+        "best of what is here"
+    )
     assert call("--resume", run, "--max_steps", 10, "--threads", 1, "--no_show_samples") == 0
     assert not (run / "previous_2").exists()
 
@@ -383,7 +654,9 @@ def test_another_validation_text_has_another_best(text, tmp_path, capsys):
     assert fresh(data, run, "--max_steps", 3, *words) == 0
     change_state(run / "step_000003", best=0.001, kept=0.001)
     assert call("--resume", run, "--max_steps", 6, *words) == 0
-    assert (run / "best").read_text().startswith("step_000003") and "validation text" not in capsys.readouterr().err
+    assert (run / "best").read_text().startswith(
+        "step_000003"
+    ) and "validation text" not in capsys.readouterr().err
     tokens = (data / "val.bin").read_bytes()
     (data / "val.bin").write_bytes(tokens[2:] + tokens[:2])
     meta = json.loads((data / "meta.json").read_text())
@@ -396,24 +669,56 @@ def test_another_validation_text_has_another_best(text, tmp_path, capsys):
 
 
 def test_a_rate_that_nobody_typed_stays(text, tmp_path, capsys):
-    """--optimizer adamw, typed again, is no wish for another rate; and a rate that jumps is told with both figures."""
+    """--optimizer adamw, typed again, is no wish for another rate; and a rate that jumps is told
+    with both figures.
+    """
     run = tmp_path / "run"
     words = [word for word in SHAPE if word not in ("--lr", 3e-3)]
     schedule = ("--lr_schedule", "cosine", "--warmup_steps", 0, "--eval_interval", 0)
-    assert call("--data_dir", text, "--output_dir", run, *words, "--optimizer", "adamw", "--lr", 5e-4, *schedule,
-                "--max_steps", 4, "--save_interval", 2, "--keep_full", 9) == 0
+    assert (
+        call(
+            "--data_dir",
+            text,
+            "--output_dir",
+            run,
+            *words,
+            "--optimizer",
+            "adamw",
+            "--lr",
+            5e-4,
+            *schedule,
+            "--max_steps",
+            4,
+            "--save_interval",
+            2,
+            "--keep_full",
+            9,
+        )
+        == 0
+    )
     capsys.readouterr()
     once = ("--threads", 1, "--no_show_samples")
     assert call("--resume", run / "step_000002", "--optimizer", "adamw", *once) == 0
-    assert "lr:" not in (error := capsys.readouterr().err) and "the learning rate at step" not in error
+    assert (
+        "lr:" not in (error := capsys.readouterr().err) and "the learning rate at step" not in error
+    )
     rates = [line["lr"] for line in log(run)]
     assert rates[2:4] == rates[4:6]
     assert call("--resume", run, "--optimizer", "adamw", "--max_steps", 8, *once) == 0
     error = capsys.readouterr().err
     now = log(run)[-4]["lr"]
-    assert f"the learning rate at step 5 is {now:.2e}, where the run had {rates[3]:.2e} before" in error and now > 3 * rates[3]
-    assert call("--resume", run, "--optimizer", "lion", "--reset_optimizer", "--max_steps", 9, *once) == 0
-    assert f"lr: 0.0005 -> {config.RATES['lion']}" in capsys.readouterr().err, "another optimizer brings its own"
+    assert (
+        f"the learning rate at step 5 is {now:.2e}, where the run had {rates[3]:.2e} before"
+        in error
+        and now > 3 * rates[3]
+    )
+    assert (
+        call("--resume", run, "--optimizer", "lion", "--reset_optimizer", "--max_steps", 9, *once)
+        == 0
+    )
+    assert f"lr: 0.0005 -> {config.RATES['lion']}" in capsys.readouterr().err, (
+        "another optimizer brings its own"
+    )
 
 
 @pytest.mark.parametrize("how", ["archive", "skip", "error"])
@@ -436,7 +741,9 @@ def test_what_a_user_put_into_a_run_folder_stays_there(text, run):
 
 
 def test_a_resume_never_takes_another_run(text, tmp_path, monkeypatch, capsys):
-    """Of two runs `last.ckpt` means the newest; a name that no run has is refused with those that there are."""
+    """Of two runs `last.ckpt` means the newest; a name that no run has is refused with those that
+    there are.
+    """
     monkeypatch.chdir(tmp_path)
     for name in ("day1", "day2"):
         assert fresh(text, Path("checkpoints") / name, "--max_steps", 2, "--eval_interval", 2) == 0
@@ -444,11 +751,19 @@ def test_a_resume_never_takes_another_run(text, tmp_path, monkeypatch, capsys):
     once = ("--max_steps", 3, "--threads", 1, "--no_show_samples")
     for typed in ("best-base.ckpt", "best.ckpt", "step_000002.pt", "base.ckpt"):
         assert call("--resume", f"checkpoints/{typed}", *once) == 2
-        assert "checkpoints/day1/step_000002, checkpoints/day2/step_000002" in capsys.readouterr().err
+        assert (
+            "checkpoints/day1/step_000002, checkpoints/day2/step_000002" in capsys.readouterr().err
+        )
     assert tree(tmp_path / "checkpoints") == before
     assert call("--resume", "checkpoints/last.ckpt", *once) == 0
-    assert "checkpoint: checkpoints/last.ckpt -> checkpoints/day2/step_000002\n" in capsys.readouterr().err
-    assert log(tmp_path / "checkpoints/day2")[-1]["step"] == 3 and log(tmp_path / "checkpoints/day1")[-1]["step"] == 2
+    assert (
+        "checkpoint: checkpoints/last.ckpt -> checkpoints/day2/step_000002\n"
+        in capsys.readouterr().err
+    )
+    assert (
+        log(tmp_path / "checkpoints/day2")[-1]["step"] == 3
+        and log(tmp_path / "checkpoints/day1")[-1]["step"] == 2
+    )
 
 
 def test_without_validation_any_text_is_long_enough(text, tmp_path):
@@ -456,7 +771,10 @@ def test_without_validation_any_text_is_long_enough(text, tmp_path):
     data = Path(shutil.copytree(text, tmp_path / "data"))
     (data / "val.bin").write_bytes((data / "val.bin").read_bytes()[:2 * 7])
     meta = json.loads((data / "meta.json").read_text())
-    meta |= {"val_tokens": 7, "val_sha256": hashlib.sha256((data / "val.bin").read_bytes()).hexdigest()}
+    meta |= {
+        "val_tokens": 7,
+        "val_sha256": hashlib.sha256((data / "val.bin").read_bytes()).hexdigest(),
+    }
     (data / "meta.json").write_text(json.dumps(sealed(meta)))
     assert fresh(data, tmp_path / "run", "--max_steps", 2, "--eval_interval", 0) == 0
     assert fresh(data, tmp_path / "other", "--max_steps", 2, "--eval_interval", 1) == 2
@@ -474,7 +792,11 @@ def test_a_resume_on_a_read_only_disk_is_one_sentence(run, monkeypatch, capsys):
     monkeypatch.setattr(builtins, "open", read_only)
     assert call("--resume", run, "--max_steps", 6) == 2
     error = capsys.readouterr().err
-    assert "cannot write to the run folder" in error and "Read-only" in error and "Traceback" not in error
+    assert (
+        "cannot write to the run folder" in error
+        and "Read-only" in error
+        and "Traceback" not in error
+    )
 
 
 def test_saves_that_fail_for_good_end_the_run_with_a_sentence(text, tmp_path, monkeypatch, capsys):
@@ -485,9 +807,24 @@ def test_saves_that_fail_for_good_end_the_run_with_a_sentence(text, tmp_path, mo
     assert fresh(text, tmp_path / "run", "--max_steps", 2, "--eval_interval", 0) == 0
     monkeypatch.setattr(checkpoint, "save", full)
     capsys.readouterr()
-    assert call("--resume", tmp_path / "run", "--max_steps", 9, "--save_interval", 1, "--no_show_samples") == 1
+    assert (
+        call(
+            "--resume",
+            tmp_path / "run",
+            "--max_steps",
+            9,
+            "--save_interval",
+            1,
+            "--no_show_samples",
+        )
+        == 1
+    )
     error = capsys.readouterr().err
-    assert "error: step 5 is not saved (3 saves failed in a row): the run stops; a resume goes on from step 2" in error
+    assert (
+        "error: step 5 is not saved (3 saves failed in a row): the run stops; a resume goes on "
+        "from step 2"
+        in error
+    )
 
 
 def test_resume_at_the_end_has_nothing_to_do(run, capsys):
@@ -502,7 +839,9 @@ def test_resume_latest_starts_fresh_when_nothing_is_there(text, tmp_path, capsys
     words = ("--resume_latest", "--eval_interval", 0, "--max_steps")
     assert fresh(text, tmp_path / "run", *words, 2) == 0
     assert fresh(text, tmp_path / "run", *words, 3) == 0
-    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3] and len(log(tmp_path / "run", "resume")) == 1
+    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3] and len(
+        log(tmp_path / "run", "resume")
+    ) == 1
     assert call("--resume", "--output_dir", tmp_path / "none") == 2
     assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "none").exists()
 
@@ -528,7 +867,7 @@ def test_a_resume_returns_to_the_suffixed_folder(text, run):
     assert log(other)[-1]["step"] == 2 and tree(run) == before
 
 
-# ---- numbers that are none ------------------------------------------------------------------------------------------
+# ---- numbers that are none -----------------------------------------------------------------------
 
 def poison(monkeypatch, steps, where):
     """Make loss or gradient of these steps (from 1) NaN; each step has 2 forwards."""
@@ -549,35 +888,90 @@ def poison(monkeypatch, steps, where):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped(text, tmp_path, monkeypatch, where):
     poison(monkeypatch, {3}, where)
-    assert fresh(text, tmp_path / "run", *HARD, "--max_steps", 4, "--save_interval", 1, "--eval_interval", 0) == 0
-    assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == ["step_000001", "step_000002", "step_000004"]
+    assert (
+        fresh(
+            text,
+            tmp_path / "run",
+            *HARD,
+            "--max_steps",
+            4,
+            "--save_interval",
+            1,
+            "--eval_interval",
+            0,
+        )
+        == 0
+    )
+    assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == [
+        "step_000001",
+        "step_000002",
+        "step_000004",
+    ]
     before = state(tmp_path / "run/step_000002")["ema_updates"]
-    assert state(tmp_path / "run/step_000004")["ema_updates"] == before + 1, "the skipped step was averaged"
+    assert state(tmp_path / "run/step_000004")["ema_updates"] == before + 1, (
+        "the skipped step was averaged"
+    )
     kept = weights(tmp_path / "run/step_000002")
     shutil.rmtree(tmp_path / "run")
     poison(monkeypatch, {3, 4}, where)
-    assert fresh(text, tmp_path / "run", *HARD, "--max_steps", 4, "--save_interval", 4, "--eval_interval", 0) == 0
-    assert (tmp_path / "run/latest").read_text().startswith("step_000002"), "the last finite step is saved under its number"
-    assert weights(tmp_path / "run/step_000002") == kept, "the skipped steps changed weights, averages or moments"
+    assert (
+        fresh(
+            text,
+            tmp_path / "run",
+            *HARD,
+            "--max_steps",
+            4,
+            "--save_interval",
+            4,
+            "--eval_interval",
+            0,
+        )
+        == 0
+    )
+    assert (tmp_path / "run/latest").read_text().startswith("step_000002"), (
+        "the last finite step is saved under its number"
+    )
+    assert weights(tmp_path / "run/step_000002") == kept, (
+        "the skipped steps changed weights, averages or moments"
+    )
     monkeypatch.undo()
-    assert call("--resume", tmp_path / "run", "--threads", 1) == 0 and state(tmp_path / "run/step_000004")["position"] == 32
+    assert (
+        call("--resume", tmp_path / "run", "--threads", 1) == 0
+        and state(tmp_path / "run/step_000004")["position"] == 32
+    )
     shutil.rmtree(tmp_path / "run")
     poison(monkeypatch, {3}, where)
-    assert fresh(text, tmp_path / "run", *HARD, "--max_steps", 4, "--save_interval", 1, "--eval_interval", 0) == 0
+    assert (
+        fresh(
+            text,
+            tmp_path / "run",
+            *HARD,
+            "--max_steps",
+            4,
+            "--save_interval",
+            1,
+            "--eval_interval",
+            0,
+        )
+        == 0
+    )
     assert [line["skipped"] for line in log(tmp_path / "run")] == [0, 0, 1, 1]
     assert [line["step"] for line in log(tmp_path / "run", "warn")] == [3]
 
 
 def test_five_such_steps_in_a_row_end_the_run(text, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {2, 4, 5, 6, 7, 8}, "loss")
-    assert fresh(text, tmp_path / "run", "--max_steps", 20, "--save_interval", 1, "--eval_interval", 0) == 1
+    assert (
+        fresh(text, tmp_path / "run", "--max_steps", 20, "--save_interval", 1, "--eval_interval", 0)
+        == 1
+    )
     error = capsys.readouterr().err
     assert "step 8" in error and "--lr" in error
     assert log(tmp_path / "run", "end")[-1]["code"] == 1 and log(tmp_path / "run")[-1]["step"] == 8
     assert log(tmp_path / "run")[-1]["loss"] is None, "JSON has no NaN"
 
 
-# ---- compile --------------------------------------------------------------------------------------------------------
+# ---- compile -------------------------------------------------------------------------------------
 
 def compiles():
     return shutil.which("g++") or shutil.which("clang++")
@@ -586,7 +980,19 @@ def compiles():
 @pytest.mark.skipif(not compiles(), reason="no C++ compiler, which torch.compile needs on a CPU")
 def test_compile_compiles_the_step_that_runs(text, tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
-    words = ("--model", "backup", "--n_layers", 1, "--train_block_sizes", "T", "--max_steps", 3, "--eval_interval", 0)
+
+    words = (
+        "--model",
+        "backup",
+        "--n_layers",
+        1,
+        "--train_block_sizes",
+        "T",
+        "--max_steps",
+        3,
+        "--eval_interval",
+        0,
+    )
     assert fresh(text, tmp_path / "eager", *words) == 0
     counters.clear()
     calls, real = [], torch.compile
@@ -597,7 +1003,9 @@ def test_compile_compiles_the_step_that_runs(text, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", counted)
     assert fresh(text, tmp_path / "compiled", *words, "--compile") == 0
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
-    assert sum(calls) >= 1 + 3 * 2, "the loop does not call what was compiled: 3 steps of 2 forwards"
+    assert sum(calls) >= 1 + 3 * 2, (
+        "the loop does not call what was compiled: 3 steps of 2 forwards"
+    )
     for step, figures in curve(tmp_path / "eager").items():
         assert figures[0] == pytest.approx(curve(tmp_path / "compiled")[step][0], abs=1e-3)
     torch.compiler.reset()
@@ -605,12 +1013,25 @@ def test_compile_compiles_the_step_that_runs(text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind, rules", [("backup", 3), ("primary", 5)])
 def test_nothing_is_compiled_in_mid_run(kind, rules, monkeypatch, capsys):
-    """The graphs before step 1 are those of 20 steps with first blocks of any length and early exits; depth adds none."""
+    """The graphs before step 1 are those of 20 steps with first blocks of any length and early
+    exits; depth adds none.
+    """
     from torch._dynamo.utils import counters
-    real = torch.compile                                                # graphs are counted, so nobody needs the C++ compiler
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: real(f, backend="eager", dynamic=dynamic))
-    args = config.TrainArgs(model=kind, d_model=16, n_layers=3, n_heads=2, d_ff=24, memory_slots=2, seq_len=32,
-                            train_block_sizes="T,8", exit_loss_weight=0.1)
+    real = torch.compile  # graphs are counted, so nobody needs the C++ compiler
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic, mode: real(f, backend="eager", dynamic=dynamic)
+    )
+    args = config.TrainArgs(
+        model=kind,
+        d_model=16,
+        n_layers=3,
+        n_heads=2,
+        d_ff=24,
+        memory_slots=2,
+        seq_len=32,
+        train_block_sizes="T,8",
+        exit_loss_weight=0.1,
+    )
     net = models.build_model(model_config.model_config(args, 50))
     torch.compiler.reset()
     counters.clear()
@@ -621,9 +1042,20 @@ def test_nothing_is_compiled_in_mid_run(kind, rules, monkeypatch, capsys):
         block, first = masking.pick_blocks(args.block_choices, 32, 0, step)
         seen.add(first)
         draw = masking.draw(args, 0, step, 2, 32, block, first)
-        masking.denoising_loss(net, torch.randint(4, 50, (2, 32)), draw, "elbo", 64, early=masking.pick_exit(3, 0, step),
-                               early_weight=0.1).loss.backward()
-    assert len(seen) >= 5 and counters["stats"]["unique_graphs"] == rules and not counters["graph_break"]
+        masking.denoising_loss(
+            net,
+            torch.randint(4, 50, (2, 32)),
+            draw,
+            "elbo",
+            64,
+            early=masking.pick_exit(3, 0, step),
+            early_weight=0.1,
+        ).loss.backward()
+    assert (
+        len(seen) >= 5
+        and counters["stats"]["unique_graphs"] == rules
+        and not counters["graph_break"]
+    )
     torch.compiler.reset()
 
 
@@ -634,35 +1066,69 @@ def test_a_compiler_that_fails_is_named_and_training_goes_on(text, tmp_path, mon
         return fail
     monkeypatch.setattr(torch, "compile", broken)
     assert fresh(text, tmp_path / "run", "--max_steps", 2, "--eval_interval", 0, "--compile") == 0
-    assert "no toolchain on this machine" in capsys.readouterr().err and len(log(tmp_path / "run")) == 2
+    assert (
+        "no toolchain on this machine" in capsys.readouterr().err
+        and len(log(tmp_path / "run")) == 2
+    )
 
 
-# ---- what a run leaves ----------------------------------------------------------------------------------------------
+# ---- what a run leaves ---------------------------------------------------------------------------
 
 def test_console_and_log(text, tmp_path, capsys):
     run = tmp_path / "run"
-    assert fresh(text, run, "--max_steps", 25, "--log_interval", 10, "--save_interval", 10, "--eval_interval", 10) == 0
+    assert (
+        fresh(
+            text,
+            run,
+            "--max_steps",
+            25,
+            "--log_interval",
+            10,
+            "--save_interval",
+            10,
+            "--eval_interval",
+            10,
+        )
+        == 0
+    )
     error = capsys.readouterr().err
-    line = (r"^step (\d+)/25 \| loss \d+\.\d{4} \| mask 0\.\d\d \| lr \d\.\de-\d\d \| gnorm \d+\.\d\d \| tok/s \d+"
-            r" \| ETA \d+:\d\d \| MFU \d+% \| \d+\.\d GB$")
+    line = (
+        r"^step (\d+)/25 \| loss \d+\.\d{4} \| mask 0\.\d\d \| lr \d\.\de-\d\d \| gnorm \d+\.\d\d \| tok/s \d+"
+        r" \| ETA \d+:\d\d \| MFU \d+% \| \d+\.\d GB$"
+    )
     assert re.findall(line, error, re.M) == ["1", "10", "20", "25"]
     assert not re.search(r"\bppl\b|perplexity", error)
-    saved = re.findall(rf"^saved {re.escape(str(run))}/step_(\d+)(, the best so far)?$", error, re.M)
-    assert [int(step) for step, _ in saved] == [10, 20, 25] and any(best for _, best in saved), "each save, in one line"
-    keys = {"meta": "time version argv config params_total params_blocks torch device data planned_tokens",
-            "train": "step loss loss_kind mask lr gnorm tok_s mfu seq_len global_batch tokens_seen step_ms data_ms mem_mb "
-                     "skipped",
-            "eval": "step val_nelbo val_ci val_bpb val_masked_mean best", "save": "step", "end": "step"}
+    saved = re.findall(
+        rf"^saved {re.escape(str(run))}/step_(\d+)(, the best so far)?$", error, re.M
+    )
+    assert [int(step) for step, _ in saved] == [10, 20, 25] and any(best for _, best in saved), (
+        "each save, in one line"
+    )
+    keys = {
+        "meta": "time version argv config params_total params_blocks torch device data "
+                "planned_tokens",
+        "train": "step loss loss_kind mask lr gnorm tok_s mfu seq_len global_batch tokens_seen "
+                 "step_ms data_ms mem_mb "
+        "skipped",
+        "eval": "step val_nelbo val_ci val_bpb val_masked_mean best",
+        "save": "step",
+        "end": "step",
+    }
     for event, names in keys.items():
         found = log(run, event)
         assert found and all(set(names.split()) <= set(entry) for entry in found), event
     assert [entry["step"] for entry in log(run)] == list(range(1, 26))
     assert [entry["step"] for entry in log(run, "eval")] == [0, 10, 20, 25]
     assert [entry["step"] for entry in log(run, "save")] == [10, 20, 25]
-    assert all(0.05 < entry["mask"] < 0.95 and entry["tokens_seen"] == 128 * entry["step"] for entry in log(run))
+    assert all(
+        0.05 < entry["mask"] < 0.95 and entry["tokens_seen"] == 128 * entry["step"]
+        for entry in log(run)
+    )
     best = min(log(run, "eval")[1:], key=lambda entry: entry["val_nelbo"])
     assert (run / "best").read_text().startswith(f"step_{best['step']:06d}")
-    assert {"latest", "best", "summary.md", "report.html", "config.json"} <= {p.name for p in run.iterdir()}
+    assert {"latest", "best", "summary.md", "report.html", "config.json"} <= {
+        p.name for p in run.iterdir()
+    }
     summary = (run / "summary.md").read_text(encoding="utf-8")
     assert "builtin" in summary and "python -m sample" in summary and "--resume" in summary
     bits = min(entry["val_bpb"] for entry in log(run, "eval"))
@@ -677,19 +1143,51 @@ def test_quiet_leaves_only_warnings_and_the_files(text, tmp_path, capsys):
     assert "step 1/3" in loud and "settings:" in loud and "# " in loud
     told = capsys.readouterr().err.splitlines()
     assert all(line.startswith(("notice", "warning")) for line in told), told
-    assert curve(tmp_path / "loud") == curve(tmp_path / "quiet") and (tmp_path / "quiet/summary.md").exists()
+    assert (
+        curve(tmp_path / "loud") == curve(tmp_path / "quiet")
+        and (tmp_path / "quiet/summary.md").exists()
+    )
 
 
-@pytest.mark.parametrize("seconds, told", [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (7445, "2:04:05"), (86399, "23:59:59"),
-                                           (86400, "1 d 0 h"), (644 * 3600 + 916, "26 d 20 h")])
+@pytest.mark.parametrize(
+    "seconds, told",
+    [
+        (0, "0:00"),
+        (59.6, "1:00"),
+        (245, "4:05"),
+        (7445, "2:04:05"),
+        (86399, "23:59:59"),
+        (86400, "1 d 0 h"),
+        (644 * 3600 + 916, "26 d 20 h"),
+    ],
+)
 def test_time_left_in_words(seconds, told):
     assert logs.duration(seconds) == told
 
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
 def test_the_loss_falls(text, tmp_path, kind):
-    assert fresh(text, tmp_path / "run", "--model", kind, "--d_model", 32, "--d_ff", 64, "--lr", 1e-2, "--max_steps", 60,
-                 "--log_interval", 1, "--eval_interval", 60) == 0
+    assert (
+        fresh(
+            text,
+            tmp_path / "run",
+            "--model",
+            kind,
+            "--d_model",
+            32,
+            "--d_ff",
+            64,
+            "--lr",
+            1e-2,
+            "--max_steps",
+            60,
+            "--log_interval",
+            1,
+            "--eval_interval",
+            60,
+        )
+        == 0
+    )
     losses = [line["loss"] for line in log(tmp_path / "run")]
     assert sum(losses[-5:]) / 5 <= 0.9 * losses[0]
     first, last = (line["val_nelbo"] for line in log(tmp_path / "run", "eval"))
@@ -698,7 +1196,9 @@ def test_the_loss_falls(text, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
 def test_one_batch_is_learned_by_heart(kind):
-    args = config.TrainArgs(model=kind, d_model=32, n_layers=2, n_heads=2, d_ff=64, memory_slots=4, weight_decay=0.0)
+    args = config.TrainArgs(
+        model=kind, d_model=32, n_layers=2, n_heads=2, d_ff=64, memory_slots=4, weight_decay=0.0
+    )
     torch.manual_seed(0)
     net = models.build_model(model_config.model_config(args, vocab_size=60))
     optimizer = optim.make_optimizer(net, args)
@@ -714,14 +1214,23 @@ def test_one_batch_is_learned_by_heart(kind):
     assert masking.bound(net, x0, 8)[1] < 0.5 * start
 
 
-# ---- what is said and refused before the first step ---------------------------------------------------------------------
+# ---- what is said and refused before the first step ----------------------------------------------
 
-@pytest.mark.parametrize("words,said", [
-    (("--d_model", 64000), ("cannot fit", "--d_model")), (("--d_model", 1_000_000), ("cannot fit",)),
-    (("--n_layers", 10 ** 12), ("cannot fit",)), (("--preset", "full"), ("full", "--device cpu")),
-    (("--lr", 1e300), ("--lr", "at most")), (("--weight_decay", 1e99), ("at most",)),
-    (("--max_steps", 10 ** 30), ("below 2^63",))])
-def test_what_no_machine_holds_is_refused_before_anything_is_built(words, said, text, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (("--d_model", 64000), ("cannot fit", "--d_model")),
+        (("--d_model", 1_000_000), ("cannot fit",)),
+        (("--n_layers", 10**12), ("cannot fit",)),
+        (("--preset", "full"), ("full", "--device cpu")),
+        (("--lr", 1e300), ("--lr", "at most")),
+        (("--weight_decay", 1e99), ("at most",)),
+        (("--max_steps", 10**30), ("below 2^63",)),
+    ],
+)
+def test_what_no_machine_holds_is_refused_before_anything_is_built(
+    words, said, text, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(models, "build_model", lambda cfg: pytest.fail("a model was built"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert call("--data_dir", text, "--output_dir", tmp_path / "run", *words) == 2
@@ -730,24 +1239,43 @@ def test_what_no_machine_holds_is_refused_before_anything_is_built(words, said, 
     assert not (tmp_path / "run/train.jsonl").exists()
 
 
-def test_memory_comes_before_the_first_step_and_time_after_twenty(text, tmp_path, monkeypatch, capsys):
+def test_memory_comes_before_the_first_step_and_time_after_twenty(
+    text, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(machine, "thread_times", lambda: ([6.0, 5.0, 7.0], [1.0, 1.1, 0.9]))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert fresh(text, tmp_path / "run", "--max_steps", 25, "--eval_interval", 0, "--log_interval", 1) == 0
+    assert (
+        fresh(text, tmp_path / "run", "--max_steps", 25, "--eval_interval", 0, "--log_interval", 1)
+        == 0
+    )
     lines = capsys.readouterr().err.splitlines()
 
     def first(start):
         return next(i for i, line in enumerate(lines) if line.startswith(start))
     assert re.match(r"memory: \S+ GB for weights.* GB free", lines[first("memory: ")])
-    assert first("memory: ") < first("step 1/") < first("step 20/") < first("speed: ") < first("step 22/")
-    assert "to go" in (speed := lines[first("speed: ")]) and "6.0 times faster" in speed and "--threads 1" in speed
+    assert (
+        first("memory: ")
+        < first("step 1/")
+        < first("step 20/")
+        < first("speed: ")
+        < first("step 22/")
+    )
+    assert (
+        "to go" in (speed := lines[first("speed: ")])
+        and "6.0 times faster" in speed
+        and "--threads 1" in speed
+    )
     assert sum(line.startswith("notice") and "passes over this text" in line for line in lines) <= 1
 
 
 def test_threads_that_wait_are_told_from_threads_that_help():
-    """Recorded on two cores, seconds of the same products with two threads and with one: alone, then beside two busy loops."""
+    """Recorded on two cores, seconds of the same products with two threads and with one: alone,
+    then beside two busy loops.
+    """
     assert machine.waiting_threads([0.011, 0.011, 0.012], [0.021, 0.020, 0.020]) is None
-    assert machine.waiting_threads([0.019, 0.02, 0.2], [0.02, 0.019, 0.02]) is None, "one hiccup is no busy machine"
+    assert machine.waiting_threads([0.019, 0.02, 0.2], [0.02, 0.019, 0.02]) is None, (
+        "one hiccup is no busy machine"
+    )
     assert machine.waiting_threads([0.24, 0.31, 0.12], [0.04, 0.05, 0.04]) == pytest.approx(6)
 
 
@@ -769,18 +1297,33 @@ def test_far_too_many_passes_name_a_number_of_steps(text, tmp_path, capsys):
         patch.setattr(train, "NON_FINITE_LIMIT", 1)
         patch.setattr(optim, "clip_grad_norm", lambda *a: math.nan)                  # ends at once
         assert fresh(text, tmp_path / "run", "--max_steps", steps, "--eval_interval", 0) == 1
-    advised = re.search(r"24 passes over this text are far too many: .*--max_steps (\d+)", capsys.readouterr().err)
+    advised = re.search(
+        r"24 passes over this text are far too many: .*--max_steps (\d+)", capsys.readouterr().err
+    )
     assert abs(int(advised[1]) - steps / 3) <= 1
 
 
-@pytest.mark.parametrize("words,sizes", [
-    ((), (192, 32)), (("--max_steps", 7), (192, 32)), (("--preset", "none"), (512, 4)), (("--d_model", 64), (64, 4)),
-    (("--data_dir", "elsewhere"), (512, 4)), (("--edge_profile", "laptop"), (320, 4)), (("--preset", "nano"), (64, 8)),
-    (("--resume_latest",), (512, 4))])
-def test_a_cpu_without_text_trains_the_starter_preset_unless_a_size_is_typed(words, sizes, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words,sizes",
+    [
+        ((), (192, 32)),
+        (("--max_steps", 7), (192, 32)),
+        (("--preset", "none"), (512, 4)),
+        (("--d_model", 64), (64, 4)),
+        (("--data_dir", "elsewhere"), (512, 4)),
+        (("--edge_profile", "laptop"), (320, 4)),
+        (("--preset", "nano"), (64, 8)),
+        (("--resume_latest",), (512, 4)),
+    ],
+)
+def test_a_cpu_without_text_trains_the_starter_preset_unless_a_size_is_typed(
+    words, sizes, tmp_path, monkeypatch
+):
     import cli
     monkeypatch.chdir(tmp_path)
-    args, origins = cli.parse(config.TrainArgs, [str(w) for w in ("--device", "cpu", *words)], "train", tier=train.advised)
+    args, origins = cli.parse(
+        config.TrainArgs, [str(w) for w in ("--device", "cpu", *words)], "train", tier=train.advised
+    )
     assert (args.d_model, args.batch_size) == sizes
     starter = cli.parse(config.TrainArgs, ["--preset", "starter"], "train")[0]
     assert (args.d_ff == starter.d_ff) == (sizes == (192, 32))
@@ -793,7 +1336,10 @@ def test_samples_of_ruined_weights_end_in_a_sentence(text, tmp_path, monkeypatch
     from sampling import decode
 
     def ruined(*_args, **_more):
-        raise FloatingPointError("the denoiser returned NaN at forward 1; the checkpoint is damaged")
+        raise FloatingPointError(
+            "the denoiser returned NaN at forward 1; the checkpoint is damaged"
+        )
+
     monkeypatch.setattr(decode, "generate", ruined)
     assert fresh(text, tmp_path / "run", "--max_steps", 2, "--show_samples", "--lr", 1e3) == 1
     error = capsys.readouterr().err
@@ -801,17 +1347,46 @@ def test_samples_of_ruined_weights_end_in_a_sentence(text, tmp_path, monkeypatch
 
 
 def test_flags_that_do_nothing_are_named(text, tmp_path, capsys):
-    words = ("--lr_schedule", "wsd", "--min_lr_ratio", 0.2, "--timesteps", 8, "--mean_span_length", 4)
+    words = (
+        "--lr_schedule",
+        "wsd",
+        "--min_lr_ratio",
+        0.2,
+        "--timesteps",
+        8,
+        "--mean_span_length",
+        4,
+    )
     assert fresh(text, tmp_path / "run", "--max_steps", 1, *words) == 0
     error = capsys.readouterr().err
-    assert all(f"notice: --{name} does nothing here" in error for name in ("min_lr_ratio", "timesteps", "mean_span_length"))
-    assert fresh(text, tmp_path / "ar", "--max_steps", 1, "--model", "backup", "--objective", "ar", "--ar_fade", 0.5) == 0
+    assert all(
+        f"notice: --{name} does nothing here" in error
+        for name in ("min_lr_ratio", "timesteps", "mean_span_length")
+    )
+    assert (
+        fresh(
+            text,
+            tmp_path / "ar",
+            "--max_steps",
+            1,
+            "--model",
+            "backup",
+            "--objective",
+            "ar",
+            "--ar_fade",
+            0.5,
+        )
+        == 0
+    )
     error = capsys.readouterr().err
-    assert all(f"--{name} does nothing here" in error for name in ("ar_fade", "train_block_sizes", "memory_slots"))
+    assert all(
+        f"--{name} does nothing here" in error
+        for name in ("ar_fade", "train_block_sizes", "memory_slots")
+    )
     assert "--seq_len" not in error and "--min_lr_ratio" not in error
 
 
-# ---- what each rank and each evaluation really uses ---------------------------------------------------------------------
+# ---- what each rank and each evaluation really uses ----------------------------------------------
 
 def test_validation_scores_the_averaged_weights(text, tmp_path):
     """Those of the checkpoint's ema file, not the raw ones beside them."""
@@ -820,7 +1395,10 @@ def test_validation_scores_the_averaged_weights(text, tmp_path):
     from evaluation import estimators
     from text.dataset import TokenData
     run = tmp_path / "run"
-    assert fresh(text, run, "--max_steps", 6, "--ema", 0.9, "--eval_interval", 6, "--save_interval", 6) == 0
+    assert (
+        fresh(text, run, "--max_steps", 6, "--ema", 0.9, "--eval_interval", 6, "--save_interval", 6)
+        == 0
+    )
     folder, saved = run / "step_000006", json.loads((run / "config.json").read_text())
     held = TokenData(text, "val").val_windows(4, 16)
     scores = {}
@@ -830,7 +1408,9 @@ def test_validation_scores_the_averaged_weights(text, tmp_path):
         found = estimators.held_out(net.eval(), held, [16, 8, 4], 0, 4, 1)
         scores[part] = sum(r["nats"] for r in found.values()) / 3
     said = log(run, "eval")[-1]["val_nelbo"]
-    assert said == pytest.approx(scores["ema"], abs=1e-5) and abs(said - scores["model"]) > 1e-3, scores
+    assert said == pytest.approx(scores["ema"], abs=1e-5) and abs(said - scores["model"]) > 1e-3, (
+        scores
+    )
 
 
 def test_each_rank_has_its_own_dropout(text, tmp_path, monkeypatch):
@@ -840,16 +1420,27 @@ def test_each_rank_has_its_own_dropout(text, tmp_path, monkeypatch):
     for rank in (0, 1):
         ranks, taken = distributed.Ranks(), seeds.setdefault(rank, [])
         ranks.rank, ranks.share = rank, lambda batch, accum: slice(0, batch * accum)
-        monkeypatch.setattr(distributed, "joined", lambda args, ranks=ranks: contextlib.nullcontext(ranks))
-        monkeypatch.setattr(torch, "manual_seed", lambda seed, taken=taken: taken.append(seed) or real(seed))
-        assert fresh(text, tmp_path / str(rank), "--max_steps", 3, "--eval_interval", 0, "--dropout", 0.1) == 0
+        monkeypatch.setattr(
+            distributed, "joined", lambda args, ranks=ranks: contextlib.nullcontext(ranks)
+        )
+        monkeypatch.setattr(
+            torch, "manual_seed", lambda seed, taken=taken: taken.append(seed) or real(seed)
+        )
+        assert (
+            fresh(
+                text, tmp_path / str(rank), "--max_steps", 3, "--eval_interval", 0, "--dropout", 0.1
+            )
+            == 0
+        )
     of_steps = [taken[-3:] for taken in seeds.values()]
     assert len({*of_steps[0], *of_steps[1]}) == 6, of_steps
 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_compile_shows_how_far_it_is_and_names_its_cache(monkeypatch, capsys, broken):
-    """Each form of a step gets a line; a compiler that fails is followed by the folder to delete, and an uncompiled step."""
+    """Each form of a step gets a line; a compiler that fails is followed by the folder to delete,
+    and an uncompiled step.
+    """
     def compiled(function, **_):
         def step(*args):
             if broken:
@@ -857,9 +1448,17 @@ def test_compile_shows_how_far_it_is_and_names_its_cache(monkeypatch, capsys, br
             return function(*args)
         return step
     monkeypatch.setattr(torch, "compile", compiled)
-    net = models.build_model(model_config.ModelConfig(model="backup", vocab_size=50, d_model=16, n_layers=2, n_heads=2, d_ff=24))
+    net = models.build_model(
+        model_config.ModelConfig(
+            model="backup", vocab_size=50, d_model=16, n_layers=2, n_heads=2, d_ff=24
+        )
+    )
     args = config.TrainArgs(seq_len=16, train_block_sizes="T,4", ar_fade=0.0)
     train.compile_step(net, args, (2, 16), torch.device("cpu"))
     said = capsys.readouterr().err
-    assert ("form 4 of 4" in said and "failed" not in said) if not broken else "file too short" in said and ": delete /" in said
+    assert (
+        ("form 4 of 4" in said and "failed" not in said)
+        if not broken
+        else "file too short" in said and ": delete /" in said
+    )
     assert ("train_step" in net.layers[0].__dict__) != broken

@@ -1,1 +1,3 @@
-"""From text to token files: reading, cleaning, the tokenizer, the starter corpus, train.bin and its windows."""
+"""From text to token files: reading, cleaning, the tokenizer, the starter corpus, train.bin and its
+windows.
+"""

@@ -26,7 +26,7 @@ from text.tokenizer import NORMALISER, SAMPLE_BYTES, SCRIPTS, Tokenizer, normali
 
 try:
     import fcntl
-except ImportError:                        # Windows: two runs in one folder at once are not held apart
+except ImportError:  # Windows: two runs in one folder at once are not held apart
     fcntl = None
 
 
@@ -46,8 +46,13 @@ WORK_FILES = ("stdin.txt", "spool.bin", "spool.json", "encode.json", "train.bin"
 def documents_of(args, source, path, log):
     """(text as it stands there, kind of text it should be) of one source."""
     if args.source == "builtin":
-        log("notice: the starter corpus is synthetic, made by a small grammar: for trying things out, no more")
-        return ((text, "any") for _, text in grammar.starter_documents(args.seed, args.hinglish_ratio))
+        log(
+            "notice: the starter corpus is synthetic, made by a small grammar: for trying things "
+            "out, no more"
+        )
+        return (
+            (text, "any") for _, text in grammar.starter_documents(args.seed, args.hinglish_ratio)
+        )
     return ((text, source.get("kind", "any")) for text in read_documents(path, log))
 
 
@@ -66,11 +71,18 @@ def read(args, spool, sources, paths, log):
                     bar.update()
                 source |= dict(documents=spool.docs.total() - docs, bytes=spool.bytes - size)
         if not spool.bytes:
-            why = "the cleaning rules dropped every document; --no_clean keeps them" if cleaner else "every document is empty"
+            why = (
+                "the cleaning rules dropped every document; --no_clean keeps them"
+                if cleaner
+                else "every document is empty"
+            )
             raise UserError(f"no text in {', '.join(map(str, args.input)) or args.source}: {why}")
         if spool.full and args.source != "builtin":
-            log(f"notice: stopped at the limit, {spool.docs.total():,} documents and {spool.chars:,} characters; raise "
-                "--max_docs or --max_chars to read everything")
+            log(
+                f"notice: stopped at the limit, {spool.docs.total():,} documents and "
+                f"{spool.chars:,} characters; raise "
+                "--max_docs or --max_chars to read everything"
+            )
         if spool.docs.total() < 1000:
             log(f"WARNING: only {spool.docs.total()} documents; a model learns so few by heart")
         if cleaner:
@@ -80,7 +92,11 @@ def read(args, spool, sources, paths, log):
         spool.close(args.wants("romanise"), log)
         if args.report and cleaner:
             scripts = {script: spool.docs[i] for i, script in enumerate(SCRIPTS) if spool.docs[i]}
-            cleaner.write_html(args.report, f"What cleaning did to {', '.join(map(str, args.input)) or args.source}", scripts)
+            cleaner.write_html(
+                args.report,
+                f"What cleaning did to {', '.join(map(str, args.input)) or args.source}",
+                scripts,
+            )
             log(f"report: {args.report}")
     finally:
         spool.file.close()
@@ -90,21 +106,32 @@ def get_tokenizer(args, spool, log):
     """Pass 2, unless there is one."""
     path, asked = Path(args.tokenizer), args.tokenizer_vocab
     if not path.exists():
-        log(f"tokenizer: training on {min(spool.bytes, SAMPLE_BYTES) / 1e6:.1f} MB of the training text ...")
+        log(
+            f"tokenizer: training on {min(spool.bytes, SAMPLE_BYTES) / 1e6:.1f} MB of the training "
+            "text ..."
+        )
         return train_tokenizer(spool.sample(), path, asked, args.model_type, spool.bytes, log)
     tok = Tokenizer(path)
-    with contextlib.suppress(UserError):                   # a text too small for it may have given fewer than asked for
+    # a text too small for it may have given fewer than asked for
+    with contextlib.suppress(UserError):
         if read_json(path.with_suffix(".json")).get("asked_vocab_size") == asked:
             asked = tok.vocab_size
     if asked not in (0, tok.vocab_size):
-        raise UserError(f"--tokenizer_vocab {asked}, but {path} has {tok.vocab_size} pieces: delete it or name another "
-                        "--tokenizer to train one, or leave --tokenizer_vocab out to reuse it")
-    log(f"tokenizer: reusing {path} ({tok.vocab_size:,} pieces); to train one on this text, delete it or name another")
+        raise UserError(
+            f"--tokenizer_vocab {asked}, but {path} has {tok.vocab_size} pieces: delete it or name "
+            "another "
+            "--tokenizer to train one, or leave --tokenizer_vocab out to reuse it"
+        )
+    log(
+        f"tokenizer: reusing {path} ({tok.vocab_size:,} pieces); to train one on this text, delete "
+        "it or name another"
+    )
     return tok
 
 
 def encode(folder, spool, tok, log):
-    """Pass 3: ids aside, in the work folder; -> (Counter of (split, script, what), both files' sha256).
+    """Pass 3: ids aside, in the work folder; -> (Counter of (split, script, what), both files'
+    sha256).
 
     encode.json says how far both files are good and where the spool goes on: a run that was killed
     continues there.
@@ -123,15 +150,28 @@ def encode(folder, spool, tok, log):
             whole = False
         if whole:
             start, sizes, written = saved["start"], saved["sizes"], found
-            count = Counter({(int(val), script, what): n for val, script, what, n in saved["count"]})
-            log(f"continuing the run that was broken off, at {100 * start / spool.path.stat().st_size:.0f} % of the text")
+            count = Counter(
+                {(int(val), script, what): n for val, script, what, n in saved["count"]}
+            )
+            log(
+                "continuing the run that was broken off, at "
+                f"{100 * start / spool.path.stat().st_size:.0f} % of the text"
+            )
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(path, "r+b" if start else "wb")) for path in paths]
         for f, size in zip(files, sizes, strict=True):
             f.truncate(size)
             f.seek(size)
-        bar = stack.enter_context(tqdm(total=spool.path.stat().st_size, initial=start, unit="B", unit_scale=True,
-                                       desc="encode", disable=None))
+        bar = stack.enter_context(
+            tqdm(
+                total=spool.path.stat().st_size,
+                initial=start,
+                unit="B",
+                unit_scale=True,
+                desc="encode",
+                disable=None,
+            )
+        )
         safe = start
         for batch in spool.batches(start):
             ids = tok.encode_many([text for *_, text in batch], normalised=True)
@@ -141,7 +181,8 @@ def encode(folder, spool, tok, log):
                 files[val].write(row)
                 written[val].update(row)
                 for what, n in (("docs", 1), ("tokens", len(row)), ("bytes", len(text.encode()))):
-                    count[val, script, what] += n          # of normalised text, which is what decoding gives
+                    # of normalised text, which is what decoding gives
+                    count[val, script, what] += n
             place = batch[-1][0]
             bar.update(place - bar.n)
             if place - safe >= SYNC_BYTES:
@@ -169,7 +210,8 @@ def hash_of_start(path, size):
 
 
 def flags_of(args):
-    """The flags that make this text again, as typed; --data_dir is left out, as a folder may move."""
+    """The flags that make this text again, as typed; --data_dir is left out, as a folder may move.
+    """
     words = []
     for name in ("source", "input", "tokenizer", "tokenizer_vocab", "model_type", "hinglish_ratio",
                  "val_doc_frac", "max_docs", "max_chars", "clean", "romanise", "raw_dir", "seed"):
@@ -181,20 +223,39 @@ def flags_of(args):
 
 
 def printable(path):
-    """A file's name as text that JSON can hold: a byte that is no UTF-8 becomes \\udcff or the like."""
+    """A file's name as text that JSON can hold: a byte that is no UTF-8 becomes \\udcff or the
+    like.
+    """
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def publish(args, work, spool, tok, digest, count, hashes, log):
-    """Rename what is ready. meta.json goes first and comes last: without it nothing here is trusted."""
+    """Rename what is ready. meta.json goes first and comes last: without it nothing here is
+    trusted.
+    """
     folder = work.parent
     dtype = dataset.token_dtype(tok.vocab_size)
-    meta = dict(version=dataset.VERSION, vocab_size=tok.vocab_size, mask_token_id=tok.vocab_size, pad_id=tok.pad_id,
-                unk_id=tok.unk_id, bos_id=tok.bos_id, eos_id=tok.eos_id, dtype=dtype.name,
-                tokenizer=str(args.tokenizer), tokenizer_sha256=tok.sha256, normaliser=NORMALISER, source=args.source,
-                sources=spool.extra["sources"], scripts={}, settings_sha256=digest, seed=args.seed,
-                cleaning=spool.extra["cleaning"], romanised_share=round(spool.romanised, 4),
-                flags=flags_of(args))
+    meta = dict(
+        version=dataset.VERSION,
+        vocab_size=tok.vocab_size,
+        mask_token_id=tok.vocab_size,
+        pad_id=tok.pad_id,
+        unk_id=tok.unk_id,
+        bos_id=tok.bos_id,
+        eos_id=tok.eos_id,
+        dtype=dtype.name,
+        tokenizer=str(args.tokenizer),
+        tokenizer_sha256=tok.sha256,
+        normaliser=NORMALISER,
+        source=args.source,
+        sources=spool.extra["sources"],
+        scripts={},
+        settings_sha256=digest,
+        seed=args.seed,
+        cleaning=spool.extra["cleaning"],
+        romanised_share=round(spool.romanised, 4),
+        flags=flags_of(args),
+    )
     for val, split in enumerate(SPLITS):
         for what in ("tokens", "docs", "bytes"):
             meta[f"{split}_{what}"] = sum(count[val, script, what] for script in SCRIPTS)
@@ -205,18 +266,28 @@ def publish(args, work, spool, tok, digest, count, hashes, log):
     for name in ("train.bin", "val.bin", "meta.json"):
         os.replace(work / name, folder / name)
     for script in SCRIPTS:
-        docs, n, size = ([count[val, script, what] for val in (0, 1)] for what in ("docs", "tokens", "bytes"))
+        docs, n, size = (
+            [count[val, script, what] for val in (0, 1)] for what in ("docs", "tokens", "bytes")
+        )
         if sum(docs):
             log(f"{script:>10}: {docs[0]:,} documents for training, {docs[1]:,} for validation, "
                 f"{sum(size) / sum(n):.2f} bytes/token")
-    log(f"{folder} ({args.source}): {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens, "
-        f"{tok.vocab_size:,} pieces from {args.tokenizer}")
+    log(
+        f"{folder} ({args.source}): {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
+        "validation tokens, "
+        f"{tok.vocab_size:,} pieces from {args.tokenizer}"
+    )
 
 
 def find_sources(args, folder, log):
-    """(what meta.json says of each source, their files, the sha256 of everything that decides what comes out)."""
+    """(what meta.json says of each source, their files, the sha256 of everything that decides what
+    comes out).
+    """
     flags = "source tokenizer_vocab model_type val_doc_frac max_docs max_chars seed".split()
-    settings = {flag: getattr(args, flag) for flag in flags} | {"version": dataset.VERSION, "normaliser": NORMALISER}
+    settings = {flag: getattr(args, flag) for flag in flags} | {
+        "version": dataset.VERSION,
+        "normaliser": NORMALISER,
+    }
     settings |= {"clean": args.wants("clean") and RULES, "romanise": args.wants("romanise")}
     if args.source == "builtin" or settings["romanise"]:
         settings["hinglish_ratio"] = args.hinglish_ratio
@@ -227,16 +298,22 @@ def find_sources(args, folder, log):
         if args.source == "files":
             files = find_files(stdin_to_file(args.input, folder / WORK), log)
             found = [(path, dict(name=printable(path), licence=None)) for path in files]
-        else:                                              # more than the budget, because cleaning takes some of it
-            found = hub.download(args.source, Path(args.raw_dir), args.hinglish_ratio, int(1.2 * args.max_chars), log)
+        else:  # more than the budget, because cleaning takes some of it
+            found = hub.download(
+                args.source, Path(args.raw_dir), args.hinglish_ratio, int(1.2 * args.max_chars), log
+            )
         paths = [path for path, _ in found]
         sources = [record | {"sha256": dataset.file_sha256(path)} for path, record in found]
-        settings["files"] = [[kind_of(path), s["sha256"]] for path, s in zip(paths, sources, strict=True)]
+        settings["files"] = [
+            [kind_of(path), s["sha256"]] for path, s in zip(paths, sources, strict=True)
+        ]
     return sources, paths, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def stdin_to_file(inputs, folder):
-    """The inputs with "-" replaced by a copy of standard input: it is needed whole, for its hash, before it is read."""
+    """The inputs with "-" replaced by a copy of standard input: it is needed whole, for its hash,
+    before it is read.
+    """
     if "-" not in map(str, inputs):
         return inputs
     path = folder / "stdin.txt"
@@ -255,9 +332,14 @@ def is_current(args, digest, log):
             log(f"{args.data_dir} was made by an older version, which did not seal meta.json: "
                 "building it again")
             return False
-        if meta["settings_sha256"] == digest and meta["tokenizer_sha256"] == dataset.file_sha256(args.tokenizer):
-            log(f"already there: {args.data_dir}, made with these settings ({meta['train_tokens']:,} training tokens); "
-                "--force builds it again")
+        if meta["settings_sha256"] == digest and meta["tokenizer_sha256"] == dataset.file_sha256(
+            args.tokenizer
+        ):
+            log(
+                f"already there: {args.data_dir}, made with these settings "
+                f"({meta['train_tokens']:,} training tokens); "
+                "--force builds it again"
+            )
             return True
         log(f"{args.data_dir} was made with other settings or another tokenizer: building it again")
     except UserError as error:
@@ -267,7 +349,9 @@ def is_current(args, digest, log):
 
 @contextlib.contextmanager
 def alone(folder):
-    """One builder per folder, the next one waits -> the work folder: what lies there is ours or a dead run's."""
+    """One builder per folder, the next one waits -> the work folder: what lies there is ours or a
+    dead run's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as f, contextlib.ExitStack() as stack:
         if fcntl:
@@ -290,12 +374,16 @@ def clear(work):
 
 
 def refuse_foreign(args, folder):
-    """Dies if token files are in the way that prepare did not make: it leaves meta.json or .lock there."""
+    """Dies if token files are in the way that prepare did not make: it leaves meta.json or .lock
+    there.
+    """
     there = [name for name in ("train.bin", "val.bin") if (folder / name).exists()]
     ours = (folder / "meta.json").exists() or (folder / ".lock").exists()
     if there and not ours and not args.force:
-        raise UserError(f"{folder} holds {' and '.join(there)} without a meta.json, so prepare did not "
-                        "make it: name another --data_dir, or give --force to replace it")
+        raise UserError(
+            f"{folder} holds {' and '.join(there)} without a meta.json, so prepare did not "
+            "make it: name another --data_dir, or give --force to replace it"
+        )
 
 
 def build(args, log=print):
@@ -320,14 +408,26 @@ def build(args, log=print):
 
 
 def holds(args):
-    """Is args.data_dir already the text that build(args) would put there? For --source builtin: nothing is downloaded."""
+    """Is args.data_dir already the text that build(args) would put there? For --source builtin:
+    nothing is downloaded.
+    """
     quiet = [].append
     _, _, digest = find_sources(args, Path(args.data_dir), quiet)
     return is_current(dataclasses.replace(args, force=False), digest, quiet)
 
 
 def ensure_builtin(folder=config.STARTER_DIR, chars=None, log=print):
-    """The prepared starter corpus, with its own tokenizer inside the folder; built if it is not there. For train."""
-    build(config.PrepareArgs(source="builtin", data_dir=str(folder), tokenizer=str(Path(folder, "tokenizer.model")),
-                             tokenizer_vocab=config.STARTER_VOCAB, max_chars=chars or config.STARTER_CHARS), log)
+    """The prepared starter corpus, with its own tokenizer inside the folder; built if it is not
+    there. For train.
+    """
+    build(
+        config.PrepareArgs(
+            source="builtin",
+            data_dir=str(folder),
+            tokenizer=str(Path(folder, "tokenizer.model")),
+            tokenizer_vocab=config.STARTER_VOCAB,
+            max_chars=chars or config.STARTER_CHARS,
+        ),
+        log,
+    )
     return folder

@@ -1,11 +1,14 @@
-"""Token files: strict opening of what prepare wrote, and windows whose order is a pure function of a counter.
+"""Token files: strict opening of what prepare wrote, and windows whose order is a pure function of
+a counter.
 
 Used by train and evaluate:
     data = TokenData("data/processed", "train")
     windows = Windows(data, seq_len=512, seed=1337)
-    x = windows.batch(position, 32)            # (B, T) int64; a resumed run continues with the same counter
-Notable: nothing is guessed and nothing clipped, a file that does not fit its meta.json is refused with both numbers.
-The order is a seeded permutation computed on the fly: no list of indices, the state is one integer.
+    x = windows.batch(position, 32)            # (B, T) int64; a resumed run continues with the same
+        counter
+Notable: nothing is guessed and nothing clipped, a file that does not fit its meta.json is refused
+with both numbers. The order is a seeded permutation computed on the fly: no list of indices, the
+state is one integer.
 """
 import os
 import shlex
@@ -23,14 +26,35 @@ from text.tokenizer import NORMALISER
 VERSION = 1
 # every key of meta.json with its type and, for numbers, the smallest value allowed
 KEYS = {
-    "version": 1, "vocab_size": 1, "mask_token_id": 1, "pad_id": 0, "unk_id": 0, "bos_id": 0, "eos_id": 0, "dtype": str,
-    "train_tokens": 1, "val_tokens": 0, "train_docs": 1, "val_docs": 0, "train_bytes": 1, "val_bytes": 0,
-    "train_sha256": str, "val_sha256": str, "tokenizer": str, "tokenizer_sha256": str, "normaliser": str,
-    "source": str, "scripts": dict, "sources": list, "settings_sha256": str, "seed": 0,
+    "version": 1,
+    "vocab_size": 1,
+    "mask_token_id": 1,
+    "pad_id": 0,
+    "unk_id": 0,
+    "bos_id": 0,
+    "eos_id": 0,
+    "dtype": str,
+    "train_tokens": 1,
+    "val_tokens": 0,
+    "train_docs": 1,
+    "val_docs": 0,
+    "train_bytes": 1,
+    "val_bytes": 0,
+    "train_sha256": str,
+    "val_sha256": str,
+    "tokenizer": str,
+    "tokenizer_sha256": str,
+    "normaliser": str,
+    "source": str,
+    "scripts": dict,
+    "sources": list,
+    "settings_sha256": str,
+    "seed": 0,
 }
-UNSEALED = {"cleaning", "romanised_share"}      # other keys that a meta.json without a seal may have
+UNSEALED = {"cleaning", "romanised_share"}  # other keys that a meta.json without a seal may have
 told = set()                # those that were spoken of
-SCAN_BYTES = 10**9          # up to this size every id and the hash are checked at opening, above it ids as the windows are read
+# up to this size every id and the hash are checked at opening, above it ids as the windows are read
+SCAN_BYTES = 10**9
 
 
 def token_dtype(vocab_size):
@@ -46,11 +70,15 @@ def file_sha256(path):
 
 
 def how_to_rebuild(data_dir, flags=None):
-    """The end of a message: what makes this folder again. flags: those in its meta.json, if that can be trusted."""
+    """The end of a message: what makes this folder again. flags: those in its meta.json, if that
+    can be trusted.
+    """
     if not flags and Path(data_dir) == Path(config.STARTER_DIR):
         tokenizer = Path(data_dir, "tokenizer.model")
-        flags = (f"--source builtin --tokenizer {tokenizer} --tokenizer_vocab {config.STARTER_VOCAB} "
-                 f"--max_chars {config.STARTER_CHARS}")
+        flags = (
+            f"--source builtin --tokenizer {tokenizer} --tokenizer_vocab {config.STARTER_VOCAB} "
+            f"--max_chars {config.STARTER_CHARS}"
+        )
     if flags:
         return f"python -m prepare {flags} --data_dir {data_dir} --force builds it again"
     return f"to build it again, type the python -m prepare that made {data_dir} once more, with --force"
@@ -68,7 +96,8 @@ def zip_flags(words):
 
 
 class TokenData:
-    """One split of a prepared folder: `.tokens` (read-only memory map), `.meta`, `.vocab_size`, `len(data)`.
+    """One split of a prepared folder: `.tokens` (read-only memory map), `.meta`, `.vocab_size`,
+    `len(data)`.
 
     verify: compare the file with its sha256, which reads all of it; None does so up to SCAN_BYTES.
     """
@@ -78,8 +107,12 @@ class TokenData:
         self.path = self.dir / f"{split}.bin"
         self.fix = how_to_rebuild(data_dir)
         if not os.path.exists(self.dir / "meta.json"):
-            raise UserError(f"no prepared text in {data_dir} (no meta.json): run python -m prepare --source files "
-                            f"--input YOUR_TEXT.txt --data_dir {data_dir}, or python -m colab_train_eco for everything")
+            raise UserError(
+                f"no prepared text in {data_dir} (no meta.json): run python -m prepare --source "
+                "files "
+                f"--input YOUR_TEXT.txt --data_dir {data_dir}, or python -m colab_train_eco for "
+                "everything"
+            )
         self.meta = self.read_meta()
         self.vocab_size = self.meta["vocab_size"]
         self.dtype = token_dtype(self.vocab_size)
@@ -87,8 +120,11 @@ class TokenData:
             size = self.path.stat().st_size
             count = self.meta[f"{split}_tokens"]
             if size != count * self.dtype.itemsize:
-                self.refuse(f"{self.path} has {size:,} bytes, but meta.json says {count:,} {self.dtype.name} tokens = "
-                            f"{count * self.dtype.itemsize:,} bytes")
+                self.refuse(
+                    f"{self.path} has {size:,} bytes, but meta.json says {count:,} "
+                    f"{self.dtype.name} tokens = "
+                    f"{count * self.dtype.itemsize:,} bytes"
+                )
             if not count:
                 self.refuse(f"{self.path} has 0 tokens")
             self.tokens = np.memmap(self.path, self.dtype, "r")
@@ -103,14 +139,18 @@ class TokenData:
                 self.refuse(f"{self.path} has sha256 {found[:12]}, but meta.json says {said[:12]}")
 
     def for_run(self, source, path):
-        """The end of a message: how this folder is made fit for a run that had its text from `source`.
+        """The end of a message: how this folder is made fit for a run that had its text from
+        `source`.
 
-        path: the tokenizer of the run. The starter corpus where train puts it is the same each time.
+        path: the tokenizer of the run. The starter corpus where train puts it is the same each
+        time.
         """
         if source == "builtin" and self.dir == Path(config.STARTER_DIR):
             return how_to_rebuild(config.STARTER_DIR)
         words = shlex.split(self.meta.get("flags", ""))
-        kept = [pair for pair in zip_flags(words) if pair[0] not in ("--tokenizer", "--tokenizer_vocab")]
+        kept = [
+            pair for pair in zip_flags(words) if pair[0] not in ("--tokenizer", "--tokenizer_vocab")
+        ]
         if not kept:
             return f"prepare the text with --tokenizer {path}"
         flags = shlex.join(word for pair in kept for word in pair)
@@ -126,7 +166,9 @@ class TokenData:
         raise UserError(f"{what}; {self.fix}")
 
     def read_meta(self):
-        """meta.json with its seal checked; only a file of an older version has none, which is said once."""
+        """meta.json with its seal checked; only a file of an older version has none, which is said
+        once.
+        """
         name = self.dir / "meta.json"
         try:
             meta = read_json(name)
@@ -152,45 +194,65 @@ class TokenData:
                 self.refuse(f"{name} has no {key!r}")
             kind, value = rule if isinstance(rule, type) else int, meta[key]
             if type(value) is not kind or (kind is int and not rule <= value < 2**63):
-                self.refuse(f"{name}: {key} is {str(value)[:60]!r}, which is no valid {kind.__name__}")
+                self.refuse(
+                    f"{name}: {key} is {str(value)[:60]!r}, which is no valid {kind.__name__}"
+                )
         vocab, dtype = meta["vocab_size"], token_dtype(meta["vocab_size"]).name
         specials = [meta[key] for key in ("pad_id", "unk_id", "bos_id", "eos_id")]
         for what, found, wanted in (
-                ("version", meta["version"], VERSION), ("normaliser", meta["normaliser"], NORMALISER),
-                ("mask_token_id", meta["mask_token_id"], vocab), ("dtype", meta["dtype"], dtype)):
+            ("version", meta["version"], VERSION),
+            ("normaliser", meta["normaliser"], NORMALISER),
+            ("mask_token_id", meta["mask_token_id"], vocab),
+            ("dtype", meta["dtype"], dtype),
+        ):
             if found != wanted:
-                self.refuse(f"{name}: {what} is {found}, but this Aria needs {wanted} with {vocab} pieces")
+                self.refuse(
+                    f"{name}: {what} is {found}, but this Aria needs {wanted} with {vocab} pieces"
+                )
         if vocab >= 2**31 or max(specials) >= vocab or len(set(specials)) < 4:
             self.refuse(f"{name}: special ids {specials} do not fit a vocabulary of {vocab}")
 
     def check_ids(self, ids):
         if (top := int(ids.max())) >= self.vocab_size:
             what = "the mask, which no text may hold" if top == self.vocab_size else "out of range"
-            self.refuse(f"{self.path} holds the id {top}, {what}: the vocabulary is {self.vocab_size}")
+            self.refuse(
+                f"{self.path} holds the id {top}, {what}: the vocabulary is {self.vocab_size}"
+            )
 
     def __len__(self):
         return len(self.tokens)
 
     @cached_property
     def tokenizer_path(self):
-        """The tokenizer that made these ids: where meta.json says, or in the data folder; its hash must fit."""
+        """The tokenizer that made these ids: where meta.json says, or in the data folder; its hash
+        must fit.
+        """
         said = Path(self.meta["tokenizer"])
-        found = [p for p in (said, config.ROOT / said, self.dir / said.name) if os.path.isfile(p)]       # no error for any name
+        # no error for any name
+        found = [p for p in (said, config.ROOT / said, self.dir / said.name) if os.path.isfile(p)]
         hashes = [file_sha256(p) for p in found]
         if self.meta["tokenizer_sha256"] in hashes:
             return found[hashes.index(self.meta["tokenizer_sha256"])]
         if not found:
             self.refuse(f"the tokenizer {said} of {self.dir} is missing")
-        self.refuse(f"{self.dir} was made with tokenizer {self.meta['tokenizer_sha256'][:12]}, but {found[0]} is "
-                    f"{hashes[0][:12]}")
+        self.refuse(
+            f"{self.dir} was made with tokenizer {self.meta['tokenizer_sha256'][:12]}, but "
+            f"{found[0]} is "
+            f"{hashes[0][:12]}"
+        )
 
     def need(self, seq_len):
         if len(self) < seq_len:
-            raise UserError(f"{self.path} has {len(self):,} tokens, fewer than one window of --seq_len {seq_len}: use "
-                            "a shorter --seq_len, more text, or (for val) a larger --val_doc_frac in prepare")
+            raise UserError(
+                f"{self.path} has {len(self):,} tokens, fewer than one window of --seq_len "
+                f"{seq_len}: use "
+                "a shorter --seq_len, more text, or (for val) a larger --val_doc_frac in prepare"
+            )
 
     def gather(self, starts, seq_len):
-        """Windows from these positions on, (B, T) int64; the text is a ring, its end continues at its beginning."""
+        """Windows from these positions on, (B, T) int64; the text is a ring, its end continues at
+        its beginning.
+        """
         import torch
         rows = np.empty((len(starts), seq_len), np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
@@ -202,7 +264,9 @@ class TokenData:
         return torch.from_numpy(rows)                            # (B, T)
 
     def val_windows(self, n, seq_len):
-        """The same evenly spaced, disjoint windows each time: n of them, or as many as the text has."""
+        """The same evenly spaced, disjoint windows each time: n of them, or as many as the text
+        has.
+        """
         self.need(seq_len)
         n = min(n, len(self) // seq_len)
         spare = len(self) - n * seq_len
@@ -223,8 +287,8 @@ def _hash(seed, numbers):
 
 
 def permute(index, n, key):
-    """Element-wise bijection of 0..n-1 chosen by `key` (uint64 arrays): a Feistel network over the next power of 4,
-    walked until it falls below n. No memory, whatever n."""
+    """Element-wise bijection of 0..n-1 chosen by `key` (uint64 arrays): a Feistel network over the
+    next power of 4, walked until it falls below n. No memory, whatever n."""
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
     out, todo = index.astype(np.uint64), np.arange(len(index))
@@ -239,9 +303,11 @@ def permute(index, n, key):
 
 
 class Windows:
-    """Disjoint windows of seq_len tokens in a seeded order: per epoch another offset, each window exactly once.
+    """Disjoint windows of seq_len tokens in a seeded order: per epoch another offset, each window
+    exactly once.
 
-    Window number i (0, 1, 2, ... over all epochs) depends on (seed, i) alone, so a run resumes from its counter.
+    Window number i (0, 1, 2, ... over all epochs) depends on (seed, i) alone, so a run resumes from
+    its counter.
     """
 
     def __init__(self, data, seq_len, seed):

@@ -1,8 +1,9 @@
-"""Documents out of text files: .txt (a blank line ends a document), .jsonl ({"text": ...}), both also as .gz and .xz, and
-.parquet (a column "text"; needs pyarrow, which comes with datasets).
+"""Documents out of text files: .txt (a blank line ends a document), .jsonl ({"text": ...}), both
+also as .gz and .xz, and .parquet (a column "text"; needs pyarrow, which comes with datasets).
 
-Used by prepare. An optional "prompt" in a .jsonl line becomes the line before the text. Memory stays bounded, whatever
-the files look like; what cannot be read is a UserError with file, line and the way out, never a guess.
+Used by prepare. An optional "prompt" in a .jsonl line becomes the line before the text. Memory
+stays bounded, whatever the files look like; what cannot be read is a UserError with file, line and
+the way out, never a guess.
 """
 import gzip
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from common.console import UserError, need
 
 OPEN = {".gz": gzip.open, ".xz": lzma.open}
-LINE_BYTES = 1 << 24                       # a longer document is cut, so that a file of one line fits into memory
+LINE_BYTES = 1 << 24  # a longer document is cut, so that a file of one line fits into memory
 BLANK_LINES = re.compile(rb"(?:[ \t\r]*\n)+")
 NAMED = 5                                  # files left out that a notice names
 
@@ -29,9 +30,9 @@ def kind_of(path):
 def find_files(inputs, log=print):
     """Files and folders (recursively, in the order of their names) -> files, each once.
 
-    Of a folder, other kinds of file are left out. So are, with a notice, pipes and the like (reading
-    one would wait without end) and links that lead out of the folder: only what was named is read.
-    Naming a file of an unknown kind is an error.
+    Of a folder, other kinds of file are left out. So are, with a notice, pipes and the like
+    (reading one would wait without end) and links that lead out of the folder: only what was named
+    is read. Naming a file of an unknown kind is an error.
     """
     files, left_out = {}, []
     for given in map(Path, inputs):
@@ -45,8 +46,10 @@ def find_files(inputs, log=print):
                 raise UserError(f"--input {given}: no .txt, .jsonl or .parquet file in this "
                                 f"folder{why}")
         elif not kind_of(given):
-            raise UserError(f"--input {given}: unknown kind of file, not .txt or .jsonl (also .gz, .xz) or "
-                            ".parquet; rename or convert it")
+            raise UserError(
+                f"--input {given}: unknown kind of file, not .txt or .jsonl (also .gz, .xz) or "
+                ".parquet; rename or convert it"
+            )
         elif not given.is_file():
             raise UserError(f"--input {given}: not a plain file; for a pipe: cat {given} | "
                             "python -m prepare --source files --input -")
@@ -60,7 +63,9 @@ def find_files(inputs, log=print):
 
 
 def texts_of_folder(folder, left_out):
-    """The paths in a folder that are read; pipes and links out of it join left_out, with the reason."""
+    """The paths in a folder that are read; pipes and links out of it join left_out, with the
+    reason.
+    """
     home = folder.resolve()
     for top, subfolders, names in os.walk(folder):
         for path in (Path(top, name) for name in subfolders):
@@ -78,13 +83,16 @@ def texts_of_folder(folder, left_out):
 
 
 def read_lines(path):
-    """(line number, text); a line of more than LINE_BYTES comes in parts, empty lines in a row as one."""
+    """(line number, text); a line of more than LINE_BYTES comes in parts, empty lines in a row as
+    one.
+    """
     number, begins, rest = 0, True, b""
     try:
         with OPEN.get(path.suffix.lower(), open)(path, "rb") as f:
             while raw := rest + f.readline(LINE_BYTES):
                 number, begins, rest = number + begins, raw.endswith(b"\n"), b""
-                if len(raw) >= LINE_BYTES and raw[-1] >= 0x80:           # perhaps inside a character: keep that back
+                # perhaps inside a character: keep that back
+                if len(raw) >= LINE_BYTES and raw[-1] >= 0x80:
                     last = max(raw.rfind(bytes([lead]), -4) for lead in range(0xc2, 0xf5))
                     raw, rest = raw[:last], raw[last:]
                 yield number, raw.decode().removeprefix("\ufeff")
@@ -92,14 +100,18 @@ def read_lines(path):
                     number += skip_blank_lines(f)
     except UnicodeDecodeError as error:
         guess = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "ITS_ENCODING"
-        raise UserError(f"{path}, line {number}, byte {error.start} of the line: not valid UTF-8; convert the file "
-                        f"first: iconv -f {guess} -t UTF-8 {path.name} > new_{path.name}") from None
+        raise UserError(
+            f"{path}, line {number}, byte {error.start} of the line: not valid UTF-8; convert the "
+            "file "
+            f"first: iconv -f {guess} -t UTF-8 {path.name} > new_{path.name}"
+        ) from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"cannot read {path}, stopped after line {number}: {error}") from None
 
 
 def skip_blank_lines(f):
-    """Goes to the next line that is not empty, thousands of lines at a time -> how many it skipped."""
+    """Goes to the next line that is not empty, thousands of lines at a time -> how many it skipped.
+    """
     count = 0
     while True:
         blank = BLANK_LINES.match(f.peek(1 << 16))
@@ -145,8 +157,10 @@ def read_parquet(path):
                         raise UserError(f'{path}: the column "text" holds no text')
                     yield text or ""
     except UnicodeDecodeError as error:
-        raise UserError(f'{path}: the column "text" holds bytes that are not valid UTF-8 ({error}); '
-                        "convert it first") from None
+        raise UserError(
+            f'{path}: the column "text" holds bytes that are not valid UTF-8 ({error}); '
+            "convert it first"
+        ) from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
 
@@ -160,7 +174,7 @@ def parse_record(line, where):
             return f"{prompt}\n{text}" if prompt else text
         why = '"text" and "prompt" must be strings'
     except (ValueError, RecursionError) as error:
-        long = len(line.encode()) > LINE_BYTES - 8                       # then this is only a part of the line
+        long = len(line.encode()) > LINE_BYTES - 8  # then this is only a part of the line
         why = f"longer than {LINE_BYTES:,} bytes" if long else f"not valid JSON ({error})"
     except (TypeError, KeyError, AttributeError):
         why = 'no "text"'

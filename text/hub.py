@@ -1,13 +1,15 @@
-"""Text from the Hugging Face hub: one table of pinned sources, streamed into data/raw, resumable, added up to a budget.
+"""Text from the Hugging Face hub: one table of pinned sources, streamed into data/raw, resumable,
+added up to a budget.
 
 Used by prepare (--source hindi, --source fineweb):
     files = download("hindi", folder, hinglish_ratio=0.35, chars=60_000_000, log=print)
 
-Nothing but plain files is read (no loading scripts, ever). A source that is gone or gated is left out with a notice; one that
-breaks is tried again with growing waits and keeps what it gave; one that gives nothing is left out after PATIENCE seconds.
-The library's calls run in a thread, so that a hub that hangs is noticed, and Ctrl-C answered, whatever it does there.
-Each source is one file, .part until it is whole, with a .state.json beside it: what it is, how much there is, and where
-the stream stopped, so that a second run continues there.
+Nothing but plain files is read (no loading scripts, ever). A source that is gone or gated is left
+out with a notice; one that breaks is tried again with growing waits and keeps what it gave; one
+that gives nothing is left out after PATIENCE seconds. The library's calls run in a thread, so that
+a hub that hangs is noticed, and Ctrl-C answered, whatever it does there. Each source is one file,
+.part until it is whole, with a .state.json beside it: what it is, how much there is, and where the
+stream stopped, so that a second run continues there.
 """
 import contextlib
 import errno
@@ -22,24 +24,26 @@ from tqdm import tqdm
 from common.console import UserError, need
 from common.files import read_json, write_json
 
-WAITS = (1, 2, 4, 8, 16)                   # seconds before the next try; one new row, and they start over
+WAITS = (1, 2, 4, 8, 16)  # seconds before the next try; one new row, and they start over
 SYNC_ROWS = 1000                           # rows between two states on disk
 BATCH_ROWS, BATCH_SECONDS = 100, 1         # what is read before the main thread has it
 QUIET = 2                                  # seconds of waiting that need no line
-PROBE = 5                                  # seconds in which a hub that works answers a small question
+PROBE = 5  # seconds in which a hub that works answers a small question
 PATIENCE = 20                              # seconds that a source may take to say anything at all
-SLOWLY = 600                               # seconds for one batch, from a hub that answers small questions meanwhile
+SLOWLY = 600  # seconds for one batch, from a hub that answers small questions meanwhile
 REFUSED = (401, 403, 404, 410)             # HTTP: not there, or not for us
 
 
 @dataclass(frozen=True)
 class Source:
-    """revision None: the newest at the first download, recorded then and kept. share: of what its kind still misses."""
+    """revision None: the newest at the first download, recorded then and kept. share: of what its
+    kind still misses.
+    """
     name: str
     kind: str                              # hindi, hinglish, english
     repo: str
     revision: str | None
-    licence: str                           # as its card says; read the card before you publish anything
+    licence: str  # as its card says; read the card before you publish anything
     config: str | None = None
     data_dir: str | None = None
     split: str = "train"
@@ -47,22 +51,62 @@ class Source:
     share: float = 1.0
 
 
-# The pins are those that public projects record for these sets. None of them was loaded on the machine this was written on.
+# The pins are those that public projects record for these sets. None of them was loaded on the
+# machine this was written on.
 SOURCES = {
     "hindi": (
-        Source("sangraha", "hindi", "ai4bharat/sangraha", None, "CC BY 4.0", data_dir="verified/hin", share=0.6),
-        Source("wikipedia", "hindi", "wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", "CC BY-SA 3.0, GFDL",
-               config="20231101.hi"),
-        Source("fineweb2", "hindi", "HuggingFaceFW/fineweb-2", "af9c13333eb981300149d5ca60a8e9d659b276b9", "ODC-By 1.0",
-               config="hin_Deva"),
-        Source("hinmix", "hinglish", "kartikagg98/HINMIX_hi-en", "5735b2d0737980b03c50ee643ad8ac31da5d8531", "Apache-2.0",
-               config="lcsalign-hicmrom", share=0.5),
-        Source("hinmix_noisy", "hinglish", "kartikagg98/HINMIX_hi-en", "5735b2d0737980b03c50ee643ad8ac31da5d8531",
-               "Apache-2.0", config="lcsalign-noisyhicmrom"),
+        Source(
+            "sangraha",
+            "hindi",
+            "ai4bharat/sangraha",
+            None,
+            "CC BY 4.0",
+            data_dir="verified/hin",
+            share=0.6,
+        ),
+        Source(
+            "wikipedia",
+            "hindi",
+            "wikimedia/wikipedia",
+            "b04c8d1ceb2f5cd4588862100d08de323dccfbaa",
+            "CC BY-SA 3.0, GFDL",
+            config="20231101.hi",
+        ),
+        Source(
+            "fineweb2",
+            "hindi",
+            "HuggingFaceFW/fineweb-2",
+            "af9c13333eb981300149d5ca60a8e9d659b276b9",
+            "ODC-By 1.0",
+            config="hin_Deva",
+        ),
+        Source(
+            "hinmix",
+            "hinglish",
+            "kartikagg98/HINMIX_hi-en",
+            "5735b2d0737980b03c50ee643ad8ac31da5d8531",
+            "Apache-2.0",
+            config="lcsalign-hicmrom",
+            share=0.5,
+        ),
+        Source(
+            "hinmix_noisy",
+            "hinglish",
+            "kartikagg98/HINMIX_hi-en",
+            "5735b2d0737980b03c50ee643ad8ac31da5d8531",
+            "Apache-2.0",
+            config="lcsalign-noisyhicmrom",
+        ),
     ),
     "fineweb": (
-        Source("fineweb_edu", "english", "HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "ODC-By 1.0",
-               config="sample-10BT"),
+        Source(
+            "fineweb_edu",
+            "english",
+            "HuggingFaceFW/fineweb-edu",
+            "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+            "ODC-By 1.0",
+            config="sample-10BT",
+        ),
     ),
 }
 
@@ -76,9 +120,11 @@ class Silent(Exception):
 
 
 def patiently(what, work, log, limit, alive=None):
-    """work(), done in a thread of its own: its result or its exception, or Silent after `limit` seconds.
+    """work(), done in a thread of its own: its result or its exception, or Silent after `limit`
+    seconds.
 
-    alive: a small question to the hub, asked half-way; while it is answered there is time until SLOWLY.
+    alive: a small question to the hub, asked half-way; while it is answered there is time until
+    SLOWLY.
     """
     result = {}
     done = threading.Event()
@@ -86,14 +132,14 @@ def patiently(what, work, log, limit, alive=None):
     def call():
         try:
             result["value"] = work()
-        except Exception as error:                         # datasets and its HTTP client raise types of their own
+        except Exception as error:  # datasets and its HTTP client raise types of their own
             result["error"] = error
         done.set()
 
     began = time.monotonic()
     told, asked = False, False
     threading.Thread(target=call, daemon=True).start()
-    while not done.wait(0.2):                              # Ctrl-C gets through here, into a hanging read it may not
+    while not done.wait(0.2):  # Ctrl-C gets through here, into a hanging read it may not
         waited = time.monotonic() - began
         if waited > QUIET and not told:
             log(f"waiting for {what} ...")
@@ -125,10 +171,20 @@ def open_stream(source, revision, state):
     datasets.config.STREAMING_READ_MAX_RETRIES = 2         # the waits are ours: see WAITS
     datasets.config.STREAMING_READ_RETRY_INTERVAL = 1
     try:
-        rows = datasets.load_dataset(source.repo, source.config, data_dir=source.data_dir, split=source.split,
-                                     revision=revision, streaming=True)
-    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError, ValueError,
-            datasets.data_files.EmptyDatasetError) as error:
+        rows = datasets.load_dataset(
+            source.repo,
+            source.config,
+            data_dir=source.data_dir,
+            split=source.split,
+            revision=revision,
+            streaming=True,
+        )
+    except (
+        datasets.exceptions.DatasetNotFoundError,
+        datasets.exceptions.DatasetGenerationError,
+        ValueError,
+        datasets.data_files.EmptyDatasetError,
+    ) as error:
         raise Gone(str(error).split("\n")[0][:200]) from None
     if state:
         rows.load_state_dict(state)
@@ -142,8 +198,9 @@ def newest(source, seconds=PATIENCE):
 
 
 class Hub:
-    """Does anything answer at the hub's address? Asked once, as each try of a dead one costs seconds, and again when
-    a source falls silent. The library's own tries would take minutes to find that out."""
+    """Does anything answer at the hub's address? Asked once, as each try of a dead one costs
+    seconds, and again when a source falls silent. The library's own tries would take minutes to
+    find that out."""
 
     def __init__(self, log):
         self.log, self.known = log, None
@@ -156,15 +213,23 @@ class Hub:
     def ask(self):
         from huggingface_hub import constants, get_session
         try:
-            patiently(f"the hub at {constants.ENDPOINT}", lambda: get_session().head(constants.ENDPOINT, timeout=PROBE),
-                      self.log, PROBE + 1)
-        except Exception as error:                         # whatever the HTTP client of the day raises
-            self.log(f"notice: the hub at {constants.ENDPOINT} does not answer ({type(error).__name__})")
+            patiently(
+                f"the hub at {constants.ENDPOINT}",
+                lambda: get_session().head(constants.ENDPOINT, timeout=PROBE),
+                self.log,
+                PROBE + 1,
+            )
+        except Exception as error:  # whatever the HTTP client of the day raises
+            self.log(
+                f"notice: the hub at {constants.ENDPOINT} does not answer ({type(error).__name__})"
+            )
             return False
         return True
 
     def status(self, source):
-        """What the hub answers to a small question about a source: an HTTP status, or None when it does not answer."""
+        """What the hub answers to a small question about a source: an HTTP status, or None when it
+        does not answer.
+        """
         try:
             patiently(source.repo, lambda: newest(source, PROBE), self.log, PROBE + 1)
         except Exception as error:
@@ -178,27 +243,52 @@ class Raw:
     def __init__(self, source, folder):
         self.source = source
         self.path = folder / f"{source.kind}_{source.name}.jsonl"
-        self.part, self.state_path = self.path.with_suffix(".jsonl.part"), self.path.with_suffix(".state.json")
+        self.part, self.state_path = (
+            self.path.with_suffix(".jsonl.part"),
+            self.path.with_suffix(".state.json"),
+        )
         self.state = dict(asdict(source), rows=0, bytes=0, chars=0, ended=False, at=None)
-        with contextlib.suppress(UserError, OSError):      # nothing usable there: from the beginning
+        with contextlib.suppress(UserError, OSError):  # nothing usable there: from the beginning
             saved = read_json(self.state_path)
             there = (self.path if self.path.exists() else self.part).stat().st_size
-            fixed = [key for key in asdict(source) if key != "share" and (key != "revision" or source.revision)]
-            if set(saved) == set(self.state) and there >= saved["bytes"] and all(saved[k] == self.state[k] for k in fixed):
+            fixed = [
+                key
+                for key in asdict(source)
+                if key != "share" and (key != "revision" or source.revision)
+            ]
+            if (
+                set(saved) == set(self.state)
+                and there >= saved["bytes"]
+                and all(saved[k] == self.state[k] for k in fixed)
+            ):
                 self.state = saved
 
     def fetch(self, chars, log, hub):
-        """Rows until there are so many characters or the source ends, with new tries; what came stays. -> characters."""
+        """Rows until there are so many characters or the source ends, with new tries; what came
+        stays. -> characters.
+        """
         if self.state["chars"] >= chars or self.state["ended"]:
             return self.state["chars"]
         if not hub.answers():
             return self.state["chars"]
         if self.path.exists():
             os.replace(self.path, self.part)
-        name, tries = f"{self.source.repo} {self.source.config or self.source.data_dir or ''}".strip(), 0
+        name, tries = (
+            f"{self.source.repo} {self.source.config or self.source.data_dir or ''}".strip(),
+            0,
+        )
         first, began = self.state["rows"], time.monotonic()
-        with open(self.part, "ab") as f, tqdm(total=chars, initial=self.state["chars"], unit=" characters", unit_scale=True,
-                                              desc=self.source.name, disable=None) as bar:
+        with (
+            open(self.part, "ab") as f,
+            tqdm(
+                total=chars,
+                initial=self.state["chars"],
+                unit=" characters",
+                unit_scale=True,
+                desc=self.source.name,
+                disable=None,
+            ) as bar,
+        ):
             while True:
                 f.truncate(self.state["bytes"])
                 before = self.state["rows"]
@@ -208,8 +298,13 @@ class Raw:
                 except Gone as error:
                     log(f"notice: {name} is left out: {error}")
                     break
-                except Exception as error:                 # datasets and its HTTP client raise types of their own
-                    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                except Exception as error:  # datasets and its HTTP client raise types of their own
+                    if isinstance(error, OSError) and error.errno in (
+                        errno.ENOSPC,
+                        errno.EDQUOT,
+                        errno.EROFS,
+                        errno.EIO,
+                    ):
                         raise
                     tries = 0 if self.state["rows"] > before else tries + 1
                     why = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
@@ -222,8 +317,15 @@ class Raw:
                         break
                     wait = WAITS[min(tries, len(WAITS) - 1)]
                     spent = time.monotonic() - began + wait
-                    if tries >= len(WAITS) or nothing and (isinstance(error, Silent) or spent > PATIENCE):
-                        log(f"notice: {name} broke off, {self.state['chars']:,} characters of it are kept ({why})")
+                    if (
+                        tries >= len(WAITS)
+                        or nothing
+                        and (isinstance(error, Silent) or spent > PATIENCE)
+                    ):
+                        log(
+                            f"notice: {name} broke off, {self.state['chars']:,} characters of it "
+                            f"are kept ({why})"
+                        )
                         hub.known = None
                         break
                     log(f"notice: {name}: trying again in {wait} s ({why})")
@@ -235,11 +337,19 @@ class Raw:
         return self.state["chars"]
 
     def stream(self, f, chars, bar, log, hub):
-        """One try: rows into the file, a state on the disk every SYNC_ROWS, and at the end however it comes."""
+        """One try: rows into the file, a state on the disk every SYNC_ROWS, and at the end however
+        it comes.
+        """
         s = self.state
 
         def wait_for(what, work):
-            return patiently(f"{what} of {self.source.repo}", work, log, PATIENCE, lambda: hub.status(self.source))
+            return patiently(
+                f"{what} of {self.source.repo}",
+                work,
+                log,
+                PATIENCE,
+                lambda: hub.status(self.source),
+            )
 
         s["revision"] = s["revision"] or wait_for("the newest version", lambda: newest(self.source))
         rows = wait_for("the files", lambda: open_stream(self.source, s["revision"], s["at"]))
@@ -249,16 +359,26 @@ class Raw:
             nonlocal new, more
             f.flush()
             os.fsync(f.fileno())
-            s.update(rows=s["rows"] + new, chars=s["chars"] + more, bytes=os.fstat(f.fileno()).st_size, at=at)
+            s.update(
+                rows=s["rows"] + new,
+                chars=s["chars"] + more,
+                bytes=os.fstat(f.fileno()).st_size,
+                at=at,
+            )
             write_json(self.state_path, s)
             new = more = 0
 
         try:
             while s["chars"] + more < chars and not s["ended"]:
                 room = min(BATCH_ROWS, SYNC_ROWS - new), chars - s["chars"] - more
-                texts, ended, error, place = wait_for("text", lambda room=room: self.batch(rows, iterator, *room))
+                texts, ended, error, place = wait_for(
+                    "text", lambda room=room: self.batch(rows, iterator, *room)
+                )
                 for text in texts:
-                    f.write(json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+                    f.write(
+                        json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "replace")
+                        + b"\n"
+                    )
                     new, more = new + 1, more + len(text)
                     bar.update(len(text))
                 at, s["ended"] = place, ended
@@ -271,8 +391,8 @@ class Raw:
                 sync()
 
     def batch(self, rows, iterator, most, chars):
-        """-> (texts of the next rows: so many, or so many characters, or what a second gives; was that the end;
-        the error that it met; the place after them)."""
+        """-> (texts of the next rows: so many, or so many characters, or what a second gives; was
+        that the end; the error that it met; the place after them)."""
         texts, until = [], time.monotonic() + BATCH_SECONDS
         ended, error = False, None
         try:
@@ -283,7 +403,10 @@ class Raw:
                     break
                 text = row.get(self.source.field)
                 if not isinstance(text, str):
-                    raise Gone(f"its rows have no text in {self.source.field!r}, but {', '.join(row)[:100]}")
+                    raise Gone(
+                        f"its rows have no text in {self.source.field!r}, but "
+                        f"{', '.join(row)[:100]}"
+                    )
                 texts.append(text)
                 chars -= len(text)
         except Exception as caught:                        # what came before it is good
@@ -292,8 +415,13 @@ class Raw:
 
 
 def download(which, folder, hinglish_ratio, chars, log):
-    """Files with about so many characters in all, the wanted share of them Hinglish; [(path, record for meta.json)]."""
-    kinds = {"hindi": {"hindi": 1 - hinglish_ratio, "hinglish": hinglish_ratio}, "fineweb": {"english": 1.0}}[which]
+    """Files with about so many characters in all, the wanted share of them Hinglish; [(path, record
+    for meta.json)].
+    """
+    kinds = {
+        "hindi": {"hindi": 1 - hinglish_ratio, "hinglish": hinglish_ratio},
+        "fineweb": {"english": 1.0},
+    }[which]
     need("datasets", "to read the hub")
     folder.mkdir(parents=True, exist_ok=True)
     found, hub = [], Hub(log)
@@ -304,12 +432,32 @@ def download(which, folder, hinglish_ratio, chars, log):
                 missing -= raw.fetch(int(raw.source.share * missing), log, hub)
                 found += [raw] * (raw.state["rows"] > 0)
         if missing > 0 and share:
-            log(f"notice: {kind}: {missing:,} of {int(share * chars):,} characters are missing, no source gave more"
-                + (" (the hub does not answer)" if hub.known is False else ""))
+            log(
+                f"notice: {kind}: {missing:,} of {int(share * chars):,} characters are missing, no "
+                "source gave more"
+                + (" (the hub does not answer)" if hub.known is False else "")
+            )
     if not found:
-        raise UserError("nothing could be read from the hub: check the network and run it again, or use your own text "
-                        "(--source files --input FILES) or the starter corpus (--source builtin)", code=3)
-    keep = ("name", "kind", "repo", "config", "data_dir", "split", "revision", "licence", "rows", "bytes", "chars", "ended")
+        raise UserError(
+            "nothing could be read from the hub: check the network and run it again, or use your "
+            "own text "
+            "(--source files --input FILES) or the starter corpus (--source builtin)",
+            code=3,
+        )
+    keep = (
+        "name",
+        "kind",
+        "repo",
+        "config",
+        "data_dir",
+        "split",
+        "revision",
+        "licence",
+        "rows",
+        "bytes",
+        "chars",
+        "ended",
+    )
     records = [{key: raw.state[key] for key in keep} | {"file": raw.path.name} for raw in found]
     write_json(folder / "sources.json", {"sources": records})
     return [(raw.path, record) for raw, record in zip(found, records, strict=True)]

@@ -1,11 +1,17 @@
-"""Several processes train one model: torchrun's process group, what its ranks tell each other, weights cut up by --fsdp.
+"""Several processes train one model: torchrun's process group, what its ranks tell each other,
+weights cut up by --fsdp.
 
-    torchrun --nproc_per_node 8 -m train --preset medium             # docs/SCALING.md: nodes, FSDP, what a run costs
+    torchrun --nproc_per_node 8 -m train --preset medium             # docs/SCALING.md: nodes, FSDP,
+        what a run costs
 
-Used by train.py; nothing here runs by itself. Without torchrun there is one rank, and every method is the identity. Notable:
-* rank 0 alone prints, logs and writes what is small; the others hear from it, as JSON or as tensors;
-* what can differ between machines (a signal, a full disk, a measured precision) is agreed upon, all else is computed alike;
-* DistributedDataParallel sums gradients, FSDP2 cuts weights up, and torch.distributed.checkpoint saves what is cut (checkpoint_shards.py);
+Used by train.py; nothing here runs by itself. Without torchrun there is one rank, and every method
+is the identity. Notable:
+* rank 0 alone prints, logs and writes what is small; the others hear from it, as JSON or as
+  tensors;
+* what can differ between machines (a signal, a full disk, a measured precision) is agreed upon, all
+  else is computed alike;
+* DistributedDataParallel sums gradients, FSDP2 cuts weights up, and torch.distributed.checkpoint
+  saves what is cut (checkpoint_shards.py);
 * a checkpoint of any number of ranks resumes on any other, sharded or not.
 """
 import atexit
@@ -27,9 +33,11 @@ from torch import nn
 
 from common.console import UserError
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")      # what it tells each process
-TIMEOUT = timedelta(minutes=30)    # of one wait: rank 0 may be writing a large checkpoint. A dead process shows at once
-PATIENCE = 2                       # seconds in which rank 0 speaks first, and torchrun ends the others
+# what it tells each process
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# of one wait: rank 0 may be writing a large checkpoint. A dead process shows at once
+TIMEOUT = timedelta(minutes=30)
+PATIENCE = 2  # seconds in which rank 0 speaks first, and torchrun ends the others
 BEAT = 5                           # seconds between two signs of life of a rank
 SILENCE = 60                       # seconds without one, then the others say who is awaited
 
@@ -45,35 +53,48 @@ class Ranks:
         """The rows of a step that are this rank's: equal parts, as on one process in sum."""
         rows = batch_size * grad_accum
         if rows % self.world:
-            raise UserError(f"--batch_size {batch_size} x --grad_accum {grad_accum} = {rows} sequences per step do not "
-                            f"divide over {self.world} processes: change one of the three")
+            raise UserError(
+                f"--batch_size {batch_size} x --grad_accum {grad_accum} = {rows} sequences per "
+                "step do not "
+                f"divide over {self.world} processes: change one of the three"
+            )
         mine = rows // self.world
         return slice(self.rank * mine, (self.rank + 1) * mine)
 
     def shard_rows(self, rows):
-        """Of so many rows those that this rank scores: as many as each other rank, some of the first ones twice if need be."""
+        """Of so many rows those that this rank scores: as many as each other rank, some of the
+        first ones twice if need be.
+        """
         each = -(-rows // self.world)
         return [(self.rank * each + i) % rows for i in range(each)]
 
     def gather_rows(self, found, rows):
-        """What each rank found for the rows dealt to it (each, ...) -> (rows, ...) on every rank, each row once, in order."""
+        """What each rank found for the rows dealt to it (each, ...) -> (rows, ...) on every rank,
+        each row once, in order.
+        """
         if self.world == 1:
             return found
         parts = found.new_zeros(self.world, *found.shape)
         parts[self.rank] = found
-        dist.all_reduce(parts)                                   # to zeros: the same bits as on the rank that found them
+        dist.all_reduce(parts)  # to zeros: the same bits as on the rank that found them
         return parts.flatten(0, 1)[:rows]
 
-    # ---- what the ranks tell each other; small things on the CPU, whatever the device ----------------------------------
+    # ---- what the ranks tell each other; small things on the CPU, whatever the device ------------
 
     def broadcast_object(self, value):
-        """Rank 0's value, anything JSON can say, on every rank; nobody goes on before rank 0 has come here."""
+        """Rank 0's value, anything JSON can say, on every rank; nobody goes on before rank 0 has
+        come here.
+        """
         if self.world == 1:
             return value
         text = bytearray(json.dumps(value).encode() if self.main else b"")
         size = torch.tensor(len(text))
         dist.broadcast(size, 0)
-        data = torch.frombuffer(text, dtype=torch.uint8) if self.main else torch.empty(int(size), dtype=torch.uint8)
+        data = (
+            torch.frombuffer(text, dtype=torch.uint8)
+            if self.main
+            else torch.empty(int(size), dtype=torch.uint8)
+        )
         dist.broadcast(data, 0)
         return json.loads(data.numpy().tobytes())
 
@@ -92,7 +113,11 @@ class Ranks:
 
     def all_reduce_max(self, number):
         """The highest number that any rank has; None counts as none."""
-        return number if self.world == 1 else int(self.all_reduce(number or 0, dist.ReduceOp.MAX)) or None
+        return (
+            number
+            if self.world == 1
+            else int(self.all_reduce(number or 0, dist.ReduceOp.MAX)) or None
+        )
 
     def all_reduce_min(self, number):
         return int(self.all_reduce(number, dist.ReduceOp.MIN))
@@ -108,7 +133,9 @@ class Ranks:
         """Rank 0's {name: tensor on the CPU} or None, on every rank."""
         if self.world == 1:
             return tensors
-        shapes = self.broadcast_object({name: [str(t.dtype), t.shape] for name, t in tensors.items()} if tensors else None)
+        shapes = self.broadcast_object(
+            {name: [str(t.dtype), t.shape] for name, t in tensors.items()} if tensors else None
+        )
         if not self.main and shapes:
             tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
                        for name, (dtype, shape) in shapes.items()}
@@ -117,24 +144,46 @@ class Ranks:
         return tensors
 
     def broadcast_checkpoint(self, saved):
-        """The checkpoint that rank 0 has loaded, on every rank; its weights stay there. Sharded: only what is small."""
+        """The checkpoint that rank 0 has loaded, on every rank; its weights stay there. Sharded:
+        only what is small.
+        """
         if self.world == 1:
             return saved
-        small = self.broadcast_object({"step": saved.step, "config": saved.config, "state": saved.state, "path": str(saved.path),
-                           "files": {part: [f.name for f in files] for part, files in saved.files.items()}}
-                          if self.main else None)
-        large = {part: None if self.sharded else self.broadcast_tensors(getattr(saved, part) if self.main else None)
-                 for part in ("ema", "optimizer")}
+        small = self.broadcast_object(
+            {
+                "step": saved.step,
+                "config": saved.config,
+                "state": saved.state,
+                "path": str(saved.path),
+                "files": {part: [f.name for f in files] for part, files in saved.files.items()},
+            }
+            if self.main
+            else None
+        )
+        large = {
+            part: None
+            if self.sharded
+            else self.broadcast_tensors(getattr(saved, part) if self.main else None)
+            for part in ("ema", "optimizer")
+        }
         path = Path(small.pop("path"))
-        files = {part: [path / name for name in names] for part, names in small.pop("files").items()}
-        return SimpleNamespace(path=path, files=files, **small, **large, model=saved.model if self.main else None,
-                               tokenizer_bytes=saved.tokenizer_bytes if self.main else None)
+        files = {
+            part: [path / name for name in names] for part, names in small.pop("files").items()
+        }
+        return SimpleNamespace(
+            path=path,
+            files=files,
+            **small,
+            **large,
+            model=saved.model if self.main else None,
+            tokenizer_bytes=saved.tokenizer_bytes if self.main else None,
+        )
 
-    # ---- weights, gradients, optimizer state ---------------------------------------------------------------------------
+    # ---- weights, gradients, optimizer state -----------------------------------------------------
 
     def to_device(self, model, device, dtype, source=None):
-        """The model on its device, with rank 0's weights on every rank; with --fsdp only this rank's part of them, filled from
-        the checkpoint files `source` if given."""
+        """The model on its device, with rank 0's weights on every rank; with --fsdp only this
+        rank's part of them, filled from the checkpoint files `source` if given."""
         if not self.sharded:
             model = model.to(device)
             if self.world > 1:
@@ -150,51 +199,85 @@ class Ranks:
         return model
 
     def replicate(self, loss):
-        """The module whose forward is the loss -> the same, its gradients summed over the ranks while backward runs.
+        """The module whose forward is the loss -> the same, its gradients summed over the ranks
+        while backward runs.
 
-        Each rank's gradients are already divided by the whole step's count. A step may leave some weights without gradient
-        (one block rule each), the same ones everywhere, and they stay without. Call it after every backward pass that is not
-        a training step (the probe of --auto_batch, --compile): DDP would remember the weights that such a pass has used, and
-        ask for their gradients in the first step.
+        Each rank's gradients are already divided by the whole step's count. A step may leave some
+        weights without gradient (one block rule each), the same ones everywhere, and they stay
+        without. Call it after every backward pass that is not a training step (the probe of
+        --auto_batch, --compile): DDP would remember the weights that such a pass has used, and ask
+        for their gradients in the first step.
         """
         if self.world == 1 or self.sharded:
             return loss
-        replica = nn.parallel.DistributedDataParallel(loss, find_unused_parameters=True, gradient_as_bucket_view=True)
+        replica = nn.parallel.DistributedDataParallel(
+            loss, find_unused_parameters=True, gradient_as_bucket_view=True
+        )
         replica.register_comm_hook(None, summed)
         return replica
 
     def accumulate(self, replica):
-        """Inside, backward leaves the gradients of this rank as they are: all forwards of a step but the last."""
-        return replica.no_sync() if isinstance(replica, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+        """Inside, backward leaves the gradients of this rank as they are: all forwards of a step
+        but the last.
+        """
+        return (
+            replica.no_sync()
+            if isinstance(replica, nn.parallel.DistributedDataParallel)
+            else contextlib.nullcontext()
+        )
 
     def fold(self, model):
-        """After a forward without backward: the gathered copy of the root's weights is stale as soon as they change."""
+        """After a forward without backward: the gathered copy of the root's weights is stale as
+        soon as they change.
+        """
         if self.sharded:
             model.reshard()
 
     def save(self, write, **parts):
-        """write(**tensors) on rank 0 -> its result; sharded it gets a function instead, by which all ranks write theirs."""
+        """write(**tensors) on rank 0 -> its result; sharded it gets a function instead, by which
+        all ranks write theirs.
+        """
         if self.sharded:
             import checkpoint_shards
-            return checkpoint_shards.save(self, {part: tensors for part, tensors in parts.items() if tensors}, write)
-        return self.broadcast_object(self.main and write(**{f"{part}_state": tensors for part, tensors in parts.items()}))
+
+            return checkpoint_shards.save(
+                self, {part: tensors for part, tensors in parts.items() if tensors}, write
+            )
+        return self.broadcast_object(
+            self.main and write(**{f"{part}_state": tensors for part, tensors in parts.items()})
+        )
 
     def load_aux(self, saved, part, model):
-        """What was saved beside the weights (ema, optimizer): whole, or sharded as the weights are. None: it was not."""
+        """What was saved beside the weights (ema, optimizer): whole, or sharded as the weights are.
+        None: it was not.
+        """
         if self.sharded:
             import checkpoint_shards
-            return checkpoint_shards.read_beside(saved.files[part], model) if part in saved.files else None
+
+            return (
+                checkpoint_shards.read_beside(saved.files[part], model)
+                if part in saved.files
+                else None
+            )
         return getattr(saved, part)
 
 
 def summed(_, bucket):
-    """DDP's hook for a bucket of gradients that is complete: their sum, where its own would make it a mean."""
-    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+    """DDP's hook for a bucket of gradients that is complete: their sum, where its own would make it
+    a mean.
+    """
+    return (
+        dist.all_reduce(bucket.buffer(), async_op=True)
+        .get_future()
+        .then(lambda done: done.value()[0])
+    )
 
 
 def shard(model, device, dtype, world):
-    """FSDP2: each layer's matrices are one unit, gathered in `dtype` when needed; the rest (head, norms, convolutions) is the
-    root's, in float32 like everything that autocast leaves alone, and stays gathered from forward to backward."""
+    """FSDP2: each layer's matrices are one unit, gathered in `dtype` when needed; the rest (head,
+    norms, convolutions) is the root's, in float32 like everything that autocast leaves alone, and
+    stays gathered from forward to backward.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         FSDPModule,
@@ -208,27 +291,32 @@ def shard(model, device, dtype, world):
         matrices = [m for m in layer.modules() if isinstance(m, nn.Linear)]
         fully_shard(matrices, mesh=mesh, mp_policy=policy)
         for m in matrices:
-            if m.tails:                                          # it is also called by another name than forward
+            if m.tails:  # it is also called by another name than forward
                 register_fsdp_forward_method(m, "tail")
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "hidden_blocks")
     for m in model.modules():
-        if isinstance(m, FSDPModule):                            # sums, not means: the loss has the whole step's divisor
+        if isinstance(m, FSDPModule):  # sums, not means: the loss has the whole step's divisor
             m.set_gradient_divide_factor(1.0)
             m.set_force_sum_reduction_for_comms(True)            # gloo knows no other
     return model
 
 
-# ---- signs of life ---------------------------------------------------------------------------------------------------
+# ---- signs of life -------------------------------------------------------------------------------
 
 def show_life(store, rank, world, tell):
-    """Put this rank's signs of life into the store, and tell when another one's fail to come. Runs in a thread.
+    """Put this rank's signs of life into the store, and tell when another one's fail to come. Runs
+    in a thread.
 
-    A rank that is stopped (SIGSTOP, a suspended machine) looks like one that computes: the others wait in a collective. Rank 0
-    watches all, rank 1 watches rank 0.
+    A rank that is stopped (SIGSTOP, a suspended machine) looks like one that computes: the others
+    wait in a collective. Rank 0 watches all, rank 1 watches rank 0.
     """
     name = f"process {os.getpid()} on {platform.node()}"
-    watched = {other: ("", time.monotonic()) for other in range(world) if other != rank and rank <= (0 if other else 1)}
+    watched = {
+        other: ("", time.monotonic())
+        for other in range(world)
+        if other != rank and rank <= (0 if other else 1)
+    }
     silent = set()
     for beat in itertools.count():
         store.set(f"life{rank}", f"{beat} {name}")
@@ -242,9 +330,13 @@ def show_life(store, rank, world, tell):
                     tell(f"notice: rank {other} is back")
             elif now - since > SILENCE and other not in silent:
                 silent.add(other)
-                tell(f"warning: no sign of life from rank {other} ({last.partition(' ')[2] or 'it has not begun'}) for "
-                     f"{now - since:.0f} s: the others wait for it, {TIMEOUT.seconds // 60} minutes at most; let it go on "
-                     "(kill -CONT), or stop the job and start it again with --resume_latest")
+                tell(
+                    f"warning: no sign of life from rank {other} "
+                    f"({last.partition(' ')[2] or 'it has not begun'}) for "
+                    f"{now - since:.0f} s: the others wait for it, {TIMEOUT.seconds // 60} minutes "
+                    "at most; let it go on "
+                    "(kill -CONT), or stop the job and start it again with --resume_latest"
+                )
         time.sleep(BEAT)
 
 
@@ -258,43 +350,57 @@ def watch(rank, world):
         print(text, file=stderr, flush=True)
 
     def work():
-        with contextlib.suppress(RuntimeError, OSError, ValueError):   # the store, or the terminal, is gone: the end
+        # the store, or the terminal, is gone: the end
+        with contextlib.suppress(RuntimeError, OSError, ValueError):
             show_life(store, rank, world, tell)
     threading.Thread(target=work, name="signs of life", daemon=True).start()
 
 
-# ---- start and end ---------------------------------------------------------------------------------------------------
+# ---- start and end -------------------------------------------------------------------------------
 
 def choose_device(name, world, local):
-    """--device under torchrun: each process of a machine has the GPU of its number, or all share the CPU."""
+    """--device under torchrun: each process of a machine has the GPU of its number, or all share
+    the CPU.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if world > 1 and name not in ("cuda", "cpu"):
-        raise UserError(f"--device {name}: with torchrun use cuda (each process takes its own GPU) or cpu")
+        raise UserError(
+            f"--device {name}: with torchrun use cuda (each process takes its own GPU) or cpu"
+        )
     if name == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"torchrun started more processes here than the {torch.cuda.device_count()} CUDA devices that there "
-                            f"are: use --nproc_per_node {max(1, torch.cuda.device_count())}, or --device cpu")
+            raise UserError(
+                f"torchrun started more processes here than the {torch.cuda.device_count()} CUDA "
+                "devices that there "
+                f"are: use --nproc_per_node {max(1, torch.cuda.device_count())}, or --device cpu"
+            )
         torch.cuda.set_device(local)                             # from now on "cuda" is this one
     return name
 
 
 @contextlib.contextmanager
 def process_group(args):
-    """The ranks of this run: those that torchrun started, else one. Only rank 0 prints, and nobody leaves before rank 0.
+    """The ranks of this run: those that torchrun started, else one. Only rank 0 prints, and nobody
+    leaves before rank 0.
 
-    A rank that dies ends the job: torchrun stops the others, and gloo tells them at once, which is the message below.
+    A rank that dies ends the job: torchrun stops the others, and gloo tells them at once, which is
+    the message below.
     """
     if not all(name in os.environ for name in TORCHRUN):
         if args.fsdp:
-            raise UserError("--fsdp cuts the weights up between the processes that torchrun starts: "
-                            "torchrun --nproc_per_node N -m train --fsdp ..., or leave it out")
+            raise UserError(
+                "--fsdp cuts the weights up between the processes that torchrun starts: "
+                "torchrun --nproc_per_node N -m train --fsdp ..., or leave it out"
+            )
         yield Ranks()
         return
     rank, world, local = (int(os.environ[name]) for name in TORCHRUN[:3])
     args.device = choose_device(args.device, world, local)
-    if not dist.is_initialized():                                # a second run of one process goes on with the first one's
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=TIMEOUT)
+    if not dist.is_initialized():  # a second run of one process goes on with the first one's
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=TIMEOUT
+        )
     if world > 1 and not any(thread.name == "signs of life" for thread in threading.enumerate()):
         watch(rank, world)
     ranks = Ranks(rank, world, args.fsdp)
@@ -309,15 +415,20 @@ def process_group(args):
     except UserError as error:
         if not rank:
             raise
-        time.sleep(PATIENCE)                                     # most likely rank 0 has the same to say
+        time.sleep(PATIENCE)  # most likely rank 0 has the same to say
         raise UserError(f"rank {rank}: {error}", error.code) from None
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
         if rank > 1:
-            time.sleep(PATIENCE)                                 # rank 0, or if it is gone rank 1, says it for all
-        raise UserError(f"rank {rank} of {world}: another process of this run has ended or does not answer; what was saved is "
-                        f"whole: start again with --resume ({str(error).splitlines()[0][-120:]})", code=1) from None
-    # gloo's threads can outlive even destroy_process_group, and the end of the interpreter now and then aborts on them, which
+            time.sleep(PATIENCE)  # rank 0, or if it is gone rank 1, says it for all
+        raise UserError(
+            f"rank {rank} of {world}: another process of this run has ended or does not answer; "
+            "what was saved is "
+            f"whole: start again with --resume ({str(error).splitlines()[0][-120:]})",
+            code=1,
+        ) from None
+    # gloo's threads can outlive even destroy_process_group, and the end of the interpreter now and
+    # then aborts on them, which
     # torchrun would take for a failure: after the last flush, nothing is left to take apart
     atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(ranks.code)))

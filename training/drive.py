@@ -1,11 +1,15 @@
 """A second home for a run: --drive DIR, such as a mounted Google Drive, which outlives the machine.
 
-    drive.open_folder(dir)                       at the start: a usage error in the path is told before the first step
-    drive.store(checkpoint_folder, dir, say)     after each save; never raises: a failing drive costs the copy, not the training
-    drive.restore(run_dir, dir, say)             on a fresh machine: the newest whole checkpoint comes back
+    drive.open_folder(dir)                       at the start: a usage error in the path is told
+        before the first step
+    drive.store(checkpoint_folder, dir, say)     after each save; never raises: a failing drive
+        costs the copy, not the training
+    drive.restore(run_dir, dir, say)             on a fresh machine: the newest whole checkpoint
+        comes back
 
-Only what was verified here goes there (MANIFEST.json); it is written aside, verified again where it lies, and renamed.
-In DIR: <run>/step_000500/ with its pointers and train.jsonl (the newest KEPT and the best), and text/<folder>/.
+Only what was verified here goes there (MANIFEST.json); it is written aside, verified again where it
+lies, and renamed. In DIR: <run>/step_000500/ with its pointers and train.jsonl (the newest KEPT and
+the best), and text/<folder>/.
 """
 import contextlib
 import os
@@ -22,15 +26,21 @@ BESIDE = ("train.jsonl", "config.json", "summary.md", "report.html")      # of t
 
 
 def open_folder(folder):
-    """DIR is made if need be, its parent never: a Drive that is not mounted must not become a folder of this machine."""
+    """DIR is made if need be, its parent never: a Drive that is not mounted must not become a
+    folder of this machine.
+    """
     try:
         Path(folder).mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"--drive {folder}: {error.strerror}: mount the drive, or name a folder inside another") from None
+        raise UserError(
+            f"--drive {folder}: {error.strerror}: mount the drive, or name a folder inside another"
+        ) from None
 
 
 def copy_folder(source, target, check):
-    """Aside, synced, check(copy), renamed: what bears the name is whole. What bore it before is replaced."""
+    """Aside, synced, check(copy), renamed: what bears the name is whole. What bore it before is
+    replaced.
+    """
     aside = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
         shutil.copytree(source, aside)
@@ -58,27 +68,39 @@ def same(folder, other):
 
 
 def store(folder, drive, say):
-    """Copy one checkpoint, then the pointers that name it and the log -> whether it is there now."""
+    """Copy one checkpoint, then the pointers that name it and the log -> whether it is there now.
+    """
     folder, there = Path(folder), Path(drive) / Path(folder).parent.name
     try:
         checkpoint.verify(folder)
-        there.mkdir(exist_ok=True)                         # one level: the drive itself has to be there
+        there.mkdir(exist_ok=True)  # one level: the drive itself has to be there
         checkpoint.sweep(there)
         if not same(folder, there / folder.name):
             copy_folder(folder, there / folder.name, checkpoint.verify)
         copies = checkpoint.list_steps(there)
-        mine = {name: checkpoint.read_pointer(folder.parent, name)[0] for name in ("latest", "best")}
-        copy_files(folder.parent, there, (*BESIDE, *(name for name, step in mine.items() if step in copies)))
+        mine = {
+            name: checkpoint.read_pointer(folder.parent, name)[0] for name in ("latest", "best")
+        }
+        copy_files(
+            folder.parent,
+            there,
+            (*BESIDE, *(name for name, step in mine.items() if step in copies)),
+        )
         for old in sorted(set(copies) - set(mine.values()))[:-(KEPT - 1)]:
             checkpoint.discard(copies[old])
     except (OSError, UserError) as error:
-        say(f"warning: {folder.name} could not be copied to --drive {drive}: {error}; the next save tries again")
+        say(
+            f"warning: {folder.name} could not be copied to --drive {drive}: {error}; the next "
+            "save tries again"
+        )
         return False
     return True
 
 
 def restore(run_dir, drive, say):
-    """If run_dir holds no run and DIR has one of its name: its newest whole checkpoint (and its best) comes back."""
+    """If run_dir holds no run and DIR has one of its name: its newest whole checkpoint (and its
+    best) comes back.
+    """
     run, there = Path(run_dir), Path(drive) / Path(run_dir).name
     if checkpoint.is_run(run) or not checkpoint.is_run(there):
         return
@@ -97,7 +119,10 @@ def restore(run_dir, drive, say):
         copy_files(there, run, (*BESIDE, *(["best"] if best in checkpoint.list_steps(run) else [])))
         replace_file(run / "latest", f"{name}\n\n".encode(), run)
     except OSError as error:
-        raise UserError(f"the run in {there} cannot be read ({error}): mend the drive, or leave --drive out", code=1) from None
+        raise UserError(
+            f"the run in {there} cannot be read ({error}): mend the drive, or leave --drive out",
+            code=1,
+        ) from None
     say(f"drive: {there / name} is back in {run}")
 
 
@@ -111,7 +136,9 @@ def check_text(folder):
 
 
 def store_text(data_dir, drive, say):
-    """The prepared text with its tokenizer, once: a run goes on only with the very tokens that it began with."""
+    """The prepared text with its tokenizer, once: a run goes on only with the very tokens that it
+    began with.
+    """
     folder, there = Path(data_dir), Path(drive) / "text" / Path(data_dir).name
     try:
         meta = read_json(folder / "meta.json")

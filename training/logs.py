@@ -1,12 +1,16 @@
-"""Where the events of a run go besides train.jsonl: TensorBoard and Weights & Biases, neither of which can stop the training.
+"""Where the events of a run go besides train.jsonl: TensorBoard and Weights & Biases, neither of
+which can stop the training.
 
     log = sinks.Events(json_lines, sinks.opened(args, run_dir, run_id, first_step))
-    log.write("train", step=1, loss=8.9)              # train.jsonl at once, the others in threads of their own
-    tensorboard --logdir logs                         # --tensorboard auto: whenever that package is installed
+    log.write("train", step=1, loss=8.9)              # train.jsonl at once, the others in threads
+        of their own
+    tensorboard --logdir logs                         # --tensorboard auto: whenever that package is
+        installed
     python -m train --wandb --wandb_mode offline      # nothing is sent unless --wandb says so
 
-Used by train.py. A sink that raises, hangs or falls behind is named once and dropped: the training only puts into its queue.
-Both packages are imported when a sink opens, in its thread; the numbers of an event become EVENT/KEY.
+Used by train.py. A sink that raises, hangs or falls behind is named once and dropped: the training
+only puts into its queue. Both packages are imported when a sink opens, in its thread; the numbers
+of an event become EVENT/KEY.
 """
 import errno
 import html
@@ -35,7 +39,9 @@ HURRY = 3                # seconds that all sinks have together when the run was
 
 
 def numbers(event, values):
-    """The figures of an event as {"train/loss": 8.9}; an object inside, such as by_block, one level deeper."""
+    """The figures of an event as {"train/loss": 8.9}; an object inside, such as by_block, one level
+    deeper.
+    """
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -46,12 +52,20 @@ def numbers(event, values):
 
 
 class TensorBoard:
-    """Event files in a folder; what an earlier run or a rewound one had written there from `step` on no longer counts."""
+    """Event files in a folder; what an earlier run or a rewound one had written there from `step`
+    on no longer counts.
+    """
 
     def __init__(self, folder, step):
         from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        self.event, self.summary, self.tensor, self.shape = event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
+
+        self.event, self.summary, self.tensor, self.shape = (
+            event_pb2,
+            summary_pb2,
+            tensor_pb2,
+            tensor_shape_pb2,
+        )
         self.writer = EventFileWriter(str(folder))
         self.begin(step)
 
@@ -61,14 +75,22 @@ class TensorBoard:
 
     def text(self, tag, words):
         plugin = self.summary.SummaryMetadata.PluginData(plugin_name="text")
-        tensor = self.tensor.TensorProto(dtype="DT_STRING", string_val=[words.encode()], tensor_shape=self.shape.TensorShapeProto(
-            dim=[self.shape.TensorShapeProto.Dim(size=1)]))
-        return self.summary.Summary.Value(tag=tag, metadata=self.summary.SummaryMetadata(plugin_data=plugin), tensor=tensor)
+        tensor = self.tensor.TensorProto(
+            dtype="DT_STRING",
+            string_val=[words.encode()],
+            tensor_shape=self.shape.TensorShapeProto(dim=[self.shape.TensorShapeProto.Dim(size=1)]),
+        )
+        return self.summary.Summary.Value(
+            tag=tag, metadata=self.summary.SummaryMetadata(plugin_data=plugin), tensor=tensor
+        )
 
     def write(self, event, values):
         if event == "rollback":
             self.begin(values["to"] + 1)
-        rows = [self.summary.Summary.Value(tag=tag, simple_value=value) for tag, value in numbers(event, values).items()]
+        rows = [
+            self.summary.Summary.Value(tag=tag, simple_value=value)
+            for tag, value in numbers(event, values).items()
+        ]
         if event == "sample":
             rows.append(self.text(f"sample/{values['prompt']}", values["prompt"] + values["text"]))
         if rows and "step" in values:
@@ -81,18 +103,34 @@ class TensorBoard:
 
 
 class WandB:
-    """One run of Weights & Biases, gone on with by its id; its figures count our steps, so that a rewound run may repeat some."""
+    """One run of Weights & Biases, gone on with by its id; its figures count our steps, so that a
+    rewound run may repeat some.
+    """
 
     def __init__(self, args, run_dir, run_id):
         import wandb
         Path(args.log_dir).mkdir(parents=True, exist_ok=True)
         self.html = wandb.Html
         self.run = wandb.init(
-            project=args.wandb_project, entity=args.wandb_entity, group=args.wandb_group, mode=args.wandb_mode,
-            tags=[tag for words in args.wandb_tags for tag in split_list(words)], name=args.wandb_name or run_dir.name,
-            id=run_id, resume="allow", dir=args.log_dir,
-            settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, init_timeout=PATIENCE,
-                                    finish_timeout=PATIENCE, finish_timeout_raises=True))
+            project=args.wandb_project,
+            entity=args.wandb_entity,
+            group=args.wandb_group,
+            mode=args.wandb_mode,
+            tags=[tag for words in args.wandb_tags for tag in split_list(words)],
+            name=args.wandb_name or run_dir.name,
+            id=run_id,
+            resume="allow",
+            dir=args.log_dir,
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+                init_timeout=PATIENCE,
+                finish_timeout=PATIENCE,
+                finish_timeout_raises=True,
+            ),
+        )
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -164,41 +202,60 @@ class Events:
             sink.finish(max(0, until - time.monotonic()))
 
 
-# ---- what the flags ask for ------------------------------------------------------------------------------------------
+# ---- what the flags ask for ----------------------------------------------------------------------
 
 def check(args):
-    """Before anything is loaded: a package or an account that a flag asks for is there, or exit 3."""
+    """Before anything is loaded: a package or an account that a flag asks for is there, or exit 3.
+    """
     if args.tensorboard == "on":
         need("tensorboard", "for --tensorboard on")
     if args.wandb:
         need("wandb", "for --wandb")
         if (args.wandb_mode or os.environ.get("WANDB_MODE", "online")) == "online":
             import wandb
-            if not wandb.login(prompt=False, verify=False):       # a network that is down now may be back later
-                raise UserError("--wandb: nobody is logged in here: wandb login, or --wandb_mode offline", code=3)
+            # a network that is down now may be back later
+            if not wandb.login(prompt=False, verify=False):
+                raise UserError(
+                    "--wandb: nobody is logged in here: wandb login, or --wandb_mode offline",
+                    code=3,
+                )
 
 
 def wandb_id(args, before):
-    """The id that this run has at W&B: the one asked for, that of the run it goes on with, or a new one."""
+    """The id that this run has at W&B: the one asked for, that of the run it goes on with, or a new
+    one.
+    """
     return args.wandb_id or before or os.urandom(4).hex() if args.wandb else before
 
 
 def opened(args, run_dir, run_id, step):
-    """The sinks that are asked for. auto: TensorBoard if it is installed and the tests have not turned it off."""
-    wanted = args.tensorboard == "on" or args.tensorboard == "auto" and os.environ.get("ARIA_TENSORBOARD") != "off"
+    """The sinks that are asked for. auto: TensorBoard if it is installed and the tests have not
+    turned it off.
+    """
+    wanted = (
+        args.tensorboard == "on"
+        or args.tensorboard == "auto"
+        and os.environ.get("ARIA_TENSORBOARD") != "off"
+    )
     sinks = []
     if wanted and importlib.util.find_spec("tensorboard") is None:
-        say("notice: TensorBoard is not installed, so no event files are written (train.jsonl and the report are): "
-            "python -m pip install tensorboard, or --tensorboard off")
+        say(
+            "notice: TensorBoard is not installed, so no event files are written (train.jsonl and "
+            "the report are): "
+            "python -m pip install tensorboard, or --tensorboard off"
+        )
     elif wanted:
-        sinks.append(Sink("TensorBoard", lambda: TensorBoard(Path(args.log_dir, run_dir.name), step)))
+        sinks.append(
+            Sink("TensorBoard", lambda: TensorBoard(Path(args.log_dir, run_dir.name), step))
+        )
     if args.wandb:
         sinks.append(Sink("Weights & Biases", lambda: WandB(args, run_dir, run_id)))
     return sinks
 
 
 def finite(x):
-    """JSON has no NaN: a number that is not finite is logged as null, inside lists and objects too."""
+    """JSON has no NaN: a number that is not finite is logged as null, inside lists and objects too.
+    """
     if isinstance(x, dict):
         return {key: finite(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -217,14 +274,17 @@ def duration(seconds):
 
 
 class Progress:
-    """The progress of a run: a redrawn bar on a terminal, else plain lines; speed and time left from its own steps.
+    """The progress of a run: a redrawn bar on a terminal, else plain lines; speed and time left
+    from its own steps.
 
-    Only training steps are timed: evaluation and saving do not count. The first ten steps warm up and are left out of the
-    estimate as soon as there are others.
+    Only training steps are timed: evaluation and saving do not count. The first ten steps warm up
+    and are left out of the estimate as soon as there are others.
     """
 
     def __init__(self, args, start):
-        self.live = args.live == "basic" or args.live == "auto" and sys.stderr.isatty() and not args.quiet
+        self.live = (
+            args.live == "basic" or args.live == "auto" and sys.stderr.isatty() and not args.quiet
+        )
         self.total, self.done, self.first = args.max_steps, start, start
         self.seconds = deque(maxlen=50)      # of the last steps
         self.began, self.mean_tok_s, self.warm = time.perf_counter(), 0.0, []
@@ -232,8 +292,13 @@ class Progress:
 
     def __enter__(self):
         if self.live:
-            self.bar = tqdm(total=self.total, initial=self.done, unit="step", dynamic_ncols=True,
-                            bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}{postfix}")
+            self.bar = tqdm(
+                total=self.total,
+                initial=self.done,
+                unit="step",
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}{postfix}",
+            )
         return self
 
     def __exit__(self, *_):
@@ -249,8 +314,13 @@ class Progress:
         self.tok_s = tokens / statistics.median(self.seconds)
         if self.bar is not None:
             self.bar.set_postfix_str(
-                f"loss {loss:.3f}, {f'{self.measure} {bound:.3f}, ' if bound is not None else ''}{self.tok_s:,.0f} tok/s, "
-                f"ETA {self.eta}, MFU {mfu:.0%}, gnorm {gnorm:.2f}, mask {mask:.2f}, {memory / 1024:.1f} GB", refresh=False)
+                f"loss {loss:.3f}, "
+                f"{f'{self.measure} {bound:.3f}, ' if bound is not None else ''}{self.tok_s:,.0f} "
+                "tok/s, "
+                f"ETA {self.eta}, MFU {mfu:.0%}, gnorm {gnorm:.2f}, mask {mask:.2f}, "
+                f"{memory / 1024:.1f} GB",
+                refresh=False,
+            )
             try:
                 self.bar.update(done - self.bar.n)               # less than 0 after a rollback
             except OSError:
@@ -270,24 +340,39 @@ class Progress:
 
 def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step):
     """summary.md: what was trained, how it went, how to go on."""
-    tok_s = statistics.median(progress.warm[10:] or progress.warm) if progress.warm else float("nan")
+    tok_s = (
+        statistics.median(progress.warm[10:] or progress.warm) if progress.warm else float("nan")
+    )
     bound = f"{best:.4f} nats/token" if math.isfinite(best) else "not measured"
     bound += "" if bits is None else f", {bits:.4f} bits/byte"
     saved = Path(run_dir, "latest").is_file()
     commands = next_commands(run_dir, step, args.max_steps, args.causal) if saved else []
-    synthetic = " (synthetic: written by a program, not real text)" if data.meta["source"] == "builtin" else ""
-    return "\n".join((
-        f"# {run_dir}: step {step} of {args.max_steps}", "",
-        f"- model: {args.model}, {params:,} parameters, d_model {args.d_model}, {args.n_layers} layers, d_ff {args.d_ff}",
-        f"- text: {args.data_dir}, source {data.meta['source']}{synthetic}, {data.meta['train_tokens']:,} tokens; "
-        f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
-        f"- best held-out {args.measure}: {bound}",
-        f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory {peak_memory_mb():.0f} MB",
-        *(f"- {what}: {command}" for what, command in commands), ""))
+    synthetic = (
+        " (synthetic: written by a program, not real text)"
+        if data.meta["source"] == "builtin"
+        else ""
+    )
+    return "\n".join(
+        (
+            f"# {run_dir}: step {step} of {args.max_steps}",
+            "",
+            f"- model: {args.model}, {params:,} parameters, d_model {args.d_model}, "
+            f"{args.n_layers} layers, d_ff {args.d_ff}",
+            f"- text: {args.data_dir}, source {data.meta['source']}{synthetic}, "
+            f"{data.meta['train_tokens']:,} tokens; "
+            f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
+            f"- best held-out {args.measure}: {bound}",
+            f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory "
+            f"{peak_memory_mb():.0f} MB",
+            *(f"- {what}: {command}" for what, command in commands),
+            "",
+        )
+    )
 
 
 class JsonLines:
-    """train.jsonl: one object per line, whole or not there, the source of every plot. A full disk costs lines, not the run.
+    """train.jsonl: one object per line, whole or not there, the source of every plot. A full disk
+    costs lines, not the run.
 
     Without a path nothing is written: of several processes only one keeps the log.
     """
@@ -299,7 +384,8 @@ class JsonLines:
             size = os.fstat(self.file.fileno()).st_size
             self.file.seek(max(0, size - 2 ** 20))
             tail = self.file.read()
-            self.file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)   # a line that a power cut tore
+            # a line that a power cut tore
+            self.file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
     def write(self, event, **values):
         if self.file is None:

@@ -1,8 +1,10 @@
-"""What moves the weights: parameter groups, AdamW, Muon or Lion, learning rates, averaged weights, clipping, loss scaling.
+"""What moves the weights: parameter groups, AdamW, Muon or Lion, learning rates, averaged weights,
+clipping, loss scaling.
 
 Used by train.py; nothing here runs by itself. Notable:
 * every trainable parameter is in exactly one group, by a rule on its name; only matrices decay;
-* all optimizer state is a flat dict of named tensors, so it lives in safetensors and resumes bit for bit;
+* all optimizer state is a flat dict of named tensors, so it lives in safetensors and resumes bit
+  for bit;
 * bfloat16 weights get a float32 master copy: on their own they round away every small update.
 """
 import contextlib
@@ -18,23 +20,41 @@ from common.console import UserError
 BETAS = (0.9, 0.95)       # AdamW; the short second moment suits few, noisy steps
 LION_BETAS = (0.9, 0.99)  # of the update; of the momentum
 FALL = 0.2                # share of all steps in which the wsd schedule falls
-NOT_MATRICES = {"embed", "head", "conv", "norm", "decay", "slot", "null", "bias"}  # words in names: no decay, no Muon
-SLOTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",), "lion": ("exp_avg",)}
+# words in names: no decay, no Muon
+NOT_MATRICES = {"embed", "head", "conv", "norm", "decay", "slot", "null", "bias"}
+SLOTS = {
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+    "muon": ("momentum_buffer",),
+    "lion": ("exp_avg",),
+}
 
 
 def param_groups(model, weight_decay):
-    """Two groups: matrices, which decay, and the rest (embeddings, norms, convolutions, scales), which does not."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}  # a tied weight appears once
+    """Two groups: matrices, which decay, and the rest (embeddings, norms, convolutions, scales),
+    which does not.
+    """
+    # a tied weight appears once
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = [name for name, p in named.items() if p.ndim >= 2 and id(p) not in embeddings
                 and NOT_MATRICES.isdisjoint(re.split("[._]", name))]
     rest = [name for name in named if name not in matrices]
-    return [{"kind": kind, "names": names, "params": [named[name] for name in names], "weight_decay": decay}
-            for kind, names, decay in (("matrices", matrices, weight_decay), ("rest", rest, 0.0)) if names]
+    return [
+        {
+            "kind": kind,
+            "names": names,
+            "params": [named[name] for name in names],
+            "weight_decay": decay,
+        }
+        for kind, names, decay in (("matrices", matrices, weight_decay), ("rest", rest, 0.0))
+        if names
+    ]
 
 
 class Lion(torch.optim.Optimizer):
-    """p -= lr * (sign(b1 m + (1-b1) g) + decay p), and only then m = b2 m + (1-b2) g, from the old m."""
+    """p -= lr * (sign(b1 m + (1-b1) g) + decay p), and only then m = b2 m + (1-b2) g, from the old
+    m.
+    """
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
@@ -53,11 +73,15 @@ class Lion(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """One or two torch optimizers that act as one; their whole state is a flat dict of named tensors."""
+    """One or two torch optimizers that act as one; their whole state is a flat dict of named
+    tensors.
+    """
 
     def __init__(self, model, args):
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {name: p.detach().float() for name, p in self.named.items() if p.dtype != torch.float32}
+        self.masters = {
+            name: p.detach().float() for name, p in self.named.items() if p.dtype != torch.float32
+        }
         self.fresh = True                      # the masters were not yet compared with the weights
         work = {**self.named, **self.masters}  # what the optimizers see
         fused = all(p.device.type in ("cpu", "cuda") for p in work.values())
@@ -66,9 +90,14 @@ class Optimizers:
             flat = [n for n in group["names"] if work[n].ndim == 2]
             muon = flat if args.optimizer == "muon" and group["kind"] == "matrices" else []
             rest = [n for n in group["names"] if n not in muon]
-            for kind, names in (("muon", muon), ("lion" if args.optimizer == "lion" else "adamw", rest)):
+            for kind, names in (
+                ("muon", muon),
+                ("lion" if args.optimizer == "lion" else "adamw", rest),
+            ):
                 if names:
-                    plans[kind].append({**group, "names": names, "params": [work[n] for n in names]})
+                    plans[kind].append(
+                        {**group, "names": names, "params": [work[n] for n in names]}
+                    )
         make = {"adamw": lambda g: torch.optim.AdamW(g, lr=args.lr, betas=BETAS, fused=fused),
                 # match_rms_adamw makes Muon's updates as large as AdamW's: one --lr serves all
                 "muon": lambda g: torch.optim.Muon(g, lr=args.lr, adjust_lr_fn="match_rms_adamw"),
@@ -78,7 +107,12 @@ class Optimizers:
 
     def check(self, model):
         """Every trainable parameter is in exactly one group."""
-        held = sorted(name for part in self.parts.values() for group in part.param_groups for name in group["names"])
+        held = sorted(
+            name
+            for part in self.parts.values()
+            for group in part.param_groups
+            for name in group["names"]
+        )
         wanted = sorted(name for name, p in model.named_parameters() if p.requires_grad)
         assert held == wanted, f"in no group, or in two: {sorted(set(held) ^ set(wanted)) or held}"
 
@@ -86,7 +120,8 @@ class Optimizers:
     def step(self):
         for name, master in self.masters.items():
             p = self.named[name]
-            if self.fresh and not torch.equal(master.to(p.dtype), p):  # weights were loaded after masters were made
+            # weights were loaded after masters were made
+            if self.fresh and not torch.equal(master.to(p.dtype), p):
                 master.copy_(p)
             master.grad = None if p.grad is None else p.grad.float()
         self.fresh = False
@@ -105,34 +140,53 @@ class Optimizers:
                 group["lr"] = lr
 
     def state_tensors(self):
-        """{"adamw.<parameter>.exp_avg": tensor, ...}: references, so save or copy them before the next step."""
+        """{"adamw.<parameter>.exp_avg": tensor, ...}: references, so save or copy them before the
+        next step.
+        """
         flat = {f"master.{name}.weight": master for name, master in self.masters.items()}
         for kind, part in self.parts.items():
             for group in part.param_groups:
                 for name, p in zip(group["names"], group["params"], strict=True):
-                    flat |= {f"{kind}.{name}.{slot}": t for slot, t in part.state.get(p, {}).items()}
+                    flat |= {
+                        f"{kind}.{name}.{slot}": t for slot, t in part.state.get(p, {}).items()
+                    }
         return flat
 
     @torch.no_grad()
     def load_state_tensors(self, tensors):
-        """Restores what state_tensors gave, exactly; what does not fit is refused before anything has changed."""
+        """Restores what state_tensors gave, exactly; what does not fit is refused before anything
+        has changed.
+        """
         def take(key, shape):
             found = tuple(tensors[key].shape) if key in tensors else "missing"
             if found != tuple(shape):
-                raise UserError(f"the optimizer state does not fit: {key} is {found}; use --reset_optimizer")
+                raise UserError(
+                    f"the optimizer state does not fit: {key} is {found}; use --reset_optimizer"
+                )
             return tensors.pop(key).clone()
 
         tensors, states = dict(tensors), {}
-        weights = {name: take(f"master.{name}.weight", master.shape) for name, master in self.masters.items()}
+        weights = {
+            name: take(f"master.{name}.weight", master.shape)
+            for name, master in self.masters.items()
+        }
         for kind, part in self.parts.items():
             state = {}
-            for index, name in enumerate(name for group in part.param_groups for name in group["names"]):
+            for index, name in enumerate(
+                name for group in part.param_groups for name in group["names"]
+            ):
                 slots, shape = SLOTS[kind], self.named[name].shape
-                if any(f"{kind}.{name}.{slot}" in tensors for slot in slots):  # none: it never had a gradient
-                    state[index] = {s: take(f"{kind}.{name}.{s}", () if s == "step" else shape) for s in slots}
+                # none: it never had a gradient
+                if any(f"{kind}.{name}.{slot}" in tensors for slot in slots):
+                    state[index] = {
+                        s: take(f"{kind}.{name}.{s}", () if s == "step" else shape) for s in slots
+                    }
             states[kind] = {"state": state, "param_groups": part.state_dict()["param_groups"]}
         if tensors:
-            raise UserError(f"the optimizer state does not fit: {min(tensors)} is unknown here; use --reset_optimizer")
+            raise UserError(
+                f"the optimizer state does not fit: {min(tensors)} is unknown here; use "
+                "--reset_optimizer"
+            )
         for name, weight in weights.items():
             self.masters[name].copy_(weight)
         for kind, state in states.items():
@@ -144,13 +198,14 @@ make_optimizer = Optimizers  # (model, args); of args it reads optimizer, lr, we
 
 
 class LossScaler:
-    """float16 has no room for small gradients: the loss is scaled up before backward, the gradients down again after it.
+    """float16 has no room for small gradients: the loss is scaled up before backward, the gradients
+    down again after it.
 
-    torch.amp.GradScaler over Optimizers: the scale halves at an overflow and doubles after 2,000 steps without one. Works on
-    CPU tensors too. Off, every method does nothing.
+    torch.amp.GradScaler over Optimizers: the scale halves at an overflow and doubles after 2,000
+    steps without one. Works on CPU tensors too. Off, every method does nothing.
     """
     def __init__(self, optimizer, device, on):
-        self.on, self.overflows = on, 0                               # overflows: steps that only their scale has spoiled
+        self.on, self.overflows = on, 0  # overflows: steps that only their scale has spoiled
         self.scaler = torch.amp.GradScaler(device.type, enabled=on)
         self.work = SimpleNamespace(param_groups=[{"params": list(optimizer.named.values())}])
 
@@ -161,7 +216,9 @@ class LossScaler:
         self.scaler.unscale_(self.work)
 
     def update(self, loss, gnorm):
-        """After unscale(): the next scale. -> was this an overflow, which the lower scale mends, and not a bad number?"""
+        """After unscale(): the next scale. -> was this an overflow, which the lower scale mends,
+        and not a bad number?
+        """
         before = self.scaler.get_scale()
         self.scaler.update()
         overflow = self.on and before > 1 and math.isfinite(loss) and not math.isfinite(gnorm)
@@ -172,21 +229,25 @@ class LossScaler:
         return {**self.scaler.state_dict(), "overflows": self.overflows} if self.on else None
 
     def load(self, state):
-        if self.on and state:                                         # None: the run had no scaling until now
+        if self.on and state:  # None: the run had no scaling until now
             self.overflows = state["overflows"]
-            self.scaler.load_state_dict({key: value for key, value in state.items() if key != "overflows"})
+            self.scaler.load_state_dict(
+                {key: value for key, value in state.items() if key != "overflows"}
+            )
 
 
 def clip_grad_norm(model, max_norm):
     """The gradient norm before clipping, as a tensor; max_norm 0 only measures."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm     # of sharded gradients it is a sharded sum
+    # of sharded gradients it is a sharded sum
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def lr_at(step, max_steps, lr, warmup, schedule, min_ratio):
     """The rate of the update that follows `step` finished ones; warmup None: automatic.
 
-    cosine ends on min_ratio * lr with the last update; wsd stays at lr, then falls in a straight line to nearly 0.
+    cosine ends on min_ratio * lr with the last update; wsd stays at lr, then falls in a straight
+    line to nearly 0.
     """
     warmup = min(300, max_steps // 20) if warmup is None else min(warmup, max_steps)
     now = min(step + 1, max_steps)                                    # 1 .. max_steps
@@ -208,8 +269,10 @@ def local(tensors):
 
 
 class EMA:
-    """Averaged weights in float32. The decay starts small, min(decay, (1 + n) / (10 + n)) at update n, or a short
-    run would be an average of its random start. Store `updates`, the n, beside state(), which has the model's keys."""
+    """Averaged weights in float32. The decay starts small, min(decay, (1 + n) / (10 + n)) at update
+    n, or a short run would be an average of its random start. Store `updates`, the n, beside
+    state(), which has the model's keys.
+    """
 
     def __init__(self, model, decay):
         self.model, self.decay, self.updates = model, decay, 0
@@ -219,7 +282,9 @@ class EMA:
     @torch.no_grad()
     def update(self):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(local(self.shadow), [p.detach().float() for p in local(self.params)], 1 - decay)
+        torch._foreach_lerp_(
+            local(self.shadow), [p.detach().float() for p in local(self.params)], 1 - decay
+        )
         self.updates += 1
 
     def state(self):
@@ -230,7 +295,9 @@ class EMA:
     def load(self, tensors, updates):
         state = self.state()
         if {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in tensors.items()}:
-            raise UserError("the averaged weights do not fit the model: use --ema 0, or the old shape")
+            raise UserError(
+                "the averaged weights do not fit the model: use --ema 0, or the old shape"
+            )
         for key, t in state.items():
             t.copy_(tensors[key])
         self.updates = updates
@@ -238,7 +305,7 @@ class EMA:
     @contextlib.contextmanager
     def swap(self):
         """Inside, the model has the averaged weights; afterwards its own again, bit for bit."""
-        params = [p.detach() for p in local(self.params)]             # the same memory, without autograd
+        params = [p.detach() for p in local(self.params)]  # the same memory, without autograd
         own = [p.clone() for p in params]
         torch._foreach_copy_(params, local(self.shadow))
         try:

@@ -1,7 +1,8 @@
 """Bad numbers, contained: loss spikes, and the likely cause of steps that are not finite.
 
-Used by train.py; nothing here runs by itself. A step whose loss or gradient is not finite is never taken, so the weights
-stay as they were, and what is wrong can be asked of them: likely_cause() does.
+Used by train.py; nothing here runs by itself. A step whose loss or gradient is not finite is never
+taken, so the weights stay as they were, and what is wrong can be asked of them: likely_cause()
+does.
 """
 import contextlib
 import gc
@@ -17,15 +18,17 @@ from common.console import UserError
 from model_config import count_params
 
 WINDOW = 50      # losses whose median says what is usual
-HUGE = 1e6       # no weight of a sound model is as large; far below, products in half precision overflow
+HUGE = 1e6  # no weight of a sound model is as large; far below, products in half precision overflow
 ENOUGH = 10      # below so many, nothing is called a spike
 ROLLBACKS = 3    # times that a run goes back at most; later spikes are only logged
 
 
 class SpikeWatch:
-    """A loss above factor x the median of the last finite ones of its block rule is a spike; factor 0 sees none.
+    """A loss above factor x the median of the last finite ones of its block rule is a spike; factor
+    0 sees none.
 
-    By rule, as whole rows cost nearly twice what single tokens cost, and a fade brings them in mid-run.
+    By rule, as whole rows cost nearly twice what single tokens cost, and a fade brings them in
+    mid-run.
     """
 
     def __init__(self, factor):
@@ -57,9 +60,11 @@ def sound(model, rows, block, context):
 
 
 def can_learn(model, rows, block, context):
-    """Whether the text of `rows` (B, T) has a finite loss and a finite gradient norm; the model's gradients stay as they are.
+    """Whether the text of `rows` (B, T) has a finite loss and a finite gradient norm; the model's
+    gradients stay as they are.
 
-    A loss can still be finite where the gradient is not: weights that have grown too large learn nothing any more.
+    A loss can still be finite where the gradient is not: weights that have grown too large learn
+    nothing any more.
     """
     training = model.training
     model.eval()
@@ -79,12 +84,15 @@ def can_learn(model, rows, block, context):
 
 @torch.no_grad()
 def likely_cause(model, rows, block, autocast, loss, gnorm, windows, lr, saved=True):
-    """Why a step was not finite, as a sentence with the way out; `rows` (B, T) is held-out text, known to be sound.
+    """Why a step was not finite, as a sentence with the way out; `rows` (B, T) is held-out text,
+    known to be sound.
 
-    saved: whether the run has a checkpoint to resume from; without one, a lower rate means a new start.
+    saved: whether the run has a checkpoint to resume from; without one, a lower rate means a new
+    start.
 
-    Weights that score held-out text are sound, then the windows of the step are not; weights that score it only outside
-    autocast() overflow in its number type; else they have grown, which is what too high a rate does.
+    Weights that score held-out text are sound, then the windows of the step are not; weights that
+    score it only outside autocast() overflow in its number type; else they have grown, which is
+    what too high a rate does.
     """
     slower = f"{'resume' if saved else 'start again'} with --lr {lr / 2:.1e}"
     for name, p in model.named_parameters():
@@ -103,8 +111,11 @@ def likely_cause(model, rows, block, autocast, loss, gnorm, windows, lr, saved=T
     if not sound_half:
         return "overflow in half precision: held-out text has a finite loss only in float32; --amp_dtype bf16 or --no_amp"
     if not math.isfinite(loss):
-        return (f"the data: held-out text has a finite loss, windows {windows.start} to {windows.stop - 1} do not; "
-                f"look at that text, or {slower}")
+        return (
+            f"the data: held-out text has a finite loss, windows {windows.start} to "
+            f"{windows.stop - 1} do not; "
+            f"look at that text, or {slower}"
+        )
     return f"the gradient (norm {gnorm}) of a finite loss: --detect_anomaly names the operation; --no_amp, or {slower}"
 
 
@@ -113,26 +124,52 @@ SPARE = 0.95          # of the memory that is there: the allocator's own losses 
 
 def is_oom(error):
     """The allocators of CUDA, MPS, the CPU and oneDNN each say it in their own way."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "could not create a memory")
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
+    words = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "bad_alloc",
+        "could not create a memory",
+    )
+    return (
+        isinstance(error, MemoryError)
+        or isinstance(error, RuntimeError)
+        and any(w in str(error).lower() for w in words)
+    )
 
 
 def fewer(micro, rows):
-    """The most rows per forward that are at most half of micro and divide the step's rows evenly; None below one."""
+    """The most rows per forward that are at most half of micro and divide the step's rows evenly;
+    None below one.
+    """
     return next((n for n in range(micro // 2, 0, -1) if rows % n == 0), None)
 
 
 def advice(args, micro):
-    """The runbook's order: seq_len, then batch_size, then d_model or n_layers; each with a value that is allowed."""
-    batch = f"--batch_size {max(1, micro // 2)} or --auto_batch" if micro > 1 else "(--batch_size is at 1 already)"
+    """The runbook's order: seq_len, then batch_size, then d_model or n_layers; each with a value
+    that is allowed.
+    """
+    batch = (
+        f"--batch_size {max(1, micro // 2)} or --auto_batch"
+        if micro > 1
+        else "(--batch_size is at 1 already)"
+    )
     unit = 2 * args.n_heads
-    width, layers = max(unit, args.d_model * 3 // 4 // unit * unit), max(1, args.n_layers - max(1, args.n_layers // 5))
-    return (f"out of memory with {micro} x {args.seq_len} tokens per forward: reduce --seq_len first "
-            f"(--seq_len {max(16, args.seq_len // 2)}), then {batch}, then --d_model {width} or --n_layers {layers}")
+    width, layers = (
+        max(unit, args.d_model * 3 // 4 // unit * unit),
+        max(1, args.n_layers - max(1, args.n_layers // 5)),
+    )
+    return (
+        f"out of memory with {micro} x {args.seq_len} tokens per forward: reduce --seq_len first "
+        f"(--seq_len {max(16, args.seq_len // 2)}), then {batch}, then --d_model {width} or "
+        f"--n_layers {layers}"
+    )
 
 
 def attempt(work, micro):
-    """-> (work(micro), ""), or (None, why) when memory ran out. The error dies here, and with it the tensors it holds."""
+    """-> (work(micro), ""), or (None, why) when memory ran out. The error dies here, and with it
+    the tensors it holds.
+    """
     try:
         return work(micro), ""
     except (MemoryError, RuntimeError) as error:
@@ -142,9 +179,11 @@ def attempt(work, micro):
 
 
 def backing_off(work, micro, rows, args, undo, say, alone=True):
-    """work(micro), with fewer rows per forward each time that memory runs out -> (its result, the rows that fit).
+    """work(micro), with fewer rows per forward each time that memory runs out -> (its result, the
+    rows that fit).
 
-    Not alone, when other processes are in the midst of adding up their gradients, nobody can do the step again.
+    Not alone, when other processes are in the midst of adding up their gradients, nobody can do the
+    step again.
     """
     while True:
         result, trouble = attempt(work, micro)
@@ -157,18 +196,25 @@ def backing_off(work, micro, rows, args, undo, say, alone=True):
         less = fewer(micro, rows) if args.auto_batch and alone else None
         if less is None:
             raise UserError(f"{advice(args, micro)}\n  ({trouble})", code=1)
-        say(f"notice: out of memory with {micro} x {args.seq_len} tokens per forward: from here on {less} rows, {rows // less} "
-            f"forwards per step, the same {rows * args.seq_len:,} tokens ({trouble})")
+        say(
+            f"notice: out of memory with {micro} x {args.seq_len} tokens per forward: from here on "
+            f"{less} rows, {rows // less} "
+            f"forwards per step, the same {rows * args.seq_len:,} tokens ({trouble})"
+        )
         micro = less
 
 
 def there(device):
-    """Bytes that are free for a run; None where nobody says: of a CPU what Linux calls available, within a cgroup's limit."""
+    """Bytes that are free for a run; None where nobody says: of a CPU what Linux calls available,
+    within a cgroup's limit.
+    """
     if device.type == "cuda":
         return room(device)
     try:
         with open("/proc/meminfo", encoding="ascii") as f:
-            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+            free = next(
+                int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")
+            )
     except (OSError, StopIteration, ValueError):
         return None
     try:
@@ -181,17 +227,23 @@ def there(device):
 
 
 def needed(cfg, args, micro, world=1):
-    """Bytes, from shapes alone: (weights, gradients and optimizer; the least that micro rows per forward keep for backward).
+    """Bytes, from shapes alone: (weights, gradients and optimizer; the least that micro rows per
+    forward keep for backward).
 
-    The second is a lower bound: the input of each layer, its wide activations once, one chunk of logits.
+    The second is a lower bound: the input of each layer, its wide activations once, one chunk of
+    logits.
     """
     params = count_params(cfg)
-    states = {"adamw": 8, "muon": 4, "lion": 4}[args.optimizer]        # bytes a parameter; Muon's embedding has twice as many
+    # bytes a parameter; Muon's embedding has twice as many
+    states = {"adamw": 8, "muon": 4, "lion": 4}[args.optimizer]
     kept = params * (8 + states + (4 if args.ema else 0)) // (world if args.fsdp else 1)
     tokens = micro * args.seq_len
-    wide = 0 if args.activation_checkpointing else 2 * 3 * cfg.d_ff    # gate, up and their product in 2 bytes
+    # gate, up and their product in 2 bytes
+    wide = 0 if args.activation_checkpointing else 2 * 3 * cfg.d_ff
     streams = 2 if min(args.block_choices) < args.seq_len else 1
-    return kept, streams * tokens * cfg.n_layers * (4 * cfg.d_model + wide) + 4 * min(512, tokens) * cfg.rows
+    return kept, streams * tokens * cfg.n_layers * (4 * cfg.d_model + wide) + 4 * min(
+        512, tokens
+    ) * cfg.rows
 
 
 def check(cfg, args, micro, device, world=1):
@@ -201,22 +253,29 @@ def check(cfg, args, micro, device, world=1):
         least //= micro                                                # it goes down to one row
     free = there(device)
     if free is not None and kept + least > free:
-        raise UserError(f"this run cannot fit: {count_params(cfg):,} parameters need {kept / 1e9:,.1f} GB with gradients and "
-                        f"optimizer, {micro} x {args.seq_len} tokens at least {least / 1e9:,.1f} GB more, and {free / 1e9:,.1f} "
-                        "GB are free: give a smaller --d_model, --n_layers, --batch_size or --seq_len, or --preset starter")
+        raise UserError(
+            f"this run cannot fit: {count_params(cfg):,} parameters need {kept / 1e9:,.1f} GB with "
+            "gradients and "
+            f"optimizer, {micro} x {args.seq_len} tokens at least {least / 1e9:,.1f} GB more, and "
+            f"{free / 1e9:,.1f} "
+            "GB are free: give a smaller --d_model, --n_layers, --batch_size or --seq_len, or "
+            "--preset starter"
+        )
     beside = "" if free is None else f"; {free / 1e9:.1f} GB free"
     return f"{kept / 1e9:.2f} GB for weights, gradients and optimizer, at least {least / 1e9:.2f} GB for activations{beside}"
 
 
 def room(device):
-    """Bytes that this process may fill: known on CUDA, elsewhere only found by hitting the limit."""
+    """Bytes that this process may fill: known on CUDA, elsewhere only found by hitting the limit.
+    """
     if device.type != "cuda":
         return float("inf")
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def measured(probe, micro, rows, args, device, later, undo, say):
-    """--auto_batch, before the first step: probe(micro) is a real forward and backward -> the rows per forward that fit.
+    """--auto_batch, before the first step: probe(micro) is a real forward and backward -> the rows
+    per forward that fit.
 
     later: bytes that the optimizer will take at its first step and that the probe cannot see.
     """
@@ -233,6 +292,9 @@ def measured(probe, micro, rows, args, device, later, undo, say):
 
     need, micro = backing_off(work, micro, rows, args, undo, say)
     undo()
-    say(f"memory: {micro} x {args.seq_len} tokens per forward, {rows // micro} forwards per step: {need / 1e9:.2f} GB at most"
-        + (f" of {limit / 1e9:.1f} GB" if limit < float("inf") else ", all of this process"))
+    say(
+        f"memory: {micro} x {args.seq_len} tokens per forward, {rows // micro} forwards per step: "
+        f"{need / 1e9:.2f} GB at most"
+        + (f" of {limit / 1e9:.1f} GB" if limit < float("inf") else ", all of this process")
+    )
     return micro

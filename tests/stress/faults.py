@@ -1,4 +1,5 @@
-"""The points of a save at which something may happen: before each operation on the disk, and in the middle of each file.
+"""The points of a save at which something may happen: before each operation on the disk, and in the
+middle of each file.
 
 crash.py kills at them, tests/test_checkpoint.py also lets them fail; the product has no hooks.
 """
@@ -33,15 +34,21 @@ class Halves:
 
 @contextmanager
 def points(at, folder):
-    """Calls at(name of the operation, *its arguments) at every point of work in this folder, in this process.
+    """Calls at(name of the operation, *its arguments) at every point of work in this folder, in
+    this process.
 
-    Elsewhere is no point: libraries make cache folders when they first need them, at another time in each process.
+    Elsewhere is no point: libraries make cache folders when they first need them, at another time
+    in each process.
     """
     real, save_file = {name: getattr(os, name) for name in OPERATIONS}, checkpoint.save_file
 
     def hook(name):
         def call(where, *args, **kwargs):
-            if isinstance(where, int) or "dir_fd" in kwargs or Path(folder) in Path(where).absolute().parents:
+            if (
+                isinstance(where, int)
+                or "dir_fd" in kwargs
+                or Path(folder) in Path(where).absolute().parents
+            ):
                 at(name, where, *args)
             return real[name](where, *args, **kwargs)
         return call

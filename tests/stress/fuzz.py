@@ -1,11 +1,14 @@
-"""Malformed files and texts by the ten thousand: each is refused with a reason or read as what it says, and nothing else.
+"""Malformed files and texts by the ten thousand: each is refused with a reason or read as what it
+says, and nothing else.
 
-    python tests/stress/fuzz.py                      # about 30,000 inputs, some minutes; a failure prints its target and seed
+    python tests/stress/fuzz.py                      # about 30,000 inputs, some minutes; a failure
+        prints its target and seed
     python tests/stress/fuzz.py --target meta --seed 123 --count 1
 
-A target takes the bytes of one damaged file (or a text), puts them where they belong and reads them the way the commands do.
-UserError is the only exception that may come out; no input may take 5 s, 200 MB or the process. Where a hash stands guard
-(raw, train.bin) every change has to be refused: silent acceptances are counted. tests/test_fuzz.py drives the same targets.
+A target takes the bytes of one damaged file (or a text), puts them where they belong and reads them
+the way the commands do. UserError is the only exception that may come out; no input may take 5 s,
+200 MB or the process. Where a hash stands guard (raw, train.bin) every change has to be refused:
+silent acceptances are counted. tests/test_fuzz.py drives the same targets.
 """
 import copy
 import json
@@ -43,26 +46,75 @@ from text.documents import read_documents
 from text.tokenizer import Tokenizer, normalise
 from training import run_folder
 
-COUNTS = {"raw": 3000, "train.bin": 2000, "meta": 5000, "manifest": 2000, "state": 2500, "config": 2500, "header": 2500,
-          "shard": 2500, "tokenizer": 600, "prompt": 3000, "prompts_file": 1000, "documents": 1500, "config_file": 1500}
+COUNTS = {
+    "raw": 3000,
+    "train.bin": 2000,
+    "meta": 5000,
+    "manifest": 2000,
+    "state": 2500,
+    "config": 2500,
+    "header": 2500,
+    "shard": 2500,
+    "tokenizer": 600,
+    "prompt": 3000,
+    "prompts_file": 1000,
+    "documents": 1500,
+    "config_file": 1500,
+}
 SHARD = "model-00002-of-00002.safetensors"
 GUARDED = ("raw", "train.bin")             # a changed byte must not go unnoticed
 SECONDS, MEGABYTES = 5, 200
-SHAPE = ("--d_model 16 --n_layers 1 --n_heads 2 --d_ff 16 --memory_slots 2 --seq_len 16 --batch_size 2 --grad_accum 1 --ema 0.9 "
-         "--train_block_sizes T,8 --max_steps 2 --eval_interval 0 --threads 1 --no_amp --no_show_samples --live off").split()
-ODD = [None, True, False, 0, -1, 1, 2, 7, 2 ** 31, 2 ** 63, 10 ** 400, 1.5, -0., 1e308, "", "x", "../../x", "\ud800", "०", [], {},
-       [[]], {"size": 1}, {"args": {}}, [1e9] * 60, "T,0", "primary", "uint32", "9" * 5000]
+SHAPE = (
+    "--d_model 16 --n_layers 1 --n_heads 2 --d_ff 16 --memory_slots 2 --seq_len 16 --batch_size 2 "
+    "--grad_accum 1 --ema 0.9 "
+    "--train_block_sizes T,8 --max_steps 2 --eval_interval 0 --threads 1 --no_amp "
+    "--no_show_samples --live off"
+).split()
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    7,
+    2**31,
+    2**63,
+    10**400,
+    1.5,
+    -0.0,
+    1e308,
+    "",
+    "x",
+    "../../x",
+    "\ud800",
+    "०",
+    [],
+    {},
+    [[]],
+    {"size": 1},
+    {"args": {}},
+    [1e9] * 60,
+    "T,0",
+    "primary",
+    "uint32",
+    "9" * 5000,
+]
 ALPHABET = "aक़ि‌‍्ँ\u0301\u0000\n\t \ud800\ufeff\u202e▁_[MASK]<s>😀👩‍🚀e\u0301½ﬁ०9"
 
 
 class Lab:
-    """A prepared text and a checkpoint with all its files; copies of both that an input may ruin."""
+    """A prepared text and a checkpoint with all its files; copies of both that an input may ruin.
+    """
 
     def __init__(self, folder):
         folder = Path(folder)
         self.text, self.run, self.spot = folder / "text", folder / "run", folder / "spot"
         tiny_text(self.text)
-        assert train.main(["--data_dir", str(self.text), "--output_dir", str(self.run), *SHAPE]) == 0
+        assert (
+            train.main(["--data_dir", str(self.text), "--output_dir", str(self.run), *SHAPE]) == 0
+        )
         self.step = self.run / "step_000002"
         self.files = sorted(p.name for p in self.step.iterdir())
         self.tokenizer = Tokenizer(self.text / "t.model")
@@ -78,17 +130,27 @@ class Lab:
         if target == "raw":
             name = rng.choice(self.files)
             return name, (self.step / name).read_bytes()
-        where = {"train.bin": "text/train.bin", "meta": "text/meta.json", "tokenizer": "text/t.model",
-                 "manifest": "run/step_000002/MANIFEST.json", "state": "run/step_000002/state.json",
-                 "header": "run/step_000002/model.safetensors",
-                 "shard": f"cut/step_000002/{SHARD}", "config": "run/step_000002/config.json"}
+        where = {
+            "train.bin": "text/train.bin",
+            "meta": "text/meta.json",
+            "tokenizer": "text/t.model",
+            "manifest": "run/step_000002/MANIFEST.json",
+            "state": "run/step_000002/state.json",
+            "header": "run/step_000002/model.safetensors",
+            "shard": f"cut/step_000002/{SHARD}",
+            "config": "run/step_000002/config.json",
+        }
         if target.removesuffix("_file") in where:
             return None, (self.run.parent / where[target.removesuffix("_file")]).read_bytes()
-        return None, {"documents": '{"text": "नमस्ते दुनिया", "prompt": "कहो"}\n\nmai kal gaya tha\n{"text": 1}\n',
-                      "prompts_file": "mai kal\nनमस्ते\n", "prompt": ""}[target].encode()
+        return None, {
+            "documents": '{"text": "नमस्ते दुनिया", "prompt": "कहो"}\n\nmai kal gaya tha\n{"text": '
+                         '1}\n',
+            "prompts_file": "mai kal\nनमस्ते\n",
+            "prompt": "",
+        }[target].encode()
 
 
-# ---- targets: bytes -> read ------------------------------------------------------------------------------------------
+# ---- targets: bytes -> read ----------------------------------------------------------------------
 
 def put(lab, name, data):
     (lab.spot / name).write_bytes(data)
@@ -100,17 +162,26 @@ def vouched(folder, *names):
     manifest = json.loads((folder / "MANIFEST.json").read_bytes())
     files = {name: entry for name, entry in manifest["files"].items() if (folder / name).exists()}
     for name in names:
-        files[name] = {"size": (folder / name).stat().st_size, "sha256": checkpoint.file_sha256(folder / name)}
+        files[name] = {
+            "size": (folder / name).stat().st_size,
+            "sha256": checkpoint.file_sha256(folder / name),
+        }
     (folder / "MANIFEST.json").write_bytes(to_json(checkpoint.seal({**manifest, "files": files})))
 
 
 def cut_in_two(step, target):
     """A checkpoint whose weights lie in two files, as two ranks of --fsdp leave them."""
     shutil.copytree(step, target)
-    tensors, names = load_file(target / "model.safetensors"), [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    tensors, names = (
+        load_file(target / "model.safetensors"),
+        [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)],
+    )
     for i, name in enumerate(names):
         parts = {key: t.tensor_split(2)[i].contiguous() for key, t in tensors.items()}
-        start = {key: {"saved_offsets": [i * len(t.tensor_split(2)[0])] + [0] * (t.ndim - 1)} for key, t in tensors.items()}
+        start = {
+            key: {"saved_offsets": [i * len(t.tensor_split(2)[0])] + [0] * (t.ndim - 1)}
+            for key, t in tensors.items()
+        }
         save_file(parts, target / name, metadata={"DCP_SHARDING_INFO": json.dumps(start)})
     (target / "model.safetensors").unlink()
     vouched(target, *names)
@@ -118,7 +189,9 @@ def cut_in_two(step, target):
 
 
 def forged(lab, name, data, source="ckpt"):
-    """A checkpoint with this file and a manifest that fits it, as a forger would leave it; read as train and sample do."""
+    """A checkpoint with this file and a manifest that fits it, as a forger would leave it; read as
+    train and sample do.
+    """
     folder, step = lab.spot / source, lab.cut if source == "cut" else lab.step
     sound = (step / "MANIFEST.json").read_bytes()
     put(lab, f"{source}/{name}", data)
@@ -148,7 +221,7 @@ def prepared(lab, name, data):
     put(lab, f"text/{name}", data)
     try:
         found = TokenData(lab.spot / "text")
-        found.tokenizer_path                                      # noqa: B018  (a property that checks a hash)
+        found.tokenizer_path  # noqa: B018  (a property that checks a hash)
         Windows(found, 16, 1).batch(0, 2)
     finally:
         put(lab, f"text/{name}", (lab.text / name).read_bytes())
@@ -174,11 +247,17 @@ def prompt(lab, data):
     text = data.decode("utf-8", "surrogatepass")
     tok, whole = lab.tokenizer, normalise(text)
     ids = tok.encode(text)
-    assert normalise(whole) == whole and tok.decode(ids) == whole and all(3 < i < tok.vocab_size for i in ids), text
-    args, _ = cli.parse(config.SampleArgs, ["--ckpt", "x", f"--prompt={text}", f"--text={text}"], "sample")
+    assert (
+        normalise(whole) == whole
+        and tok.decode(ids) == whole
+        and all(3 < i < tok.vocab_size for i in ids)
+    ), text
+    args, _ = cli.parse(
+        config.SampleArgs, ["--ckpt", "x", f"--prompt={text}", f"--text={text}"], "sample"
+    )
     assert settings.read_prompts(args) == [text]
     if args.text is None:
-        assert text.lower() == "none"                             # the word for "no text", as with every flag of that default
+        assert text.lower() == "none"  # the word for "no text", as with every flag of that default
         return
     fixed, sizes = sample.with_gaps(args.text, tok)
     assert len(fixed) == len(sizes) + 1
@@ -204,23 +283,35 @@ def config_file(lab, data):
     cli.parse(config.TrainArgs, ["--config", str(put(lab, "in/c.json", data))], "train")
 
 
-TARGETS = {"raw": raw, "train.bin": lambda lab, data: prepared(lab, "train.bin", data),
-           "meta": lambda lab, data: prepared(lab, "meta.json", data), "manifest": manifest,
-           "state": lambda lab, data: forged(lab, "state.json", data),
-           "config": lambda lab, data: forged(lab, "config.json", data),
-           "header": lambda lab, data: forged(lab, "model.safetensors", data),
-           "shard": lambda lab, data: forged(lab, SHARD, data, "cut"), "tokenizer": tokenizer, "prompt": prompt,
-           "prompts_file": prompts_file, "documents": documents, "config_file": config_file}
+TARGETS = {
+    "raw": raw,
+    "train.bin": lambda lab, data: prepared(lab, "train.bin", data),
+    "meta": lambda lab, data: prepared(lab, "meta.json", data),
+    "manifest": manifest,
+    "state": lambda lab, data: forged(lab, "state.json", data),
+    "config": lambda lab, data: forged(lab, "config.json", data),
+    "header": lambda lab, data: forged(lab, "model.safetensors", data),
+    "shard": lambda lab, data: forged(lab, SHARD, data, "cut"),
+    "tokenizer": tokenizer,
+    "prompt": prompt,
+    "prompts_file": prompts_file,
+    "documents": documents,
+    "config_file": config_file,
+}
 
 
-# ---- damage ----------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 def damage(data, rng):
     """A few random edits of bytes; never none."""
     out = bytearray(data)
     while bytes(out) == data:
         for _ in range(rng.choice((1, 1, 1, 2, 5, 20))):
-            at, size, kind = rng.randrange(len(out) + 1), rng.choice((1, 2, 8, 100)), rng.randrange(7)
+            at, size, kind = (
+                rng.randrange(len(out) + 1),
+                rng.choice((1, 2, 8, 100)),
+                rng.randrange(7),
+            )
             if kind == 0 and at < len(out):
                 out[at] ^= 1 << rng.randrange(8)
             elif kind == 1:
@@ -232,7 +323,9 @@ def damage(data, rng):
             elif kind == 4:
                 out[at:] = bytes(len(out) - at)
             elif kind == 5:
-                out[at:at + size] = rng.choice((b"\xff" * size, b"[" * 10_000, b'"', b"}{", b"\x00" * 8, b"\xef\xbb\xbf"))
+                out[at : at + size] = rng.choice(
+                    (b"\xff" * size, b"[" * 10_000, b'"', b"}{", b"\x00" * 8, b"\xef\xbb\xbf")
+                )
             else:
                 out[at:at] = out[at:at + size]
     return bytes(out)
@@ -244,11 +337,21 @@ def odd_json(data, rng):
     for _ in range(rng.choice((1, 1, 2, 4))):
         places = [value]
         for place in places:
-            places += [v for v in (place.values() if isinstance(place, dict) else place) if isinstance(v, (dict, list)) and v]
+            places += [
+                v
+                for v in (place.values() if isinstance(place, dict) else place)
+                if isinstance(v, (dict, list)) and v
+            ]
         place = rng.choice(places)
-        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place))) if place else None
+        key = (
+            rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if place
+            else None
+        )
         if key is None or rng.random() < .15 and isinstance(place, dict):
-            place[rng.choice(("new", "../x", "", "args", "model.safetensors"))] = copy.deepcopy(rng.choice(ODD))
+            place[rng.choice(("new", "../x", "", "args", "model.safetensors"))] = copy.deepcopy(
+                rng.choice(ODD)
+            )
         elif rng.random() < .2:
             del place[key]
         else:
@@ -270,7 +373,9 @@ def odd_offsets(data, rng):
     """A part of a model whose header says that it lies elsewhere."""
     size = struct.unpack("<Q", data[:8])[0]
     head = json.loads(data[8:8 + size])
-    head["__metadata__"]["DCP_SHARDING_INFO"] = odd_json(head["__metadata__"]["DCP_SHARDING_INFO"], rng).decode()
+    head["__metadata__"]["DCP_SHARDING_INFO"] = odd_json(
+        head["__metadata__"]["DCP_SHARDING_INFO"], rng
+    ).decode()
     head = json.dumps(head).encode()
     return struct.pack("<Q", len(head)) + head + data[8 + size:]
 
@@ -282,7 +387,9 @@ def make(lab, target, seed):
     shaped = dict.fromkeys(("meta", "manifest", "state", "config", "config_file"), odd_json)
     shaped |= {"header": odd_header, "shard": odd_offsets if rng.random() < .5 else odd_header}
     if target == "prompt":
-        data = "".join(rng.choice(ALPHABET) for _ in range(rng.choice((0, 1, 30, 3000)))).encode("utf-8", "surrogatepass")
+        data = "".join(rng.choice(ALPHABET) for _ in range(rng.choice((0, 1, 30, 3000)))).encode(
+            "utf-8", "surrogatepass"
+        )
         if rng.random() < .5:
             data += " ___".encode()
     elif target == "prompts_file" and rng.random() < .1:
@@ -312,7 +419,9 @@ def attempt(lab, target, arguments):
 
 
 def drive(lab, target, first, count):
-    """In a forked child, so that a dead process is a finding too -> {refused, read, failures: [(seed, what)], mb, slowest}."""
+    """In a forked child, so that a dead process is a finding too -> {refused, read, failures:
+    [(seed, what)], mb, slowest}.
+    """
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -329,7 +438,12 @@ def drive(lab, target, first, count):
                 except BaseException as error:
                     result = f"{type(error).__name__}: {str(error)[:300]}"
                 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024
-                line = {"seed": seed, "result": result, "s": time.perf_counter() - began, "mb": grown}
+                line = {
+                    "seed": seed,
+                    "result": result,
+                    "s": time.perf_counter() - began,
+                    "mb": grown,
+                }
                 print(json.dumps(line), file=out, flush=True)
         os._exit(0)
     os.close(write)
@@ -337,17 +451,25 @@ def drive(lab, target, first, count):
         lines = [json.loads(line) for line in told]
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     done = [line for line in lines if "seed" in line]
-    failures = [(line["seed"], line["result"]) for line in done if line["result"] not in ("refused", "read")]
+    failures = [
+        (line["seed"], line["result"]) for line in done if line["result"] not in ("refused", "read")
+    ]
     if status:
         failures.append((lines[-1].get("start"), f"the process ended with {status}"))
-    return {**Counter(line["result"] for line in done if line["result"] in ("refused", "read")), "failures": failures,
-            "mb": max(line["mb"] for line in done), "slowest_s": round(max(line["s"] for line in done), 2)}
+    return {
+        **Counter(line["result"] for line in done if line["result"] in ("refused", "read")),
+        "failures": failures,
+        "mb": max(line["mb"] for line in done),
+        "slowest_s": round(max(line["s"] for line in done), 2),
+    }
 
 
 def main():
     p = arguments(__doc__)
     p.add_argument("--target", choices=list(TARGETS), help="only this one")
-    p.add_argument("--count", type=int, default=0, help="inputs of each target; 0 = the default counts")
+    p.add_argument(
+        "--count", type=int, default=0, help="inputs of each target; 0 = the default counts"
+    )
     p.add_argument("--seed", type=int, default=0, help="the first seed")
     args = p.parse_args()
     torch.set_num_threads(1)
@@ -357,14 +479,25 @@ def main():
         for target in [args.target] if args.target else TARGETS:
             r = results[target] = drive(lab, target, args.seed, args.count or COUNTS[target])
             silent = r.get("read", 0) if target in GUARDED else 0
-            print(f"{target:12} {r.get('refused', 0):6} refused {r.get('read', 0):6} read, {silent} silent; at most "
-                  f"{r['slowest_s']} s, +{r['mb']} MB; {len(r['failures'])} failures", flush=True)
+            print(
+                f"{target:12} {r.get('refused', 0):6} refused {r.get('read', 0):6} read, {silent} "
+                "silent; at most "
+                f"{r['slowest_s']} s, +{r['mb']} MB; {len(r['failures'])} failures",
+                flush=True,
+            )
             for seed, what in r["failures"][:5]:
                 print(f"    --target {target} --seed {seed} --count 1: {what}")
-    total = {"inputs": sum(r.get("refused", 0) + r.get("read", 0) + len(r["failures"]) for r in results.values()),
-             "silent": sum(results[t].get("read", 0) for t in GUARDED if t in results),
-             "failures": sum(len(r["failures"]) for r in results.values()), "seconds": round(time.perf_counter() - began)}
-    fine = total["silent"] == total["failures"] == 0 and all(r["mb"] < MEGABYTES for r in results.values())
+    total = {
+        "inputs": sum(
+            r.get("refused", 0) + r.get("read", 0) + len(r["failures"]) for r in results.values()
+        ),
+        "silent": sum(results[t].get("read", 0) for t in GUARDED if t in results),
+        "failures": sum(len(r["failures"]) for r in results.values()),
+        "seconds": round(time.perf_counter() - began),
+    }
+    fine = total["silent"] == total["failures"] == 0 and all(
+        r["mb"] < MEGABYTES for r in results.values()
+    )
     print(json.dumps({**total, "targets": results}))
     return not fine
 
