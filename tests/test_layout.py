@@ -209,14 +209,17 @@ def test_fork_of_state_is_absent():
 
 
 def test_shapes_are_written_where_they_change():
-    """In the files that hold the mathematics, a line that changes a shape ends in a comment with
-    the new shape.
+    """In the files that hold the mathematics, a statement that changes a shape has the new shape in
+    a comment: at its end or in the line above it.
     """
+    changes = re.compile(r"\.(view|reshape|unflatten|permute|unfold)\(|einsum\(")
+    shape = re.compile(r"#.*\(|-> \(|return ")
     for name in ("model", "eco_hybrid", "layers", "masking"):
-        for number, line in enumerate(
-            (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines(), 1
-        ):
-            if re.search(r"\.(view|reshape|unflatten|permute|unfold)\(|einsum\(", line):
-                assert re.search(r"#.*\(|-> \(|return ", line), (
-                    f"{name}.py:{number}: no shape comment: {line.strip()}"
-                )
+        lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(TREES[name]):
+            if not isinstance(node, ast.stmt) or hasattr(node, "body"):
+                continue
+            statement = lines[node.lineno - 1:node.end_lineno]
+            if any(changes.search(line) for line in statement):
+                around = [lines[node.lineno - 2], *statement]
+                assert any(shape.search(line) for line in around), f"{name}.py:{node.lineno}: no shape comment"
