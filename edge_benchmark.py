@@ -41,6 +41,7 @@ import model_config
 from common.console import UserError, say
 from common.files import can_write, json_text, write_json
 from common.flags import convert, split_list, to_dict
+from evaluation import plots
 
 HELD_OUT_ROWS = 64
 CAREFUL = " at one token a forward"
@@ -67,43 +68,6 @@ def peak_rss(run, device):
     return machine.peak_memory_mb(device)
 
 
-def nll(model, prompt, new, frozen):
-    """-log p of the new tokens, summed: token i is a mask when it is scored, and everything before
-    it is known.
-
-    A causal model reads all in one pass. frozen: against the cache, in blocks of one token. Else
-    (trained without blocks) the whole text is one block, and what comes after token i is hidden
-    too.
-    """
-    import torch
-
-    from masking import shifted
-    device, mask_id = model.head.weight.device, model.cfg.mask_id
-    ids = torch.tensor([[*prompt, *new]], device=device)           # (1, P + N)
-    if model.cfg.causal:
-        # (N, D)
-        h = model.step(shifted(ids, mask_id), model.new_cache(1, ids.shape[1]))[0, len(prompt):]
-        return -float(
-            model.logits(h).double().log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum()
-        )
-    canvas = ids.clone()
-    canvas[:, len(prompt):] = mask_id
-    cache, total = model.new_cache(1, ids.shape[1]) if frozen else None, 0.0
-    for i in range(ids.shape[1]):
-        if i >= len(prompt):
-            # (1, D)
-            h = (
-                model.hidden(canvas[:, i : i + 1], cache)[:, 0]
-                if frozen
-                else model.hidden(canvas)[:, i]
-            )
-            total -= float(model.logits(h).double().log_softmax(-1)[0, ids[0, i]])
-            canvas[:, i] = ids[:, i]
-        if frozen:
-            model.commit(ids[:, i:i + 1], cache)
-    return total
-
-
 def agreement(row, reference):
     """Share of positions with the same token; a missing one differs."""
     longest = max(len(row), len(reference))
@@ -114,6 +78,7 @@ def measure(tokenizer, prompts, variants, reference, args, frozen, device):
     """variants {name: (model, decode.Settings)} -> {name: the figures of COMMANDS 4.6 and more};
     reference: a variant.
     """
+    from evaluation.estimators import left_to_right
     from evaluation.sample_quality import distinct, repeat_rate
     from sampling.decode import generate
 
@@ -156,7 +121,7 @@ def measure(tokenizer, prompts, variants, reference, args, frozen, device):
         rows, ordered = [r.rows[0] for r in results], sorted(times)
         count = sum(map(len, rows))
         scores = [
-            nll(reference[0], context, row, frozen)
+            left_to_right(reference[0], context, row, frozen)
             for context, row in zip(contexts, rows, strict=True)
         ]
         forwards = statistics.mean(r.forwards for r in results)
@@ -341,104 +306,6 @@ def is_number(text):
     return True
 
 
-def frontier(points):
-    """Of (value, speed, nats) those that no other beats in both, the fastest first."""
-    kept = []
-    for point in sorted(points, key=lambda point: (-point[1], point[2])):
-        if not kept or point[2] < kept[-1][2]:
-            kept.append(point)
-    return kept
-
-
-def spread(heights, gap):
-    """Heights of labels, ascending, moved up where two would stand less than a gap apart."""
-    moved = []
-    for height in heights:
-        moved.append(max(height, moved[-1] + gap) if moved else height)
-    return moved
-
-
-def draw(path, results, real):
-    """Quality against speed as a picture; without matplotlib a notice instead."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print(
-            "notice: no picture, as matplotlib is not installed (pip install matplotlib)",
-            file=sys.stderr,
-        )
-        return
-    axis, lines = lines_of(results)
-    figure, axes = pyplot.subplots(figsize=(9, max(5, 0.3 * len(lines))))
-    every = [point for points in lines.values() for point in points]
-    best = frontier(every)
-    axes.step(
-        [speed for _, speed, _ in best],
-        [nats for _, _, nats in best],
-        where="post",
-        linewidth=6,
-        color="0.88",
-        zorder=0,
-        label="not beaten in both",
-    )
-    colours = 0.8 * pyplot.cm.turbo([(i + 0.5) / max(1, len(lines)) for i in range(len(lines))])
-    # darker, as yellow names are not read on white
-    colours = [tuple(colour[:3]) for colour in colours]
-    for colour, points in zip(colours, lines.values(), strict=True):
-        axes.plot(
-            [p[1] for p in points],
-            [p[2] for p in points],
-            "o-",
-            markersize=4,
-            linewidth=1.2,
-            color=colour,
-        )
-    for value, speed, nats in best if axis else ():
-        axes.annotate(value, (speed, nats), fontsize=7, xytext=(3, 5), textcoords="offset points")
-    if real is not None:
-        axes.axhline(real, linestyle="--", linewidth=1, color="gray", label="held-out text")
-    # the names stand at the right edge, in the order of their lines' fastest points, each joined to
-    # its own
-    low, high = axes.get_ylim()
-    edge = axes.get_xlim()[1]
-    ends = sorted(
-        (
-            (max(points, key=lambda p: p[1]), name, colour)
-            for (name, points), colour in zip(lines.items(), colours, strict=True)
-        ),
-        key=lambda end: end[0][2],
-    )
-    heights = spread([end[0][2] for end in ends], 0.17 / figure.get_figheight() * (high - low))
-    for (point, name, colour), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            name,
-            point[1:],
-            xytext=(edge + 0.04 * (edge - axes.get_xlim()[0]), height),
-            fontsize=8,
-            color=colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops=dict(arrowstyle="-", linewidth=0.5, color=colour, alpha=0.5),
-        )
-    along = (
-        ", ".join(dict.fromkeys(value for value, _, _ in sorted(every, key=lambda p: float(p[0]))))
-        if axis
-        else ""
-    )
-    axes.set(
-        xlabel="tokens/s (new tokens before EOS, prompt included)",
-        ylabel="nats/token under the n-gram judge (low alone is no praise)",
-        title="Quality against speed" + (f"; along each line {axis} = {along}" if axis else ""),
-    )
-    axes.legend(loc="upper left", fontsize=8, frameon=False)
-    axes.set_xlim(right=edge)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
-    say(f"picture: {path}")
-
-
 def main(argv=None):
     args, origins = cli.parse(config.BenchArgs, argv, "edge_benchmark")
     cli.announce(args, origins)
@@ -535,11 +402,10 @@ def main(argv=None):
         document["profiles"] = {name: price(name, results) for name in args.profiles}
     write_json(args.out_json, document)
     if args.grid:
-        draw(
-            Path(args.out_json).with_suffix(".png"),
-            results,
-            document["judge_nats_of_held_out_text"],
-        )
+        picture = Path(args.out_json).with_suffix(".png")
+        axis, lines = lines_of(results)
+        real = document["judge_nats_of_held_out_text"]
+        plots.quality_against_speed(picture, axis, lines, real)
     print(json_text(document))
 
 

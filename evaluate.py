@@ -29,6 +29,7 @@ import cli
 import config
 from common.console import UserError, say
 from common.files import can_write, write_json
+from evaluation import plots
 from sampling import settings
 
 PROMPT = 16           # tokens of a held-out beginning, or half of a shorter document
@@ -236,43 +237,14 @@ def compared(model, pieces, blocks, args, length, batch):
     return result
 
 
-def draw_curves(path, curves, length, name):
-    """CE by mask rate as a picture; without matplotlib a notice instead."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return say("notice: no picture, as matplotlib is not installed (pip install matplotlib)")
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for block, curve in curves.items():
-        if curve:
-            axes.plot([at for at, _ in curve], [ce for _, ce in curve], marker="o", markersize=3,
-                      label=f"block {'T' if int(block) >= length else block}")
-    axes.set(
-        xlabel="share of the block that is hidden (up to)",
-        ylabel="cross-entropy of hidden tokens, nats",
-        xlim=(0, 1.02),
-        title=f"What a hidden token costs: {name}",
-    )
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
-    say(f"picture: {path}")
-
-
 # ---- samples -------------------------------------------------------------------------------------
 
 def ar_judge(path, device, tokenizer, longest, judged):
     """A checkpoint of --objective ar as a judge of another one: f(rows, contexts) -> nats per token
     of the rows.
     """
-    import torch
-
     import checkpoint
-    from masking import shifted
+    from evaluation.estimators import left_to_right
     net, own, saved = checkpoint.load_model(path, device)
     if not net.cfg.causal:
         raise UserError(
@@ -297,16 +269,10 @@ def ar_judge(path, device, tokenizer, longest, judged):
             f"notice: the judge {path} has learned from the same text: it likes what both have read"
         )
 
-    @torch.no_grad()
     def nats(rows, contexts):
         total = 0.0
         for row, context in zip(rows, contexts, strict=True):
-            ids = torch.tensor([[*context, *row]], device=device)
-            h = net.hidden_blocks(shifted(ids, net.cfg.mask_id), ids, ids.shape[1])[
-                0, len(context) :
-            ]
-            z = net.logits(h).double().log_softmax(-1)
-            total -= float(z.gather(1, ids[0, len(context):, None]).sum())
+            total += left_to_right(net, context, row)
         return total / max(1, sum(map(len, rows)))
     return nats
 
@@ -458,12 +424,8 @@ def main(argv=None):
     )
     result = score(model, chosen, tokenizer, blocks, args, length, batch)
     if args.out_png:
-        draw_curves(
-            args.out_png,
-            result["curve"],
-            length,
-            f"{Path(saved.path).parent.name}, step {saved.step}",
-        )
+        name = f"{Path(saved.path).parent.name}, step {saved.step}"
+        plots.mask_rate_curves(args.out_png, result["curve"], length, name)
     if args.samples:
         result["samples"] = sample_quality(
             model, documents, tokenizer, saved, args, data_dir, judge, unread

@@ -42,6 +42,7 @@ import config
 import masking
 from benchmarks import peer_models, peers
 from common import machine
+from evaluation import plots
 from evaluation.estimators import bits_per_byte
 from harness import arguments
 from text import dataset
@@ -380,13 +381,10 @@ def show(rows, study, budget):
 
 def draw_curves(path, rows, study):
     """Two panels, over tokens and over seconds; without matplotlib a line instead."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return print("no picture, as matplotlib is not installed")
-    figure, panels = pyplot.subplots(1, 2, figsize=(14, 5.5), sharey=True)
+    plt = plots.pyplot()
+    if plt is None:
+        return
+    figure, panels = plt.subplots(1, 2, figsize=(14, 5.5), sharey=True)
     for at, r in enumerate(rows):
         colour = f"C{at % 10}"
         style = dict(
@@ -413,9 +411,7 @@ def draw_curves(path, rows, study):
     for panel in panels:
         panel.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
-    print(f"picture: {path}")
+    plots.save(plt, figure, path)
 
 
 def compare(args):

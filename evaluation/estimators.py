@@ -297,6 +297,40 @@ def infilling(model, pieces, seed=0, batch=8):
     return found
 
 
+@torch.no_grad()
+def left_to_right(model, prompt, new, frozen=True):
+    """-log p of the new tokens, summed: token i is a mask when it is scored, and everything before
+    it is known.
+
+    A causal model reads all of them in one pass. frozen: against the cache, in blocks of one token.
+    Else (trained without blocks) the whole text is one block, and what comes after token i is
+    hidden too. chain_rule() is the same for many documents at once and blocks of any size.
+    """
+    device, mask_id = model.head.weight.device, model.cfg.mask_id
+    ids = torch.tensor([[*prompt, *new]], device=device)           # (1, P + N)
+    length = ids.shape[1]
+    if model.cfg.causal:
+        states = model.step(shifted(ids, mask_id), model.new_cache(1, length))[0, len(prompt):]
+        logp = model.logits(states).double().log_softmax(-1)       # (N, V)
+        return -float(logp.gather(1, ids[0, len(prompt):, None]).sum())
+
+    canvas = ids.clone()
+    canvas[:, len(prompt):] = mask_id
+    cache = model.new_cache(1, length) if frozen else None
+    total = 0.0
+    for i in range(length):
+        if i >= len(prompt):
+            if frozen:
+                state = model.hidden(canvas[:, i:i + 1], cache)[:, 0]                  # (1, D)
+            else:
+                state = model.hidden(canvas)[:, i]
+            total -= float(model.logits(state).double().log_softmax(-1)[0, ids[0, i]])
+            canvas[:, i] = ids[:, i]
+        if frozen:
+            model.commit(ids[:, i:i + 1], cache)
+    return total
+
+
 def scored_tokens(pieces):
     return sum(p.x0.numel() - len(p.x0) * p.given for p in pieces)
 

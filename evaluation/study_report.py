@@ -10,7 +10,6 @@ held-out documents; of one run a standard error over documents.
 """
 import bisect
 import html
-import importlib.util
 import math
 import os
 import re
@@ -19,7 +18,7 @@ import statistics
 
 from common.console import UserError, say
 from common.files import json_text, read_lines, write_text
-from evaluation.plots import picture, pyplot
+from evaluation import plots
 
 HEAD = (
     "variant",
@@ -258,10 +257,6 @@ def markdown(title, lines, states=None, rungs=()):
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-def can_draw():
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def unit(lines):
     return "bits/byte" if all("bits_per_byte" in line for line in lines) else "nats/token"
 
@@ -272,79 +267,24 @@ def measure(lines):
     return "NLL" if causal == {True} else "bound (of ar: the NLL)" if True in causal else "bound"
 
 
-def curves(lines):
-    """Validation by tokens and by seconds: the mean over seeds as a line, their range as a band.
-    Without step 0.
-    """
-    figure, panels = pyplot().subplots(
-        1, 2, figsize=(12, 4.4), sharey=True, gridspec_kw={"wspace": 0.08}
-    )
-    column = 4 if unit(lines) == "bits/byte" else 3
-    for number, (variant, own) in enumerate(grouped(lines).items()):
-        points = [
-            {row[0]: row for row in line["curve"] if row[0] and row[column] is not None}
-            for line in own
-        ]
-        steps = sorted(set.intersection(*map(set, points)))
-        y = [[p[s][column] for p in points] for s in steps]
-        for axes, x_column, scale in ((panels[0], 1, 1e6), (panels[1], 2, 1)):
-            x = [statistics.fmean(p[s][x_column] for p in points) / scale for s in steps]
-            axes.plot(
-                x,
-                [statistics.fmean(v) for v in y],
-                color=f"C{number % 10}",
-                label=variant,
-                marker="o",
-                markersize=3,
-                linestyle=("-", "--", ":")[number // 10 % 3],
-            )
-            if len(own) > 1:
-                axes.fill_between(
-                    x,
-                    [min(v) for v in y],
-                    [max(v) for v in y],
-                    color=f"C{number % 10}",
-                    alpha=0.15,
-                    linewidth=0,
-                )
-    panels[0].set(
-        xlabel="tokens of training, millions",
-        ylabel=f"validation {measure(lines)}, {unit(lines)}",
-        title="by tokens",
-    )
-    panels[1].set(xlabel="seconds of training", title="by seconds")
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return picture(figure)
-
-
-def bars(lines):
-    """The end of every variant: mean with its error, and every seed as a point."""
+def picture_data(plt, lines):
+    """Learning curves and final bounds as base64."""
     groups = grouped(lines)
-    first = next(iter(groups.values()))
-    figure, axes = pyplot().subplots(figsize=(9, 1.2 + 0.42 * len(groups)))
-    for at, (_, own) in enumerate(groups.items()):
+    figure_of_curve = 4 if unit(lines) == "bits/byte" else 3
+    label = f"{measure(lines)}, {unit(lines)}"
+    curves = plots.learning_curves(plt, groups, figure_of_curve, f"validation {label}")
+
+    reference = next(iter(groups.values()))
+    ends = {}
+    for variant, own in groups.items():
         values = [value(line) for line in own]
-        error = statistics.stdev(values) if len(values) > 1 else paired(own[0], first[0])
-        axes.errorbar(
-            statistics.fmean(values),
-            at,
-            xerr=error,
-            fmt="o",
-            capsize=4,
-            color="C0" if len(values) > 1 else "C7",
-        )
-        axes.plot(values, [at] * len(values), "|", color="black", markersize=9, alpha=0.6)
-    axes.axvline(statistics.fmean(map(value, first)), color="C3", linewidth=0.8, linestyle="--")
-    axes.set(
-        yticks=range(len(groups)),
-        yticklabels=list(groups),
-        xlabel=f"held-out {measure(lines)}, {unit(lines)} (less is better)",
-        ylim=(len(groups) - 0.5, -0.5),
-    )
-    axes.grid(alpha=0.3, axis="x")
-    return picture(figure)
+        if len(values) > 1:
+            error = statistics.stdev(values)
+        else:
+            error = paired(own[0], reference[0])
+        ends[variant] = values, error
+    bars = plots.final_bounds(plt, ends, f"held-out {label} (less is better)")
+    return curves, bars
 
 
 # ---- pages ---------------------------------------------------------------------------------------
@@ -359,15 +299,16 @@ def sections(folder):
     ]
 
 
-def pictures(name, lines):
+def pictures(plt, name, lines):
     """Both pictures of a section and what they show, as HTML."""
+    curves, bars = picture_data(plt, lines)
     several = len({line["seed"] for line in lines}) > 1
     return (
         f'<img alt="Learning curves of {html.escape(name)}" '
-        f'src="data:image/png;base64,{curves(lines)}">'
+        f'src="data:image/png;base64,{curves}">'
         '<p class="note">Validation during '
         f'training{": mean over seeds, the band is their range" * several}.</p>'
-        f'<img alt="Final bounds of {html.escape(name)}" src="data:image/png;base64,{bars(lines)}">'
+        f'<img alt="Final bounds of {html.escape(name)}" src="data:image/png;base64,{bars}">'
         '<p class="note">Blue: mean over seeds and their standard deviation. Grey: one seed, and '
         'the standard '
         'error over documents of its difference to the reference. Small bars: single runs; dashed: '
@@ -380,9 +321,10 @@ def build(folder, path):
     """report.html: one file that needs nothing beside it. Without matplotlib it has the tables and
     no pictures.
     """
-    parts, drawn = [], can_draw()
+    parts = []
     missing = ("matplotlib is not installed: python -m pip install matplotlib, then "
                f"python -m run_experiments --report {shlex.quote(str(folder))}")
+    plt = plots.pyplot(f"notice: {path} has tables and no pictures, as {missing}")
     for name, lines in sections(folder):
         table = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
@@ -390,8 +332,8 @@ def build(folder, path):
         )
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEAD)
         shown = (
-            pictures(name, lines)
-            if drawn
+            pictures(plt, name, lines)
+            if plt
             else f'<p class="note">No pictures: {html.escape(missing)}</p>'
         )
         parts.append(
@@ -409,7 +351,8 @@ def build(folder, path):
             "</body></html>\n"
         ),
     )
-    say(f"report: {path}" if drawn else f"notice: {path} has tables and no pictures, as {missing}")
+    if plt:
+        say(f"report: {path}")
 
 
 def rebuild(folder, page):

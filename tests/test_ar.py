@@ -20,7 +20,7 @@ import train
 from common.console import UserError
 from common.flags import to_dict
 from conftest import call
-from evaluation import check_run, study_report
+from evaluation import check_run, estimators, study_report
 from model import build_model
 from sampling import decode
 from sampling.decode import generate
@@ -279,6 +279,6 @@ def test_the_benchmarks_nll_is_the_models(run):
     x = some(1, 12)
     z = net.logits(net.hidden_blocks(masking.shifted(x, net.cfg.mask_id), x, 12)).log_softmax(-1)
     by_hand = -float(z[0, 5:].gather(1, x[0, 5:, None]).sum())
-    assert edge_benchmark.nll(net, x[0, :5].tolist(), x[0, 5:].tolist(), True) == pytest.approx(
+    assert estimators.left_to_right(net, x[0, :5].tolist(), x[0, 5:].tolist(), True) == pytest.approx(
         by_hand, rel=1e-4
     )

@@ -27,7 +27,7 @@ from common.files import read_lines
 from common.flags import to_dict
 from config import ExperimentArgs, TrainArgs
 from conftest import ROOT, aria, latest
-from evaluation import study_plan, study_report
+from evaluation import plots, study_plan, study_report
 from studies import STUDIES
 
 A8 = """python -m diffusion.run_experiments \\
@@ -569,7 +569,7 @@ def test_a_matrix_without_matplotlib_is_no_failure(folder, monkeypatch, capsys):
     assert experiments.main(hint) == 0, "it says it again, and the tables are there"
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    if study_report.can_draw():
+    if plots.pyplot():
         assert (
             experiments.main(hint) == 0
             and Path("a plain one/report.html").read_text().count("<img") == 2

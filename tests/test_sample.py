@@ -19,7 +19,7 @@ import evaluate
 import sample
 import train
 from conftest import RUNS, TINY, aria, call
-from evaluation import check_run, sample_quality
+from evaluation import check_run, estimators, plots, sample_quality
 from sampling import decode, settings
 
 MODES = {"full": (), "block": ("--blockwise",), "block_frozen": ("--blockwise", "--frozen_context")}
@@ -569,10 +569,10 @@ def test_nll_is_the_exact_chain_rule(here, kind):
         h = net.hidden_blocks(torch.full_like(ids, net.cfg.mask_id), ids, 1)
         exact = -net.logits(h).log_softmax(-1).gather(-1, ids[..., None])[0, 5:].sum()
         net.hidden = lambda xt, cache=None: seen.append(xt.tolist()) or real(xt, cache)
-        found = edge_benchmark.nll(net, ids[0, :5].tolist(), ids[0, 5:].tolist(), frozen=True)
+        found = estimators.left_to_right(net, ids[0, :5].tolist(), ids[0, 5:].tolist(), frozen=True)
         assert found == pytest.approx(float(exact), rel=1e-4) and seen == [[[net.cfg.mask_id]]] * 12
         seen.clear()
-        assert edge_benchmark.nll(net, ids[0, :5].tolist(), ids[0, 5:].tolist(), frozen=False) > 0
+        assert estimators.left_to_right(net, ids[0, :5].tolist(), ids[0, 5:].tolist(), frozen=False) > 0
         for i, [row] in enumerate(seen):
             assert row == ids[0, :5 + i].tolist() + [net.cfg.mask_id] * (12 - i)
 
@@ -766,8 +766,8 @@ def test_the_picture_has_a_line_for_each_rule():
         {"full": [(None, 1, 2)]},
     )
     points = [("a", 5, 3.0), ("b", 4, 3.0), ("c", 4, 2.0), ("d", 1, 2.5), ("e", 1, 1.0)]
-    assert [value for value, *_ in edge_benchmark.frontier(points)] == ["a", "c", "e"]
-    assert edge_benchmark.spread([0, 0, 0.5, 9], 1) == [0, 1, 2, 9], "no two names on each other"
+    assert [value for value, *_ in plots.frontier(points)] == ["a", "c", "e"]
+    assert plots.spread([0, 0, 0.5, 9], 1) == [0, 1, 2, 9], "no two names on each other"
 
 
 def test_the_price_of_profiles(here, capsys, tmp_path):
