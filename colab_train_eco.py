@@ -182,7 +182,7 @@ def judge(run, folder, args, show):
     kind = "eco_hybrid" if args.model == "primary" else "diffusion"
     commands = [
         command
-        for _, command in config.next_commands(run, args.max_steps, args.max_steps, args.causal)
+        for _, command in config.next_commands(run, args.max_steps, args.max_steps)
     ]
     print("next: " + "\n      ".join(commands))
     print(f"      (python -m diffusion.sample_{kind} is the older name of sample)")

@@ -183,14 +183,13 @@ def gpu_tier(memory, typed=()):
     return tier
 
 
-def next_commands(run, step, max_steps, causal=False):
+def next_commands(run, step, max_steps):
     """[(what it does, the command)] for a run folder: summary.md, report.html and the one-shot
     print the same ones.
     """
     name = shlex.quote(str(run))
-    exact = "" if causal else " --blockwise --frozen_context"
     longer = f" --max_steps {2 * max_steps}" if step >= max_steps else ""
-    return [("sample", f'python -m sample --ckpt {name} --prompt "{PROMPTS[0]}"{exact}'),
+    return [("sample", f'python -m sample --ckpt {name} --prompt "{PROMPTS[0]}"'),
             ("evaluate", f"python -m evaluate --ckpt {name}"),
             ("go on", f"python -m train --resume {name}{longer}")]
 

@@ -278,7 +278,7 @@ def usage(run, step, args):
         return '<div class="card soft">No checkpoint has been saved yet.</div>'
     limit = args.get("max_steps")
     limit = limit if type(limit) is int else step + 1
-    commands = config.next_commands(run, step, limit, args.get("objective") == "ar")
+    commands = config.next_commands(run, step, limit)
     rows = "".join(
         f"<tr><th>{what}</th><td><code>{escaped(command)}</code></td></tr>"
         for what, command in commands

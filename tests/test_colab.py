@@ -403,7 +403,7 @@ def test_the_probe_counts_what_comes_later(monkeypatch, capsys):
     """
     monkeypatch.setattr(recovery, "room", lambda device: 10e9)
     monkeypatch.setattr(
-        recovery.runtime, "peak_memory_mb", lambda device: now["rows"] * 1e9 / 2**20
+        recovery.machine, "peak_memory_mb", lambda device: now["rows"] * 1e9 / 2**20
     )
     args, now, said = config.ColabArgs(batch_size=8, grad_accum=4), {}, []
     for later, wanted in ((0, 8), (2e9, 4), (7e9, 2)):

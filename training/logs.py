@@ -346,7 +346,7 @@ def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step
     bound = f"{best:.4f} nats/token" if math.isfinite(best) else "not measured"
     bound += "" if bits is None else f", {bits:.4f} bits/byte"
     saved = Path(run_dir, "latest").is_file()
-    commands = next_commands(run_dir, step, args.max_steps, args.causal) if saved else []
+    commands = next_commands(run_dir, step, args.max_steps) if saved else []
     synthetic = (
         " (synthetic: written by a program, not real text)"
         if data.meta["source"] == "builtin"
