@@ -19,6 +19,7 @@ from pathlib import Path
 import cli
 import config
 from common.console import UserError, say
+from text import starter
 
 # the starter corpus with the one-shot's settings; more of them: data/one_shot_2 ...
 ONE_SHOT_DIR = "data/one_shot"
@@ -73,7 +74,7 @@ def prepare_text(args, origins):
             if error.code != 3:  # only what is outside of us, like the network, has a way round
                 raise
             say(f"notice: {error}")
-    size = args.max_chars if origins["max_chars"] == "flag" else config.STARTER_CHARS
+    size = args.max_chars if origins["max_chars"] == "flag" else starter.CHARS
     args = dataclasses.replace(args, source="builtin", input=(), max_chars=size)
     if origins["data_dir"] == "default":          # keep data/processed free for real text
         folder = starter_folder(args)
@@ -93,11 +94,11 @@ def starter_folder(args):
     may need it.
     """
     from text import build
-    for folder in chain([config.STARTER_DIR], (ONE_SHOT_DIR + suffix(n) for n in count(1))):
+    for folder in chain([starter.FOLDER], (ONE_SHOT_DIR + suffix(n) for n in count(1))):
         if Path(folder, "meta.json").exists():
             if build.holds(dataclasses.replace(args, data_dir=folder)):
                 return Path(folder)
-        elif folder != config.STARTER_DIR:        # that one is train's to make
+        elif folder != starter.FOLDER:        # that one is train's to make
             return Path(folder)
 
 
@@ -135,7 +136,7 @@ def main(argv=None):
                 path.name for path in Path(args.drive, "text").glob(f"{Path(ONE_SHOT_DIR).name}*")
             )
             folders += [
-                config.STARTER_DIR,
+                starter.FOLDER,
                 *(str(Path(ONE_SHOT_DIR).with_name(name)) for name in kept),
             ]
         for folder in folders:

@@ -22,13 +22,12 @@ from pathlib import Path
 from common.flags import again, flag, split_list
 from model_config import OLD_MODELS, ModelFlags, shape_problems
 from studies import ExperimentFlags
+from text import starter
 
 ROOT = Path(__file__).resolve().parent
 VERSION = "1.0"
 PROMPTS = ("mai kal bazaar gaya tha aur", "भारत में आज मौसम", "yaar mujhe samajh nahi aa raha",
            "मुझे एक अच्छी कहानी सुनाओ")     # the runbook's
-# the starter corpus, when train makes it
-STARTER_DIR, STARTER_CHARS, STARTER_VOCAB = "data/builtin", 12_000_000, 4000
 BENCH_PROMPTS = ("namaste", "mai kal bazaar gaya tha", "aaj mausam kaisa hai")
 
 
@@ -734,6 +733,17 @@ class PrepareArgs(PrepareFlags, CommonFlags):
         ("python -m prepare --source builtin", "the starter corpus, without a network"),
     )
     first = ("Preparation",)
+
+
+def starter_args(folder=starter.FOLDER, chars=None):
+    """Arguments of prepare for the starter corpus with its own tokenizer inside the folder."""
+    return PrepareArgs(
+        source="builtin",
+        data_dir=str(folder),
+        tokenizer=str(Path(folder, "tokenizer.model")),
+        tokenizer_vocab=starter.VOCAB,
+        max_chars=chars or starter.CHARS,
+    )
 
 
 @dataclass

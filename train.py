@@ -26,6 +26,7 @@ import config
 import model_config
 from common.console import UserError, printable, say
 from common.flags import to_dict
+from text import starter
 
 NON_FINITE_LIMIT = 5  # steps in a row with a NaN or infinite loss or gradient, then the run stops
 SAVE_LIMIT = 3           # saves in a row that failed, then the run stops
@@ -67,9 +68,9 @@ def find_data(args, origins):
     folder = Path(args.data_dir)
     if (folder / "meta.json").exists() or origins["data_dir"] not in ("default", "checkpoint"):
         return folder
-    if origins["data_dir"] == "checkpoint" and args.data_dir != config.STARTER_DIR:
+    if origins["data_dir"] == "checkpoint" and args.data_dir != starter.FOLDER:
         return folder
-    from text.build import ensure_builtin
+    from text.build import build
 
     say(
         "notice: no prepared text in data/processed, so the built-in starter corpus is used "
@@ -77,7 +78,8 @@ def find_data(args, origins):
         "        written by a program; for your own text: python -m prepare --source files --input "
         "FILES)"
     )
-    return Path(ensure_builtin(log=say))
+    build(config.starter_args(), say)
+    return Path(starter.FOLDER)
 
 
 def compile_step(model, args, shape, device):

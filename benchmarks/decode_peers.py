@@ -449,7 +449,7 @@ def starter_prompts(tokenizer, length):
     """Documents of the starter corpus end to end, of a seed that no preset trains on."""
     from text.starter import grammar
     ids = []
-    for _, text in grammar.starter_documents(seed=991):
+    for _, text in grammar.starter_documents(991, 0.35):
         ids += [tokenizer.bos_id, *tokenizer.encode(text)]
         if len(ids) >= length:
             return ids[:length]

@@ -40,7 +40,7 @@ def main():
                 texts.append(text)
                 size += len(text.encode())
     with tempfile.TemporaryDirectory() as folder:
-        train_tokenizer(texts, Path(folder, "t.model"), 8000, log=lambda _: None)
+        train_tokenizer(texts, Path(folder, "t.model"), 8000, "bpe", log=lambda _: None)
         tok = Tokenizer(Path(folder, "t.model"))
         sp = sentencepiece.SentencePieceProcessor(model_file=str(Path(folder, "t.model")))
     clean_texts = [normalise(text) for text in texts]

@@ -34,6 +34,7 @@ from common.flags import to_dict
 from conftest import ROOT, RUNS, log
 from evaluation import check_run
 from sampling import decode
+from text import starter
 from training import drive, recovery
 
 BASE = {"event": "train", "skipped": 0, "step_ms": 100.0, "mask": 0.5}
@@ -663,8 +664,8 @@ def test_the_one_shot_leaves_the_text_of_other_runs_alone(tmp_path, monkeypatch,
     prints to type next works.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(config, "STARTER_CHARS", 60_000)
-    monkeypatch.setattr(config, "STARTER_VOCAB", 500)
+    monkeypatch.setattr(starter, "CHARS", 60_000)
+    monkeypatch.setattr(starter, "VOCAB", 500)
     shape = [
         word
         for word in TINY
@@ -717,8 +718,8 @@ def test_the_hint_of_a_starter_run_whose_text_was_replaced_brings_it_back(
     run goes on.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(config, "STARTER_CHARS", 60_000)
-    monkeypatch.setattr(config, "STARTER_VOCAB", 500)
+    monkeypatch.setattr(starter, "CHARS", 60_000)
+    monkeypatch.setattr(starter, "VOCAB", 500)
     shape = [
         word
         for word in TINY

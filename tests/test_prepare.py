@@ -23,8 +23,8 @@ import cli
 import config
 import prepare
 from common.console import UserError
-from text import build as builder, documents, spool, tokenizer
-from text.build import build, ensure_builtin
+from text import build as builder, documents, spool, starter, tokenizer
+from text.build import build
 from text.dataset import KEYS, TokenData
 from text.documents import find_files, read_documents
 from text.starter import grammar
@@ -510,9 +510,10 @@ def test_the_hint_of_a_damaged_folder_makes_it_again(tmp_path, monkeypatch, sour
 def test_the_hint_of_a_damaged_starter_corpus_makes_it_again(tmp_path, monkeypatch):
     """Also when meta.json itself is what is damaged, and says nothing that can be trusted."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(config, "STARTER_CHARS", 60_000)
-    monkeypatch.setattr(config, "STARTER_VOCAB", 400)
-    folder = Path(ensure_builtin(chars=config.STARTER_CHARS, log=[].append))
+    monkeypatch.setattr(starter, "CHARS", 60_000)
+    monkeypatch.setattr(starter, "VOCAB", 400)
+    build(config.starter_args(), [].append)
+    folder = Path(starter.FOLDER)
     before = contents(folder)
     meta = json.loads(before["meta.json"])
     (folder / "meta.json").write_text(
@@ -873,7 +874,8 @@ def test_memory_stays_bounded(tmp_path, monkeypatch):
 
 def test_starter_corpus(tmp_path, monkeypatch):
     said = []
-    folder = ensure_builtin(tmp_path / "builtin", chars=60_000, log=said.append)
+    folder = tmp_path / "builtin"
+    build(config.starter_args(folder, 60_000), said.append)
     meta = TokenData(folder).meta
     assert (
         meta["source"] == "builtin"
@@ -886,15 +888,14 @@ def test_starter_corpus(tmp_path, monkeypatch):
     before = contents(Path(folder))
     monkeypatch.setattr(grammar, "starter_documents", None)  # nothing is generated a second time
     said.clear()
-    ensure_builtin(tmp_path / "builtin", chars=60_000, log=said.append)
+    build(config.starter_args(folder, 60_000), said.append)
     assert "already there" in said[0] and contents(Path(folder)) == before
 
 
 def test_starter_corpus_is_the_same_in_two_folders(tmp_path):
-    metas = [
-        TokenData(ensure_builtin(tmp_path / name, chars=40_000, log=[].append)).meta
-        for name in "ab"
-    ]
+    for name in "ab":
+        build(config.starter_args(tmp_path / name, 40_000), [].append)
+    metas = [TokenData(tmp_path / name).meta for name in "ab"]
     assert all(
         metas[0][key] == metas[1][key]
         for key in ("train_sha256", "settings_sha256", "tokenizer_sha256")

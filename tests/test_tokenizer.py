@@ -57,7 +57,7 @@ KEPT = [
 
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory):
-    return train_tokenizer(DOCS, tmp_path_factory.mktemp("tok") / "aria_hindi.model", 700)
+    return train_tokenizer(DOCS, tmp_path_factory.mktemp("tok") / "aria_hindi.model", 700, "bpe")
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
@@ -228,7 +228,7 @@ def test_trainer_skips_nothing(tmp_path):
         train = sentencepiece.SentencePieceTrainer.train
         sentencepiece.SentencePieceTrainer.train = lambda **k: train(**{**k, "minloglevel": 0})
         docs = ["कखगघ ङचछज" * 1200 + "▅", "x" * 10_000, "a\\tb"]
-        tokenizer.train_tokenizer(docs, sys.argv[1], 400)"""
+        tokenizer.train_tokenizer(docs, sys.argv[1], 400, "bpe")"""
     done = child(code, tmp_path / "t.model")
     assert done.returncode == 0, done.stderr[-500:]
     assert "trainer_interface" in done.stderr                       # the log was on
@@ -238,7 +238,7 @@ def test_trainer_skips_nothing(tmp_path):
 
 
 def test_training_is_deterministic_and_reported(tok, tmp_path):
-    again = train_tokenizer(iter(DOCS), tmp_path / "deep" / "t.model", 700)
+    again = train_tokenizer(iter(DOCS), tmp_path / "deep" / "t.model", 700, "bpe")
     assert again.model_bytes == tok.model_bytes == (tmp_path / "deep" / "t.model").read_bytes()
     report = json.loads((tmp_path / "deep" / "t.json").read_text(encoding="utf-8"))
     assert (
@@ -254,7 +254,7 @@ def test_costs_per_script_are_counted_stored_and_said(tmp_path):
     """Against a count by hand: bytes of letters cut into pieces, words, tokens."""
     said = []
     docs = [HINDI * 3] * 20 + [HINGLISH * 3] * 20
-    tok = train_tokenizer(docs, tmp_path / "t.model", 600, log=said.append)
+    tok = train_tokenizer(docs, tmp_path / "t.model", 600, "bpe", log=said.append)
     scripts = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["scripts"]
     assert set(scripts) == {"devanagari", "latin"} and [
         line.split(":")[0].strip() for line in said[-2:]
@@ -279,7 +279,7 @@ def test_cut_letters(tmp_path, text, letters, cut):
     """A model that knows only the letters a to e: every other one is spelled in bytes, and so is
     cut.
     """
-    assert train_tokenizer(["abcde ab cd"] * 3, tmp_path / "t.model", 270).clusters(text) == (
+    assert train_tokenizer(["abcde ab cd"] * 3, tmp_path / "t.model", 270, "bpe").clusters(text) == (
         letters,
         cut,
     )
@@ -304,18 +304,18 @@ def test_tiny_corpora_give_what_they_can(tmp_path, docs, model_type):
 def test_vocabulary_too_small_or_text_missing(tmp_path):
     letters = ["".join(map(chr, range(0x4e00, 0x5e00)))] * 2
     with pytest.raises(UserError, match=r"300 is too small.* [45]\d{3}"):
-        train_tokenizer(letters, tmp_path / "t.model", 300)
+        train_tokenizer(letters, tmp_path / "t.model", 300, "bpe")
     for docs in ([], ["", " \n"], ["▅"]):
         with pytest.raises(UserError, match="no text"):
-            train_tokenizer(docs, tmp_path / "t.model", 300)
+            train_tokenizer(docs, tmp_path / "t.model", 300, "bpe")
     assert not list(tmp_path.iterdir())
-    assert train_tokenizer(letters, tmp_path / "t.model", 0).vocab_size > 4000  # 0: room is made
+    assert train_tokenizer(letters, tmp_path / "t.model", 0, "bpe").vocab_size > 4000  # 0: room is made
 
 
 def test_sample_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "SAMPLE_BYTES", 20_000)
     seen = []
-    train_tokenizer((seen.append(n) or DOCS[0] for n in range(10**9)), tmp_path / "t.model", 400)
+    train_tokenizer((seen.append(n) or DOCS[0] for n in range(10**9)), tmp_path / "t.model", 400, "bpe")
     assert len(seen) < 100
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import config
 from common.console import UserError
 from common.files import read_json, seal_holds, sealed, write_json
 from text import dataset, hub
@@ -212,11 +211,12 @@ def hash_of_start(path, size):
 def flags_of(args):
     """The flags that make this text again, as typed; --data_dir is left out, as a folder may move.
     """
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
     words = []
     for name in ("source", "input", "tokenizer", "tokenizer_vocab", "model_type", "hinglish_ratio",
                  "val_doc_frac", "max_docs", "max_chars", "clean", "romanise", "raw_dir", "seed"):
         value = getattr(args, name)
-        if name == "source" or value != config.PrepareArgs.__dataclass_fields__[name].default:
+        if name == "source" or value != defaults[name]:
             parts = value if isinstance(value, tuple) else [value]
             words += [f"--{name}", *(shlex.quote(printable(part)) for part in parts)]
     return " ".join(words)
@@ -414,20 +414,3 @@ def holds(args):
     quiet = [].append
     _, _, digest = find_sources(args, Path(args.data_dir), quiet)
     return is_current(dataclasses.replace(args, force=False), digest, quiet)
-
-
-def ensure_builtin(folder=config.STARTER_DIR, chars=None, log=print):
-    """The prepared starter corpus, with its own tokenizer inside the folder; built if it is not
-    there. For train.
-    """
-    build(
-        config.PrepareArgs(
-            source="builtin",
-            data_dir=str(folder),
-            tokenizer=str(Path(folder, "tokenizer.model")),
-            tokenizer_vocab=config.STARTER_VOCAB,
-            max_chars=chars or config.STARTER_CHARS,
-        ),
-        log,
-    )
-    return folder

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-import config
 from common import files
 from common.console import UserError, say
 from common.files import read_json, seal_holds
+from text import starter
 from text.tokenizer import NORMALISER
+
+ROOT = Path(__file__).resolve().parent.parent      # of the repository
 
 VERSION = 1
 # every key of meta.json with its type and, for numbers, the smallest value allowed
@@ -73,11 +75,11 @@ def how_to_rebuild(data_dir, flags=None):
     """The end of a message: what makes this folder again. flags: those in its meta.json, if that
     can be trusted.
     """
-    if not flags and Path(data_dir) == Path(config.STARTER_DIR):
+    if not flags and Path(data_dir) == Path(starter.FOLDER):
         tokenizer = Path(data_dir, "tokenizer.model")
         flags = (
-            f"--source builtin --tokenizer {tokenizer} --tokenizer_vocab {config.STARTER_VOCAB} "
-            f"--max_chars {config.STARTER_CHARS}"
+            f"--source builtin --tokenizer {tokenizer} --tokenizer_vocab {starter.VOCAB} "
+            f"--max_chars {starter.CHARS}"
         )
     if flags:
         return f"python -m prepare {flags} --data_dir {data_dir} --force builds it again"
@@ -145,8 +147,8 @@ class TokenData:
         path: the tokenizer of the run. The starter corpus where train puts it is the same each
         time.
         """
-        if source == "builtin" and self.dir == Path(config.STARTER_DIR):
-            return how_to_rebuild(config.STARTER_DIR)
+        if source == "builtin" and self.dir == Path(starter.FOLDER):
+            return how_to_rebuild(starter.FOLDER)
         words = shlex.split(self.meta.get("flags", ""))
         kept = [
             pair for pair in zip_flags(words) if pair[0] not in ("--tokenizer", "--tokenizer_vocab")
@@ -158,8 +160,8 @@ class TokenData:
 
     def old_text(self, source):
         """The same, when the tokenizer is right and the text is not."""
-        if source == "builtin" and self.dir == Path(config.STARTER_DIR):
-            return how_to_rebuild(config.STARTER_DIR)
+        if source == "builtin" and self.dir == Path(starter.FOLDER):
+            return how_to_rebuild(starter.FOLDER)
         return "give the old text"
 
     def refuse(self, what):
@@ -229,7 +231,7 @@ class TokenData:
         """
         said = Path(self.meta["tokenizer"])
         # no error for any name
-        found = [p for p in (said, config.ROOT / said, self.dir / said.name) if os.path.isfile(p)]
+        found = [p for p in (said, ROOT / said, self.dir / said.name) if os.path.isfile(p)]
         hashes = [file_sha256(p) for p in found]
         if self.meta["tokenizer_sha256"] in hashes:
             return found[hashes.index(self.meta["tokenizer_sha256"])]

@@ -18,7 +18,6 @@ from pathlib import Path
 import sentencepiece
 
 from common.console import UserError
-from config import PrepareArgs
 
 NORMALISER = "v1"          # any change of the rules below needs a new version
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
@@ -116,7 +115,7 @@ def sentences(text):
 
 
 def train_tokenizer(
-    documents, path, vocab_size, model_type=PrepareArgs.model_type, corpus_bytes=0, log=print
+    documents, path, vocab_size, model_type, corpus_bytes=0, log=print
 ):
     """Train on the documents (SAMPLE_BYTES at most), write `path` and a report .json beside it;
     return the Tokenizer.

@@ -18,13 +18,11 @@ import unicodedata
 from bisect import bisect
 from itertools import accumulate, count
 
-import config
 from common.console import run
 from text import starter
 from text.starter import lexicon
 
 VERSION = 1                                     # bump it whenever any text changes: a golden hash in the tests insists
-HINGLISH = config.PrepareArgs.hinglish_ratio
 NAME = "Aria starter corpus (synthetic)"
 LICENCE = ("Written for Aria: the words, the frames and every text generated from them are this project's own work and "
            "carry its licence. No outside text is included.")
@@ -368,7 +366,7 @@ TYPISTS = [Typist(number) for number in range(STYLES)]
 
 # ---- the stream
 
-def starter_document(seed, index, hinglish_ratio=HINGLISH):
+def starter_document(seed, index, hinglish_ratio):
     """Document `index` of the stream `seed` -> (script, text); depends on nothing else."""
     rnd = random.Random(f"aria {seed} {index}").random
     latin = rnd() < hinglish_ratio
@@ -379,7 +377,7 @@ def starter_document(seed, index, hinglish_ratio=HINGLISH):
     return "latin" if latin else "devanagari", " ".join(tokens).replace(" ¶ ", "\n")
 
 
-def starter_documents(seed=0, hinglish_ratio=HINGLISH):
+def starter_documents(seed, hinglish_ratio):
     """Endless stream of (script, text), script 'devanagari' or 'latin'; always the same for the same arguments."""
     return (starter_document(seed, index, hinglish_ratio) for index in count())
 
@@ -394,7 +392,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m corpus", description="Print documents of the starter corpus.")
     parser.add_argument("--docs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hinglish_ratio", type=float, default=HINGLISH)
+    parser.add_argument("--hinglish_ratio", type=float, default=0.35)
     args = parser.parse_args(argv)
     for index in range(args.docs):
         script, text = starter_document(args.seed, index, args.hinglish_ratio)
