@@ -1,31 +1,33 @@
-"""What public trainers and ours have learned after the same text: one bound for all, over tokens
-and over seconds.
+r"""What public trainers and ours have learned after the same text: one bound for all of them.
 
     python benchmarks/bound_peers.py --peers DIR --data_dir data/processed --out logs/bound_peers
-    python benchmarks/bound_peers.py --peers DIR --only "aria primary" "MDLM DiT" --steps 2000
-    --judge 300
+    python benchmarks/bound_peers.py --peers DIR --only "aria primary" "MDLM DiT" \
+        --steps 2000 --judge 300
 
-Same prepared text, windows in the same order, tokens, batch and (within 1 %) parameters; each with
-its own network, objective, optimizer and schedule (peer_models.py). One arm after another, in three
-stages: 1. rates: every arm at its published rate, 3 and 10 times it, for --judge steps of the whole
-schedule; as long as the best of them
-   is at an edge, the next one beyond; only the best goes on to --steps. Every --every steps the
-   bound of --curve_windows windows. (MDLM with our schedule takes the rate of MDLM with its own:
-   they hardly differ by then.)
+Over tokens and over seconds. Same prepared text, windows in the same order, tokens, batch and
+(within 1 %) parameters; each with its own network, objective, optimizer and schedule
+(peer_models.py). One arm after another, in three stages:
+
+1. rates: every arm at its published rate, 3 and 10 times it, for --judge steps of the whole
+   schedule; as long as the best of them is at an edge, the next one beyond; only the best goes on
+   to --steps. Every --every steps the bound of --curve_windows windows. (MDLM with our schedule
+   takes the rate of MDLM with its own: they hardly differ by then.)
 2. time: all arms take --rounds steps in turn. With one thread a second is a CPU second of the
-process, so that other programs on
-   the machine do not count. The mean, as the steps of a mixture of blocks cost differently.
+   process, so that other programs on the machine do not count. The mean, as the steps of a mixture
+   of blocks cost differently.
 3. equal seconds: the arm that needs the fewest for --steps sets the budget; every other is trained
-anew with its best rate
-   and a whole schedule of as many steps as the budget has.
+   anew with its best rate and a whole schedule of as many steps as the budget has.
+
 An arm with more than 1 % more or fewer parameters than the backup of the shape is refused.
-Score: the exact-count bound over whole rows (masking.draw with EXACT_COUNT) of held-out windows,
-all arms on the same windows and masks, the mask's own logit at minus infinity, in float32; of
+
+Score: the exact-count bound over whole rows (masking, with EXACT_COUNT) of held-out windows, all
+arms on the same windows and masks, the mask's own logit at minus infinity, in float32; of
 autoregressive arms the exact NLL of the same tokens. slm388-torchdiff and telos-ml minimise no
 bound, but what they learn is p(token | the visible ones), whose bound this is. Differences to the
-first arm are paired by window. Every finished run is a line of runs.jsonl in --out: the same
-command goes on after a break. Prints a table; writes curves.png there where matplotlib exists; the
-last line is one JSON document.
+first arm are paired by window.
+
+Every finished run is a line of runs.jsonl in --out: the same command goes on after a break. Prints
+a table; writes curves.png there where matplotlib exists; the last line is one JSON document.
 """
 import contextlib
 import functools
@@ -38,13 +40,14 @@ from typing import NamedTuple
 
 import torch
 
+from harness import arguments  # first: it puts the repository on the path
+
 import config
 import masking
 from benchmarks import peer_models, peers
 from common import machine
 from evaluation import plots
 from evaluation.estimators import bits_per_byte
-from harness import arguments
 from text import dataset
 
 FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)               # times the published rate

@@ -1,29 +1,31 @@
-"""Decoding beside public peers: equal size, one machine, one run, taken in turn. Not part of CI;
-peers live outside the project.
+r"""Decoding beside public peers: equal size, one machine, one run, taken in turn.
 
-    python benchmarks/decode_peers.py --peers DIR                                # everything that
-        is in DIR (benchmarks/peers.py)
+    python benchmarks/decode_peers.py --peers DIR
     python benchmarks/decode_peers.py --peers DIR --prompts 1024 --only aria dllm --rounds 5
-    python benchmarks/decode_peers.py --peers DIR --agreement --ckpt checkpoints/diffusion_hi
-    --prompts 64 128
+    python benchmarks/decode_peers.py --peers DIR --agreement --ckpt checkpoints/diffusion_hi \
+        --prompts 64 128
+
+The first command runs everything that lies in DIR (benchmarks/peers.py). Not part of CI; peers live
+outside the project.
 
     aria         both models, block_frozen: the exact cache
     llama.cpp    autoregressive with KV cache, Q8_0 and F16, by its own llama-bench
-    hf           Hugging Face transformers' Llama, autoregressive greedy generate with KV cache
-    llada        LLaDA's generate on our backup's weights: recomputes the whole canvas at every
-        forward
-    fast_dllm    Fast-dLLM's generate (no cache), prefix cache and dual cache, on our backup's
-        weights
+    hf           Hugging Face transformers' Llama, greedy generate with KV cache
+    llada        LLaDA's generate on our backup's weights: recomputes the whole canvas each forward
+    fast_dllm    Fast-dLLM's generate on our backup's weights: no cache, prefix cache, dual cache
     dllm         dllm's BD3LMSampler (block diffusion; re-encodes the prefix for each block) and its
-        Fast-dLLM sampler, likewise
+                 Fast-dLLM sampler, likewise
+
 All are about 38M parameters: d 512, 10 layers, 8,000 pieces; blocks of 32. Peers that sample run
 their own loop on the *same transformer weights*, through PeerModel below, which speaks their cache
 protocols with our kernels (keys kept rotated, so nothing is rotated twice: no slower than their own
 model class). Weights are random: this measures speed; what a number of tokens per forward costs in
 quality is a trained model's matter: `python -m edge_benchmark --grid`. tokens/s is new tokens /
-wall time with the prompt. --agreement asks instead whether each cache is exact: the share of greedy
-tokens, in float32, that equal those of the same sampler without its cache. Prints a table (median
-of the rounds, min-max) and one JSON document as the last line.
+wall time with the prompt.
+
+--agreement asks instead whether each cache is exact: the share of greedy tokens, in float32, that
+equal those of the same sampler without its cache. Prints a table (median of the rounds, min-max)
+and one JSON document as the last line.
 """
 import json
 import statistics
@@ -36,10 +38,11 @@ from types import SimpleNamespace
 
 import torch
 
+from harness import arguments  # first: it puts the repository on the path
+
 import model_config
 from benchmarks import peers
 from common import machine
-from harness import arguments
 from layers import rotary_table
 from model import attend, build_model
 from sampling import fast

@@ -1,20 +1,20 @@
-"""Figures of exact frozen decoding: against decoding the whole text at once, against the length of
-the context, its operators.
+"""Exact frozen decoding: beside decoding the whole text at once, by context, and its operators.
 
     python benchmarks/decode_speed.py
 
 1. tokens/s of full and block_frozen for 128 new tokens at equal forwards per token, batch 1, behind
-prompts of 64, 256 and 1,024
-   tokens: what the block rule is worth.
+   prompts of 64, 256 and 1,024 tokens: what the block rule is worth.
 2. Milliseconds of one block (forwards and commit) after 256, 1,024 and 4,096 tokens of context:
-whether its cost grows. 3. Milliseconds of a prompt of 1,024 tokens committed block by block and in
-one pass. 4. Milliseconds of one forward, head included, of blocks of 1 to 128 tokens, beside two
-limits: reading every weight once at the
-   measured memory speed, and 2 x parameters x block at the measured speed of a product. What lies
-   above both is small operators.
+   whether its cost grows.
+3. Milliseconds of a prompt of 1,024 tokens committed block by block and in one pass.
+4. Milliseconds of one forward, head included, of blocks of 1 to 128 tokens, beside two limits:
+   reading every weight once at the measured memory speed, and 2 x parameters x block at the
+   measured speed of a product. What lies above both is small operators.
 5. Operators that one block's forward calls from Python, and all that those call: figures that no
-busy machine can blur. d 512, 10 layers, 8,000 pieces, equal parameters, random weights, bf16 where
-the CPU has it; variants in turn, medians of 7 (of 2 behind 1,024 tokens).
+   busy machine can blur.
+
+d 512, 10 layers, 8,000 pieces, equal parameters, random weights, bf16 where the CPU has it;
+variants in turn, medians of 7 (of 2 behind 1,024 tokens).
 """
 import json
 import math
@@ -25,10 +25,11 @@ from functools import partial
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from harness import arguments, in_turn  # first: it puts the repository on the path
+
 import model_config
 from benchmarks.decode_peers import BLOCK, VOCAB, shape
 from common import machine
-from harness import in_turn
 from model import build_model
 from sampling import fast
 from sampling.decode import generate
@@ -130,6 +131,7 @@ def widths(kind, model, precision, product, memory, out):
 
 
 def main():
+    arguments(__doc__).parse_args()
     machine.start(0)
     torch.set_grad_enabled(False)
     precision, why = fast.pick("auto", torch.device("cpu"))

@@ -1,38 +1,36 @@
-"""EcoHybrid with its block changed, one thing at a time: what each choice is worth. None of this is
-an option of the product.
+"""EcoHybrid with its block changed, one thing at a time: what each choice is worth.
 
-    python benchmarks/eco_variants.py --max_steps 500 --data_dir DIR                 # the plan and
-        its sizes, nothing else
-    python benchmarks/eco_variants.py --max_steps 500 --data_dir DIR --execute       # run what is
-        not finished
-    python benchmarks/eco_variants.py --only no_conv untied --seeds 1337 --execute   # the reference
-        always runs beside them
-    python -m run_experiments --report checkpoints/studies/eco_variants              # report.html
-        and results.md there
+    python benchmarks/eco_variants.py --max_steps 500 --data_dir DIR
+    python benchmarks/eco_variants.py --max_steps 500 --data_dir DIR --execute
+    python benchmarks/eco_variants.py --only no_conv untied --seeds 1337 --execute
+    python -m run_experiments --report checkpoints/studies/eco_variants
+
+The first prints the plan and its sizes and does nothing else; --execute runs what is not finished;
+with --only the reference always runs beside the named ones; the last writes report.html and
+results.md. None of this is an option of the product.
 
     reference          the block as it is
     no_conv            no convolution: inside its block a token does not know where it stands
     no_conv_rotary     ... but the memory knows places (rotary_read): what the convolution is worth
-        beyond telling the order
+                       beyond telling the order
     conv_separate      a gated convolution as a sub-layer of its own (norm, in, convolved gate, out,
-        residual) instead of in front
+                       residual) instead of in front
     no_memory          no memory: context comes through the halos alone
     no_decay           slots forget nothing
     rotary_read        what a token writes is turned by its place and turned back by the reader's:
-        sum_j w_j R(j - i) v_j
+                       sum_j w_j R(j - i) v_j
     mean_read          slot values are weighted means N / sum w instead of N / rms(N)
     uncapped_write     w = exp(score), not exp(8 tanh(score / 8))
     attn_every_1, 2, 3 each (second, third) layer has block-causal attention over everything in
-    place of its memory: with 1 it is
-                       a transformer that has got the convolution
+                       place of its memory: with 1 it is a transformer with the convolution
     untied             an output matrix of its own: equal layers, so more parameters in all
-    time_conditioning  the embeddings are told which share of their block is hidden: half a sine and
-        a cosine of it, projected
+    time_conditioning  the embeddings are told which share of their block is masked: half a sine and
+                       a cosine of it, projected
     time_gently        ... a tenth as loud
 
 Every run is a process of its own that changes the model, then calls train or evaluate. The layers
 of all have equally many parameters, by d_ff; the numbers in the report are counted on the built
-model. Other words are those of run_experiments. The checkpoints are for this script alone: those of
+model. Other flags are those of run_experiments. The checkpoints are for this script alone: those of
 rotary_read, mean_read and uncapped_write have the product's very tensors, and would be read there
 as something that they are not.
 """
@@ -47,9 +45,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import harness  # noqa: F401  first: it puts the repository on the path
+
 import cli
 import config
-import harness  # noqa: F401  (puts the repository on the path)
 import model_config
 import run_experiments
 from common.console import UserError

@@ -1,5 +1,6 @@
-"""What the scripts of this folder share. They import it before the project's modules: it puts the
-repository on the path.
+"""What the scripts of this folder share: the repository on the path, a parser, taking turns.
+
+They import it before the project's modules.
 """
 import argparse
 import os

@@ -1,29 +1,30 @@
-"""The likelihood of one set of weights by public engines and by ours: do they say the same, and
-with how many forwards?
+"""The likelihood of one set of weights by public engines and by ours: do they agree, at what cost?
 
-    python benchmarks/likelihood_peers.py --peers DIR                                      # tiny
-        models, every mask enumerated
-    python benchmarks/likelihood_peers.py --peers DIR --ckpt checkpoints/eco_hybrid_hi     # and
-        trained weights, held-out text
+    python benchmarks/likelihood_peers.py --peers DIR
+    python benchmarks/likelihood_peers.py --peers DIR --ckpt checkpoints/eco_hybrid_hi
+
+The first takes tiny models and enumerates every mask; the second adds trained weights on held-out
+text. The cost is the number of forwards.
 
     aria     estimators.bound (exact count, stratified), and with t iid; chain_rule
     llada    LLaDA's get_log_likelihood.py: exact count, a row's counts evenly spaced
     radd     RADD's losses.py: k_DCE (exact count, iid), lambda_DCE (rate stratified), t_DCE and
-        t_DSE (time stratified, from 1e-3
-             on, log-linear noise); ar_forward, which leaves nothing to chance (and runs on 1,024
-             tokens only), beside chain_rule
+             t_DSE (time stratified, from 1e-3 on, log-linear noise); ar_forward, which leaves
+             nothing to chance (and runs on 1,024 tokens only), beside chain_rule
+
 The peers' files run unchanged, from --peers (benchmarks/peers.py says what lies where); an engine
 that is not there is skipped, with none of them the exit status is 3. Those engines know no blocks,
 so a row is one block here: BOS and T - 1 tokens. BOS is given, all else counts: to LLaDA BOS is the
-prompt and the rest the answer; RADD, which hides all that it is shown, is shown the T - 1 tokens
+prompt and the rest the answer; RADD, which masks all that it is shown, is shown the T - 1 tokens
 only, and its adapter puts BOS in front of what it asks the model. The mask's and the pad's logits
-stay -inf, so all engines share the probability among the same tokens. Every engine scores each row
-from --copies forwards, --repeats times, engines in turn; the peers one row at a time, as LLaDA does
-it (lambda_DCE ties a rate to a place in the batch: of several rows, each would be scored at its own
-rates only). A standard error is that of the masks, the text being fixed: from the variance over
-repeats of each row. Two engines agree if they differ by at most 2 sqrt(se^2 + se^2); beside it the
-mean difference of a row in standard errors over rows. Prints tables and one JSON document as the
-last line.
+stay -inf, so all engines share the probability among the same tokens.
+
+Every engine scores each row from --copies forwards, --repeats times, engines in turn; the peers one
+row at a time, as LLaDA does it (lambda_DCE ties a rate to a place in the batch: of several rows,
+each would be scored at its own rates only). A standard error is that of the masks, the text being
+fixed: from the variance over repeats of each row. Two engines agree if they differ by at most
+2 sqrt(se^2 + se^2); beside it the mean difference of a row in standard errors over rows. Prints
+tables and one JSON document as the last line.
 """
 import itertools
 import json
@@ -35,12 +36,13 @@ from types import SimpleNamespace
 
 import torch
 
+from harness import arguments  # first: it puts the repository on the path
+
 import masking
 import model_config
 from benchmarks import peers
 from common import machine
 from evaluation import estimators
-from harness import arguments
 from model import build_model
 
 BOS, BATCH = 2, 16            # BATCH: rows at once, LLaDA's default and everybody's here

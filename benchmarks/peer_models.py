@@ -1,15 +1,14 @@
-"""The networks of this project and of public peers at equal parameters, each with its own objective
-and optimizer: Students.
+"""Networks of this project and of public peers at equal parameters, each trained its own way.
 
 Used by train_peers.py (how fast they train) and bound_peers.py (what they have learned); needs the
 folder of peers.py.
 
-    s = Setting(dict(d_model=128, n_layers=4, n_heads=4, d_ff=512, memory_slots=8, seq_len=256),
-    rows=8, vocab=4000, steps=500)
-    student = mdlm("peers", s, rate=3e-4)
-    student.step(x, 0)                    # one whole optimizer step, number 0, on ids x (B, T)
-    student.logits(xt)                    # (B, T, V or V + 1): what it says about every position; a
-        hidden one has the id V
+    setting = Setting(dict(d_model=128, n_layers=4, n_heads=4, d_ff=512, memory_slots=8,
+                           seq_len=256), rows=8, vocab=4000, steps=500)
+    student = mdlm("peers", setting, rate=3e-4)
+    student.step(x, 0)         # one whole optimizer step, number 0, on ids x (B, T)
+    student.logits(xt)         # (B, T, V or V + 1): its answer for every position; a masked one has
+                               # the id V
 
 Each has the width, depth and heads of the shape and is brought to our backup's number of parameters
 by its feed-forward width. A step: masks, forward, loss, backward, clipping to 1, update; under bf16
@@ -17,23 +16,19 @@ autocast where this CPU has bf16 units, float32 otherwise; no dropout, nothing c
 ours for all: 5 % of the steps, at most 300.
 
     ours       AdamW or Muon, cosine to a tenth; masked over whole rows or a mixture of blocks (with
-        single tokens: fading); or
-               autoregressive
+               single tokens: fading); or autoregressive
     nanogpt    GPT, configure_optimizers, its loss; cosine to a tenth, as its train.py. Reads a
-        start symbol (the mask's id) and
-               all but the last token, so that it answers for as many tokens as everybody
+               start symbol (the mask's id) and all but the last token, so that it answers for as
+               many tokens as everybody
     mdlm       DiT and Diffusion._loss (SUBS, log-linear noise, antithetic t, no time conditioning),
-        AdamW without decay, averaged
-               weights (0.9999, as it validates with). Its schedule is a constant rate; "cosine" is
-               ours
+               AdamW without decay, averaged weights (0.9999, as it validates with). Its schedule is
+               a constant rate; "cosine" is ours
     torchdiff  slm388-torchdiff: model, train_step (mean over the masked tokens: no bound),
-        build_optimizer: Muon for matrices and
-               AdamW at half the rate for the rest, or "adamw" for all; warm-up, stable, last tenth
-               down to 0.12 of the rate
+               build_optimizer: Muon for matrices and AdamW at half the rate for the rest, or
+               "adamw" for all; warm-up, stable, last tenth down to 0.12 of the rate
     telos      telos-ml: transformer, masking (t from a Beta), loss (1/t times a row's mean: no
-        bound), AdamW, cosine to a tenth.
-               Its mask is id 1, and it never hides ids below 4: our ids are moved up by 4, so that
-               it learns all of them
+               bound), AdamW, cosine to a tenth. Its mask is id 1, and it never masks ids below 4:
+               our ids are moved up by 4, so that it learns all of them
 
 Changed at run time, in memory only: the feed-forward width of nanoGPT, MDLM and telos after
 construction (they derive it from the width), with their own initialisation. MDLM: head tied to the

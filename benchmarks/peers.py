@@ -1,19 +1,21 @@
-"""Where public peers lie and how their files are loaded: outside the project, unchanged, never
-committed.
+"""Where public peers lie and how their files are loaded: outside the project, never committed.
 
 Used by decode_peers.py, train_peers.py, bound_peers.py and likelihood_peers.py, whose --peers names
-a folder with one sub-folder for each peer. What is not there is skipped with one line.
+a folder with one sub-folder for each peer. Their files run unchanged. What is not there is skipped
+with one line.
 
     llama.cpp/           a source tree with build/bin/llama-bench and gguf-py (the one that
-        llama-cpp-python bundles, say)
+                         llama-cpp-python bundles, say)
     LLaDA/generate.py    ML-GSAI/LLaDA, with get_log_likelihood.py beside it
-    RADD/losses.py       ML-GSAI/RADD, with noise_lib.py beside it (of the rest nothing, and none of
-        its packages)
-    Fast-dLLM/           NVlabs/Fast-dLLM          dllm/     ZHZisZZ/dllm
-    nanoGPT/             karpathy/nanoGPT          mdlm/     kuleshov-group/mdlm
+    RADD/losses.py       ML-GSAI/RADD, with noise_lib.py beside it (nothing else of it, and none of
+                         its packages)
+    Fast-dLLM/           NVlabs/Fast-dLLM
+    dllm/                ZHZisZZ/dllm
+    nanoGPT/             karpathy/nanoGPT
+    mdlm/                kuleshov-group/mdlm
     pip/                 pip install --no-deps -t pip slm388-torchdiff telos-ml einops
     hf/                  pip install --no-deps -t hf transformers accelerate huggingface_hub ...
-        (what is missing, never torch)
+                         (what is missing, never torch)
 """
 import contextlib
 import importlib

@@ -1,12 +1,10 @@
-"""How fast prepare is: each pass in MB/s per core, beside SentencePiece alone, and its memory on a
-large input.
+"""How fast prepare is: each pass in MB/s per core, beside SentencePiece alone, and its memory.
 
-    python benchmarks/prepare_speed.py my_texts.jsonl [--gb 1]        # --gb: also prepare that
-        much, in a process of its own
+    python benchmarks/prepare_speed.py my_texts.jsonl [--gb 1]
 
 One process, one thread, the passes in turn, medians of --rounds. The last line is one JSON
-document. --gb repeats the text with every word of a document changed a little, so that no document
-is a copy of another.
+document. --gb also prepares that much in a process of its own and measures its memory; it repeats
+the text with every word of a document changed a little, so that no document is a copy of another.
 """
 import json
 import resource

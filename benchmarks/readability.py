@@ -12,9 +12,10 @@ lines. The last line is one JSON document.
 import ast
 import io
 import json
-import sys
 import tokenize
 from pathlib import Path
+
+from harness import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = {"tests", "benchmarks", "data", "checkpoints", ".venv", "__pycache__"}
@@ -103,7 +104,9 @@ def measure(files):
 
 
 def main():
-    figures = measure(source_files(sys.argv[1:]))
+    parser = arguments(__doc__)
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="files or folders")
+    figures = measure(source_files(parser.parse_args().paths))
     for name, value in figures.items():
         print(f"{name.replace('_', ' '):34} {value}")
     print(json.dumps(figures))

@@ -1,16 +1,16 @@
-"""Judge text/romanise.py on pairs that people wrote, beside a transliteration without schwa rules
-and beside libraries.
+r"""Measure text/romanise.py on pairs that people wrote, beside other ways to romanise.
 
-    python benchmarks/romanise_eval.py test.tsv --exclude train.tsv dev.tsv --text hindi.txt --typed
-    hinglish.txt
+    python benchmarks/romanise_eval.py test.tsv --exclude train.tsv dev.tsv \
+        --text hindi.txt --typed hinglish.txt
 
-test.tsv: one pair a line, the Devanagari word and a spelling in either order, then perhaps how many
-people wrote it (the form of the Dakshina lexicons). Words of --exclude, on which the rules were
-tuned, are left out. Each row of the table is one romaniser: top1, its spelling is one that most
-people gave; any, somebody gave it; k styles, one of the first k typists gives a spelling that
-somebody gave; error, edit distance over letters, to the commonest spelling and to the nearest one.
---text and --typed add, for running Hindi text, the share of output words that occur twice or more
-in what people typed. A library that is not installed is left out. The last line is JSON.
+The other ways: a transliteration without schwa rules, and libraries. test.tsv: one pair a line, the
+Devanagari word and a spelling in either order, then perhaps how many people wrote it (the form of
+the Dakshina lexicons). Words of --exclude, on which the rules were tuned, are left out. Each row of
+the table is one romaniser: top1, its spelling is one that most people gave; any, somebody gave it;
+k styles, one of the first k typists gives a spelling that somebody gave; error, edit distance over
+letters, to the commonest spelling and to the nearest one. --text and --typed add, for running Hindi
+text, the share of output words that occur twice or more in what people typed. A library that is not
+installed is left out. The last line is JSON.
 """
 import importlib
 import json
@@ -19,8 +19,9 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from harness import arguments  # first: it puts the repository on the path
+
 from common.console import UserError
-from harness import arguments
 from text import romanise
 
 STYLES = (8, 32)

@@ -1,8 +1,7 @@
-"""BPE against unigram at several vocabulary sizes: what a word costs, how long training takes, how
-fast text is encoded.
+r"""BPE against unigram at several vocabulary sizes: cost of a word, training and encoding time.
 
-    python benchmarks/tokenizer_study.py hindi.txt hinglish.txt english.txt --mb 5 --vocab 4000 8000
-    16000
+    python benchmarks/tokenizer_study.py hindi.txt hinglish.txt english.txt \
+        --mb 5 --vocab 4000 8000 16000
 
 Each file is one script; a blank line, or a line break where there are no blank lines, ends a
 document. The same share of each is taken up to --mb in all; every tenth document is held out and
@@ -85,7 +84,8 @@ def main(argv=None):
                 for c in row["scripts"].values()
             )
             print(
-                f"{kind:8}{vocab:8,}{row['train_s']:9.1f}{row['mb_per_s']:7.2f}{row['share_of_sentencepiece']:7.0%}  "
+                f"{kind:8}{vocab:8,}{row['train_s']:9.1f}{row['mb_per_s']:7.2f}"
+                f"{row['share_of_sentencepiece']:7.0%}  "
                 + "   ".join(costs),
                 flush=True,
             )

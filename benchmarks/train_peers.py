@@ -1,17 +1,18 @@
-"""Training beside public peers: tokens/s at equal parameters, sequence length, precision, batch and
-machine, taken in turn.
+r"""Training beside public peers: tokens/s at equal parameters, batch, precision and machine.
 
-    python benchmarks/train_peers.py --peers DIR                               # everything that is
-        in DIR (benchmarks/peers.py)
-    python benchmarks/train_peers.py --peers DIR --shapes d512 --only aria nanogpt hf_bert --rounds
-    9
+    python benchmarks/train_peers.py --peers DIR
+    python benchmarks/train_peers.py --peers DIR --shapes d512 \
+        --only aria nanogpt hf_bert --rounds 9
+
+The first command runs everything that lies in DIR (benchmarks/peers.py).
 
     aria        primary and backup with the whole row as one block (what the peers train) and in
-        blocks of 64; and --objective ar
-    nanogpt, mdlm, torchdiff, telos    public trainers, with AdamW all of them (peer_models.py says
-        what each is)
-    hf_bert     Hugging Face Trainer (accelerate) on BertForMaskedLM      hf_llama    ... on
-        LlamaForCausalLM: autoregressive
+                blocks of 64; and --objective ar
+    nanogpt, mdlm, torchdiff, telos
+                public trainers, with AdamW all of them (peer_models.py says what each is)
+    hf_bert     Hugging Face Trainer (accelerate) on BertForMaskedLM
+    hf_llama    ... on LlamaForCausalLM: autoregressive
+
 Each is brought to our backup's number of parameters by its feed-forward width and trains on random
 ids; under bf16 autocast where this CPU has bf16 units, float32 otherwise. All live in one process;
 in a round each takes one step, one after the other, so that a noisy neighbour hits all; figures are
@@ -28,10 +29,11 @@ import warnings
 
 import torch
 
+from harness import arguments  # first: it puts the repository on the path
+
 from benchmarks import peer_models, peers
 from benchmarks.peer_models import DTYPE, Setting
 from common import machine
-from harness import arguments
 
 VOCAB = 8000                                                     # the mask is one more row
 SHAPES = {

@@ -1,22 +1,24 @@
-"""How fast training is on this machine: tokens/s, where a step's time goes, and the share of the
-machine's matmul peak.
+"""How fast training is on this machine: tokens/s, where a step's time goes, share of matmul peak.
 
-    python benchmarks/train_speed.py                         # two shapes x two models x three block
-        rules, about 6 minutes
-    python benchmarks/train_speed.py --exits --shapes d256   # what the early-exit loss costs
-    python benchmarks/train_speed.py --compile --recompute --shapes d256     # --compile (cold,
-        warm), --activation_checkpointing
-    python benchmarks/train_speed.py --allocator             # what keeping freed memory is worth,
-        page faults included
-    python benchmarks/train_speed.py --lengths 256 512 1024 2048 4096 --blocks T 64      # tokens/s
-        as the rows get longer
-    python benchmarks/train_speed.py --memory                # a small run of 2,000 steps: its
-        memory must not grow with the steps
+    python benchmarks/train_speed.py
+    python benchmarks/train_speed.py --exits --shapes d256
+    python benchmarks/train_speed.py --compile --recompute --shapes d256
+    python benchmarks/train_speed.py --allocator
+    python benchmarks/train_speed.py --lengths 256 512 1024 2048 4096 --blocks T 64
+    python benchmarks/train_speed.py --memory
+
+Without a flag: two shapes, two models, three block rules, about 6 minutes.
+
+    --exits        what the early-exit loss costs
+    --compile      --compile of train, cold and warm; --recompute: --activation_checkpointing
+    --allocator    what keeping freed memory is worth, page faults included
+    --lengths      tokens/s as the rows get longer
+    --memory       a small run of 2,000 steps: its memory must not grow with the steps
 
 Every figure is a median over rounds; in a round each variant runs once, one after the other, so
 that a noisy neighbour hits all of them. FLOPs are counted by torch's flop counter while a real step
-runs, not taken from a formula. The models of one shape have equal parameters (shapes.match_d_ff).
-Prints a table; the last line is one JSON document.
+runs, not taken from a formula. The models of one shape have equal parameters
+(model_config.match_d_ff). Prints a table; the last line is one JSON document.
 """
 import dataclasses
 import json
@@ -33,11 +35,12 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness import ROOT, arguments, tiny_text  # first: it puts the repository on the path
+
 import config
 import masking
 import model_config
 from common import machine
-from harness import ROOT, arguments, tiny_text
 from model import build_model
 from training import optim
 

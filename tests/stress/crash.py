@@ -1,10 +1,11 @@
-"""Kill training anywhere: with --resume_latest the final weights, averages and moments are those of
-a run that nobody touched.
+"""Kill training anywhere: a resumed run ends with the weights of a run that nobody touched.
 
-    python tests/stress/crash.py                                        # 200 kills, every operation
-        of four saves, signals, disk
+    python tests/stress/crash.py
     python tests/stress/crash.py --kills 12 --cases 2 --every 70 --exhaustive 1 --stops 3 --real 0
-        # tests/test_crash.py
+
+The first makes 200 kills, at every operation of four saves, by signals and by a full disk; the
+second is what tests/test_crash.py runs. Equal are the final weights, averages and moments after
+--resume_latest.
 
 Every kill is SIGKILL and comes at a point of progress, never by the clock: before an operation on
 the disk, in the middle of a file or of a log line, inside an optimizer's step. The points are hooks

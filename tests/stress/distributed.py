@@ -1,5 +1,4 @@
-"""Several processes against one, as a grid: ranks x model x optimizer x sharding x precision; and
-kills.
+"""Several processes against one: ranks x model x optimizer x sharding x precision; and kills.
 
     python tests/stress/distributed.py [--kills 10]
 

@@ -1,5 +1,4 @@
-"""The points of a save at which something may happen: before each operation on the disk, and in the
-middle of each file.
+"""The points of a save at which something may happen: each operation on the disk, amid each file.
 
 crash.py kills at them, tests/test_checkpoint.py also lets them fail; the product has no hooks.
 """

@@ -1,9 +1,10 @@
-"""Malformed files and texts by the ten thousand: each is refused with a reason or read as what it
-says, and nothing else.
+"""Malformed files and texts by the ten thousand: refused with a reason or read as what they say.
 
-    python tests/stress/fuzz.py                      # about 30,000 inputs, some minutes; a failure
-        prints its target and seed
+    python tests/stress/fuzz.py
     python tests/stress/fuzz.py --target meta --seed 123 --count 1
+
+The first feeds about 30,000 inputs in some minutes; a failure prints its target and seed, with
+which the second repeats it.
 
 A target takes the bytes of one damaged file (or a text), puts them where they belong and reads them
 the way the commands do. UserError is the only exception that may come out; no input may take 5 s,
