@@ -607,37 +607,42 @@ COMMANDS = (
 python -m diffusion.colab_train_eco --max_steps 500 --save_interval 100 --log_interval 10 --compile
 python -m colab_train_eco --max_steps 500 --save_interval 100 --log_interval 10 --compile
 python -m diffusion.sample_eco_hybrid --ckpt checkpoints/eco_hybrid_hi/latest.pt \
-  --tokenizer data/tokenizer/aria_hindi.model --prompt "mai kal bazaar gaya tha" --max_new_tokens 80 --steps 12 \
-  --temperature 1.0 --top_k 50
+  --tokenizer data/tokenizer/aria_hindi.model --prompt "mai kal bazaar gaya tha" \
+  --max_new_tokens 80 --steps 12 --temperature 1.0 --top_k 50
 python -m train --d_model 384 --n_layers 8 --memory_slots 8 --seq_len 384 --lr 2e-4
 python -m sample --ckpt x --steps 16 --temperature 0.8 --top_k 30
-python -m diffusion.train_diffusion --data_dir data/processed --output_dir checkpoints/diffusion_hi --seq_len 512 \
-  --batch_size 4 --grad_accum 8 --max_steps 5000 --time_mode continuous --timestep_sampling stratified \
-  --masking_strategy span
-python -m diffusion.train_eco_hybrid --data_dir data/processed --output_dir checkpoints/eco_hybrid_hi \
-  --seq_len 512 --batch_size 4 --grad_accum 8 --max_steps 5000 --time_mode continuous \
+python -m diffusion.train_diffusion --data_dir data/processed \
+  --output_dir checkpoints/diffusion_hi --seq_len 512 --batch_size 4 --grad_accum 8 \
+  --max_steps 5000 --time_mode continuous --timestep_sampling stratified --masking_strategy span
+python -m diffusion.train_eco_hybrid --data_dir data/processed \
+  --output_dir checkpoints/eco_hybrid_hi --seq_len 512 --batch_size 4 --grad_accum 8 \
+  --max_steps 5000 --time_mode continuous \
   --timestep_sampling stratified --masking_strategy span
 python -m diffusion.sample_diffusion --ckpt checkpoints/diffusion_hi/latest.pt \
-  --tokenizer data/tokenizer/aria_hindi.model --prompt "mai kal bazaar gaya tha" --max_new_tokens 128 --steps 16
+  --tokenizer data/tokenizer/aria_hindi.model --prompt "mai kal bazaar gaya tha" \
+  --max_new_tokens 128 --steps 16
 python -m train --model primary --data_dir data/processed --output_dir checkpoints/eco_hybrid_hi \
   --edge_profile laptop --max_steps 5000
 python -m train --model backup --data_dir data/processed --output_dir checkpoints/diffusion_hi \
   --edge_profile laptop --max_steps 5000
-python -m sample --ckpt checkpoints/eco_hybrid_hi/latest.pt --tokenizer data/tokenizer/aria_hindi.model \
-  --model primary --prompt "mai kal bazaar gaya tha" --max_new_tokens 128 --edge_profile max --blockwise \
-  --frozen_context --min_decode_layers 3
-python -m sample --ckpt checkpoints/eco_hybrid_hi/latest.pt --tokenizer data/tokenizer/aria_hindi.model \
-  --model primary --prompt "namaste" --max_new_tokens 128 --blockwise --frozen_context --benchmark_runs 5 \
-  --warmup_runs 1
-python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi/latest.pt --tokenizer data/tokenizer/aria_hindi.model \
-  --model primary --modes full block block_frozen --runs_per_prompt 3
-python -m diffusion.run_experiments --data_dir data/processed --output_root checkpoints/ablations --max_steps 2000 \
-  --d_model 384 --n_layers 8 --n_heads 8 --d_ff 1024 --execute
+python -m sample --ckpt checkpoints/eco_hybrid_hi/latest.pt \
+  --tokenizer data/tokenizer/aria_hindi.model --model primary --prompt "mai kal bazaar gaya tha" \
+  --max_new_tokens 128 --edge_profile max --blockwise --frozen_context --min_decode_layers 3
+python -m sample --ckpt checkpoints/eco_hybrid_hi/latest.pt \
+  --tokenizer data/tokenizer/aria_hindi.model --model primary --prompt "namaste" \
+  --max_new_tokens 128 --blockwise --frozen_context --benchmark_runs 5 --warmup_runs 1
+python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi/latest.pt \
+  --tokenizer data/tokenizer/aria_hindi.model --model primary --modes full block block_frozen \
+  --runs_per_prompt 3
+python -m diffusion.run_experiments --data_dir data/processed \
+  --output_root checkpoints/ablations --max_steps 2000 --d_model 384 --n_layers 8 --n_heads 8 \
+  --d_ff 1024 --execute
 python train.py --config micro --cpu --name my-first-model
 python sample.py checkpoints/last.ckpt --num_samples 3 --seq_len 128 --num_steps 20
 python train.py --config micro --cpu --resume checkpoints/last.ckpt
 python train.py --config micro --cpu --resume checkpoints/best-base.ckpt --name prompt-finetuning
-python sample.py checkpoints/sunfish-epoch=00-step=5000.ckpt --num_samples 1 --seq_len 64 --num_steps 10
+python sample.py checkpoints/sunfish-epoch=00-step=5000.ckpt --num_samples 1 --seq_len 64 \
+  --num_steps 10
 """.replace("\\\n", "")
     .strip()
     .split("\n")

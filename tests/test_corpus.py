@@ -227,7 +227,8 @@ def test_transitive_perfective_agrees_with_the_object(hindi):
 
 
 def test_ne_goes_with_transitive_verbs_only(clauses):
-    subjects = {"मैं": 0, "वह": 0, "वे": 0, "हम": 0, "मैंने": 1, "उसने": 1, "उन्होंने": 1, "हमने": 1}
+    bare, agentive = split("मैं वह वे हम"), split("मैंने उसने उन्होंने हमने")
+    subjects = dict.fromkeys(bare, 0) | dict.fromkeys(agentive, 1)
     ends = (split("खाया खाई पिया पी पढ़ा पढ़ी लिखा लिखी बनाया बनाई खरीदा खरीदी किया सुना सुनी"),
             split("गया गई गए आया आई आए सोया सोई दौड़ा लौटा टहला"))
     seen = [0, 0]

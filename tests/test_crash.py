@@ -19,8 +19,9 @@ from conftest import ROOT
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks for a small file system")
 def test_no_kill_changes_the_result():
-    words = "tests/stress/crash.py --kills 12 --cases 2 --every 70 --exhaustive 1 --stops 3 --real 0".split()
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    words = "--kills 12 --cases 2 --every 70 --exhaustive 1 --stops 3 --real 0".split()
+    command = [sys.executable, "tests/stress/crash.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert (

@@ -106,7 +106,7 @@ def test_every_documented_command_parses(page, line):
 
 
 def test_the_table_of_files_names_every_file_and_room():
-    """The README says where a line lives: each root file and each folder of code once in backticks."""
+    """The README says where a line lives: each root file, each folder of code, in backticks."""
     names = {p.name for p in ROOT.glob("*.py")} | {f"{p.parent.name}/" for p in ROOT.glob("*/*.py")}
     table = "\n".join(line for line in README.splitlines() if line.startswith("|"))
     assert not [name for name in sorted(names) if f"`{name}`" not in table]
@@ -129,11 +129,14 @@ def test_named_functions_exist():
             sources = [ROOT / f"{module}.py", *ROOT.glob(f"*/{module}.py")]
             texts = [path.read_text(encoding="utf-8") for path in sources if path.exists()]
             if texts and name not in ("py", "md", "json"):
-                assert any(re.search(rf"\b{name}\b", text) for text in texts), f"{page.name}: {module}.{name}"
+                found = any(re.search(rf"\b{name}\b", text) for text in texts)
+                assert found, f"{page.name}: {module}.{name}"
 
 
 def test_named_files_exist():
-    """A path of code in a document leads to a file; a room may be left out where the sentence has named it."""
+    """A path of code in a document leads to a file; a folder may be left out where the sentence has
+    named it.
+    """
     for page in PAGES:
         for name in re.findall(r"`((?:[\w-]+/)*\w+\.py)`", page.read_text(encoding="utf-8")):
             there = [ROOT / name, *ROOT.glob(f"*/{name}")]

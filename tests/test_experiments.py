@@ -351,10 +351,13 @@ def test_a_torn_line_is_neither_read_nor_kept(tmp_path):
 
 # ---- for real ------------------------------------------------------------------------------------
 
-WORDS = """--time_modes continuous --masking_strategies token --d_model 16 --n_layers 1 --n_heads 2 --d_ff 32 --memory_slots 2
-    --seq_len 32 --batch_size 2 --grad_accum 1 --train_block_sizes T,8 --max_steps 40 --eval_interval 20 --eval_batches 2
-    --save_interval 5 --log_interval 5 --threads 1 --no_show_samples --batches 2 --draws 1 --chain_docs 1
-    --output_root out""".split()
+WORDS = """
+    --time_modes continuous --masking_strategies token
+    --d_model 16 --n_layers 1 --n_heads 2 --d_ff 32 --memory_slots 2
+    --seq_len 32 --batch_size 2 --grad_accum 1 --train_block_sizes T,8 --max_steps 40
+    --eval_interval 20 --eval_batches 2 --save_interval 5 --log_interval 5
+    --threads 1 --no_show_samples --batches 2 --draws 1 --chain_docs 1 --output_root out
+""".split()
 
 
 @pytest.fixture(scope="module")

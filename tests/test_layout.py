@@ -222,4 +222,5 @@ def test_shapes_are_written_where_they_change():
             statement = lines[node.lineno - 1:node.end_lineno]
             if any(changes.search(line) for line in statement):
                 around = [lines[node.lineno - 2], *statement]
-                assert any(shape.search(line) for line in around), f"{name}.py:{node.lineno}: no shape comment"
+                where = f"{name}.py:{node.lineno}"
+                assert any(shape.search(line) for line in around), f"{where}: no shape comment"

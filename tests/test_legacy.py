@@ -34,7 +34,10 @@ SAMPLE = """python -m diffusion.sample_{0} \\
   --max_new_tokens 128 \\
   --steps {1}
 """
-ONE_SHOT = "python -m diffusion.colab_train_eco --max_steps 500 --save_interval 100 --log_interval 10 --compile"
+ONE_SHOT = (
+    "python -m diffusion.colab_train_eco --max_steps 500 --save_interval 100 --log_interval 10 "
+    "--compile"
+)
 RUNBOOK_SAMPLE = """python -m diffusion.sample_eco_hybrid \\
   --ckpt checkpoints/eco_hybrid_hi/latest.pt \\
   --tokenizer data/tokenizer/aria_hindi.model \\

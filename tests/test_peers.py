@@ -265,7 +265,8 @@ from noise_lib import LogLinearNoise
 def get_loss_fn(noise, token_dim, train, loss_type):
     def loss(model, batch):
         model.eval()
-        return -model(torch.full_like(batch, token_dim - 1)).gather(-1, batch[..., None])[..., 0].sum(-1)
+        masked = torch.full_like(batch, token_dim - 1)
+        return -model(masked).gather(-1, batch[..., None])[..., 0].sum(-1)
     return loss
 """
 

@@ -34,7 +34,10 @@ SETTINGS = config.PrepareArgs(source="files", tokenizer_vocab=400)
 
 
 def hindi(n):
-    return f"यह दस्तावेज़ क्रमांक {n} है।\nपिताजी ने क़लम और सड़क देखी, फिर क\u094d\u200dष लिखा! {n * n}"
+    return (
+        f"यह दस्तावेज़ क्रमांक {n} है।\n"
+        f"पिताजी ने क़लम और सड़क देखी, फिर क\u094d\u200dष लिखा! {n * n}"
+    )
 
 
 def latin(n):

@@ -102,7 +102,8 @@ def test_sampling_benchmark(trained):
     done = aria(name, *arguments, cwd=trained, check=0)
     assert done.stdout.startswith("namaste")
     [line] = re.findall(
-        r"^\[bench\] runs=5 warmup=1 mean=([\d.]+)s p50=([\d.]+)s tok/s=([\d.]+) tokens=(\d+) forwards=(\d+)$",
+        r"^\[bench\] runs=5 warmup=1 mean=([\d.]+)s p50=([\d.]+)s tok/s=([\d.]+) "
+        r"tokens=(\d+) forwards=(\d+)$",
         done.stderr,
         re.M,
     )
@@ -112,8 +113,10 @@ def test_sampling_benchmark(trained):
     assert speed == pytest.approx(tokens / mean, rel=0.05, abs=2)
 
 
-KEYS = """runs warmup_runs mean_latency_s p50_latency_s p90_latency_s mean_tok_s mean_generated_tokens mean_forwards
-mean_layer_passes peak_rss_mb nll_per_token distinct_2 agree_with_full""".split()
+KEYS = """
+    runs warmup_runs mean_latency_s p50_latency_s p90_latency_s mean_tok_s mean_generated_tokens
+    mean_forwards mean_layer_passes peak_rss_mb nll_per_token distinct_2 agree_with_full
+""".split()
 TOP_KEYS = (
     "version model ckpt step device threads torch seed prompts args results batch commit".split()
 )
@@ -572,7 +575,8 @@ def test_nll_is_the_exact_chain_rule(here, kind):
         found = estimators.left_to_right(net, ids[0, :5].tolist(), ids[0, 5:].tolist(), frozen=True)
         assert found == pytest.approx(float(exact), rel=1e-4) and seen == [[[net.cfg.mask_id]]] * 12
         seen.clear()
-        assert estimators.left_to_right(net, ids[0, :5].tolist(), ids[0, 5:].tolist(), frozen=False) > 0
+        context, continuation = ids[0, :5].tolist(), ids[0, 5:].tolist()
+        assert estimators.left_to_right(net, context, continuation, frozen=False) > 0
         for i, [row] in enumerate(seen):
             assert row == ids[0, :5 + i].tolist() + [net.cfg.mask_id] * (12 - i)
 

@@ -197,7 +197,8 @@ def test_another_model_is_refused_on_every_rank(saved, ram):
             return str(error)
     for why in together(2, work, ram / "other"):
         assert re.search(
-            r"does not fit the model: layers\.0\.in_proj\.weight is \(\d+, 16\) there and \(\d+, 16\) here",
+            r"does not fit the model: layers\.0\.in_proj\.weight is \(\d+, 16\) there and "
+            r"\(\d+, 16\) here",
             why,
         )
 

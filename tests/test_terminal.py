@@ -28,7 +28,8 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return train_tokenizer(TEXTS * 20, tmp_path_factory.mktemp("t") / "t.model", 420, "bpe", log=[].append)
+    path = tmp_path_factory.mktemp("t") / "t.model"
+    return train_tokenizer(TEXTS * 20, path, 420, "bpe", log=[].append)
 
 
 def test_control_characters_do_not_reach_the_terminal():

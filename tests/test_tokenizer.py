@@ -274,15 +274,19 @@ def test_costs_per_script_are_counted_stored_and_said(tmp_path):
 
 
 @pytest.mark.parametrize("text, letters, cut", [
-    ("", 0, 0), ("ab", 2, 0), ("日本", 2, 2), ("a日", 2, 1), ("👩\u200d🚀", 1, 1), ("e\u0323", 1, 1)])
+    ("", 0, 0),
+    ("ab", 2, 0),
+    ("日本", 2, 2),
+    ("a日", 2, 1),
+    ("👩\u200d🚀", 1, 1),
+    ("e\u0323", 1, 1),
+])
 def test_cut_letters(tmp_path, text, letters, cut):
     """A model that knows only the letters a to e: every other one is spelled in bytes, and so is
     cut.
     """
-    assert train_tokenizer(["abcde ab cd"] * 3, tmp_path / "t.model", 270, "bpe").clusters(text) == (
-        letters,
-        cut,
-    )
+    tok = train_tokenizer(["abcde ab cd"] * 3, tmp_path / "t.model", 270, "bpe")
+    assert tok.clusters(text) == (letters, cut)
 
 
 def test_a_syllable_is_one_letter(tok):
@@ -309,13 +313,15 @@ def test_vocabulary_too_small_or_text_missing(tmp_path):
         with pytest.raises(UserError, match="no text"):
             train_tokenizer(docs, tmp_path / "t.model", 300, "bpe")
     assert not list(tmp_path.iterdir())
-    assert train_tokenizer(letters, tmp_path / "t.model", 0, "bpe").vocab_size > 4000  # 0: room is made
+    tok = train_tokenizer(letters, tmp_path / "t.model", 0, "bpe")  # 0: room is made
+    assert tok.vocab_size > 4000
 
 
 def test_sample_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "SAMPLE_BYTES", 20_000)
     seen = []
-    train_tokenizer((seen.append(n) or DOCS[0] for n in range(10**9)), tmp_path / "t.model", 400, "bpe")
+    endless = (seen.append(n) or DOCS[0] for n in range(10**9))
+    train_tokenizer(endless, tmp_path / "t.model", 400, "bpe")
     assert len(seen) < 100
 
 

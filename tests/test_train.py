@@ -1093,8 +1093,8 @@ def test_console_and_log(text, tmp_path, capsys):
     )
     error = capsys.readouterr().err
     line = (
-        r"^step (\d+)/25 \| loss \d+\.\d{4} \| mask 0\.\d\d \| lr \d\.\de-\d\d \| gnorm \d+\.\d\d \| tok/s \d+"
-        r" \| ETA \d+:\d\d \| MFU \d+% \| \d+\.\d GB$"
+        r"^step (\d+)/25 \| loss \d+\.\d{4} \| mask 0\.\d\d \| lr \d\.\de-\d\d"
+        r" \| gnorm \d+\.\d\d \| tok/s \d+ \| ETA \d+:\d\d \| MFU \d+% \| \d+\.\d GB$"
     )
     assert re.findall(line, error, re.M) == ["1", "10", "20", "25"]
     assert not re.search(r"\bppl\b|perplexity", error)

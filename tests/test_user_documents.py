@@ -23,7 +23,10 @@ FOUND = sorted(
 pytestmark = pytest.mark.skipif(not FOUND, reason="the user's documents are not at hand")
 
 SHAPE = "--d_model 16 --n_layers 1 --n_heads 2 --d_ff 32 --memory_slots 2 --dropout 0"
-SIZE = f"--threads 1 {SHAPE} --seq_len 32 --batch_size 2 --grad_accum 1 --eval_batches 1 --save_interval 1 --log_interval 1"
+SIZE = (
+    f"--threads 1 {SHAPE} --seq_len 32 --batch_size 2 --grad_accum 1 "
+    "--eval_batches 1 --save_interval 1 --log_interval 1"
+)
 SMALLER = {
     "train": f"{SIZE} --max_steps 2 --no_show_samples",
     "colab_train_eco": f"{SIZE} --max_steps 2 --no_show_samples --no_compile --allow_cpu",

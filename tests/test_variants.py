@@ -217,10 +217,14 @@ def test_attention_stands_in_every_nth_layer_and_time_is_the_blocks_own():
 
 # ---- for real ------------------------------------------------------------------------------------
 
-WORDS = """--only attn_every_2 --seeds 7 --d_model 16 --n_layers 2 --n_heads 2 --d_ff 64 --memory_slots 2 --seq_len 32
-    --batch_size 2 --grad_accum 1 --log_interval 2 --train_block_sizes T,8 --max_steps 4 --eval_interval 2
-    --eval_batches 2 --save_interval 2 --threads 1 --batches 2 --draws 1 --chain_docs 1 --output_root variants
-    --data_dir data/processed --execute""".split()
+WORDS = """
+    --only attn_every_2 --seeds 7
+    --d_model 16 --n_layers 2 --n_heads 2 --d_ff 64 --memory_slots 2
+    --seq_len 32 --batch_size 2 --grad_accum 1 --train_block_sizes T,8 --max_steps 4
+    --eval_interval 2 --eval_batches 2 --save_interval 2 --log_interval 2
+    --threads 1 --batches 2 --draws 1 --chain_docs 1
+    --output_root variants --data_dir data/processed --execute
+""".split()
 
 
 def test_a_study_runs_once_and_is_reported(corpus_dir, monkeypatch, capfd):
