@@ -29,17 +29,12 @@ from safetensors.torch import save_file
 
 from common import files
 from common.console import Damage, UserError, say
-from common.files import file_sha256, rename, replace_file, sync, to_json, write_file
+from common.files import file_sha256, lock, rename, replace_file, sync, to_json, write_file
 from common.flags import checked
 from config import TrainArgs, block_problems
 from model import build_model
 from model_config import ModelConfig, count_params, weight_name
 from text.tokenizer import Tokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there a second trainer goes unnoticed
-    fcntl = None
 
 FORMAT = "aria-checkpoint-1"
 PARTS, MANIFEST = ("model", "ema", "optimizer"), "MANIFEST.json"
@@ -86,8 +81,7 @@ def run_lock(run_dir):
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "LOCK", "a+") as f:
         try:
-            if fcntl:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(f)
         except BlockingIOError:
             f.seek(0)
             raise UserError(

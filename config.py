@@ -19,12 +19,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import ROOT  # noqa: F401
 from common.flags import again, flag, split_list
 from model_config import OLD_MODELS, ModelFlags, shape_problems
 from studies import ExperimentFlags
 from text import starter
 
-ROOT = Path(__file__).resolve().parent
 VERSION = "1.0"
 PROMPTS = ("mai kal bazaar gaya tha aur", "भारत में आज मौसम", "yaar mujhe samajh nahi aa raha",
            "मुझे एक अच्छी कहानी सुनाओ")     # the runbook's

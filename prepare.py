@@ -26,10 +26,6 @@ if __name__ == "__main__":
 
 from text.build import build
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder at once are not held apart
-    fcntl = None
 
 def main(argv=None):
     args, origins = cli.parse(config.PrepareArgs, argv, "prepare")

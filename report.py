@@ -15,6 +15,7 @@ from pathlib import Path
 import cli
 import config
 from common.console import UserError, say
+from common.files import write_text
 from evaluation.run_report import page
 
 # ---- what happened -------------------------------------------------------------------------------
@@ -34,10 +35,9 @@ def main(argv=None):
             f"{args.ckpt} has no train.jsonl: name a run folder, such as checkpoints/eco_hybrid_hi"
         )
     out = Path(args.out or run / "report.html")
-    try:
-        out.write_text(page(run / "train.jsonl"), encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    if not out.parent.is_dir():
+        raise UserError(f"cannot write {out}: No such file or directory")
+    write_text(out, page(run / "train.jsonl"))
     say(f"{out}: open it in a browser")
 
 

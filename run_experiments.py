@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import dataclasses
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -32,17 +33,13 @@ from pathlib import Path
 import cli
 import config
 import model_config
+from common import files
 from common.console import UserError, say
 from common.files import read_json, read_lines, write_json, write_text
 from config import TrainArgs
 from evaluation import study_plan, study_report
 from evaluation.study_plan import flags, make_plan, rounds, scoring, terms, variants
 from studies import STUDIES
-
-try:
-    import fcntl
-except ImportError:  # Windows: there a second one goes unnoticed
-    fcntl = None
 
 PROBE_STEPS = 6       # of --match time for each block rule; the first two do not count
 PATIENCE = 60         # seconds that a training of a killed run_experiments may take to save
@@ -67,18 +64,12 @@ def alone(root):
     """
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "LOCK", "w") as f:
-        end = time.monotonic() + PATIENCE
-        while fcntl:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    raise UserError(
-                        f"another run_experiments works in {root}: wait, or name another "
-                        "--output_root"
-                    ) from None
-                time.sleep(0.5)
+        try:
+            files.lock(f, wait=PATIENCE)
+        except OSError:
+            raise UserError(
+                f"another run_experiments works in {root}: wait, or name another --output_root"
+            ) from None
         yield f.fileno()
 
 
@@ -93,14 +84,14 @@ def child(run, command, words, lock, enough=None):
     """Run one of our commands, its output appended to the run's log -> exit code. enough(): is it
     time to save and leave?
     """
-    program = [*run.via, command] if run.via else [str(config.ROOT / f"{command}.py")]
+    program = [*run.via, command] if run.via else [str(files.ROOT / f"{command}.py")]
     with open(run.log, "ab") as out:
         process = subprocess.Popen(
             [sys.executable, *program, *words],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            pass_fds=(lock,) if fcntl else (),
+            pass_fds=(lock,) if os.name == "posix" else (),
             preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
         told = False
@@ -474,11 +465,11 @@ def results_page(args):
     """Where --report writes its tables: beside the runs, but for the studies that this repository
     keeps itself.
     """
-    folder, ours = Path(args.report), config.ROOT / "docs/studies"
+    folder, ours = Path(args.report), files.ROOT / "docs/studies"
     if args.results_page:
         return Path(args.results_page)
     if ours in (folder.resolve(), *folder.resolve().parents):
-        return config.ROOT / "docs/results.md"
+        return files.ROOT / "docs/results.md"
     return folder / "results.md"
 
 

@@ -425,7 +425,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         if not ranks.main:
             return
         try:
-            replace_file(run_dir / name, text.encode(errors="replace"), run_dir)
+            replace_file(run_dir / name, text.encode(errors="replace"))
         except OSError as error:
             say(f"warning: {run_dir / name} could not be written: {error.strerror}")
 

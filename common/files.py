@@ -1,4 +1,11 @@
-"""Files: strict JSON, hashes, and the one way to write a file whole or not at all."""
+"""Files: strict JSON, hashes, the one way to write a file whole or not at all, and the one lock.
+
+Who writes what:
+* write_text, write_json: a file that the user named; devices, pipes and links are written into.
+  Trouble is a UserError that names the file. can_write asks beforehand whether they would succeed.
+* replace_file: a file of our own, such as a pointer of a run. Trouble stays an OSError.
+* write_file: a file in a folder that is itself still aside, as a checkpoint is while it is saved.
+"""
 import contextlib
 import errno
 import hashlib
@@ -11,6 +18,16 @@ from pathlib import Path
 
 from common.console import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there a second process goes unnoticed
+    fcntl = None
+
+ROOT = Path(__file__).resolve().parent.parent       # of the repository
+LOCK_POLL = 0.5                                     # seconds between two tries to lock
+
+# --------------------------------------------------------------------------------------------------
+# reading
 
 def read_json(path):
     """An object from strict JSON: UTF-8, no NaN, no key twice. Trouble is a UserError that names
@@ -37,12 +54,46 @@ def read_json(path):
     return value
 
 
+def read_lines(path):
+    """JSON lines -> their objects. A file that is not there is empty; a line that a kill or a full
+    disk tore is left out.
+    """
+    found = []
+    try:
+        # not splitlines: a text may hold other line ends
+        lines = Path(path).read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return found
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict)]
+
+
 def file_sha256(path):
+    """The SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON
+
+def json_text(value, indent=None):
+    """Strict JSON as readable text. Escaped are only what UTF-8 cannot say (half a surrogate pair,
+    as a name that is no UTF-8 has it) and the control characters that json leaves raw, which a
+    terminal obeys.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    return re.sub("[\x7f-\x9f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def to_json(value):
+    """Strict JSON as the bytes of one of our own files."""
+    return (json_text(value, indent=1) + "\n").encode()
 
 
 def sealed(value):
@@ -60,32 +111,63 @@ def seal_holds(value):
     return value == sealed(value)
 
 
-def read_lines(path):
-    """JSON lines -> their objects. What is not there is empty, and a line that a kill or a full
-    disk tore is none.
-    """
-    found = []
+# --------------------------------------------------------------------------------------------------
+# writing
+
+def sync(path):
+    """Wait until a file, or the list of a folder's names, is on the disk."""
+    folder = os.path.isdir(path)
+    if folder and os.name == "nt":  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
-        # not splitlines: a text may hold other line ends
-        lines = Path(path).read_bytes().split(b"\n")
-    except (FileNotFoundError, NotADirectoryError):
-        return found
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [value for value in found if isinstance(value, dict)]
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems: no folder sync
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
-def json_text(value, indent=None):
-    """Strict JSON as readable text. Escaped are only what UTF-8 cannot say (half a surrogate pair,
-    as a name that is no UTF-8 has it) and the control characters that json leaves raw, which a
-    terminal obeys."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
-    return re.sub("[\x7f-\x9f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+def rename(source, target):
+    """Take the target's place in one step. What the folder lists is on the disk after its sync."""
+    for wait in (0.1, 0.5, 2.0, None):
+        try:
+            return os.replace(source, target)
+        except PermissionError:  # on Windows somebody else's open file blocks a rename for a moment
+            if os.name != "nt" or wait is None:
+                raise
+            time.sleep(wait)
 
 
-def write_json(path, value):
-    write_text(path, json_text(value, indent=1))
+def write_file(path, data):
+    """Write bytes, and wait until they are on the disk. After a kill the file may be a part."""
+    with open(path, "wb") as file:
+        file.write(data)
+    sync(path)
+
+
+def aside_of(path, folder=None):
+    """The name under which a file is written before it gets its own, in its own folder or in this
+    one. checkpoint.sweep clears such names from a run folder after a kill.
+    """
+    return Path(folder or path.parent) / f".tmp-{path.name}-{os.getpid()}"
+
+
+def replace_file(path, data, folder=None):
+    """Replace a file by these bytes: a reader, also after a kill, finds the old file or the new
+    one. It is written aside (in `folder`, where its own may hold nothing else), synced, renamed.
+    """
+    aside = aside_of(path, folder)
+    try:
+        write_file(aside, data)
+        rename(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def in_place(path):
@@ -99,94 +181,77 @@ def in_place(path):
 
 
 @contextlib.contextmanager
-def written_aside(path, fix=""):
-    """Yields a name beside the path, whose folder is made; the path itself where it must be written
-    in place.
-
-    What goes wrong there is said of the path; `fix` ends the message.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    here = in_place(path)
+def told_of(path, remedy=""):
+    """What goes wrong in here is a UserError about this file; `remedy` ends its message."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield path if here else aside
+        yield
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}){fix}") from None
-    finally:
-        if not here:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror}){remedy}") from None
 
 
 def write_text(path, text):
-    """Written aside, synced, renamed, so a reader finds the old file or the new one; devices, pipes
-    and links in place.
+    """Write a file that the user named, whole, its folder made; devices, pipes and links are
+    written into.
     """
-    with written_aside(path) as name:
-        with open(name, "w", encoding="utf-8", errors="replace", newline="") as f:
-            f.write(text)
-            f.flush()
-            if name != Path(path):
-                os.fsync(f.fileno())
-        if name != Path(path):
-            os.replace(name, path)
+    path = Path(path)
+    data = text.encode(errors="replace")
+    with told_of(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if in_place(path):
+            with open(path, "wb") as file:
+                file.write(data)
+        else:
+            replace_file(path, data)
+
+
+def write_json(path, value):
+    """Write strict JSON as write_text writes text."""
+    write_text(path, json_text(value, indent=1))
 
 
 def can_write(args, *names):
     """Dies before long work, and not after it, if a file that these flags name cannot be written.
     """
     for name in names:
-        if path := getattr(args, name):
-            with written_aside(path, f": name another --{name}") as aside:
-                if Path(path).is_dir():
-                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-                if not in_place(path):
-                    aside.touch()
-                elif os.path.exists(path) and not os.access(path, os.W_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        path = getattr(args, name)
+        if path:
+            with told_of(path, f": name another --{name}"):
+                try_to_write(Path(path))
 
 
-def sync(path):
-    folder = os.path.isdir(path)
-    if folder and os.name == "nt":  # Windows cannot open a folder
-        return
-    fd = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        # some network file systems: no folder sync
-        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)
+def try_to_write(path):
+    """An OSError if write_text(path, ...) would meet one now; makes the folder, as that does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not in_place(path):
+        aside = aside_of(path)
+        aside.touch()
+        aside.unlink()
+    elif os.path.exists(path) and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def write_file(path, data):
-    with open(path, "wb") as f:
-        f.write(data)
-    sync(path)
+# --------------------------------------------------------------------------------------------------
+# the lock
 
+def lock(file, wait=0):
+    """Lock an open file until it is closed; the kernel frees it however its holder dies.
 
-def rename(source, target):
-    for wait in (0.1, 0.5, 2.0, None):
-        try:
-            return os.replace(source, target)
-        except PermissionError:  # on Windows somebody else's open file blocks a rename for a moment
-            if os.name != "nt" or wait is None:
-                raise
-            time.sleep(wait)
-
-
-def replace_file(path, data, run):
-    """Replace a small file whole. Its temporary twin lies in the run folder, where sweep() finds it
-    after a kill.
+    BlockingIOError: another process still holds it after `wait` seconds (None: wait for ever). Any
+    other OSError: it cannot be locked, as on some network drives. Without flock nothing happens.
     """
-    temp = run / f".tmp-{path.name}-{os.getpid()}"
-    write_file(temp, data)
-    rename(temp, path)
-    sync(path.parent)
-
-
-def to_json(value):
-    return (json_text(value, indent=1) + "\n").encode()
+    if fcntl is None:
+        return
+    if wait is None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return
+    end = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(LOCK_POLL)

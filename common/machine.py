@@ -17,7 +17,7 @@ import time
 import torch
 
 from common.console import UserError, commit_hash
-from config import ROOT
+from common.files import ROOT
 
 ECHO = 2.0          # seconds in which a second SIGINT under torchrun is the first one, passed on
 

@@ -956,7 +956,7 @@ def test_a_result_never_takes_the_place_of_a_link_a_device_or_a_pipe(tmp_path):
     os.close(reader)
     with pytest.raises(UserError, match="full.json"):        # written into: there is no room in it
         write_json(full, {"a": 1})
-    assert full.is_symlink() and not [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+    assert full.is_symlink() and not [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp-")]
     with pytest.raises(UserError, match="out_json"):
         can_write(SimpleNamespace(out_json=tmp_path), "out_json")
 

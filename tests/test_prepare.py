@@ -390,8 +390,8 @@ def test_the_users_own_files_stay(tmp_path, fails):
             ".hidden.tmp",
             "train.bin.tmp",
             "spool.json.tmp",
-            f"{build.WORK}/letter.tmp",
-            f"{build.WORK}/.x.tmp.7.tmp",
+            f"{builder.WORK}/letter.tmp",
+            f"{builder.WORK}/.x.tmp.7.tmp",
         )
     }
     for name, path in own.items():
@@ -438,7 +438,7 @@ def broken_off(tmp_path, monkeypatch):
         patch.setattr(spool, "BATCH_CHARS", 2000)
         with pytest.raises(RuntimeError):
             prepared(tmp_path, texts(200))
-    return tmp_path / "data" / build.WORK
+    return tmp_path / "data" / builder.WORK
 
 
 def cut(path, at):
@@ -691,7 +691,7 @@ def test_killed_at_each_file_operation(tmp_path):
         left = {
             name: raw
             for name, raw in contents(old).items()
-            if not name.startswith((build.WORK, ".lock"))
+            if not name.startswith((builder.WORK, ".lock"))
         }
         if done.returncode == 0:
             break

@@ -15,19 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from common.console import UserError
-from common.files import read_json, seal_holds, sealed, write_json
+from common.files import lock, read_json, rename, seal_holds, sealed, write_json
 from text import dataset, hub
 from text.clean import RULES, Cleaner
 from text.documents import find_files, kind_of, read_documents
 from text.spool import Spool
 from text.starter import grammar
 from text.tokenizer import NORMALISER, SAMPLE_BYTES, SCRIPTS, Tokenizer, normalise, train_tokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder at once are not held apart
-    fcntl = None
-
 
 SPLITS = ("train", "val")
 
@@ -264,7 +258,7 @@ def publish(args, work, spool, tok, digest, count, hashes, log):
     write_json(work / "meta.json", sealed(meta))
     (folder / "meta.json").unlink(missing_ok=True)
     for name in ("train.bin", "val.bin", "meta.json"):
-        os.replace(work / name, folder / name)
+        rename(work / name, folder / name)
     for script in SCRIPTS:
         docs, n, size = (
             [count[val, script, what] for val in (0, 1)] for what in ("docs", "tokens", "bytes")
@@ -354,9 +348,8 @@ def alone(folder):
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as f, contextlib.ExitStack() as stack:
-        if fcntl:
-            with contextlib.suppress(OSError):             # some network drives cannot lock
-                fcntl.flock(f, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):                 # some network drives cannot lock
+            lock(f, wait=None)
         work = folder / WORK
         work.mkdir(exist_ok=True)
         stack.callback(clear, work)
@@ -366,7 +359,8 @@ def alone(folder):
 def clear(work):
     """Remove the files that prepare makes in its work folder, by their names, then the folder."""
     for path in work.iterdir():
-        name = re.sub(r"^\.(.+)\.\d+\.tmp$", r"\1", path.name)       # flags.write_json was killed
+        # what write_json had aside when it was killed
+        name = re.sub(r"^\.tmp-(.+)-\d+$", r"\1", path.name)
         if name in WORK_FILES:
             path.unlink()
     with contextlib.suppress(OSError):

@@ -22,6 +22,8 @@ from collections import Counter
 
 import numpy as np
 
+from common.files import write_text
+
 RULES = "v1"               # any change of what comes out needs a new version
 MIN_LETTERS = 10           # a shorter document says nothing
 MIN_SHARE = 0.5            # of the letters in the wanted script
@@ -321,5 +323,4 @@ blockquote{{margin:.3rem 0;padding:.3rem .8rem;border-left:3px solid #bbb;white-
 <h2>Places repaired</h2>{bars(self.repaired, "places")}
 <h2>Examples of what was dropped</h2>{examples or "<p>none</p>"}</html>
 """
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(page)
+        write_text(path, page)

@@ -7,7 +7,6 @@ text. The mask is not in the model file; its id is `vocab_size`.
 """
 import hashlib
 import io
-import json
 import os
 import re
 import unicodedata
@@ -18,6 +17,7 @@ from pathlib import Path
 import sentencepiece
 
 from common.console import UserError
+from common.files import json_text, replace_file
 
 NORMALISER = "v1"          # any change of the rules below needs a new version
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
@@ -206,16 +206,11 @@ def train_tokenizer(
             f"{100 * cost['clusters_cut']:.1f} % of letters cut "
             f"({cost['documents']} documents)"
         )
-    (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
-    for name, data in (
-        (path.with_suffix(".json"), json.dumps(report, ensure_ascii=False, indent=1).encode()),
-        (path, tok.model_bytes),
-    ):  # the model last: where it is, its report is
-        with open(aside := f"{name}.{os.getpid()}.tmp", "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, name)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the model last: where it is, its report is
+    replace_file(path.with_suffix(".json"), json_text(report, indent=1).encode())
+    replace_file(path, tok.model_bytes)
     return tok
 
 

@@ -57,7 +57,7 @@ def copy_folder(source, target, check):
 def copy_files(source, target, names):
     for name in names:
         if (source / name).is_file():
-            replace_file(target / name, (source / name).read_bytes(), target)
+            replace_file(target / name, (source / name).read_bytes())
 
 
 def same(folder, other):
@@ -117,7 +117,7 @@ def restore(run_dir, drive, say):
             if best in checkpoint.list_steps(there) and checkpoint.step_name(best) != name:
                 bring(checkpoint.list_steps(there)[best])
         copy_files(there, run, (*BESIDE, *(["best"] if best in checkpoint.list_steps(run) else [])))
-        replace_file(run / "latest", f"{name}\n\n".encode(), run)
+        replace_file(run / "latest", f"{name}\n\n".encode())
     except OSError as error:
         raise UserError(
             f"the run in {there} cannot be read ({error}): mend the drive, or leave --drive out",

@@ -218,12 +218,12 @@ def rewind(run_dir, saved, kept, args, meta):
     best = checkpoint.read_pointer(run_dir, "best")[0]
     for name in ("best", "latest"):
         if checkpoint.read_pointer(run_dir, name)[0] in later:
-            replace_file(aside / name, (run_dir / name).read_bytes(), aside)
+            replace_file(aside / name, (run_dir / name).read_bytes())
 
     # the pointers first: after a kill in between, the run goes on from this step all the same
     def point(name, step):
         text = f"{checkpoint.step_name(step)}\n{datetime.now(timezone.utc).isoformat()}\n"
-        replace_file(run_dir / name, text.encode(), run_dir)
+        replace_file(run_dir / name, text.encode())
     point("latest", saved.step)
     if best in later:
         kept, best = best_score(
