@@ -432,9 +432,9 @@ def broken_off(tmp_path, monkeypatch):
     def die(*_):
         raise RuntimeError("killed")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "publish", die)
-        patch.setattr(prepare, "clear", lambda work: None)
-        patch.setattr(prepare, "SYNC_BYTES", 4000)
+        patch.setattr(builder, "publish", die)
+        patch.setattr(builder, "clear", lambda work: None)
+        patch.setattr(builder, "SYNC_BYTES", 4000)
         patch.setattr(spool, "BATCH_CHARS", 2000)
         with pytest.raises(RuntimeError):
             prepared(tmp_path, texts(200))

@@ -23,8 +23,6 @@ from common.files import read_json, seal_holds
 from text import starter
 from text.tokenizer import NORMALISER
 
-ROOT = Path(__file__).resolve().parent.parent      # of the repository
-
 VERSION = 1
 # every key of meta.json with its type and, for numbers, the smallest value allowed
 KEYS = {
@@ -231,7 +229,7 @@ class TokenData:
         """
         said = Path(self.meta["tokenizer"])
         # no error for any name
-        found = [p for p in (said, ROOT / said, self.dir / said.name) if os.path.isfile(p)]
+        found = [p for p in (said, files.ROOT / said, self.dir / said.name) if os.path.isfile(p)]
         hashes = [file_sha256(p) for p in found]
         if self.meta["tokenizer_sha256"] in hashes:
             return found[hashes.index(self.meta["tokenizer_sha256"])]
