@@ -114,23 +114,36 @@ def test_the_table_of_files_names_every_file_and_room():
     assert all((ROOT / name).exists() for name in named)
 
 
+def anchors(page):
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+            target, _, anchor = link.partition("#")
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors(path), f"{page.name} links to {link}"
 
 
 def test_named_functions_exist():
-    """`module.name` in a document is a real name; a renamed function takes its sentence with it."""
+    """`module.name` or `Class.name` in a document is a real name; a renamed function takes its
+    sentence with it.
+    """
+    code = {path: path.read_text(encoding="utf-8")
+            for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]}
     for page in PAGES:
-        for module, name in re.findall(
+        for owner, name in re.findall(
             r"`(\w+)\.(\w+)(?:\(\))?`", page.read_text(encoding="utf-8")
         ):
-            sources = [ROOT / f"{module}.py", *ROOT.glob(f"*/{module}.py")]
-            texts = [path.read_text(encoding="utf-8") for path in sources if path.exists()]
+            texts = [text for path, text in code.items()
+                     if path.stem == owner or re.search(rf"^class {owner}\b", text, re.M)]
             if texts and name not in ("py", "md", "json"):
                 found = any(re.search(rf"\b{name}\b", text) for text in texts)
-                assert found, f"{page.name}: {module}.{name}"
+                assert found, f"{page.name}: {owner}.{name}"
 
 
 def test_named_files_exist():
