@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -30,8 +31,6 @@ from safetensors.torch import save_file
 from common import files
 from common.console import Damage, UserError, say
 from common.files import file_sha256, lock, rename, replace_file, sync, to_json, write_file
-from common.flags import checked
-from config import TrainArgs, block_problems
 from model import build_model
 from model_config import ModelConfig, count_params, weight_name
 from text.tokenizer import Tokenizer
@@ -39,8 +38,7 @@ from text.tokenizer import Tokenizer
 FORMAT = "aria-checkpoint-1"
 PARTS, MANIFEST = ("model", "ema", "optimizer"), "MANIFEST.json"
 SMALL = {"state.json", "config.json", "tokenizer.model"}
-# the settings that users of a model read
-READ = ("seq_len", "batch_size", "train_block_sizes", "sample_steps", "data_dir")
+EVERY = math.inf  # checkpoints to keep
 LARGEST_MANIFEST = 1 << 26  # bytes; a manifest has some 150 for each file
 READ_LIMIT = 20  # times that a reader looks again for a checkpoint that was pruned before its eyes
 # file managers leave these anywhere; nothing reads them
@@ -112,8 +110,8 @@ def save(
     optimizer_state=None,
     shards=None,
     best=False,
-    keep_last=TrainArgs.keep_last,
-    keep_full=TrainArgs.keep_full,
+    keep_last=EVERY,
+    keep_full=EVERY,
 ):
     """Write checkpoint `step`, point (`best` and) `latest` at it, prune; returns its folder.
 
@@ -393,23 +391,6 @@ def section(saved, name):
         raise Damage(f"{saved.path / 'config.json'} has no {name!r}")
     return saved.config[name]
 
-def check_settings(saved):
-    """Before a model is used: the settings of its run that the commands read are there, and within
-    their limits.
-    """
-    where, found = saved.path / "config.json", section(saved, "args")
-    if missing := [name for name in READ if name not in found]:
-        raise UserError(
-            f"{where} lacks {', '.join(missing)}: another version wrote it, or it was changed by "
-            "hand"
-        )
-    values = checked(TrainArgs, {name: found[name] for name in READ}, where)
-    problems = [*block_problems("train_block_sizes", values["train_block_sizes"])]
-    if "\0" in values["data_dir"]:
-        problems.append("data_dir holds a zero byte, which no path can")
-    if problems:
-        raise UserError(f"{where}: " + "; ".join(problems))
-
 def may_fit(cfg, tensors):
     """Before a model is built: a shape beyond all that the file holds is refused, and takes no
     memory.
@@ -580,18 +561,15 @@ def first_of(folders, path, use, quarantine):
         return result
     raise UserError(f"no usable checkpoint at {path}: {first}")
 
-def resolve(path):
-    """Any spelling -> the checkpoint's folder; where `latest` is meant, the first that verifies."""
-    single = len(candidates(path)) == 1
-    return first_good(path, lambda folder: folder if single else verify(folder) and folder)
-
-def load_model(path, device, model="auto", tokenizer_path=None):
+def load_model(path, device, check_settings, model="auto", tokenizer_path=None):
     """Any spelling of a checkpoint -> (model in eval mode, its averaged weights if it has them;
     tokenizer; checkpoint).
+
+    check_settings(settings, where) refuses settings of the training that the caller cannot use.
     """
     saved = load(path, parts=("model", "ema"))
     cfg = ModelConfig.from_dict(section(saved, "model"))
-    check_settings(saved)
+    check_settings(section(saved, "args"), saved.path / "config.json")
     may_fit(cfg, saved.model)
     if model not in ("auto", cfg.model):
         raise UserError(

@@ -19,8 +19,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.console import UserError
 from common.files import ROOT  # noqa: F401
-from common.flags import again, flag, split_list
+from common.flags import again, checked, flag, split_list
 from model_config import OLD_MODELS, ModelFlags, shape_problems
 from studies import ExperimentFlags
 from text import starter
@@ -389,6 +390,29 @@ def block_problems(name, text):
     for part in split_list(text):
         if part != "T" and not re.fullmatch("0*[1-9][0-9]{0,8}", part):
             yield f"--{name} {text}: {part!r} is neither T nor a number of at least 1"
+
+
+# what the users of a trained model read from the settings of its training
+READ_LATER = ("seq_len", "batch_size", "train_block_sizes", "sample_steps", "data_dir")
+
+
+def check_saved(settings, where):
+    """The settings in a checkpoint, before its model is used: those that commands read are there,
+    and within their limits. `where` names the file.
+    """
+    missing = [name for name in READ_LATER if name not in settings]
+    if missing:
+        raise UserError(
+            f"{where} lacks {', '.join(missing)}: another version wrote it, or it was changed by "
+            "hand"
+        )
+
+    values = checked(TrainArgs, {name: settings[name] for name in READ_LATER}, where)
+    problems = list(block_problems("train_block_sizes", values["train_block_sizes"]))
+    if "\0" in values["data_dir"]:
+        problems.append("data_dir holds a zero byte, which no path can")
+    if problems:
+        raise UserError(f"{where}: " + "; ".join(problems))
 
 
 @dataclass

@@ -330,7 +330,7 @@ def main(argv=None):
         precisions[wanted], why = fast.pick(wanted, device)
         if precisions[wanted] not in models:
             model, tokenizer, saved = checkpoint.load_model(
-                args.ckpt, device, args.model, args.tokenizer
+                args.ckpt, device, config.check_saved, args.model, args.tokenizer
             )
             weights[precisions[wanted]] = fast.prepare(model, precisions[wanted])
             models[precisions[wanted]] = model

@@ -245,7 +245,7 @@ def ar_judge(path, device, tokenizer, longest, judged):
     """
     import checkpoint
     from evaluation.estimators import left_to_right
-    net, own, saved = checkpoint.load_model(path, device)
+    net, own, saved = checkpoint.load_model(path, device, config.check_saved)
     if not net.cfg.causal:
         raise UserError(
             f"--judge {path} is no autoregressive checkpoint: train one with --model backup "
@@ -400,7 +400,7 @@ def main(argv=None):
             )
     args.sampler = settings.masked_sampler(args.sampler)
     device = machine.pick_device(args.device)
-    model, tokenizer, saved = checkpoint.load_model(args.ckpt, device)
+    model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, config.check_saved)
     judge = (
         ar_judge(args.judge, device, tokenizer, PROMPT + args.max_new_tokens, saved)
         if args.judge

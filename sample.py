@@ -163,7 +163,9 @@ def main(argv=None, pinned=None):
     prompts = read_prompts(args)
     args.ckpt = args.ckpt or newest()
     args.sampler = masked_sampler(args.sampler)
-    model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, args.model, args.tokenizer)
+    model, tokenizer, saved = checkpoint.load_model(
+        args.ckpt, device, config.check_saved, args.model, args.tokenizer
+    )
     precision, why = fast.pick(args.precision, device)
     fast.prepare(model, precision)
     say(

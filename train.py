@@ -150,7 +150,7 @@ def start(args, origins):
             say(f"skipped: {args.run_dir} already holds a run and --if_exists skip was given")
             ranks.code = 0
         else:
-            with run_folder.held(Path(run_dir)) if ranks.main else contextlib.nullcontext():
+            with run_folder.locked(Path(run_dir)) if ranks.main else contextlib.nullcontext():
                 ranks.code, stopped = train(args, origins, ranks, Path(run_dir), source, resuming)
     return ranks.code, stopped
 
@@ -172,7 +172,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     from training import drive, logs, optim, recovery, run_folder
 
     # ---- data ------------------------------------------------------------------------------------
-    logs.check(args)
+    logs.check_sinks(args)
     allocator = machine.start(args.threads)
     device = machine.pick_device(args.device)
     if (
@@ -252,7 +252,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     ]
     if args.fsdp and dtype is torch.float16:
         raise UserError("--fsdp works in bf16 or float32: add --no_amp, or use GPUs with bf16")
-    room = recovery.check(
+    room = recovery.check_memory(
         cfg, args, min(args.batch_size, mine.stop - mine.start), device, ranks.world
     )
     machine.seed_everything(args.seed)
@@ -404,7 +404,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
     micro = min(args.batch_size, mine.stop - mine.start)    # rows per forward that fit into memory
     if args.auto_batch:
         later = 8 * params if fresh else 0  # the optimizer's state comes with the first step
-        micro = recovery.measured(
+        micro = recovery.measure_rows(
             probe, micro, mine.stop - mine.start, args, device, later, optimizer.zero_grad, say
         )
         # all ranks do the same number of forwards, and agree between them
@@ -454,7 +454,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
             with torch.no_grad(), machine.autocast(device, dtype), averaged():
                 score = held_out(model, held, blocks, 0, micro, 1, ranks, stop.piece)
         finally:
-            ranks.fold(model)
+            ranks.reshard(model)
         nats = sum(r["nats"] for r in score.values()) / len(score)
         error = max(r["se"] for r in score.values())
         bpb = bits_per_byte(nats, val.meta)
@@ -496,7 +496,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
         test = recovery.sound if args.compile or ranks.world > 1 else recovery.can_learn
         contexts = (machine.autocast(device, dtype), contextlib.nullcontext())
         sound = any(test(model, held[:rows], blocks[-1], context) for context in contexts)
-        ranks.fold(model)
+        ranks.reshard(model)
         if not sound:
             message = f"step {step} is not saved: its update ruined the weights, held-out text has no finite gradient any more"
             log.write("warn", step=step, message=message)
@@ -571,7 +571,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
           torch.autograd.set_detect_anomaly(args.detect_anomaly)):
         log = logs.Events(
             logs.JsonLines(run_dir / "train.jsonl" if ranks.main else None),
-            logs.opened(args, run_dir, run_id, first_step + 1 if resuming else 0)
+            logs.open_sinks(args, run_dir, run_id, first_step + 1 if resuming else 0)
             if ranks.main
             else [],
         )

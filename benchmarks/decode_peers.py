@@ -40,6 +40,7 @@ import torch
 
 from harness import arguments  # first: it puts the repository on the path
 
+import config
 import model_config
 from benchmarks import peers
 from common import machine
@@ -465,7 +466,7 @@ def agreement(args):
     rows, tokenizer, net = [], None, network("backup", "fp32")
     if args.ckpt:
         import checkpoint
-        net, tokenizer, _ = checkpoint.load_model(args.ckpt, "cpu", "backup")
+        net, tokenizer, _ = checkpoint.load_model(args.ckpt, "cpu", config.check_saved, "backup")
     for length in args.prompts:
         prompt, n = (
             starter_prompts(tokenizer, length) if args.ckpt else random_prompt(length),

@@ -39,6 +39,7 @@ import torch
 from harness import arguments  # first: it puts the repository on the path
 
 import masking
+import config
 import model_config
 from benchmarks import peers
 from common import machine
@@ -441,7 +442,7 @@ def held_out_rows(ckpt, data_dir, count):
     """
     import checkpoint
     import evaluate
-    net, tokenizer, saved = checkpoint.load_model(ckpt, "cpu")
+    net, tokenizer, saved = checkpoint.load_model(ckpt, "cpu", config.check_saved)
     T = saved.config["args"]["seq_len"]
     texts = evaluate.read_documents(
         SimpleNamespace(text=None), data_dir or saved.config["args"]["data_dir"], tokenizer, saved

@@ -310,7 +310,7 @@ def write_samples(path, device):
     import checkpoint
     from sampling.decode import generate
     from sampling.settings import Settings
-    model, tokenizer, saved = checkpoint.load_model(path, device)
+    model, tokenizer, saved = checkpoint.load_model(path, device, config.check_saved)
     never = {model.cfg.mask_id, tokenizer.pad_id, tokenizer.unk_id}
     samples = []
     settings = Settings(**SETTINGS, eos_id=tokenizer.eos_id)

@@ -275,7 +275,7 @@ def test_the_commands_know_it(run, tmp_path, capsys):
 
 @torch.no_grad()
 def test_the_benchmarks_nll_is_the_models(run):
-    net, _, _ = checkpoint.load_model(run, torch.device("cpu"))
+    net, _, _ = checkpoint.load_model(run, torch.device("cpu"), config.check_saved)
     x = some(1, 12)
     z = net.logits(net.hidden_blocks(masking.shifted(x, net.cfg.mask_id), x, 12)).log_softmax(-1)
     by_hand = -float(z[0, 5:].gather(1, x[0, 5:, None]).sum())

@@ -284,7 +284,9 @@ def test_two_ranks_then_one_then_two_sharded_ones_and_a_kill_then_four(runs):
         )
     same(one, run, last.step + 2)
     # what sample does
-    model, _, four = checkpoint.load_model(run / f"step_{last.step + 1:06d}", torch.device("cpu"))
+    model, _, four = checkpoint.load_model(
+        run / f"step_{last.step + 1:06d}", torch.device("cpu"), config.check_saved
+    )
     assert all(torch.equal(t, four.ema[name]) for name, t in model.state_dict().items())
 
 

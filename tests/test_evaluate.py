@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 import checkpoint
 import evaluate
 import masking
+import config
 import model_config
 import train
 from conftest import RUNS, TINY, call
@@ -409,7 +410,7 @@ def test_the_whole_report(here, control, capsys, tmp_path):
     out, unread = tmp_path / "e.json", tmp_path / "unread.txt"
     data, tokenizer = (
         TokenData("data/processed", "train"),
-        checkpoint.load_model(RUNS["primary"], torch.device("cpu"))[1],
+        checkpoint.load_model(RUNS["primary"], torch.device("cpu"), config.check_saved)[1],
     )
     unread.write_text(
         tokenizer.decode(data.tokens[:200].tolist())
@@ -513,7 +514,7 @@ def test_the_control_arm_prints_its_exact_nll(here, control, capsys, tmp_path):
     )
     found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
     assert found["objective"] == "ar" and "NLL" in capsys.readouterr().out
-    net, tokenizer, _ = checkpoint.load_model(control, torch.device("cpu"))
+    net, tokenizer, _ = checkpoint.load_model(control, torch.device("cpu"), config.check_saved)
     total, count = 0.0, 0
     for line in lines.read_text(encoding="utf-8").split("\n\n"):
         ids = [tokenizer.bos_id, *tokenizer.encode(line.strip()), tokenizer.eos_id]

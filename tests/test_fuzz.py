@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from test_train import call, fresh
 
 import checkpoint
+import config
 import conftest
 from common.console import UserError
 from common.files import sealed, to_json
@@ -404,7 +405,7 @@ def test_a_shape_beyond_the_file_takes_no_memory(run, capsys):
             )
         else:
             with pytest.raises(UserError, match="does not fit"):
-                checkpoint.load_model(step, "cpu")
+                checkpoint.load_model(step, "cpu", config.check_saved)
     for forged in (
         {**saved, "model": {**saved["model"], "args": {}}},
         {**saved, "model": []},
@@ -412,7 +413,7 @@ def test_a_shape_beyond_the_file_takes_no_memory(run, capsys):
     ):
         plant(step, "config.json", to_json(forged))
         with pytest.raises(UserError, match="config"):
-            checkpoint.load_model(step, "cpu")
+            checkpoint.load_model(step, "cpu", config.check_saved)
 
 
 def test_a_tokenizer_name_that_no_file_can_have(lab):
@@ -485,7 +486,7 @@ def test_a_manifest_that_never_ends(lab, tmp_path, kind):
     (folder.parent / "latest").write_text("step_000002\n", encoding="utf-8")
     for path in (folder, folder.parent):
         with pytest.raises(UserError, match="MANIFEST.json"):
-            checkpoint.load_model(path, "cpu")
+            checkpoint.load_model(path, "cpu", config.check_saved)
 
 
 def test_a_pointer_and_a_listed_file_that_are_pipes(lab, tmp_path):

@@ -20,7 +20,7 @@ from torch import nn
 import masking
 import model_config
 from common import machine
-from config import ADDED, TrainArgs
+from config import ADDED, TrainArgs, check_saved
 from conftest import log
 from model import build_model
 from training import logs, optim, recovery
@@ -548,7 +548,7 @@ def test_an_older_checkpoint_without_these_flags_resumes(text, tmp_path):
         }
     manifest["config_sha256"] = manifest["files"]["config.json"]["sha256"]
     (folder / "MANIFEST.json").write_bytes(to_json(checkpoint.seal(manifest)))
-    model = checkpoint.load_model(run, torch.device("cpu"))[0]
+    model = checkpoint.load_model(run, torch.device("cpu"), check_saved)[0]
     assert (model.cfg.causal, model.cfg.exits) == (False, False)
     assert call("--resume", folder, "--threads", 1) == 0
     assert weights(run / "step_000003") == before, (

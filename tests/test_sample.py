@@ -193,7 +193,7 @@ def test_promises_of_a_sample(here, capsys, tmp_path, kind, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_ids_of_a_sample(here, kind, mode):
     """No mask, no pad, the promised number; greedy decoding does not depend on the seed."""
-    net, tokenizer, _ = checkpoint.load_model(RUNS[kind], torch.device("cpu"))
+    net, tokenizer, _ = checkpoint.load_model(RUNS[kind], torch.device("cpu"), config.check_saved)
     prompt = [tokenizer.bos_id, *tokenizer.encode("namaste")]
     for length, temperature in ((1, 0.0), (13, 1e-6), (13, 10.0)):
         s = settings.Settings(
@@ -217,7 +217,9 @@ def test_no_half_letter_at_the_end(here, capsys, monkeypatch):
 
     def cut(model, ids, settings, seeds, watch=None, grow=None):
         out = real(model, ids, settings, seeds)
-        tokenizer = checkpoint.load_model(RUNS["primary"], torch.device("cpu"))[1]
+        tokenizer = checkpoint.load_model(
+            RUNS["primary"], torch.device("cpu"), config.check_saved
+        )[1]
         out.full_rows = out.rows = [tokenizer.encode("कल 🚀")[:-1] for _ in out.rows]
         assert tokenizer.decode(out.rows[0]).endswith("\ufffd")
         return out
@@ -565,7 +567,7 @@ def test_nll_is_the_exact_chain_rule(here, kind):
     """Token by token over the cache = the training form with blocks of one; each token is a mask
     when it is scored.
     """
-    net, _, _ = checkpoint.load_model(RUNS[kind], torch.device("cpu"))
+    net, _, _ = checkpoint.load_model(RUNS[kind], torch.device("cpu"), config.check_saved)
     ids = torch.randint(4, net.cfg.vocab_size, (1, 17), generator=torch.Generator().manual_seed(0))
     seen, real = [], net.hidden
     with torch.no_grad():

@@ -238,7 +238,7 @@ def test_what_is_missing_is_told_before_anything_is_loaded(tmp_path, monkeypatch
 def call_raw(words):
     import cli
     import config
-    sinks.check(cli.parse(config.TrainArgs, words, "train")[0])
+    sinks.check_sinks(cli.parse(config.TrainArgs, words, "train")[0])
 
 
 def test_a_missing_tensorboard_is_said_once(tmp_path, monkeypatch, capsys):
@@ -247,12 +247,13 @@ def test_a_missing_tensorboard_is_said_once(tmp_path, monkeypatch, capsys):
     """
     monkeypatch.delenv("ARIA_TENSORBOARD", raising=False)
     monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
-    assert sinks.opened(config.TrainArgs(log_dir=str(tmp_path)), tmp_path / "run", None, 0) == []
+    asked = config.TrainArgs(log_dir=str(tmp_path))
+    assert sinks.open_sinks(asked, tmp_path / "run", None, 0) == []
     told = capsys.readouterr().err
     assert (
         told.count("\n") == 1 and "pip install tensorboard" in told and "--tensorboard off" in told
     )
-    assert sinks.opened(config.TrainArgs(tensorboard="off"), tmp_path / "run", None, 0) == []
+    assert sinks.open_sinks(config.TrainArgs(tensorboard="off"), tmp_path / "run", None, 0) == []
     assert not capsys.readouterr().err
 
 

@@ -226,7 +226,7 @@ class Ranks:
             else contextlib.nullcontext()
         )
 
-    def fold(self, model):
+    def reshard(self, model):
         """After a forward without backward: the gathered copy of the root's weights is stale as
         soon as they change.
         """

@@ -1,7 +1,7 @@
 """Where the events of a run go besides train.jsonl: TensorBoard and Weights & Biases, neither of
 which can stop the training.
 
-    log = sinks.Events(json_lines, sinks.opened(args, run_dir, run_id, first_step))
+    log = logs.Events(json_lines, logs.open_sinks(args, run_dir, run_id, first_step))
     log.write("train", step=1, loss=8.9)              # train.jsonl at once, the others in threads
         of their own
     tensorboard --logdir logs                         # --tensorboard auto: whenever that package is
@@ -204,7 +204,7 @@ class Events:
 
 # ---- what the flags ask for ----------------------------------------------------------------------
 
-def check(args):
+def check_sinks(args):
     """Before anything is loaded: a package or an account that a flag asks for is there, or exit 3.
     """
     if args.tensorboard == "on":
@@ -228,7 +228,7 @@ def wandb_id(args, before):
     return args.wandb_id or before or os.urandom(4).hex() if args.wandb else before
 
 
-def opened(args, run_dir, run_id, step):
+def open_sinks(args, run_dir, run_id, step):
     """The sinks that are asked for. auto: TensorBoard if it is installed and the tests have not
     turned it off.
     """

@@ -138,14 +138,14 @@ def is_oom(error):
     )
 
 
-def fewer(micro, rows):
+def fewer_rows(micro, rows):
     """The most rows per forward that are at most half of micro and divide the step's rows evenly;
     None below one.
     """
     return next((n for n in range(micro // 2, 0, -1) if rows % n == 0), None)
 
 
-def advice(args, micro):
+def memory_advice(args, micro):
     """The runbook's order: seq_len, then batch_size, then d_model or n_layers; each with a value
     that is allowed.
     """
@@ -193,9 +193,9 @@ def backing_off(work, micro, rows, args, undo, say, alone=True):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        less = fewer(micro, rows) if args.auto_batch and alone else None
+        less = fewer_rows(micro, rows) if args.auto_batch and alone else None
         if less is None:
-            raise UserError(f"{advice(args, micro)}\n  ({trouble})", code=1)
+            raise UserError(f"{memory_advice(args, micro)}\n  ({trouble})", code=1)
         say(
             f"notice: out of memory with {micro} x {args.seq_len} tokens per forward: from here on "
             f"{less} rows, {rows // less} "
@@ -204,12 +204,12 @@ def backing_off(work, micro, rows, args, undo, say, alone=True):
         micro = less
 
 
-def there(device):
+def free_memory(device):
     """Bytes that are free for a run; None where nobody says: of a CPU what Linux calls available,
     within a cgroup's limit.
     """
     if device.type == "cuda":
-        return room(device)
+        return usable_memory(device)
     try:
         with open("/proc/meminfo", encoding="ascii") as f:
             free = next(
@@ -226,7 +226,7 @@ def there(device):
     return max(0, free)
 
 
-def needed(cfg, args, micro, world=1):
+def memory_needed(cfg, args, micro, world=1):
     """Bytes, from shapes alone: (weights, gradients and optimizer; the least that micro rows per
     forward keep for backward).
 
@@ -246,12 +246,12 @@ def needed(cfg, args, micro, world=1):
     ) * cfg.rows
 
 
-def check(cfg, args, micro, device, world=1):
+def check_memory(cfg, args, micro, device, world=1):
     """Before anything is built: one line about memory; what cannot fit is a UserError."""
-    kept, least = needed(cfg, args, micro, world)
+    kept, least = memory_needed(cfg, args, micro, world)
     if args.auto_batch:
         least //= micro                                                # it goes down to one row
-    free = there(device)
+    free = free_memory(device)
     if free is not None and kept + least > free:
         raise UserError(
             f"this run cannot fit: {count_params(cfg):,} parameters need {kept / 1e9:,.1f} GB with "
@@ -265,7 +265,7 @@ def check(cfg, args, micro, device, world=1):
     return f"{kept / 1e9:.2f} GB for weights, gradients and optimizer, at least {least / 1e9:.2f} GB for activations{beside}"
 
 
-def room(device):
+def usable_memory(device):
     """Bytes that this process may fill: known on CUDA, elsewhere only found by hitting the limit.
     """
     if device.type != "cuda":
@@ -273,13 +273,13 @@ def room(device):
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def measured(probe, micro, rows, args, device, later, undo, say):
+def measure_rows(probe, micro, rows, args, device, later, undo, say):
     """--auto_batch, before the first step: probe(micro) is a real forward and backward -> the rows
     per forward that fit.
 
     later: bytes that the optimizer will take at its first step and that the probe cannot see.
     """
-    limit = SPARE * room(device)
+    limit = SPARE * usable_memory(device)
 
     def work(micro):
         if device.type == "cuda":

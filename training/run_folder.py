@@ -96,7 +96,7 @@ def choose(args, origins):
 
 
 @contextlib.contextmanager
-def held(run_dir):
+def locked(run_dir):
     """Inside, the folder is there and nobody else writes to it; a run that failed before it began
     leaves no trace.
     """

@@ -198,7 +198,7 @@ def forged(lab, name, data, source="ckpt"):
     put(lab, f"{source}/{name}", data)
     vouched(folder, name)
     try:
-        checkpoint.load_model(folder, "cpu")
+        checkpoint.load_model(folder, "cpu", config.check_saved)
         saved = checkpoint.load(folder, parts=("model", "ema", "optimizer"))
         args, origins = cli.parse(config.TrainArgs, [], "train")
         args, _ = cli.resume_check({"args": checkpoint.section(saved, "args")}, args, origins)
@@ -213,7 +213,7 @@ def forged(lab, name, data, source="ckpt"):
 def raw(lab, name, data):
     put(lab, f"ckpt/{name}", data)
     try:
-        checkpoint.load_model(lab.spot / "ckpt", "cpu")
+        checkpoint.load_model(lab.spot / "ckpt", "cpu", config.check_saved)
     finally:
         put(lab, f"ckpt/{name}", (lab.step / name).read_bytes())
 
