@@ -3,9 +3,7 @@
 They import it before the project's modules.
 """
 import argparse
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -30,13 +28,6 @@ def in_turn(runs, rounds, clock=time.perf_counter, warm_up=True):
             if turn >= 0:
                 taken[name].append(clock() - started)
     return taken
-
-
-def scratch():
-    """A temporary folder, in memory if there is such a thing: for what writes thousands of small
-    files.
-    """
-    return tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
 
 
 def tiny_text(folder):

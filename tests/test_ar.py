@@ -8,20 +8,19 @@ import shutil
 import pytest
 import torch
 from test_train import curve, fresh, weights
+from tiny import tiny_model
 
 import checkpoint
 import cli
 import config
 import edge_benchmark
 import masking
-import model_config
 import sample
 import train
 from common.console import UserError
 from common.flags import to_dict
 from conftest import call
 from evaluation import check_run, estimators, study_report
-from model import build_model
 from sampling import decode
 from sampling.decode import generate
 from sampling.settings import Settings
@@ -32,11 +31,7 @@ AR = ("--model", "backup", "--objective", "ar")
 
 
 def tiny(**changes):
-    torch.manual_seed(0)
-    shape = {**dict(d_model=32, n_layers=2, n_heads=2, d_ff=48), **changes}
-    return build_model(
-        model_config.ModelConfig(model="backup", vocab_size=V, causal=True, **shape)
-    ).eval()
+    return tiny_model("backup", V, causal=True, **changes)
 
 
 def some(rows, length):

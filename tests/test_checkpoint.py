@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save as safetensors_bytes
+from tiny import scratch
 
 import checkpoint as ck
 from common.console import UserError
 from common.files import rename, replace_file, to_json
 from conftest import trap
-from harness import scratch
 from stress.faults import points
 
 PARTS = ("model", "ema", "optimizer")

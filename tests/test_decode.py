@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import TINIER, tiny_model
 from torch import nn
 
-import model_config
 from common.console import UserError
-from model import build_model
 from sampling import unmasking
 from sampling.decode import Canvas, generate, infill
 from sampling.settings import MODES, Settings
@@ -571,24 +570,7 @@ def test_full_depth_is_bit_for_bit_no_early_exit(model):
 
 
 def small(model, seed=3, exits=False):
-    torch.manual_seed(seed)
-    net = build_model(
-        model_config.ModelConfig(
-            model=model,
-            vocab_size=40,
-            d_model=32,
-            n_layers=2,
-            n_heads=2,
-            d_ff=48,
-            memory_slots=4,
-            exits=exits,
-            conv_kernel=7,
-        )
-    ).eval()
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.2 * torch.randn_like(p)
-    return net
+    return tiny_model(model, seed=seed, away=0.2, exits=exits, conv_kernel=7)
 
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
@@ -712,11 +694,7 @@ def test_cached_text_equals_uncached_text(model):
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
 def test_longer_than_any_training_length(model):
-    net = build_model(
-        model_config.ModelConfig(
-            model=model, vocab_size=V, d_model=16, n_layers=1, n_heads=2, d_ff=16, memory_slots=2
-        )
-    ).eval()
+    net = tiny_model(model, V, shape=TINIER, n_layers=1, d_ff=16)
     out = generate(net, [2], Settings(200, 2, mode="block_frozen", block_size=16, eos_id=None), [0])
     assert len(out.rows[0]) == 200 and MASK not in out.rows[0]
 

@@ -19,16 +19,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import TINIER, tiny_model
 
 import checkpoint
 import config
 import masking
-import model_config
 import train
 from common.console import UserError
 from conftest import ROOT, log
 from evaluation import estimators
-from model import build_model
 from training import distributed, recovery
 
 # 12 rows a step: alone 4 + 4 + 4, two ranks 4 + 2 each, four ranks 3 each, so no two ways add up in
@@ -434,12 +433,8 @@ def test_an_evaluation_is_shared(kind, tmp_path):
     """10 held-out rows over 2 and 4 gloo processes: each one knows the figures of one process, for
     1/2 and 3/10 of its work.
     """
-    shape = dict(d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=2, block_size=4)
     kind, causal = ("backup", True) if kind == "ar" else (kind, False)
-    torch.manual_seed(3)
-    net = build_model(
-        model_config.ModelConfig(model=kind, vocab_size=50, causal=causal, **shape)
-    ).eval()
+    net = tiny_model(kind, 50, seed=3, shape=TINIER, block_size=4, causal=causal)
     rows, work, real = torch.randint(4, 50, (10, 16)), [], net.hidden_blocks
     net.hidden_blocks = lambda xt, *more: work.append(len(xt)) or real(xt, *more)
 

@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from tiny import TINIER, tiny_model
 
 import checkpoint
+import config
 import evaluate
 import masking
-import config
-import model_config
 import train
 from conftest import RUNS, TINY, call
 from evaluation import estimators, ngram as judge, sample_quality
 from evaluation.estimators import cut, ratio, windows
-from model import build_model
 from text.dataset import TokenData
 from text.tokenizer import script_of
 
@@ -31,22 +30,10 @@ TEXT = torch.tensor([2, 5, 7, 4, 8, 5])
 
 def tiny(kind, scale=40):
     """Far from uniform, so that the bound depends on which tokens are hidden."""
-    torch.manual_seed(0)
-    net = build_model(
-        model_config.ModelConfig(
-            model=kind,
-            vocab_size=V,
-            d_model=16,
-            n_layers=2,
-            n_heads=2,
-            d_ff=24,
-            memory_slots=3,
-            conv_kernel=3,
-        )
-    )
+    net = tiny_model(kind, V, shape=TINIER, memory_slots=3, conv_kernel=3)
     with torch.no_grad():
         net.head.weight *= scale
-    return net.eval()
+    return net
 
 
 def frozen(net, x, upto, block):

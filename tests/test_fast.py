@@ -3,22 +3,16 @@ silent fallback.
 """
 import pytest
 import torch
+from tiny import tiny_model
 
-import model_config
 from common.console import UserError
-from model import build_model
 from sampling import fast
 from sampling.decode import generate
 from sampling.settings import Settings
 
 
 def net(kind):
-    torch.manual_seed(1)
-    model = build_model(
-        model_config.ModelConfig(
-            model=kind, vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=128, memory_slots=4
-        )
-    ).eval()
+    model = tiny_model(kind, 300, seed=1, d_model=64, n_layers=3, n_heads=4, d_ff=128)
     with torch.no_grad():
         model.head.weight.mul_(5)
     return model

@@ -15,14 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_train import HARD, call, fresh, poison, weights
+from tiny import TINIER, tiny_model
 from torch import nn
 
 import masking
-import model_config
 from common import machine
 from config import ADDED, TrainArgs, check_saved
 from conftest import log
-from model import build_model
 from training import logs, optim, recovery
 
 # ---- loss scaling, on CPU tensors ----------------------------------------------------------------
@@ -286,12 +285,7 @@ def test_a_spike_before_the_first_checkpoint_is_only_logged(text, tmp_path, monk
 
 @pytest.fixture
 def net():
-    torch.manual_seed(0)
-    return build_model(
-        model_config.model_config(
-            TrainArgs(d_model=16, n_layers=2, n_heads=2, d_ff=32, memory_slots=2), vocab_size=60
-        )
-    )
+    return tiny_model("primary", 60, shape=TINIER, d_ff=32).train()
 
 
 def cause(net, autocast=contextlib.nullcontext, loss=math.nan):

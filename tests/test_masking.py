@@ -8,13 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import TINIER, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import masking
 from config import TrainArgs
-from model import build_model
-from model_config import ModelConfig
 
 BASE = dict(
     mask_schedule="linear",
@@ -33,17 +32,7 @@ def flags(**changes):
 
 
 def tiny(model="primary", vocab=11, **changes):
-    torch.manual_seed(0)
-    return build_model(
-        ModelConfig(
-            model=model,
-            vocab_size=vocab,
-            **{
-                **dict(d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=3, conv_kernel=3),
-                **changes,
-            },
-        )
-    )
+    return tiny_model(model, vocab, shape=TINIER, **dict(memory_slots=3, conv_kernel=3) | changes)
 
 
 class Uniform(nn.Module):
@@ -121,7 +110,7 @@ def test_bound_agrees_with_brute_force(model):
     The enumeration uses model(...) and a plain log-softmax; the code under test shares neither with
     it.
     """
-    net, L = tiny(model).eval(), 5
+    net, L = tiny(model), 5
     x0 = torch.tensor([[3, 7, 1, 9, 4]])
     by_count = {k: [] for k in range(1, L + 1)}
     with torch.no_grad():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tiny import TINIER, half_masked as texts, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
@@ -17,26 +18,12 @@ MODELS = ("primary", "backup")
 
 
 def tiny(model, vocab=40, **changes):
-    torch.manual_seed(1)
-    shape = dict(d_model=32, n_layers=3, n_heads=4, d_ff=48, memory_slots=4, conv_kernel=5)
-    net = build_model(
-        model_config.ModelConfig(model=model, vocab_size=vocab, **{**shape, **changes})
-    )
-    with torch.no_grad():
-        for p in net.parameters():  # away from the symmetric start, so that every path matters
-            p += 0.1 * torch.randn_like(p)
-    return net.eval()
+    shape = dict(n_layers=3, n_heads=4, conv_kernel=5)
+    return tiny_model(model, vocab, seed=1, away=0.1, **shape | changes)
 
 
 def edges(length, block, first):
     return list(itertools.pairwise([0, *range(first, length, block), length]))
-
-
-def texts(length, batch=2, vocab=40):
-    g = torch.Generator().manual_seed(length)
-    x0 = torch.randint(1, vocab, (batch, length), generator=g)
-    hidden = torch.rand(batch, length, generator=g) < 0.5
-    return x0, torch.where(hidden, vocab, x0)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -254,16 +241,7 @@ def test_early_exits_see_what_decoding_at_that_depth_sees(model, block):
     gets its gradient.
     """
     torch.manual_seed(0)
-    cfg = model_config.ModelConfig(
-        model=model,
-        vocab_size=40,
-        d_model=32,
-        n_layers=3,
-        n_heads=2,
-        d_ff=48,
-        memory_slots=4,
-        exits=True,
-    )
+    cfg = tiny_config(model, n_layers=3, exits=True)
     net = build_model(cfg)
     assert sum(p.numel() for p in net.parameters()) == model_config.count_params(cfg)
     with torch.no_grad():
@@ -373,19 +351,7 @@ def test_commit_and_hidden_is_commit_then_hidden(block):
     """One pass for a finished block and the first forward of the next: same hidden states, same
     cache, from an empty one too.
     """
-    torch.manual_seed(0)
-    net = build_model(
-        model_config.ModelConfig(
-            model="primary",
-            vocab_size=40,
-            d_model=32,
-            n_layers=3,
-            n_heads=2,
-            d_ff=48,
-            memory_slots=4,
-            conv_kernel=7,
-        )
-    ).eval()
+    net = tiny_model("primary", n_layers=3, conv_kernel=7)
     one, two = net.new_cache(2), net.new_cache(2)
     with torch.no_grad():
         for _ in range(4):
@@ -608,19 +574,7 @@ def test_single_tokens_are_exact_however_slim_a_head_is(d_mem):
     """Heads of one, two and three numbers: training's form of single tokens gives what decoding
     with its cache gives.
     """
-    torch.manual_seed(0)
-    net = build_model(
-        model_config.ModelConfig(
-            model="primary",
-            vocab_size=40,
-            d_model=16,
-            n_layers=2,
-            n_heads=2,
-            d_ff=24,
-            memory_slots=16,
-            d_mem=d_mem,
-        )
-    )
+    net = tiny_model("primary", shape=TINIER, memory_slots=16, d_mem=d_mem)
     x0 = torch.randint(4, 40, (8, 96))
     xt = torch.full_like(x0, net.cfg.mask_id)
     with torch.no_grad():

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch import nn
 
 import checkpoint
-import model_config
 from common.console import UserError
-from model import build_model
 from training import optim
 
 
@@ -154,10 +153,7 @@ def test_groups_by_name():
 
 @pytest.mark.parametrize("name", ["primary", "backup"])
 def test_groups_of_the_real_models(name):
-    cfg = model_config.ModelConfig(
-        model=name, vocab_size=97, d_model=32, n_layers=2, n_heads=4, d_ff=48, memory_slots=4
-    )
-    net = build_model(cfg)
+    net = tiny_model(name, 97, n_heads=4)
     decayed = {n for g in optim.param_groups(net, 0.1) for n in g["names"] if g["weight_decay"]}
     linears = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, nn.Linear)}
     # every Linear, and neither the tied head nor a convolution

@@ -11,24 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_model
 
 import conftest  # noqa: F401  (puts the repository on the path)
 import masking
-import model_config
 from benchmarks import bound_peers, decode_peers, likelihood_peers, peer_models, peers, train_peers
 from evaluation import estimators
-from model import build_model
-
-CFG = model_config.ModelConfig(
-    model="backup", vocab_size=60, d_model=32, n_layers=3, n_heads=4, d_ff=48
-)
 
 
 @pytest.fixture
 def net():
-    torch.manual_seed(1)
     torch.set_grad_enabled(False)
-    yield build_model(CFG).eval()
+    yield tiny_model("backup", 60, seed=1, n_layers=3, n_heads=4)
     torch.set_grad_enabled(True)
 
 
@@ -288,11 +282,7 @@ def test_engines_are_given_exactly_our_logits(kind, net):
     """Both adapters where a token is hidden: the model's own logits, and the very CE that our
     estimators add up.
     """
-    model = build_model(
-        model_config.ModelConfig(
-            model=kind, vocab_size=60, d_model=32, n_layers=2, n_heads=4, d_ff=48
-        )
-    ).eval()
+    model = tiny_model(kind, 60, n_heads=4)
     counted = likelihood_peers.Counted(model)
     hidden = (torch.arange(36).view(3, 12) % 3 == 1) & (torch.arange(12) > 0)
     xt = torch.where(hidden, model.cfg.mask_id, ROWS)

@@ -18,21 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import TINIER, scratch, tiny_config, tiny_model
 
 import checkpoint
 import checkpoint_shards
 from common.console import Damage, UserError
 from common.files import file_sha256, to_json
 from config import TrainArgs
-from harness import scratch
 from model import build_model
-from model_config import ModelConfig
 from training import distributed, optim
 
 # two heads over three and four ranks: some of them hold nothing of a slot's names
-CFG = ModelConfig(
-    model="primary", vocab_size=50, d_model=16, n_layers=2, n_heads=2, d_ff=24, memory_slots=2
-)
+CFG = tiny_config("primary", 50, shape=TINIER)
 SMALL = dict(config={}, tokenizer_bytes=b"pieces")
 
 
@@ -188,7 +185,7 @@ def test_other_numbers_of_ranks_read_it(saved, ram, world, source):
 
 def test_another_model_is_refused_on_every_rank(saved, ram):
     def work(ranks):
-        model = build_model(ModelConfig(**{**vars(CFG), "d_ff": 32}))
+        model = tiny_model("primary", 50, shape=TINIER, d_ff=32)
         try:
             ranks.to_device(
                 model, torch.device("cpu"), None, checkpoint.load(saved, parts=()).files["model"]

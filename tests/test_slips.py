@@ -169,7 +169,11 @@ SLIPS = {
         ("step_000099", "step_000005", "step_000012"),
     ),
     "a pickle": (put("old.pt", pickle.dumps({"a": 1})), "sample old.pt", ("old.pt", "foreign")),
-    "no checkpoint named": (None, "sample", ("--ckpt",)),
+    "no checkpoint named, and no run": (
+        lambda folder: shutil.rmtree(folder / "checkpoints"),
+        "sample",
+        ("--ckpt", "no run under checkpoints/"),
+    ),
     "a result where none can be": (
         put("taken", b"mine"),
         f"edge_benchmark {RUN} --max_new_tokens 2 --runs_per_prompt 1 --out_json taken/b.json",

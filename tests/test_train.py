@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINIER, tiny_model
 
 import config
 import conftest
@@ -1448,11 +1449,7 @@ def test_compile_shows_how_far_it_is_and_names_its_cache(monkeypatch, capsys, br
             return function(*args)
         return step
     monkeypatch.setattr(torch, "compile", compiled)
-    net = models.build_model(
-        model_config.ModelConfig(
-            model="backup", vocab_size=50, d_model=16, n_layers=2, n_heads=2, d_ff=24
-        )
-    )
+    net = tiny_model("backup", 50, shape=TINIER)
     args = config.TrainArgs(seq_len=16, train_block_sizes="T,4", ar_fade=0.0)
     train.compile_step(net, args, (2, 16), torch.device("cpu"))
     said = capsys.readouterr().err

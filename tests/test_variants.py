@@ -11,6 +11,7 @@ import shlex
 import pytest
 import torch
 from safetensors import safe_open
+from tiny import half_masked as texts, moved_away, tiny_config
 
 import model_config
 import run_experiments
@@ -23,16 +24,6 @@ from layers import rotary_table, rotate, unit_rms
 from studies import STUDIES
 
 VOCAB = 40
-SHAPE = dict(
-    model="primary",
-    vocab_size=VOCAB,
-    d_model=32,
-    n_layers=3,
-    n_heads=4,
-    d_ff=48,
-    memory_slots=4,
-    conv_kernel=5,
-)
 STUDY = dict(
     model="primary", vocab_size=4000, d_model=128, n_layers=4, n_heads=4, d_ff=512, memory_slots=8
 )
@@ -40,18 +31,10 @@ STUDY = dict(
 
 def tiny(name, **changes):
     torch.manual_seed(1)
-    net = VARIANTS[name](model_config.ModelConfig(**SHAPE | changes))
-    with torch.no_grad():
-        for p in net.parameters():  # away from the symmetric start, so that every path matters
-            p += 0.1 * torch.randn_like(p)
+    shape = dict(n_layers=3, n_heads=4, conv_kernel=5)
+    net = VARIANTS[name](tiny_config("primary", VOCAB, **shape | changes))
+    moved_away(net, 0.1)
     return net.eval()
-
-
-def texts(length, batch=2):
-    g = torch.Generator().manual_seed(length)
-    x0 = torch.randint(1, VOCAB, (batch, length), generator=g)
-    hidden = torch.rand(batch, length, generator=g) < 0.5
-    return x0, torch.where(hidden, VOCAB, x0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -42,9 +42,10 @@ import train
 from common import console
 from common.console import UserError
 from common.files import read_json
-from harness import ROOT, arguments, scratch, tiny_text
+from harness import ROOT, arguments, tiny_text
 from sampling import decode  # noqa: F401
 from stress.faults import points
+from tiny import scratch
 from training import logs, optim
 
 STEPS, SAVES = 8, 4

@@ -40,11 +40,12 @@ import sample
 import train
 from common.console import UserError
 from common.files import to_json
-from harness import arguments, scratch, tiny_text
+from harness import arguments, tiny_text
 from sampling import settings
 from text.dataset import TokenData, Windows
 from text.documents import read_documents
 from text.tokenizer import Tokenizer, normalise
+from tiny import scratch
 from training import run_folder
 
 COUNTS = {
