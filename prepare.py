@@ -1,37 +1,36 @@
 """Text to token files: train.bin, val.bin and meta.json, and a tokenizer when there is none yet.
 
     python -m prepare --source files --input my_texts/ more.jsonl.gz --data_dir data/processed
-    python -m prepare --source hindi --report report.html  # Hindi and Hinglish from the hub,
-        cleaned (text/hub.py, text/clean.py)
+    python -m prepare --source hindi --report report.html  # Hindi and Hinglish, cleaned
     python -m prepare --source builtin                     # the synthetic starter corpus, offline
 
 text/documents.py says which files are read; "-" is standard input. An existing --tokenizer is
-reused and never overwritten: to train one on the new text, delete it or name another path. Notable:
-three passes in bounded memory (read and clean, train the tokenizer, encode). Everything is written
-aside and renamed at the end: a run that dies leaves the old data whole, and the next one goes on
-where it stopped.
+reused and never overwritten: to train one on the new text, delete it or name another path. The work
+is text/build.py's.
 """
 import shlex
 
 import cli
 import config
-from common import console
-from common.console import check_packages, say
+from common.console import check_packages, printable, say
 
 if __name__ == "__main__":
     # before the heavy imports: --help has to be instant
     cli.answer_help(config.PrepareArgs, "prepare")
     check_packages()
 
-
 from text.build import build
+
+
+def print_line(text):
+    print(printable(text))
 
 
 def main(argv=None):
     args, origins = cli.parse(config.PrepareArgs, argv, "prepare")
     cli.announce(args, origins)
-    build(args, say if args.quiet else lambda text: print(console.printable(text)))
-    print(console.printable(f"next: python -m train --data_dir {shlex.quote(args.data_dir)}"))
+    build(args, say if args.quiet else print_line)
+    print_line(f"next: python -m train --data_dir {shlex.quote(args.data_dir)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,11 @@
-"""From documents to token files, in three passes: read and clean, train the tokenizer, encode."""
+"""From documents to token files, in three passes: read and clean, train the tokenizer, encode.
+
+Used by prepare, train (its starter corpus) and colab_train_eco:
+    build(args, log=print)        # args: config.PrepareArgs; returns the meta.json of args.data_dir
+
+Notable: everything is written aside, in a work folder inside the data folder, and renamed at the
+end. A run that dies leaves the old data whole, and the next one goes on where it stopped.
+"""
 import contextlib
 import dataclasses
 import hashlib
@@ -24,17 +31,17 @@ from text.starter import grammar
 from text.tokenizer import NORMALISER, SAMPLE_BYTES, SCRIPTS, Tokenizer, normalise, train_tokenizer
 
 SPLITS = ("train", "val")
-
-
 SYNC_BYTES = 64_000_000                    # text between two states on the disk while encoding
+FEW_DOCS = 1000                            # fewer are worth a warning
 
-
-WORK = ".aria_prepare"                     # folder inside the data folder for what is not finished
-
-
+# The folder inside the data folder for what is not finished, and the files in it: nothing else is
+# ever removed from there.
+WORK = ".aria_prepare"
 WORK_FILES = ("stdin.txt", "spool.bin", "spool.json", "encode.json", "train.bin", "val.bin",
-              "meta.json")                 # in it; nothing else is ever removed from there
+              "meta.json")
 
+
+# ---- pass 1: read and clean ----------------------------------------------------------------------
 
 def documents_of(args, source, path, log):
     """(text as it stands there, kind of text it should be) of one source."""
@@ -43,61 +50,76 @@ def documents_of(args, source, path, log):
             "notice: the starter corpus is synthetic, made by a small grammar: for trying things "
             "out, no more"
         )
-        return (
-            (text, "any") for _, text in grammar.starter_documents(args.seed, args.hinglish_ratio)
-        )
-    return ((text, source.get("kind", "any")) for text in read_documents(path, log))
+        for _, text in grammar.starter_documents(args.seed, args.hinglish_ratio):
+            yield text, "any"
+    else:
+        kind = source.get("kind", "any")
+        for text in read_documents(path, log):
+            yield text, kind
 
 
 def read(args, spool, sources, paths, log):
     """Pass 1: all sources into the spool, normalised and cleaned, up to the limits."""
     cleaner = Cleaner() if args.wants("clean") else None
+    given = ", ".join(map(str, args.input)) or args.source
     spool.begin()
     try:
         with tqdm(unit=" docs", desc="read", disable=None) as bar:
             for source, path in zip(sources, paths, strict=True):
-                docs, size = spool.docs.total(), spool.bytes
-                for text, kind in documents_of(args, source, path, log):
-                    text = normalise(text).strip()
-                    if not spool.add(cleaner(text, kind) if cleaner and text else text):
-                        break
-                    bar.update()
-                source |= dict(documents=spool.docs.total() - docs, bytes=spool.bytes - size)
-        if not spool.bytes:
-            why = (
-                "the cleaning rules dropped every document; --no_clean keeps them"
-                if cleaner
-                else "every document is empty"
-            )
-            raise UserError(f"no text in {', '.join(map(str, args.input)) or args.source}: {why}")
-        if spool.full and args.source != "builtin":
-            log(
-                f"notice: stopped at the limit, {spool.docs.total():,} documents and "
-                f"{spool.chars:,} characters; raise "
-                "--max_docs or --max_chars to read everything"
-            )
-        if spool.docs.total() < 1000:
-            log(f"WARNING: only {spool.docs.total()} documents; a model learns so few by heart")
+                read_source(args, spool, cleaner, source, path, bar, log)
+        check_amount(args, spool, cleaner, given, log)
         if cleaner:
             for line in cleaner.table():
                 log(line)
+
         spool.extra = dict(sources=sources, cleaning=cleaner.counts() if cleaner else None)
         spool.close(args.wants("romanise"), log)
         if args.report and cleaner:
             scripts = {script: spool.docs[i] for i, script in enumerate(SCRIPTS) if spool.docs[i]}
-            cleaner.write_html(
-                args.report,
-                f"What cleaning did to {', '.join(map(str, args.input)) or args.source}",
-                scripts,
-            )
+            cleaner.write_html(args.report, f"What cleaning did to {given}", scripts)
             log(f"report: {args.report}")
     finally:
         spool.file.close()
 
 
+def read_source(args, spool, cleaner, source, path, bar, log):
+    """One source into the spool; how much came of it is noted in `source`."""
+    docs_before = spool.docs.total()
+    bytes_before = spool.bytes
+    for text, kind in documents_of(args, source, path, log):
+        text = normalise(text).strip()
+        if cleaner and text:
+            text = cleaner(text, kind)
+        if not spool.add(text):
+            break
+        bar.update()
+    source["documents"] = spool.docs.total() - docs_before
+    source["bytes"] = spool.bytes - bytes_before
+
+
+def check_amount(args, spool, cleaner, given, log):
+    """Dies without any text; says when a limit was reached and when there is little."""
+    if not spool.bytes:
+        why = "every document is empty"
+        if cleaner:
+            why = "the cleaning rules dropped every document; --no_clean keeps them"
+        raise UserError(f"no text in {given}: {why}")
+    if spool.full and args.source != "builtin":
+        log(
+            f"notice: stopped at the limit, {spool.docs.total():,} documents and "
+            f"{spool.chars:,} characters; raise "
+            "--max_docs or --max_chars to read everything"
+        )
+    if spool.docs.total() < FEW_DOCS:
+        log(f"WARNING: only {spool.docs.total()} documents; a model learns so few by heart")
+
+
+# ---- pass 2: the tokenizer -----------------------------------------------------------------------
+
 def get_tokenizer(args, spool, log):
     """Pass 2, unless there is one."""
-    path, asked = Path(args.tokenizer), args.tokenizer_vocab
+    path = Path(args.tokenizer)
+    asked = args.tokenizer_vocab
     if not path.exists():
         log(
             f"tokenizer: training on {min(spool.bytes, SAMPLE_BYTES) / 1e6:.1f} MB of the training "
@@ -122,6 +144,17 @@ def get_tokenizer(args, spool, log):
     return tok
 
 
+# ---- pass 3: encode ------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Encoded:
+    """What pass 3 has written so far; each list holds train's first, then val's."""
+    place: int                             # in the spool: where it goes on
+    sizes: list                            # bytes of the token files
+    hashes: list                           # their sha256 objects, which go on, too
+    count: Counter                         # (split, script, what) -> number; split 0 train, 1 val
+
+
 def encode(folder, spool, tok, log):
     """Pass 3: ids aside, in the work folder; -> (Counter of (split, script, what), both files'
     sha256).
@@ -129,78 +162,110 @@ def encode(folder, spool, tok, log):
     encode.json says how far both files are good and where the spool goes on: a run that was killed
     continues there.
     """
-    dtype, count, start, sizes = dataset.token_dtype(tok.vocab_size), Counter(), 0, [0, 0]
     progress = folder / "encode.json"
     marks = {"spool": [spool.digest, spool.written], "tokenizer": tok.sha256}
     paths = [folder / f"{split}.bin" for split in SPLITS]
-    written = [hashlib.sha256(), hashlib.sha256()]
-    with contextlib.suppress(UserError, OSError):
-        saved = read_json(progress)
-        if seal_holds(saved) and all(saved[key] == marks[key] for key in marks):
-            found = list(map(hash_of_start, paths, saved["sizes"]))
-            whole = [digest.hexdigest() for digest in found] == saved["sha256"]
-        else:
-            whole = False
-        if whole:
-            start, sizes, written = saved["start"], saved["sizes"], found
-            count = Counter(
-                {(int(val), script, what): n for val, script, what, n in saved["count"]}
-            )
-            log(
-                "continuing the run that was broken off, at "
-                f"{100 * start / spool.path.stat().st_size:.0f} % of the text"
-            )
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(path, "r+b" if start else "wb")) for path in paths]
-        for f, size in zip(files, sizes, strict=True):
-            f.truncate(size)
-            f.seek(size)
-        bar = stack.enter_context(
-            tqdm(
-                total=spool.path.stat().st_size,
-                initial=start,
-                unit="B",
-                unit_scale=True,
-                desc="encode",
-                disable=None,
-            )
+    whole = spool.path.stat().st_size
+    done = encoded_before(progress, paths, marks)
+    if done:
+        log(
+            f"continuing the run that was broken off, at {100 * done.place / whole:.0f} % of the "
+            "text"
         )
-        safe = start
-        for batch in spool.batches(start):
-            ids = tok.encode_many([text for *_, text in batch], normalised=True)
-            for (_, val, script, _, text), doc in zip(batch, ids, strict=True):
-                row = np.empty(len(doc) + 2, dtype)
-                row[0], row[1:-1], row[-1] = tok.bos_id, doc, tok.eos_id
-                files[val].write(row)
-                written[val].update(row)
-                for what, n in (("docs", 1), ("tokens", len(row)), ("bytes", len(text.encode()))):
-                    # of normalised text, which is what decoding gives
-                    count[val, script, what] += n
-            place = batch[-1][0]
-            bar.update(place - bar.n)
-            if place - safe >= SYNC_BYTES:
-                safe = place
-                for f in files:
-                    f.flush()
-                    os.fsync(f.fileno())
-                state = dict(start=place, sizes=[f.tell() for f in files],
-                             sha256=[digest.hexdigest() for digest in written],
-                             count=[[*key, n] for key, n in count.items()])
-                write_json(progress, sealed(marks | state))
-        for f in files:
-            f.flush()
-            os.fsync(f.fileno())
-    return count, [digest.hexdigest() for digest in written]
+    else:
+        done = Encoded(0, [0, 0], [hashlib.sha256(), hashlib.sha256()], Counter())
+
+    with contextlib.ExitStack() as stack:
+        mode = "r+b" if done.place else "wb"
+        files = [stack.enter_context(open(path, mode)) for path in paths]
+        for file, size in zip(files, done.sizes, strict=True):
+            file.truncate(size)
+            file.seek(size)
+        bar = tqdm(
+            total=whole, initial=done.place, unit="B", unit_scale=True, desc="encode", disable=None
+        )
+        stack.enter_context(bar)
+        synced = done.place
+        for batch in spool.batches(done.place):
+            write_batch(batch, tok, files, done)
+            bar.update(done.place - bar.n)
+            if done.place - synced >= SYNC_BYTES:
+                synced = done.place
+                sync_files(files)
+                save_progress(progress, marks, done)
+        sync_files(files)
+    return done.count, [digest.hexdigest() for digest in done.hashes]
+
+
+def write_batch(batch, tok, files, done):
+    """The ids of these records into the files; `done` follows."""
+    dtype = dataset.token_dtype(tok.vocab_size)
+    texts = [text for *_, text in batch]
+    ids_of_texts = tok.encode_many(texts, normalised=True)
+    for record, ids in zip(batch, ids_of_texts, strict=True):
+        place, split, script, _, text = record
+        row = np.empty(len(ids) + 2, dtype)
+        row[0] = tok.bos_id
+        row[1:-1] = ids
+        row[-1] = tok.eos_id
+        files[split].write(row)
+        done.place = place
+        done.sizes[split] += row.nbytes
+        done.hashes[split].update(row)
+        done.count[split, script, "docs"] += 1
+        done.count[split, script, "tokens"] += len(row)
+        # of normalised text, which is what decoding gives
+        done.count[split, script, "bytes"] += len(text.encode())
+
+
+def sync_files(files):
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_progress(path, marks, done):
+    """encode.json, after the files are on the disk: it never says more than they hold."""
+    state = dict(
+        start=done.place,
+        sizes=done.sizes,
+        sha256=[digest.hexdigest() for digest in done.hashes],
+        count=[[*key, number] for key, number in done.count.items()],
+    )
+    write_json(path, sealed(marks | state))
+
+
+def encoded_before(progress, paths, marks):
+    """What a killed run has encoded of the same text with the same tokenizer; None if nothing, or
+    if the files are not what it wrote.
+    """
+    try:
+        saved = read_json(progress)
+        if not seal_holds(saved) or any(saved[key] != marks[key] for key in marks):
+            return None
+        hashes = [
+            hash_of_start(path, size) for path, size in zip(paths, saved["sizes"], strict=True)
+        ]
+    except (UserError, OSError):
+        return None
+    if [digest.hexdigest() for digest in hashes] != saved["sha256"]:
+        return None
+    count = Counter()
+    for split, script, what, number in saved["count"]:
+        count[int(split), script, what] = number
+    return Encoded(saved["start"], saved["sizes"], hashes, count)
 
 
 def hash_of_start(path, size):
     """The sha256 object after so many bytes of a file, or after all of a shorter one."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        for at in range(0, size, 1 << 20):
-            digest.update(f.read(min(1 << 20, size - at)))
+    with open(path, "rb") as file:
+        for start in range(0, size, 1 << 20):
+            digest.update(file.read(min(1 << 20, size - start)))
     return digest
 
+
+# ---- what is published ---------------------------------------------------------------------------
 
 def flags_of(args):
     """The flags that make this text again, as typed; --data_dir is left out, as a folder may move.
@@ -212,7 +277,8 @@ def flags_of(args):
         value = getattr(args, name)
         if name == "source" or value != defaults[name]:
             parts = value if isinstance(value, tuple) else [value]
-            words += [f"--{name}", *(shlex.quote(printable(part)) for part in parts)]
+            words.append(f"--{name}")
+            words += [shlex.quote(printable(part)) for part in parts]
     return " ".join(words)
 
 
@@ -223,12 +289,8 @@ def printable(path):
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
-def publish(args, work, spool, tok, digest, count, hashes, log):
-    """Rename what is ready. meta.json goes first and comes last: without it nothing here is
-    trusted.
-    """
-    folder = work.parent
-    dtype = dataset.token_dtype(tok.vocab_size)
+def make_meta(args, spool, tok, digest, count, hashes):
+    """What meta.json says of the token files."""
     meta = dict(
         version=dataset.VERSION,
         vocab_size=tok.vocab_size,
@@ -237,7 +299,7 @@ def publish(args, work, spool, tok, digest, count, hashes, log):
         unk_id=tok.unk_id,
         bos_id=tok.bos_id,
         eos_id=tok.eos_id,
-        dtype=dtype.name,
+        dtype=dataset.token_dtype(tok.vocab_size).name,
         tokenizer=str(args.tokenizer),
         tokenizer_sha256=tok.sha256,
         normaliser=NORMALISER,
@@ -250,58 +312,82 @@ def publish(args, work, spool, tok, digest, count, hashes, log):
         romanised_share=round(spool.romanised, 4),
         flags=flags_of(args),
     )
-    for val, split in enumerate(SPLITS):
+    for number, split in enumerate(SPLITS):
         for what in ("tokens", "docs", "bytes"):
-            meta[f"{split}_{what}"] = sum(count[val, script, what] for script in SCRIPTS)
-        meta[f"{split}_sha256"] = hashes[val]
-        meta["scripts"][split] = {script: count[val, script, "docs"] for script in SCRIPTS}
+            meta[f"{split}_{what}"] = sum(count[number, script, what] for script in SCRIPTS)
+        meta[f"{split}_sha256"] = hashes[number]
+        meta["scripts"][split] = {script: count[number, script, "docs"] for script in SCRIPTS}
+    return meta
+
+
+def publish(args, work, meta, count, log):
+    """Rename what is ready. meta.json goes first and comes last: without it nothing here is
+    trusted.
+    """
+    folder = work.parent
     write_json(work / "meta.json", sealed(meta))
     (folder / "meta.json").unlink(missing_ok=True)
     for name in ("train.bin", "val.bin", "meta.json"):
         rename(work / name, folder / name)
+
     for script in SCRIPTS:
-        docs, n, size = (
-            [count[val, script, what] for val in (0, 1)] for what in ("docs", "tokens", "bytes")
-        )
-        if sum(docs):
-            log(f"{script:>10}: {docs[0]:,} documents for training, {docs[1]:,} for validation, "
-                f"{sum(size) / sum(n):.2f} bytes/token")
+        train_docs = count[0, script, "docs"]
+        val_docs = count[1, script, "docs"]
+        if train_docs or val_docs:
+            tokens = count[0, script, "tokens"] + count[1, script, "tokens"]
+            size = count[0, script, "bytes"] + count[1, script, "bytes"]
+            log(
+                f"{script:>10}: {train_docs:,} documents for training, {val_docs:,} for "
+                f"validation, {size / tokens:.2f} bytes/token"
+            )
     log(
         f"{folder} ({args.source}): {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
         "validation tokens, "
-        f"{tok.vocab_size:,} pieces from {args.tokenizer}"
+        f"{meta['vocab_size']:,} pieces from {args.tokenizer}"
     )
 
+
+# ---- the sources, and whether anything has to be done --------------------------------------------
 
 def find_sources(args, folder, log):
     """(what meta.json says of each source, their files, the sha256 of everything that decides what
     comes out).
     """
-    flags = "source tokenizer_vocab model_type val_doc_frac max_docs max_chars seed".split()
-    settings = {flag: getattr(args, flag) for flag in flags} | {
-        "version": dataset.VERSION,
-        "normaliser": NORMALISER,
-    }
-    settings |= {"clean": args.wants("clean") and RULES, "romanise": args.wants("romanise")}
+    settings = {"version": dataset.VERSION, "normaliser": NORMALISER}
+    for name in ("source", "tokenizer_vocab", "model_type", "val_doc_frac", "max_docs", "max_chars",
+                 "seed"):
+        settings[name] = getattr(args, name)
+    settings["clean"] = args.wants("clean") and RULES
+    settings["romanise"] = args.wants("romanise")
     if args.source == "builtin" or settings["romanise"]:
         settings["hinglish_ratio"] = args.hinglish_ratio
+
     if args.source == "builtin":
-        sources, paths = [grammar.describe()], [None]
+        sources = [grammar.describe()]
+        paths = [None]
         settings["corpus"] = sources[0]["version"]
     else:
-        if args.source == "files":
-            files = find_files(stdin_to_file(args.input, folder / WORK), log)
-            found = [(path, dict(name=printable(path), licence=None)) for path in files]
-        else:  # more than the budget, because cleaning takes some of it
-            found = hub.download(
-                args.source, Path(args.raw_dir), args.hinglish_ratio, int(1.2 * args.max_chars), log
-            )
-        paths = [path for path, _ in found]
-        sources = [record | {"sha256": dataset.file_sha256(path)} for path, record in found]
-        settings["files"] = [
-            [kind_of(path), s["sha256"]] for path, s in zip(paths, sources, strict=True)
-        ]
+        sources = []
+        paths = []
+        settings["files"] = []
+        for path, record in source_files(args, folder, log):
+            digest = dataset.file_sha256(path)
+            paths.append(path)
+            sources.append(record | {"sha256": digest})
+            settings["files"].append([kind_of(path), digest])
     return sources, paths, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def source_files(args, folder, log):
+    """[(file, what meta.json says of it)]: the input, or what the hub gives."""
+    if args.source == "files":
+        inputs = stdin_to_file(args.input, folder / WORK)
+        return [
+            (path, dict(name=printable(path), licence=None)) for path in find_files(inputs, log)
+        ]
+    # more than the budget, because cleaning takes some of it
+    chars = int(1.2 * args.max_chars)
+    return hub.download(args.source, Path(args.raw_dir), args.hinglish_ratio, chars, log)
 
 
 def stdin_to_file(inputs, folder):
@@ -311,8 +397,8 @@ def stdin_to_file(inputs, folder):
     if "-" not in map(str, inputs):
         return inputs
     path = folder / "stdin.txt"
-    with open(path, "wb") as f:
-        shutil.copyfileobj(sys.stdin.buffer, f)
+    with open(path, "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
     return [path if str(name) == "-" else name for name in inputs]
 
 
@@ -321,14 +407,14 @@ def is_current(args, digest, log):
     if args.force or not Path(args.data_dir, "meta.json").exists():
         return False
     try:
-        meta = [dataset.TokenData(args.data_dir, split).meta for split in SPLITS][0]
+        opened = [dataset.TokenData(args.data_dir, split) for split in SPLITS]
+        meta = opened[0].meta
         if "seal" not in meta:
             log(f"{args.data_dir} was made by an older version, which did not seal meta.json: "
                 "building it again")
             return False
-        if meta["settings_sha256"] == digest and meta["tokenizer_sha256"] == dataset.file_sha256(
-            args.tokenizer
-        ):
+        same_settings = meta["settings_sha256"] == digest
+        if same_settings and meta["tokenizer_sha256"] == dataset.file_sha256(args.tokenizer):
             log(
                 f"already there: {args.data_dir}, made with these settings "
                 f"({meta['train_tokens']:,} training tokens); "
@@ -395,7 +481,9 @@ def build(args, log=print):
                 if not spool.restore(log):
                     read(args, spool, sources, paths, log)
                 tok = get_tokenizer(args, spool, log)
-                publish(args, work, spool, tok, digest, *encode(work, spool, tok, log), log)
+                count, hashes = encode(work, spool, tok, log)
+                meta = make_meta(args, spool, tok, digest, count, hashes)
+                publish(args, work, meta, count, log)
     except OSError as error:
         raise UserError(f"cannot build {folder}: {error}", code=1) from None
     return read_json(folder / "meta.json")

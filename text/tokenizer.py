@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from common.console import UserError
@@ -22,13 +23,14 @@ from common.files import json_text, replace_file
 NORMALISER = "v1"          # any change of the rules below needs a new version
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 SCRIPTS = ("devanagari", "latin", "mixed", "other")
-# and leads of U+00C0..027F
-_LATIN = bytes(b for b in range(128) if chr(b).isalpha()) + bytes(range(0xc3, 0xca))
+_ASCII = bytes(range(128))
+# ASCII letters and the first bytes of U+00C0..027F
+_LATIN = bytes(byte for byte in _ASCII if chr(byte).isalpha()) + bytes(range(0xc3, 0xca))
 
-# ---- normaliser: CRLF, lone surrogates, NBSP, U+2581; dropped: C0 controls but \n \t, bidi
-# embeddings and overrides,
-# BOM, U+FFFE; then NFC, joiners, NFC. NFC moves marks across a virama, hence on both sides of the
-# joiner rule.
+# ---- normaliser ----------------------------------------------------------------------------------
+# Replaced: CRLF, lone surrogates, NBSP, U+2581. Dropped: C0 controls but \n and \t, bidi embeddings
+# and overrides, BOM, U+FFFE. Then NFC, joiners, NFC: NFC moves marks across a virama, hence it
+# stands on both sides of the joiner rule.
 _FIX = re.compile("\r\n|[\ud800-\udfff\u00a0\u2581\x00-\x08\x0b-\x1f\u202a-\u202e\ufeff\ufffe]")
 _JOINERS = re.compile("[\u200c\u200d]+")
 _LETTER = re.compile("[\u0904-\u0939\u0958-\u0961\u0972-\u097f]")
@@ -45,16 +47,22 @@ def _joiner(match):
     """Keep one joiner of a run: after a virama between Devanagari letters, or ZWJ between two
     emoji.
     """
-    before, after = (
-        match.string[max(match.start() - 3, 0) : match.start()],
-        match.string[match.end() : match.end() + 1],
-    )
+    text = match.string
+    before = text[max(match.start() - 3, 0) : match.start()]
+    after = text[match.end() : match.end() + 1]
+
+    # letter (+ nukta) + virama + joiner + letter
     if before[-1:] == "\u094d":
-        # letter (+ nukta) + virama + joiner + letter
         letter = before[:-1].removesuffix("\u093c")[-1:]
-        return match[0][0] if _LETTER.match(letter) and _LETTER.match(after) else ""
-    base = before.removesuffix("\ufe0f")[-1:]  # emoji (+ variation selector) + ZWJ + emoji
-    return "\u200d" if "\u200d" in match[0] and _EMOJI.match(base) and _EMOJI.match(after) else ""
+        if _LETTER.match(letter) and _LETTER.match(after):
+            return match[0][0]
+        return ""
+
+    # emoji (+ variation selector) + ZWJ + emoji
+    base = before.removesuffix("\ufe0f")[-1:]
+    if "\u200d" in match[0] and _EMOJI.match(base) and _EMOJI.match(after):
+        return "\u200d"
+    return ""
 
 
 def normalise(text):
@@ -70,19 +78,27 @@ def script_of(text):
     that is fast.
     """
     raw = text.encode("utf-8", "replace")
-    deva = raw.count(b"\xe0\xa4") + raw.count(b"\xe0\xa5")  # U+0900..097F
-    latin, ascii_chars = (
-        len(raw) - len(raw.translate(None, some)) for some in (_LATIN, bytes(range(128)))
-    )
-    if deva + latin <= len(text) - ascii_chars - deva:
-        return "other"
-    share = deva / (deva + latin)
-    return "devanagari" if share >= 0.7 else "latin" if share <= 0.3 else "mixed"
+    devanagari = raw.count(b"\xe0\xa4") + raw.count(b"\xe0\xa5")     # U+0900..097F
+    latin = len(raw) - len(raw.translate(None, _LATIN))
+    ascii_chars = len(raw) - len(raw.translate(None, _ASCII))
 
-# ---- training
+    letters = devanagari + latin
+    elsewhere = len(text) - ascii_chars - devanagari
+    if letters <= elsewhere:
+        return "other"
+    share = devanagari / letters
+    if share >= 0.7:
+        return "devanagari"
+    if share <= 0.3:
+        return "latin"
+    return "mixed"
+
+
+# ---- training ------------------------------------------------------------------------------------
 LINE_BYTES = 4192  # SentencePiece skips longer lines: 69 % of our Hindi, if whole documents go in
 # text that the trainer sees at most; the caller spreads it over the corpus
 SAMPLE_BYTES = 32_000_000
+MEASURED_DOCS, MEASURED_CHARS = 300, 5000      # of each script, for the report
 _SENTENCE = re.compile("[^।॥?!.\n]+[।॥?!.\n]*|[।॥?!.\n]+")
 
 
@@ -90,33 +106,43 @@ def opens_cluster(text, i):
     """Whether a letter as people see it (a syllable, an emoji) begins at i: no mark, no joiner, not
     after a virama.
     """
-    return not (
-        unicodedata.category(text[i])[0] == "M"
-        or text[i] in "\u200c\u200d"
-        or text[i - 1 : i] == "\u200d"
-        or i
-        and unicodedata.combining(text[i - 1]) == 9
-        or "\U0001f3fb" <= text[i] <= "\U0001f3ff"
-    )
+    letter = text[i]
+    before = text[i - 1 : i]                   # empty at the beginning of the text
+    if unicodedata.category(letter)[0] == "M" or letter in "\u200c\u200d":
+        return False
+    if before == "\u200d":
+        return False
+    if before and unicodedata.combining(before) == 9:       # a virama
+        return False
+    return not "\U0001f3fb" <= letter <= "\U0001f3ff"       # a skin tone
 
 
 def sentences(text):
     """Cut at danda ? ! . and newline, keeping every character; what is still too long is cut
     between clusters.
     """
-    for start, end in (match.span() for match in _SENTENCE.finditer(text)):
+    for match in _SENTENCE.finditer(text):
+        start, end = match.span()
         while end - start > LINE_BYTES // 4:
-            steps = range(start + LINE_BYTES // 4, start + LINE_BYTES // 8, -1)
-            cut = (next((i for i in steps if text[i] == " "), None)
-                   or next((i for i in steps if opens_cluster(text, i)), steps[0]))
+            cut = place_to_cut(text, start)
             yield text[start:cut]
             start = cut
         yield text[start:end]
 
 
-def train_tokenizer(
-    documents, path, vocab_size, model_type, corpus_bytes=0, log=print
-):
+def place_to_cut(text, start):
+    """Where a line that begins at `start` is cut: at the last space, else between two clusters."""
+    steps = range(start + LINE_BYTES // 4, start + LINE_BYTES // 8, -1)
+    for i in steps:
+        if text[i] == " ":
+            return i
+    for i in steps:
+        if opens_cluster(text, i):
+            return i
+    return steps[0]
+
+
+def train_tokenizer(documents, path, vocab_size, model_type, corpus_bytes=0, log=print):
     """Train on the documents (SAMPLE_BYTES at most), write `path` and a report .json beside it;
     return the Tokenizer.
 
@@ -124,64 +150,14 @@ def train_tokenizer(
     vocab_size counts base pieces (no mask); 0 picks it by corpus_bytes. A text too small for it
     gives the largest vocabulary possible, with a notice. Same documents, same bytes.
     """
-    lines, size, evidence = [], 0, {script: [] for script in SCRIPTS}
-    for text in map(normalise, documents):
-        if len(kept := evidence[script_of(text)]) < 300:
-            kept.append(text[:5000])
-        # the trainer skips lines with its own U+2585
-        for line in sentences(text.replace("\u2585", " ")):
-            if (size := size + len(line.encode())) > SAMPLE_BYTES:
-                break
-            lines.append(line)
-        if size > SAMPLE_BYTES:
-            break
+    lines, size, evidence = lines_to_train_on(documents)
     if not any(map(str.strip, lines)):
         raise UserError("no text to train a tokenizer on; check --input")
-    size = max(size, corpus_bytes)
-    # docs/results.md, vocabulary: 23 MB are better off with 16,000 pieces than with 8,000
-    asked = vocab_size or (
-        2000 if size < 1e6 else 4000 if size < 1e7 else 8000 if size < 2e7 else 16000
-    )
-    settings = dict(
-        model_type=model_type,
-        normalization_rule_name="identity",
-        byte_fallback=True,
-        split_digits=True,
-        user_defined_symbols=["\n"],
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        pad_id=PAD,
-        unk_id=UNK,
-        bos_id=BOS,
-        eos_id=EOS,
-        max_sentence_length=LINE_BYTES,
-        required_chars="\u2581",  # else a text without spaces cannot spell one
-        # a fixed number: unigram sums depend on it
-        hard_vocab_limit=False,
-        num_threads=4,
-    )
-    model = io.BytesIO()
-    while not model.getvalue():
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
-                model_writer=model,
-                vocab_size=asked,
-                minloglevel=2,
-                **settings,
-            )
-        except RuntimeError as error:
-            letters = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
-            if not letters or vocab_size:
-                raise UserError(
-                    f"--tokenizer_vocab {asked} is too small: bytes and single letters of this "
-                    "text take "
-                    f"{letters[1]}"
-                    if letters
-                    else f"no vocabulary from this text: {error}"
-                ) from None
-            asked = int(letters[1]) + asked  # automatic size: make room for the letters
-    tok = Tokenizer(model.getvalue())
+    settings = trainer_settings(model_type)
+    asked = vocab_size or vocab_size_for(max(size, corpus_bytes))
+    model, asked = train_model(lines, asked, settings, may_grow=not vocab_size)
+
+    tok = Tokenizer(model)
     if tok.vocab_size < asked:
         log(
             f"notice: this text supports {tok.vocab_size} pieces, not {asked}; the vocabulary is "
@@ -214,9 +190,87 @@ def train_tokenizer(
     return tok
 
 
-# ---- the tokenizer
+def lines_to_train_on(documents):
+    """-> (lines for the trainer, their bytes, {script: beginnings of documents to measure on})."""
+    lines = []
+    size = 0
+    evidence = {script: [] for script in SCRIPTS}
+    for text in map(normalise, documents):
+        measured = evidence[script_of(text)]
+        if len(measured) < MEASURED_DOCS:
+            measured.append(text[:MEASURED_CHARS])
+        # the trainer skips lines with its own U+2585
+        for line in sentences(text.replace("\u2585", " ")):
+            size += len(line.encode())
+            if size > SAMPLE_BYTES:
+                return lines, size, evidence
+            lines.append(line)
+    return lines, size, evidence
+
+
+def trainer_settings(model_type):
+    """Of SentencePiece: an identity model with byte fallback, whose ids 0 to 3 are ours."""
+    return dict(
+        model_type=model_type,
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        split_digits=True,
+        user_defined_symbols=["\n"],
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        pad_id=PAD,
+        unk_id=UNK,
+        bos_id=BOS,
+        eos_id=EOS,
+        max_sentence_length=LINE_BYTES,
+        required_chars="\u2581",        # else a text without spaces cannot spell one
+        hard_vocab_limit=False,
+        num_threads=4,                  # a fixed number: unigram sums depend on it
+    )
+
+
+def vocab_size_for(corpus_bytes):
+    """docs/results.md, vocabulary: 23 MB are better off with 16,000 pieces than with 8,000."""
+    for below, vocab_size in ((1e6, 2000), (1e7, 4000), (2e7, 8000)):
+        if corpus_bytes < below:
+            return vocab_size
+    return 16000
+
+
+def train_model(lines, asked, settings, may_grow):
+    """-> (bytes of a model of these lines, pieces asked for). may_grow: ask for more where the
+    letters of the text do not fit; else that is an error.
+    """
+    model = io.BytesIO()
+    while not model.getvalue():
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=model,
+                vocab_size=asked,
+                minloglevel=2,
+                **settings,
+            )
+        except RuntimeError as error:
+            letters = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+            if not letters:
+                raise UserError(f"no vocabulary from this text: {error}") from None
+            if not may_grow:
+                raise UserError(
+                    f"--tokenizer_vocab {asked} is too small: bytes and single letters of this "
+                    f"text take {letters[1]}"
+                ) from None
+            asked += int(letters[1])
+    return model.getvalue(), asked
+
+
+# ---- the tokenizer -------------------------------------------------------------------------------
 PART_CHARS = 50_000  # longer texts are encoded in parts: the C++ side takes memory by the letter
-_PROBE = "  \u0915\u093c \ufb01 \uff21\u00bd\tx\n\n <s> e\u0301 \u200d\u0a95\u0acd\u0ab7 \U0001f469\u200d\U0001f680 12 "
+# what a model other than ours changes: spaces, letters that other normalisers unite, our specials
+_PROBE = (
+    "  \u0915\u093c \ufb01 \uff21\u00bd\tx\n\n <s> e\u0301 "
+    "\u200d\u0a95\u0acd\u0ab7 \U0001f469\u200d\U0001f680 12 "
+)
 
 
 def _parts(text):
@@ -224,9 +278,13 @@ def _parts(text):
     whole text.
     """
     start = 0
-    while (limit := start + PART_CHARS) < len(text):
+    while start + PART_CHARS < len(text):
+        limit = start + PART_CHARS
         cut = max(text.rfind(" ", start + 1, limit), text.rfind("\n", start + 1, limit))
-        yield text[start:(start := cut if cut > 0 else limit)]
+        if cut < 0:
+            cut = limit
+        yield text[start:cut]
+        start = cut
     yield text[start:]
 
 
@@ -237,26 +295,26 @@ class Tokenizer:
 
     def __init__(self, source):
         given = isinstance(source, bytes)
-        name, fix = (
-            "the tokenizer" if given else source,
-            "delete it and run python -m prepare again, or name another",
-        )
+        name = "the tokenizer" if given else source
+        fix = "delete it and run python -m prepare again, or name another"
         try:
             self.model_bytes = source if given else Path(source).read_bytes()
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocab_size = self.sp.vocab_size()  # base pieces; the mask id is this number
-            ids = self.pad_id, self.unk_id, self.bos_id, self.eos_id = (
-                self.sp.pad_id(), self.sp.unk_id(), self.sp.bos_id(), self.sp.eos_id())
-            exact = self.sp.decode(self.sp.encode(_PROBE)) == _PROBE and "\n" in self.sp.encode(
-                _PROBE, out_type=str
-            )
+            self.pad_id = self.sp.pad_id()
+            self.unk_id = self.sp.unk_id()
+            self.bos_id = self.sp.bos_id()
+            self.eos_id = self.sp.eos_id()
+            exact = self.sp.decode(self.sp.encode(_PROBE)) == _PROBE
+            newline = "\n" in self.sp.encode(_PROBE, out_type=str)
         except OSError as error:
             raise UserError(
                 f"no tokenizer at {name} ({error.strerror}); python -m prepare trains one"
             ) from None
         except Exception:  # the binding raises many types on damage
             raise UserError(f"{name} is not a readable SentencePiece model; {fix}") from None
-        if ids != (PAD, UNK, BOS, EOS) or not exact:
+        ids = (self.pad_id, self.unk_id, self.bos_id, self.eos_id)
+        if ids != (PAD, UNK, BOS, EOS) or not exact or not newline:
             raise UserError(
                 f"{name} is no model with identity, byte fallback, newline, ids 0-3 (has {ids}); "
                 f"{fix}"
@@ -265,25 +323,30 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of one text, without specials; never a special id, whatever the text says."""
-        return [i for part in _parts(normalise(text)) for i in self.sp.encode(part)]
+        ids = []
+        for part in _parts(normalise(text)):
+            ids += self.sp.encode(part)
+        return ids
 
     def encode_many(self, texts, normalised=False):
         """The same ids as `encode`, as one int32 array per text, on all cores. normalised=True
         skips that pass.
         """
-        import numpy as np
-        groups = [list(_parts(text if normalised else normalise(text))) for text in texts]
-        flat = iter(
-            self.sp.encode(
-                [part for group in groups for part in group],
-                return_type="numpy",
-                num_threads=os.cpu_count() or 1,
-            )
-        )
-        return [
-            np.concatenate([next(flat) for _ in group]) if len(group) > 1 else next(flat)
-            for group in groups
-        ]
+        if not normalised:
+            texts = map(normalise, texts)
+        groups = [list(_parts(text)) for text in texts]
+        parts = [part for group in groups for part in group]
+        threads = os.cpu_count() or 1
+        encoded = iter(self.sp.encode(parts, return_type="numpy", num_threads=threads))
+
+        # the parts of a text together again
+        ids = []
+        for group in groups:
+            if len(group) == 1:
+                ids.append(next(encoded))
+            else:
+                ids.append(np.concatenate([next(encoded) for _ in group]))
+        return ids
 
     def decode(self, ids):
         """Text of ids (list, array, tensor); specials, the mask and ids out of range are left out.
@@ -300,37 +363,50 @@ class Tokenizer:
         """How many letters as people see them (opens_cluster) a text has, and how many of them a
         token boundary cuts.
         """
-        size, openings, place, cut = 0, [], 0, set()
-        for i, c in enumerate(text):
+        # where each cluster begins, in bytes: a token can be one byte of a letter
+        openings = []
+        size = 0
+        for i, letter in enumerate(text):
             if opens_cluster(text, i):
-                openings.append(size)  # bytes, since a token can be one byte of a letter
-            size += len(c.encode())
-        for i in self.encode(text):
-            if (before := bisect_right(openings, place)) and openings[before - 1] != place:
+                openings.append(size)
+            size += len(letter.encode())
+
+        # the clusters in whose middle a token begins
+        cut = set()
+        place = 0
+        for token in self.encode(text):
+            before = bisect_right(openings, place)
+            if before and openings[before - 1] != place:
                 cut.add(before)
-            place += (
-                1
-                if self.sp.is_byte(i)
-                else len(self.sp.id_to_piece(i).replace("\u2581", " ").encode())
-            )
+            if self.sp.is_byte(token):
+                place += 1
+            else:
+                place += len(self.sp.id_to_piece(token).replace("\u2581", " ").encode())
         return len(openings), len(cut)
 
     def measure(self, texts):
         """What the tokenizer costs on these texts; the cut letters are counted where each text
         begins.
         """
-        n = Counter()
+        count = Counter()
         for text in map(normalise, texts):
             ids = self.encode(text)
-            n.update(tokens=len(ids), words=len(text.split()), bytes=len(text.encode()),
-                     fallback=sum(map(self.sp.is_byte, ids)), lost=self.decode(ids) != text)
             letters, cut = self.clusters(text[:500])
-            n.update(letters=letters, cut=cut)
+            count.update(
+                tokens=len(ids),
+                words=len(text.split()),
+                bytes=len(text.encode()),
+                fallback=sum(map(self.sp.is_byte, ids)),
+                lost=self.decode(ids) != text,
+                letters=letters,
+                cut=cut,
+            )
+        tokens = max(count["tokens"], 1)
         return dict(
             documents=len(texts),
-            tokens_per_word=round(n["tokens"] / max(n["words"], 1), 3),
-            bytes_per_token=round(n["bytes"] / max(n["tokens"], 1), 3),
-            byte_fallback_share=round(n["fallback"] / max(n["tokens"], 1), 5),
-            clusters_cut=round(n["cut"] / max(n["letters"], 1), 5),
-            round_trip=not n["lost"],
+            tokens_per_word=round(count["tokens"] / max(count["words"], 1), 3),
+            bytes_per_token=round(count["bytes"] / tokens, 3),
+            byte_fallback_share=round(count["fallback"] / tokens, 5),
+            clusters_cut=round(count["cut"] / max(count["letters"], 1), 5),
+            round_trip=not count["lost"],
         )
