@@ -83,10 +83,9 @@ def bits(model, opt):
     return {key: t.clone() for key, t in tensors.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["adamw", "muon", "lion"])
-def test_2n_steps_equal_n_save_load_n(kind, dtype, tmp_path):
-    model, opt = build(kind, dtype)
+def test_2n_steps_equal_n_save_load_n(kind, tmp_path):
+    model, opt = build(kind)
     first = train(model, opt, 0, 1)
     train(model, opt, 1, 5)
     checkpoint.save(
@@ -101,7 +100,7 @@ def test_2n_steps_equal_n_save_load_n(kind, dtype, tmp_path):
     assert train(model, opt, 5, 10) < first
     straight = bits(model, opt)
     for _ in range(2):  # resumed twice, and once from a resumed run's own save
-        model, opt = build(kind, dtype)
+        model, opt = build(kind)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(1)
@@ -192,32 +191,6 @@ def test_lion_is_the_five_line_reference():
         w = w * (1 - lr * wd) - lr * m.mul(0.9).add(p.grad, alpha=1 - 0.9).sign()
         m = m.mul(0.99).add(p.grad, alpha=1 - 0.99)
     assert torch.equal(p.detach(), w)
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon", "lion"])
-def test_bf16_weights_do_not_lose_small_updates(kind):
-    model = nn.Linear(25, 40, bias=False).to(torch.bfloat16)
-    nn.init.ones_(model.weight)
-    opt = optim.make_optimizer(model, SimpleNamespace(optimizer=kind, lr=2e-4, weight_decay=0.0))
-    # its update is orthogonal, not of one sign: with one direction only, it is of one size
-    if kind == "muon":
-        opt.set_lr(2e-4 / (0.2 * math.sqrt(40) / math.sqrt(1000)))
-    for _ in range(1000):
-        model.weight.grad = torch.ones_like(model.weight)
-        opt.step()
-    moved = 1 - model.weight.float().mean().item()
-    if kind == "muon":  # Newton-Schulz leaves singular values between about 0.7 and 1.2
-        assert 0.13 < moved < 0.25
-    else:
-        assert abs(moved - 0.2) < 0.01
-
-
-def test_masters_follow_weights_that_were_loaded_later():
-    model, opt = build("adamw", torch.bfloat16)
-    with torch.no_grad():
-        model.in_proj.weight.fill_(3.0)
-    train(model, opt, 0, 1)
-    assert model.in_proj.weight.float().mean() > 2.9
 
 
 @pytest.mark.parametrize("spoil", ["shape", "missing slot", "unknown", "other optimizer"])

@@ -5,7 +5,8 @@ Used by train.py; nothing here runs by itself. Notable:
 * every trainable parameter is in exactly one group, by a rule on its name; only matrices decay;
 * all optimizer state is a flat dict of named tensors, so it lives in safetensors and resumes bit
   for bit;
-* bfloat16 weights get a float32 master copy: on their own they round away every small update.
+* the weights are always float32 (autocast casts them for each product), so small updates are not
+  rounded away.
 """
 import contextlib
 import math
@@ -20,9 +21,9 @@ from common.console import UserError
 BETAS = (0.9, 0.95)       # AdamW; the short second moment suits few, noisy steps
 LION_BETAS = (0.9, 0.99)  # of the update; of the momentum
 FALL = 0.2                # share of all steps in which the wsd schedule falls
-# words in names: no decay, no Muon
-NOT_MATRICES = {"embed", "head", "conv", "norm", "decay", "slot", "null", "bias"}
-SLOTS = {
+# words in the names of parameters that neither decay nor go to Muon, whatever their shape
+NOT_MATRICES = {"head", "conv", "norm", "decay", "slot"}
+SLOTS = {  # what torch's optimizers remember of each parameter
     "adamw": ("step", "exp_avg", "exp_avg_sq"),
     "muon": ("momentum_buffer",),
     "lion": ("exp_avg",),
@@ -36,19 +37,21 @@ def param_groups(model, weight_decay):
     # a tied weight appears once
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices = [name for name, p in named.items() if p.ndim >= 2 and id(p) not in embeddings
-                and NOT_MATRICES.isdisjoint(re.split("[._]", name))]
-    rest = [name for name in named if name not in matrices]
-    return [
-        {
-            "kind": kind,
-            "names": names,
-            "params": [named[name] for name in names],
-            "weight_decay": decay,
-        }
-        for kind, names, decay in (("matrices", matrices, weight_decay), ("rest", rest, 0.0))
-        if names
-    ]
+
+    matrices, rest = [], []
+    for name, p in named.items():
+        plain = NOT_MATRICES.isdisjoint(re.split("[._]", name))
+        if plain and p.ndim >= 2 and id(p) not in embeddings:
+            matrices.append(name)
+        else:
+            rest.append(name)
+
+    groups = []
+    for kind, names, decay in (("matrices", matrices, weight_decay), ("rest", rest, 0.0)):
+        if names:
+            params = [named[name] for name in names]
+            groups.append({"kind": kind, "names": names, "params": params, "weight_decay": decay})
+    return groups
 
 
 class Lion(torch.optim.Optimizer):
@@ -63,7 +66,9 @@ class Lion(torch.optim.Optimizer):
     def step(self):
         b1, b2 = LION_BETAS
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if "exp_avg" not in self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
                 m = self.state[p]["exp_avg"]
@@ -79,60 +84,55 @@ class Optimizers:
 
     def __init__(self, model, args):
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {
-            name: p.detach().float() for name, p in self.named.items() if p.dtype != torch.float32
-        }
-        self.fresh = True                      # the masters were not yet compared with the weights
-        work = {**self.named, **self.masters}  # what the optimizers see
-        fused = all(p.device.type in ("cpu", "cuda") for p in work.values())
+        others = "lion" if args.optimizer == "lion" else "adamw"  # of what Muon does not take
+
+        # which optimizer gets which part of which group
         plans = {"adamw": [], "muon": [], "lion": []}
         for group in param_groups(model, args.weight_decay):
-            flat = [n for n in group["names"] if work[n].ndim == 2]
-            muon = flat if args.optimizer == "muon" and group["kind"] == "matrices" else []
-            rest = [n for n in group["names"] if n not in muon]
-            for kind, names in (
-                ("muon", muon),
-                ("lion" if args.optimizer == "lion" else "adamw", rest),
-            ):
+            muon = []
+            if args.optimizer == "muon" and group["kind"] == "matrices":
+                muon = [name for name in group["names"] if self.named[name].ndim == 2]
+            rest = [name for name in group["names"] if name not in muon]
+            for kind, names in (("muon", muon), (others, rest)):
                 if names:
-                    plans[kind].append(
-                        {**group, "names": names, "params": [work[n] for n in names]}
-                    )
-        make = {"adamw": lambda g: torch.optim.AdamW(g, lr=args.lr, betas=BETAS, fused=fused),
+                    params = [self.named[name] for name in names]
+                    plans[kind].append({**group, "names": names, "params": params})
+
+        self.parts = {}
+        fused = all(p.device.type in ("cpu", "cuda") for p in self.named.values())
+        for kind, groups in plans.items():
+            if not groups:
+                continue
+            if kind == "adamw":
+                part = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=fused)
+            elif kind == "muon":
                 # match_rms_adamw makes Muon's updates as large as AdamW's: one --lr serves all
-                "muon": lambda g: torch.optim.Muon(g, lr=args.lr, adjust_lr_fn="match_rms_adamw"),
-                "lion": lambda g: Lion(g, args.lr)}
-        self.parts = {kind: make[kind](plan) for kind, plan in plans.items() if plan}
+                part = torch.optim.Muon(groups, lr=args.lr, adjust_lr_fn="match_rms_adamw")
+            else:
+                part = Lion(groups, args.lr)
+            self.parts[kind] = part
         self.check(model)
 
     def check(self, model):
         """Every trainable parameter is in exactly one group."""
-        held = sorted(
-            name
-            for part in self.parts.values()
-            for group in part.param_groups
-            for name in group["names"]
-        )
+        held = []
+        for part in self.parts.values():
+            for group in part.param_groups:
+                held += group["names"]
+        held.sort()
         wanted = sorted(name for name, p in model.named_parameters() if p.requires_grad)
         assert held == wanted, f"in no group, or in two: {sorted(set(held) ^ set(wanted)) or held}"
 
-    @torch.no_grad()
     def step(self):
-        for name, master in self.masters.items():
-            p = self.named[name]
-            # weights were loaded after masters were made
-            if self.fresh and not torch.equal(master.to(p.dtype), p):
-                master.copy_(p)
-            master.grad = None if p.grad is None else p.grad.float()
-        self.fresh = False
         for part in self.parts.values():
             part.step()
-        for name, master in self.masters.items():
-            self.named[name].copy_(master)
 
     def zero_grad(self, set_to_none=True):
         for p in self.named.values():
-            p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
+            if set_to_none or p.grad is None:
+                p.grad = None
+            else:
+                p.grad.zero_()
 
     def set_lr(self, lr):
         for part in self.parts.values():
@@ -143,13 +143,12 @@ class Optimizers:
         """{"adamw.<parameter>.exp_avg": tensor, ...}: references, so save or copy them before the
         next step.
         """
-        flat = {f"master.{name}.weight": master for name, master in self.masters.items()}
+        flat = {}
         for kind, part in self.parts.items():
             for group in part.param_groups:
                 for name, p in zip(group["names"], group["params"], strict=True):
-                    flat |= {
-                        f"{kind}.{name}.{slot}": t for slot, t in part.state.get(p, {}).items()
-                    }
+                    for slot, tensor in part.state.get(p, {}).items():
+                        flat[f"{kind}.{name}.{slot}"] = tensor
         return flat
 
     @torch.no_grad()
@@ -157,41 +156,37 @@ class Optimizers:
         """Restores what state_tensors gave, exactly; what does not fit is refused before anything
         has changed.
         """
+        left = dict(tensors)  # what no parameter has taken yet
+
         def take(key, shape):
-            found = tuple(tensors[key].shape) if key in tensors else "missing"
+            found = tuple(left[key].shape) if key in left else "missing"
             if found != tuple(shape):
                 raise UserError(
                     f"the optimizer state does not fit: {key} is {found}; use --reset_optimizer"
                 )
-            return tensors.pop(key).clone()
+            return left.pop(key).clone()
 
-        tensors, states = dict(tensors), {}
-        weights = {
-            name: take(f"master.{name}.weight", master.shape)
-            for name, master in self.masters.items()
-        }
+        # torch numbers the parameters of an optimizer through all of its groups
+        states = {}
         for kind, part in self.parts.items():
+            names = [name for group in part.param_groups for name in group["names"]]
             state = {}
-            for index, name in enumerate(
-                name for group in part.param_groups for name in group["names"]
-            ):
-                slots, shape = SLOTS[kind], self.named[name].shape
-                # none: it never had a gradient
-                if any(f"{kind}.{name}.{slot}" in tensors for slot in slots):
-                    state[index] = {
-                        s: take(f"{kind}.{name}.{s}", () if s == "step" else shape) for s in slots
-                    }
+            for index, name in enumerate(names):
+                if not any(f"{kind}.{name}.{slot}" in left for slot in SLOTS[kind]):
+                    continue  # it never had a gradient
+                state[index] = {}
+                for slot in SLOTS[kind]:
+                    shape = () if slot == "step" else self.named[name].shape
+                    state[index][slot] = take(f"{kind}.{name}.{slot}", shape)
             states[kind] = {"state": state, "param_groups": part.state_dict()["param_groups"]}
-        if tensors:
+        if left:
             raise UserError(
-                f"the optimizer state does not fit: {min(tensors)} is unknown here; use "
+                f"the optimizer state does not fit: {min(left)} is unknown here; use "
                 "--reset_optimizer"
             )
-        for name, weight in weights.items():
-            self.masters[name].copy_(weight)
+
         for kind, state in states.items():
             self.parts[kind].load_state_dict(state)
-        self.fresh = False
 
 
 make_optimizer = Optimizers  # (model, args); of args it reads optimizer, lr, weight_decay
@@ -205,7 +200,8 @@ class LossScaler:
     steps without one. Works on CPU tensors too. Off, every method does nothing.
     """
     def __init__(self, optimizer, device, on):
-        self.on, self.overflows = on, 0  # overflows: steps that only their scale has spoiled
+        self.on = on
+        self.overflows = 0  # steps that only their scale has spoiled
         self.scaler = torch.amp.GradScaler(device.type, enabled=on)
         self.work = SimpleNamespace(param_groups=[{"params": list(optimizer.named.values())}])
 
@@ -216,8 +212,8 @@ class LossScaler:
         self.scaler.unscale_(self.work)
 
     def update(self, loss, gnorm):
-        """After unscale(): the next scale. -> was this an overflow, which the lower scale mends,
-        and not a bad number?
+        """After unscale(): sets the next scale. Returns whether this step was an overflow, which
+        the lower scale mends, and not a bad number of the model's own.
         """
         before = self.scaler.get_scale()
         self.scaler.update()
@@ -226,21 +222,24 @@ class LossScaler:
         return overflow
 
     def state(self):
-        return {**self.scaler.state_dict(), "overflows": self.overflows} if self.on else None
+        if not self.on:
+            return None
+        return {**self.scaler.state_dict(), "overflows": self.overflows}
 
     def load(self, state):
-        if self.on and state:  # None: the run had no scaling until now
-            self.overflows = state["overflows"]
-            self.scaler.load_state_dict(
-                {key: value for key, value in state.items() if key != "overflows"}
-            )
+        if not self.on or not state:  # None: the run had no scaling until now
+            return
+        scaler_state = dict(state)
+        self.overflows = scaler_state.pop("overflows")
+        self.scaler.load_state_dict(scaler_state)
 
 
 def clip_grad_norm(model, max_norm):
     """The gradient norm before clipping, as a tensor; max_norm 0 only measures."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    # of sharded gradients it is a sharded sum
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if hasattr(norm, "full_tensor"):  # of sharded gradients it is a sharded sum
+        norm = norm.full_tensor()
+    return norm
 
 
 def lr_at(step, max_steps, lr, warmup, schedule, min_ratio):
@@ -249,7 +248,9 @@ def lr_at(step, max_steps, lr, warmup, schedule, min_ratio):
     cosine ends on min_ratio * lr with the last update; wsd stays at lr, then falls in a straight
     line to nearly 0.
     """
-    warmup = min(300, max_steps // 20) if warmup is None else min(warmup, max_steps)
+    if warmup is None:
+        warmup = min(300, max_steps // 20)
+    warmup = min(warmup, max_steps)
     now = min(step + 1, max_steps)                                    # 1 .. max_steps
     if now <= warmup:
         return lr * now / warmup
@@ -275,31 +276,37 @@ class EMA:
     """
 
     def __init__(self, model, decay):
-        self.model, self.decay, self.updates = model, decay, 0
+        self.model = model
+        self.decay = decay
+        self.updates = 0
         self.params = list(model.parameters())                        # tied ones once
         self.shadow = [p.detach().float().clone() for p in self.params]
 
     @torch.no_grad()
     def update(self):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(
-            local(self.shadow), [p.detach().float() for p in local(self.params)], 1 - decay
-        )
+        weights = [p.detach().float() for p in local(self.params)]
+        torch._foreach_lerp_(local(self.shadow), weights, 1 - decay)
         self.updates += 1
 
     def state(self):
-        own = {id(p): s for p, s in zip(self.params, self.shadow, strict=True)}
-        return {key: own.get(id(t), t) for key, t in self.model.state_dict(keep_vars=True).items()}
+        averages = {}
+        for p, average in zip(self.params, self.shadow, strict=True):
+            averages[id(p)] = average
+        weights = self.model.state_dict(keep_vars=True)
+        return {name: averages.get(id(weight), weight) for name, weight in weights.items()}
 
     @torch.no_grad()
     def load(self, tensors, updates):
         state = self.state()
-        if {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in tensors.items()}:
+        own = {name: tensor.shape for name, tensor in state.items()}
+        given = {name: tensor.shape for name, tensor in tensors.items()}
+        if own != given:
             raise UserError(
                 "the averaged weights do not fit the model: use --ema 0, or the old shape"
             )
-        for key, t in state.items():
-            t.copy_(tensors[key])
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
         self.updates = updates
 
     @contextlib.contextmanager
