@@ -297,7 +297,7 @@ class EcoLayer(nn.Module):
         # the same context twice
         return self.mix(x, gate, up, self.read(q, own + self.prefix(context, x.shape[-2])))
 
-    def train_step(self, x, valid=None, last=False):
+    def forward(self, x, valid=None, last=False):
         """One block (B, T, D), or both streams as in all_blocks: what training calls, compiles and
         recomputes.
         """
@@ -352,17 +352,17 @@ class EcoHybrid(nn.Module):
         self.recompute = False  # train.py's --activation_checkpointing
         initialise(self, depth=cfg.n_layers)
 
-    def hidden(self, xt, cache=None, depth=None):
+    def states(self, xt, cache=None, depth=None):
         """(B, S) ids, one noisy block, against the frozen cache -> (B, S, D). Without a cache: the
         whole sequence, B = T.
         """
-        x = self.head(xt)                                                         # (B, S, D)
+        x = self.head.embed(xt)                                                   # (B, S, D)
         states = itertools.repeat(()) if cache is None else zip(cache.num, cache.halo, strict=True)
         for layer, state in zip(self.layers[:depth], states, strict=False):
             x = layer.one_block(x, *state)[0]
         return self.exits(x, depth)
 
-    def hidden_blocks(self, xt, x0, block, first=None, early=None):
+    def block_states(self, xt, x0, block, first=None, early=None):
         """Training form: xt, x0 (B, T) -> (B, T, D), noisy block b given clean blocks < b. Block 0
         has `first` tokens.
 
@@ -372,9 +372,9 @@ class EcoHybrid(nn.Module):
         block = min(block, T)
         first = min(first or block, block)
         if first == T:  # one block is all there is
-            x = self.head(xt)                                                     # (B, T, D)
+            x = self.head.embed(xt)                                               # (B, T, D)
             for i, layer in enumerate(self.layers, 1):
-                x = recomputed(self.recompute, layer.train_step, x)
+                x = recomputed(self.recompute, layer, x)
                 if i in (early, len(self.layers)):
                     out.append(self.exits(x, i))
             return out[0] if early is None else torch.stack(out[::-1])
@@ -385,18 +385,18 @@ class EcoHybrid(nn.Module):
         if before or after:  # padding writes nothing, and to a convolution it is zero
             at = torch.arange(ids.shape[2], device=xt.device) - before
             valid = ((at >= 0) & (at < T)).float().view(1, -1, block, 1)           # (1, n, S, 1)
-        x = self.head(ids.unflatten(2, (-1, block)))                               # (2, B, n, S, D)
+        x = self.head.embed(ids.unflatten(2, (-1, block)))                         # (2, B, n, S, D)
         for i, layer in enumerate(self.layers, 1):
-            x = recomputed(self.recompute, layer.train_step, x, valid, i == len(self.layers))
+            x = recomputed(self.recompute, layer, x, valid, i == len(self.layers))
             if i in (early, len(self.layers)):
                 out.append(self.exits(x[0].flatten(1, 2)[:, before:before + T], i))  # (B, T, D)
         return out[0] if early is None else torch.stack(out[::-1])
 
-    def logits(self, h):
-        return self.head.logits(h)
+    def logits(self, states):
+        return self.head.logits(states)
 
     def forward(self, xt, cache=None):
-        return self.logits(self.hidden(xt, cache))
+        return self.logits(self.states(xt, cache))
 
     def new_cache(self, batch, length=0):
         return EcoCache(self.cfg, batch, self.head.weight.device, torch.float32)
@@ -406,7 +406,7 @@ class EcoHybrid(nn.Module):
         then they are a few sums.
         """
         B, T = x0.shape
-        x = self.head(x0.view(B, -1, block or T))                                 # (B, n, S, D)
+        x = self.head.embed(x0.view(B, -1, block or T))                           # (B, n, S, D)
         after = []
         for layer, num, halo in zip(self.layers, cache.num, cache.halo, strict=True):
             x, *state = layer.clean_blocks(x, num, halo, last=layer is self.layers[-1])
@@ -414,12 +414,12 @@ class EcoHybrid(nn.Module):
         cache.num, cache.halo = (torch.stack(t) for t in zip(*after, strict=True))
         cache.length += T
 
-    def commit_and_hidden(self, x0, xt, cache):
-        """commit(x0) and hidden(xt) of the block behind it in one pass: both (B, S) ids; the
+    def commit_and_states(self, x0, xt, cache):
+        """commit(x0) and states(xt) of the block behind it in one pass: both (B, S) ids; the
         weights are read once.
         """
         B, S = x0.shape
-        x = self.head(torch.cat((x0, xt)))  # (2B, S, D), clean rows first
+        x = self.head.embed(torch.cat((x0, xt)))  # (2B, S, D), clean rows first
         after = []
         for layer, num, halo in zip(self.layers, cache.num, cache.halo, strict=True):
             h = layer.norm(x)

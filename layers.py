@@ -138,11 +138,14 @@ class TiedEmbedding(nn.Module):
         self.never = tuple(never)
         self.product = None  # sampling/fast.py's, in decoding
 
-    def forward(self, ids):
+    def embed(self, ids):
         return F.embedding(ids, self.weight)                                       # (..., D)
 
-    def logits(self, h):
-        z = (self.product(h) if self.product else F.linear(h, self.weight)).float()  # (..., V)
+    def logits(self, states):
+        if self.product:
+            z = self.product(states).float()
+        else:
+            z = F.linear(states, self.weight).float()                              # (..., V)
         for row in self.never:
             z[..., row] = -math.inf
         return z

@@ -1,7 +1,7 @@
 """Masked diffusion: what is hidden, and what the answer costs. The project's mathematics in one
 file.
 
-Used by train.py and evaluate.py; knows no model (it calls model.hidden_blocks and reads model.head,
+Used by train.py and evaluate.py; knows no model (it calls model.block_states and reads model.head,
 no more).
 
 A schedule is one function alpha(t), the share of tokens still visible at time t in [0, 1].
@@ -108,7 +108,7 @@ def hide(count, real, span, generator, part=slice(None)):
     return rank < count[part][..., None]
 
 
-class Draw(NamedTuple):
+class MaskSample(NamedTuple):
     """The corruption of one optimizer step: of all its rows, or in mask and weight of those of one
     rank.
     """
@@ -117,10 +117,10 @@ class Draw(NamedTuple):
     t: torch.Tensor         # (R, n) time of each block
     block: int
     first: int              # length of block 0
-    hidden: int = 0         # hidden tokens of the whole step
+    masked_count: int = 0   # hidden tokens of the whole step
 
 
-def draw(args, seed, step, rows, length, block, first=None, part=slice(None)):
+def corrupt(args, seed, step, rows, length, block, first=None, part=slice(None)):
     """Corruption for a whole optimizer step: rows x blocks share one stratified grid of times.
     part: only these rows' masks.
     """
@@ -146,7 +146,7 @@ def draw(args, seed, step, rows, length, block, first=None, part=slice(None)):
     weight = -slope / (args.most_hidden - args.min_mask_rate) * size / count     # (R, n)
     weight = weight.float()[part][..., None].expand(mask.shape)
     # (R, n, S)[:, real] -> (R, T)
-    return Draw(mask[:, real], weight[:, real], t, block, first, int(count.sum()))
+    return MaskSample(mask[:, real], weight[:, real], t, block, first, int(count.sum()))
 
 
 def pick_blocks(sizes, length, seed, step, single=0.0):
@@ -165,11 +165,11 @@ def pick_blocks(sizes, length, seed, step, single=0.0):
 
 
 def whole_rows(rows, length, part=slice(None)):
-    """The draw of --objective ar: every token is a question, and no question weighs more than
+    """The sample of --objective ar: every token is a question, and no question weighs more than
     another.
     """
     ones = torch.ones(rows, length)
-    return Draw(ones[part].bool(), ones[part], ones[:, :1], length, length, rows * length)
+    return MaskSample(ones[part].bool(), ones[part], ones[:, :1], length, length, rows * length)
 
 
 def shifted(x0, start):
@@ -223,7 +223,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 class Loss(NamedTuple):
     loss: torch.Tensor  # scalar to differentiate, already divided by the whole step's normaliser
     nll: torch.Tensor       # (N,) CE of each hidden token, detached
-    hidden: torch.Tensor    # (R', T) bool
+    masked: torch.Tensor    # (R', T) bool
 
 
 def pick_exit(layers, seed, step):
@@ -232,26 +232,26 @@ def pick_exit(layers, seed, step):
 
 
 def denoising_loss(
-    model, x0, draw, kind, normaliser, rows=slice(None), chunk=512, early=None, early_weight=0.0
+    model, x0, masks, kind, normaliser, rows=slice(None), chunk=512, early=None, early_weight=0.0
 ):
-    """The loss of some rows of a step: x0 (R', T) are the rows `rows` of the draw.
+    """The loss of some rows of a step: x0 (R', T) are the rows `rows` of the sample.
 
     1. hide the masked tokens (causal: shift by one instead)  2. run the denoiser  3. keep hidden
         positions only
     4. head + CE in chunks  5. weigh: "elbo" by `weight`, "masked_mean" by 1
     6. divide by the step's count: tokens (elbo) or hidden tokens
     """
-    mask = draw.mask[rows].to(x0.device)
+    mask = masks.mask[rows].to(x0.device)
     xt = (
         shifted(x0, model.cfg.mask_id)
         if model.cfg.causal
         else torch.where(mask, model.cfg.mask_id, x0)
     )
-    h = model.hidden_blocks(xt, x0, draw.block, draw.first, **({"early": early} if early else {}))
+    h = model.block_states(xt, x0, masks.block, masks.first, **({"early": early} if early else {}))
     h, h_early = h if early else (h, None)                                         # (R', T, D)
     h, y = h[mask], x0[mask]  # (N, D), (N,)
     w = (
-        draw.weight[rows].to(x0.device)[mask]
+        masks.weight[rows].to(x0.device)[mask]
         if kind == "elbo"
         else torch.ones_like(y, dtype=torch.float32)
     )
@@ -280,11 +280,11 @@ class DenoisingLoss(torch.nn.Module):
         return denoising_loss(self.model, *args, **kwargs)
 
 
-def normaliser(kind, draw):
+def normaliser(kind, masks):
     """What one optimizer step's sum is divided by: all its tokens for the bound, its hidden tokens
     for the plain mean.
     """
-    return len(draw.t) * draw.mask.shape[1] if kind == "elbo" else draw.hidden
+    return len(masks.t) * masks.mask.shape[1] if kind == "elbo" else masks.masked_count
 
 
 EXACT_COUNT = SimpleNamespace(
@@ -312,17 +312,17 @@ def row_bounds(
     d = (
         whole_rows(R, T, part)
         if model.cfg.causal
-        else draw(EXACT_COUNT, seed, 0, R, T, block, first, part)
+        else corrupt(EXACT_COUNT, seed, 0, R, T, block, first, part)
     )
     x0, found = x0[part], []
     for a in range(0, len(x0), batch):
         rows = slice(a, a + batch)
         with piece():
             out = denoising_loss(model, x0[rows], d, "elbo", 1, rows)
-        scored = torch.zeros(out.hidden.shape, device=x0.device)
-        scored[out.hidden] = out.nll
+        scored = torch.zeros(out.masked.shape, device=x0.device)
+        scored[out.masked] = out.nll
         nats = (scored * d.weight[rows].to(x0.device)).sum(1) / T
-        found.append(torch.stack((nats, scored.sum(1), out.hidden.sum(1)), dim=1).cpu().double())
+        found.append(torch.stack((nats, scored.sum(1), out.masked.sum(1)), dim=1).cpu().double())
     return torch.cat(found)
 
 
@@ -330,5 +330,5 @@ def bound(model, x0, block, first=None, seed=0, batch=8):
     """The exact-count bound in nats per token for rows x0 (R, T): (means per row (R,), mean CE of
     hidden tokens).
     """
-    nats, plain, hidden = row_bounds(model, x0, block, first, seed, batch).unbind(1)
-    return nats.float(), float(plain.sum() / hidden.sum())
+    nats, plain, masked_count = row_bounds(model, x0, block, first, seed, batch).unbind(1)
+    return nats.float(), float(plain.sum() / masked_count.sum())

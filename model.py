@@ -5,19 +5,19 @@
 
 The denoiser protocol, which sampling/decode.py, masking.py and the tests' fake rely on:
     model.cfg                            ModelConfig
-    model.hidden(xt, cache=None, depth=None)
+    model.states(xt, cache=None, depth=None)
                                          (B, S) ids of ONE noisy block, given the frozen cache ->
                                          (B, S, D); depth: leave early
-    model.hidden_blocks(xt, x0, block, first=None, early=None)
+    model.block_states(xt, x0, block, first=None, early=None)
                                          (B, T), (B, T) -> (B, T, D): training; noisy block b sees
                                          clean blocks < b and itself;
                                          block 0 may be shorter (`first` tokens), and so may the
                                          last; early: also leave there
     model.head.weight, .never            the (V, D) head matrix, and the rows that are never an
         answer
-    model.logits(h)                      (..., D) -> (..., V) float32; the mask's and the pad's
+    model.logits(states)                 (..., D) -> (..., V) float32; the mask's and the pad's
         logit is -inf
-    model(xt, cache=None)                logits(hidden(xt, cache))
+    model(xt, cache=None)                logits(states(xt, cache))
     model.new_cache(batch, length)       frozen context; .length .nbytes .reset() .select(rows),
         maybe .beside_empty()
     model.commit(x0, cache, block=None)  freeze finished clean tokens, as one block of any length or
@@ -197,7 +197,7 @@ class TransformerLayer(nn.Module):
     def add_ff(self, x):
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
-    def train_step(self, x, table, masks=None, last=False):
+    def forward(self, x, table, masks=None, last=False):
         """x (B, T, D), or with masks (2B, T, D) -> the same; (B, T, D) behind the last layer.
         Training compiles it.
         """
@@ -224,11 +224,11 @@ class Transformer(nn.Module):
         positions = torch.arange(start, start + length, device=self.head.weight.device)
         return rotary_table(positions, self.cfg.d_model // self.cfg.n_heads)
 
-    def hidden(self, xt, cache=None, depth=None):
+    def states(self, xt, cache=None, depth=None):
         """(B, S) ids, one noisy block, against the frozen cache -> (B, S, D). Without a cache: the
         whole sequence, B = T.
         """
-        x = self.head(xt)                                                         # (B, S, D)
+        x = self.head.embed(xt)                                                   # (B, S, D)
         table = self.table(cache.length if cache is not None else 0, xt.shape[1])
         for i, layer in zip(range(depth or len(self.layers)), self.layers, strict=False):
             context = cache.context(i) if cache is not None and cache.length else None
@@ -237,7 +237,7 @@ class Transformer(nn.Module):
             )
         return self.exits(x, depth)
 
-    def hidden_blocks(self, xt, x0, block, first=None, early=None):
+    def block_states(self, xt, x0, block, first=None, early=None):
         """Training form: xt, x0 (B, T) -> (B, T, D), noisy block b given clean blocks < b. Block 0
         has `first` tokens.
 
@@ -249,18 +249,18 @@ class Transformer(nn.Module):
         masks = None if whole else block_masks(T, block, first, xt.device)
         table = self.table(0, T)
         # (B, T, D), or (2B, T, D), noisy rows first
-        x = self.head(xt if whole else torch.cat((xt, x0)))
+        x = self.head.embed(xt if whole else torch.cat((xt, x0)))
         for i, layer in enumerate(self.layers, 1):
-            x = recomputed(self.recompute, layer.train_step, x, table, masks, i == len(self.layers))
+            x = recomputed(self.recompute, layer, x, table, masks, i == len(self.layers))
             if i in (early, len(self.layers)):
                 out.append(self.exits(x[:len(xt)], i))                             # (B, T, D)
         return out[0] if early is None else torch.stack(out[::-1])
 
-    def logits(self, h):
-        return self.head.logits(h)
+    def logits(self, states):
+        return self.head.logits(states)
 
     def forward(self, xt, cache=None):
-        return self.logits(self.hidden(xt, cache))
+        return self.logits(self.states(xt, cache))
 
     def new_cache(self, batch, length):
         return KVCache(self.cfg, batch, length, self.head.weight.device, torch.float32)
@@ -278,7 +278,7 @@ class Transformer(nn.Module):
         if block and block < S:
             clean = block_masks(S, block, block, x0.device)[0]                     # (S, S)
             mask = torch.cat((clean.new_ones(S, cache.held), clean), dim=1)        # (S, C + S)
-        x = self.head(x0)                                                         # (B, S, D)
+        x = self.head.embed(x0)                                                   # (B, S, D)
         table = self.table(cache.length, S)
         for i, layer in enumerate(self.layers):
             context = cache.context(i) if cache.held else None
@@ -294,7 +294,7 @@ class Transformer(nn.Module):
         """Causal: read the next tokens (B, S), keep their keys and values -> (B, S, D), each about
         its successor.
         """
-        x = self.head(x0)                                                         # (B, S, D)
+        x = self.head.embed(x0)                                                   # (B, S, D)
         cache.make_room(x0.shape[1])
         table = self.table(cache.length, x0.shape[1])
         for i, layer in enumerate(self.layers):

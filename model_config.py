@@ -144,14 +144,14 @@ def weight_name(name):
     return re.sub(r"(?<!exits\.)\bfinal_norm\.", "exits.final_norm.", name)
 
 
-def train_flops(c, length, block, hidden):
+def train_flops(c, length, block, masked_share):
     """FLOPs of forward and backward per token of a training row (a test compares them with torch's
     counter).
 
     A multiplication and an addition are two; backward is twice forward. Only products count
     (matrices, attention, convolution), as masked attention computes them, and nothing that is
     computed again. Below a block of the whole length there are two streams, noisy and clean, of
-    which the last layer only writes the clean one. hidden: share of tokens that ask the head.
+    which the last layer only writes the clean one. masked_share: share of tokens that ask the head.
     """
     d, ff, dm, two = c.d_model, c.d_ff, c.d_mem, block < length
     if c.model == "backup":  # q, k, v, output, gated feed-forward; scores and values over the keys
@@ -172,7 +172,7 @@ def train_flops(c, length, block, hidden):
                 else prefix_products(-(-length // block)) / length
             )
             layers += c.n_layers * slots * sums
-    return 3 * (layers + (2 if c.exits and c.n_layers > 1 else 1) * hidden * 2 * d * c.rows)
+    return 3 * (layers + (2 if c.exits and c.n_layers > 1 else 1) * masked_share * 2 * d * c.rows)
 
 
 def prefix_products(n):

@@ -93,7 +93,7 @@ def compile_step(model, args, shape, device):
     # beyond its own 8 graphs, PyTorch would go on in eager silently
     torch._dynamo.config.recompile_limit = 64
     for layer in model.layers:
-        layer.train_step = torch.compile(layer.train_step, mode=args.compile_mode, dynamic=False)
+        layer.forward = torch.compile(layer.forward, mode=args.compile_mode, dynamic=False)
     started = time.perf_counter()
     try:
         ids = torch.zeros(shape, dtype=torch.long, device=device)
@@ -105,7 +105,7 @@ def compile_step(model, args, shape, device):
             "the next run)"
         )
         for number, (block, first) in enumerate(forms, 1):
-            model.hidden_blocks(ids, ids, block, first).sum().backward()
+            model.block_states(ids, ids, block, first).sum().backward()
             say(
                 f"compile: form {number} of {len(forms)}, {time.perf_counter() - started:.0f} s so "
                 "far"
@@ -114,7 +114,7 @@ def compile_step(model, args, shape, device):
         say(f"compile: every block rule in {time.perf_counter() - started:.0f} s")
     except Exception as error:  # whatever a compiler, its C++ toolchain or its cache may raise
         for layer in model.layers:
-            del layer.train_step
+            del layer.forward
         model.zero_grad(set_to_none=True)
         say(
             f"compile: failed, going on uncompiled: {type(error).__name__}: "
@@ -355,11 +355,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
     def questions(step, block, first=None):
         if args.causal:
             return masking.whole_rows(rows, args.seq_len, mine)
-        return masking.draw(args, args.seed, step, rows, args.seq_len, block, first, mine)
+        return masking.corrupt(args, args.seed, step, rows, args.seq_len, block, first, mine)
 
     # of these rows, micro per forward -> their loss; last: ranks add up
-    def gradients(x0, draw, step, micro, last=True):
-        total, loss = masking.normaliser(args.loss, draw), 0.0
+    def gradients(x0, masks, step, micro, last=True):
+        total, loss = masking.normaliser(args.loss, masks), 0.0
         early = (
             masking.pick_exit(args.n_layers, args.seed, step)
             if cfg.exits and args.n_layers > 1
@@ -374,7 +374,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
                 with machine.autocast(device, dtype):
                     out = loss_of(
                         x0[part],
-                        draw,
+                        masks,
                         args.loss,
                         total,
                         part,
@@ -396,9 +396,9 @@ def train(args, origins, ranks, run_dir, source, resuming):
 
     def probe(micro):  # one real forward and backward for each block rule
         for block in args.block_rules:
-            draw = questions(0, block)
+            masks = questions(0, block)
             gradients(
-                windows.batch(position + mine.start, micro).to(device), draw, 0, micro, last=False
+                windows.batch(position + mine.start, micro).to(device), masks, 0, micro, last=False
             )
 
     micro = min(args.batch_size, mine.stop - mine.start)    # rows per forward that fit into memory
@@ -664,11 +664,11 @@ def train(args, origins, ranks, run_dir, source, resuming):
             block, first = masking.pick_blocks(
                 args.block_choices, args.seq_len, args.seed, step, args.single_chance(step)
             )
-            draw = questions(step, block, first)
+            masks = questions(step, block, first)
             # (rows of this rank, T)
             x0 = windows.batch(position + mine.start, mine.stop - mine.start).to(device)
             data_ms = 1e3 * (time.perf_counter() - started)
-            work = functools.partial(gradients, x0, draw, step)
+            work = functools.partial(gradients, x0, masks, step)
             try:
                 loss, micro = recovery.backing_off(
                     work, micro, len(x0), args, optimizer.zero_grad, say, ranks.world == 1
@@ -731,7 +731,7 @@ def train(args, origins, ranks, run_dir, source, resuming):
                 )
             optimizer.zero_grad()
             seconds = time.perf_counter() - started
-            rate, memory = draw.hidden / step_tokens, machine.peak_memory_mb(device)
+            rate, memory = masks.masked_count / step_tokens, machine.peak_memory_mb(device)
             mfu = (
                 step_tokens
                 / seconds

@@ -98,19 +98,19 @@ def score(student, rows, vocab, seed=0, draws=1, batch=8):
     R, T = rows.shape
     total, draws = torch.zeros(R), 1 if student.causal else draws
     for i in range(draws):
-        draw = (
+        masks = (
             masking.whole_rows(R, T)
             if student.causal
-            else masking.draw(masking.EXACT_COUNT, seed + i, 0, R, T, T)
+            else masking.corrupt(masking.EXACT_COUNT, seed + i, 0, R, T, T)
         )
         for a in range(0, R, batch):
-            x, hidden = rows[a:a + batch], draw.mask[a:a + batch]
-            xt = masking.shifted(x, vocab) if student.causal else torch.where(hidden, vocab, x)
-            z = student.logits(xt)[hidden].float()  # (N, V) or (N, V + 1)
+            x, masked = rows[a:a + batch], masks.mask[a:a + batch]
+            xt = masking.shifted(x, vocab) if student.causal else torch.where(masked, vocab, x)
+            z = student.logits(xt)[masked].float()  # (N, V) or (N, V + 1)
             z[:, vocab:] = -math.inf
             ce = torch.zeros(x.shape)
-            ce[hidden] = -z.log_softmax(-1).gather(1, x[hidden][:, None])[:, 0]
-            total[a:a + batch] += (ce * draw.weight[a:a + batch]).sum(1) / T
+            ce[masked] = -z.log_softmax(-1).gather(1, x[masked][:, None])[:, 0]
+            total[a:a + batch] += (ce * masks.weight[a:a + batch]).sum(1) / T
     return total / draws
 
 

@@ -113,7 +113,7 @@ class PeerModel:
             at = replace_position[0].nonzero()[:, 0]
         table = rotary_table(at, net.cfg.d_model // net.cfg.n_heads)
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
-        h, kept = net.head(x), []                                                  # (B, S, D)
+        h, kept = net.head.embed(x), []                                            # (B, S, D)
         for i, layer in enumerate(net.layers):
             q, k, v = layer.attn.project(layer.attn_norm(h), table)  # (B, H, S, E) each
             if replace_position is not None:

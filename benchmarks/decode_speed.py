@@ -109,7 +109,7 @@ def widths(kind, model, precision, product, memory, out):
     model.commit(torch.randint(4, VOCAB, (1, 64)), cache)
     blocks = {w: torch.randint(4, VOCAB, (1, w)) for w in WIDTHS}
     ms = timed(
-        {w: lambda b=b: model.logits(model.hidden(b, cache)) for w, b in blocks.items()}, 3 * ROUNDS
+        {w: lambda b=b: model.logits(model.states(b, cache)) for w, b in blocks.items()}, 3 * ROUNDS
     )
     params, bytes_each = (
         model_config.count_params(model.cfg),
@@ -165,7 +165,7 @@ def main():
 
         def one_block(cache, model=model, block=block):
             for _ in range(BLOCK // PER_FORWARD):
-                model.hidden(block, cache)
+                model.states(block, cache)
             model.commit(block, cache)
         grown = timed({context: lambda c=cache: one_block(c) for context, cache in caches.items()})
         print(
@@ -178,7 +178,7 @@ def main():
             flush=True,
         )
         prompt_ms = given(model)
-        called, ran = operators(partial(model.hidden, block, caches[CONTEXTS[0]]))
+        called, ran = operators(partial(model.states, block, caches[CONTEXTS[0]]))
         print(
             f"{kind:8} a prompt of 1,024: one pass {prompt_ms['one_pass']:.0f} ms, by block "
             f"{prompt_ms['by_block']:.0f} ms; "

@@ -330,7 +330,7 @@ class Untied(TiedEmbedding):
         super().__init__(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
         self.inputs = nn.Parameter(torch.empty_like(self.weight))
 
-    def forward(self, ids):
+    def embed(self, ids):
         return F.embedding(ids, self.inputs)
 
 
@@ -345,13 +345,13 @@ class Timed(TiedEmbedding):
         self.pad, self.mask = cfg.pad_id, cfg.mask_id
         self.time_proj = Linear(2 * WAVES, cfg.d_model)
 
-    def forward(self, ids):  # (..., S), a block
+    def embed(self, ids):  # (..., S), a block
         share = (ids == self.mask).sum(-1, keepdim=True) / (ids != self.pad).sum(
             -1, keepdim=True
         ).clamp(min=1)
         angle = math.pi * share * torch.arange(1, WAVES + 1, device=ids.device)  # (..., WAVES)
         return (
-            super().forward(ids)
+            super().embed(ids)
             + self.time_proj(torch.cat((angle.sin(), angle.cos()), dim=-1)).unsqueeze(-2)
             * self.loud
         )
@@ -430,13 +430,13 @@ def layer_flops(name, c, length, block):
         ) as counter,
         sdpa_kernel(SDPBackend.MATH),
     ):
-        net.hidden_blocks(ids, ids, block).sum().backward()
+        net.block_states(ids, ids, block).sum().backward()
     return counter.get_total_flops() / length
 
 
-def train_flops(name, c, length, block, hidden):
+def train_flops(name, c, length, block, masked_share):
     """As shapes.train_flops, of a variant."""
-    return layer_flops(name, c, length, block) + 3 * hidden * 2 * c.d_model * c.rows
+    return layer_flops(name, c, length, block) + 3 * masked_share * 2 * c.d_model * c.rows
 
 
 def sizes(name, c, a):

@@ -59,13 +59,13 @@ class Counted:
     def __init__(self, net):
         self.net, self.cfg, self.head, self.rows = net, net.cfg, net.head, 0
 
-    def hidden_blocks(self, xt, x0, block, first):
+    def block_states(self, xt, x0, block, first):
         self.rows += len(xt)
-        return self.net.hidden_blocks(xt, x0, block, first)
+        return self.net.block_states(xt, x0, block, first)
 
     def logits(self, ids):
         # (B, T, V)
-        return self.head.logits(self.hidden_blocks(ids, ids, ids.shape[1], ids.shape[1]))
+        return self.head.logits(self.block_states(ids, ids, ids.shape[1], ids.shape[1]))
 
 
 class ForLLaDA:
@@ -294,16 +294,16 @@ def every_mask(net, row):
     estimators.surprise says (M,).
     """
     L = len(row) - 1
-    hidden = torch.tensor(list(itertools.product((False, True), repeat=L))[1:])  # (M, L)
-    hidden = torch.nn.functional.pad(hidden, (1, 0))                               # (M, T)
-    x = row.expand(len(hidden), -1)
+    masked = torch.tensor(list(itertools.product((False, True), repeat=L))[1:])  # (M, L)
+    masked = torch.nn.functional.pad(masked, (1, 0))                               # (M, T)
+    x = row.expand(len(masked), -1)
     # (M, T, V)
-    logp = net.logits(net.hidden(torch.where(hidden, net.cfg.mask_id, x))).double().log_softmax(-1)
-    by_hand = -(logp.gather(-1, x[..., None])[..., 0] * hidden).sum(1)
+    logp = net.logits(net.states(torch.where(masked, net.cfg.mask_id, x))).double().log_softmax(-1)
+    by_hand = -(logp.gather(-1, x[..., None])[..., 0] * masked).sum(1)
     ours = (
-        estimators.surprise(net, x, hidden, estimators.lay_out(as_piece(x), L + 1)).double().sum(1)
+        estimators.surprise(net, x, masked, estimators.lay_out(as_piece(x), L + 1)).double().sum(1)
     )
-    return hidden.sum(1), by_hand, ours
+    return masked.sum(1), by_hand, ours
 
 
 def expected(count, cost, chance):

@@ -168,20 +168,20 @@ def ours(setting, rate, kind, blocks=None, optimizer="adamw"):
             )
         )
         block, first = masking.pick_blocks(args.block_choices, T, s.seed, n, args.single_chance(n))
-        draw = (
+        masks = (
             masking.whole_rows(*x.shape)
             if causal
-            else masking.draw(args, s.seed, n, len(x), T, block, first)
+            else masking.corrupt(args, s.seed, n, len(x), T, block, first)
         )
         with machine.autocast(CPU, DTYPE):
             out = masking.denoising_loss(
-                net, x, draw, args.loss, masking.normaliser(args.loss, draw)
+                net, x, masks, args.loss, masking.normaliser(args.loss, masks)
             )
         out.loss.backward()
         optim.clip_grad_norm(net, args.grad_clip)
         moving.step()
         moving.zero_grad()
-    return Student(net, step, lambda ids: net.logits(net.hidden_blocks(ids, ids, T)), causal)
+    return Student(net, step, lambda ids: net.logits(net.block_states(ids, ids, T)), causal)
 
 
 # --------------------------------------------------------------------------------------------------

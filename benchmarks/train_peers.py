@@ -105,14 +105,14 @@ def hf(folder, shape, masked):
 
     def collate(batch):
         x = torch.stack(batch)  # (B, T)
-        hidden = (
+        mask = (
             torch.rand(x.shape) < torch.rand(len(x), 1)
             if masked
             else torch.ones(x.shape, dtype=torch.bool)
         )
         return dict(
-            input_ids=x.masked_fill(hidden, VOCAB) if masked else x,
-            labels=x.masked_fill(~hidden, -100),
+            input_ids=x.masked_fill(mask, VOCAB) if masked else x,
+            labels=x.masked_fill(~mask, -100),
         )
 
     class Clock(transformers.TrainerCallback):

@@ -122,7 +122,7 @@ class Variant:
             for state in ("cold", "warm"):
                 torch.compiler.reset()
                 for layer in self.model.layers:
-                    layer.__dict__.pop("train_step", None)
+                    layer.__dict__.pop("forward", None)
                 started = time.perf_counter()
                 with machine.autocast(torch.device("cpu"), self.dtype):
                     train.compile_step(self.model, args, (args.batch_size, args.seq_len), "cpu")
@@ -131,7 +131,7 @@ class Variant:
     def step(self):
         marks = [time.perf_counter()]
         x0 = torch.randint(4, VOCAB, (self.args.batch_size, self.args.seq_len))
-        draw = masking.draw(self.args, 1, self.count, len(x0), self.args.seq_len, self.block)
+        masks = masking.corrupt(self.args, 1, self.count, len(x0), self.args.seq_len, self.block)
         self.count += 1
         marks.append(time.perf_counter())
         with machine.autocast(torch.device("cpu"), self.dtype):
@@ -139,9 +139,9 @@ class Variant:
             out = masking.denoising_loss(
                 self.model,
                 x0,
-                draw,
+                masks,
                 "elbo",
-                masking.normaliser("elbo", draw),
+                masking.normaliser("elbo", masks),
                 early=early,
                 early_weight=self.args.exit_loss_weight,
             )

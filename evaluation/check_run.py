@@ -100,13 +100,13 @@ def expected_mask(args, event):
     mean = variance = 0.0
     for size, times in blocks.items():
         if size and times:
-            hidden = [hidden_of(args, size, (i + 0.5) / TIMES) for i in range(TIMES)]
-            mean += times * statistics.fmean(hidden) / length
-            variance += times * statistics.pvariance(hidden) / length ** 2
+            masked_counts = [masked_of(args, size, (i + 0.5) / TIMES) for i in range(TIMES)]
+            mean += times * statistics.fmean(masked_counts) / length
+            variance += times * statistics.pvariance(masked_counts) / length ** 2
     return mean, math.sqrt(variance / event["global_batch"])
 
 
-def hidden_of(args, size, time):
+def masked_of(args, size, time):
     """How many of a block's tokens the settings hide at this time in (0, 1)."""
     if args.time_mode == "discrete":
         time = math.ceil(time * args.timesteps) / args.timesteps

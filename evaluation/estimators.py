@@ -46,12 +46,12 @@ def held_out(model, rows, blocks, seed, batch, draws, ranks=None, piece=contextl
             dim=1,
         )
         parts = ranks.gather_rows(parts, len(rows)) if ranks else parts  # (R, draws, 3)
-        per_row, (_, plain, hidden) = parts[..., 0].mean(1), parts.sum(0).unbind(1)
+        per_row, (_, plain, masked_count) = parts[..., 0].mean(1), parts.sum(0).unbind(1)
         error = float(per_row.std() / math.sqrt(len(per_row))) if len(per_row) > 1 else 0.0
         result[block] = {
             "nats": float(per_row.mean()),
             "se": error,
-            "masked_mean": float((plain / hidden).mean()),
+            "masked_mean": float((plain / masked_count).mean()),
         }
     return result
 
@@ -61,7 +61,7 @@ def at_depth(model, depth):
     return SimpleNamespace(
         cfg=model.cfg,
         head=model.head,
-        hidden_blocks=lambda xt, x0, block, first: model.hidden_blocks(xt, x0, block, first, depth)[
+        block_states=lambda xt, x0, block, first: model.block_states(xt, x0, block, first, depth)[
             1
         ],
     )
@@ -142,19 +142,19 @@ def lay_out(piece, block):
 # ---- estimators ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def surprise(model, x0, hidden, layout, score=None, batch=8):
-    """CE (R, L) on the CPU at the scored positions (those hidden, if none are named), 0 elsewhere.
+def surprise(model, x0, masked, layout, score=None, batch=8):
+    """CE (R, L) on the CPU at the scored positions (those masked, if none are named), 0 elsewhere.
     """
     found = torch.zeros(x0.shape)
-    score = hidden if score is None else score
+    score = masked if score is None else score
     for a in range(0, len(x0), batch):
         x, at = x0[a:a + batch], score[a:a + batch].to(x0.device)
         xt = (
             shifted(x, model.cfg.mask_id)
             if model.cfg.causal
-            else torch.where(hidden[a : a + batch].to(x.device), model.cfg.mask_id, x)
+            else torch.where(masked[a : a + batch].to(x.device), model.cfg.mask_id, x)
         )
-        h = model.hidden_blocks(xt, x, layout.block, layout.first)[at]             # (N, D)
+        h = model.block_states(xt, x, layout.block, layout.first)[at]              # (N, D)
         if len(h):
             ones = torch.ones(len(h), device=h.device)
             found[a:a + batch][at.cpu()] = LinearCrossEntropy.apply(
@@ -219,7 +219,7 @@ def bound(model, pieces, block, draws, seed=0, batch=8):
         total = per_document(pieces, [ce.sum(1) for ce in ces])
         return total, [], float(total.sum()) / scored_tokens(pieces)
     nats, g = 0, step_generator(seed, 0, "bound")
-    sums, sizes, plain, hidden = torch.zeros(BINS), torch.zeros(BINS), 0.0, 0
+    sums, sizes, plain, masked_count = torch.zeros(BINS), torch.zeros(BINS), 0.0, 0
     for part in range(draws):
         values = []
         masks = exact_counts(pieces, layouts, g, part, draws)
@@ -232,10 +232,10 @@ def bound(model, pieces, block, draws, seed=0, batch=8):
             at = (torch.ceil(share * BINS - 1e-6).long() - 1).clamp(min=0).flatten()
             sums.index_add_(0, at, by_block.flatten())
             sizes.index_add_(0, at, size.flatten())
-            plain, hidden = plain + float(ce.sum()), hidden + int(mask.sum())
+            plain, masked_count = plain + float(ce.sum()), masked_count + int(mask.sum())
         nats = nats + per_document(pieces, values) / draws
     curve = [((i + 1) / BINS, float(sums[i] / sizes[i])) for i in range(BINS) if sizes[i]]
-    return nats, curve, plain / hidden
+    return nats, curve, plain / masked_count
 
 
 def chain_rule(model, pieces, block, batch=8):
@@ -285,7 +285,7 @@ def infilling(model, pieces, seed=0, batch=8):
             good = torch.zeros(mask.shape)
             for a in range(0, len(mask), batch):
                 x, m = piece.x0[a:a + batch], mask[a:a + batch].to(piece.x0.device)
-                h = model.hidden_blocks(
+                h = model.block_states(
                     torch.where(m, model.cfg.mask_id, x), x, layout.block, layout.first
                 )
                 good[a : a + batch][m.cpu()] = (
@@ -321,9 +321,9 @@ def left_to_right(model, prompt, new, frozen=True):
     for i in range(length):
         if i >= len(prompt):
             if frozen:
-                state = model.hidden(canvas[:, i:i + 1], cache)[:, 0]                  # (1, D)
+                state = model.states(canvas[:, i:i + 1], cache)[:, 0]                  # (1, D)
             else:
-                state = model.hidden(canvas)[:, i]
+                state = model.states(canvas)[:, i]
             total -= float(model.logits(state).double().log_softmax(-1)[0, ids[0, i]])
             canvas[:, i] = ids[:, i]
         if frozen:

@@ -151,10 +151,10 @@ def fill_block(model, canvas, lo, hi, forward, s, on_step=None):
     steps = s.steps if s.remask or s.sampler == "ancestral" else min(s.steps, most)
     used = layers = 0
     for step in range(steps):
-        hidden = (block == canvas.mask_id) & ~canvas.done[:, None]                 # (B, S)
-        if not hidden.any():
+        masked = (block == canvas.mask_id) & ~canvas.done[:, None]                 # (B, S)
+        if not masked.any():
             break
-        turns = [plan(canvas, row, lo, hi, hidden[row], start[row], step, steps, s)
+        turns = [plan(canvas, row, lo, hi, masked[row], start[row], step, steps, s)
                  for row in range(len(block)) if not canvas.done[row]]
         turns = [t for t in turns if t]
         if any(len(t.look_at) for t in turns):
@@ -314,7 +314,7 @@ def write_group(model, group, prompts, s, seeds, result, on_step, on_block):
             else None
         )
         shared = (
-            hasattr(model, "commit_and_hidden")
+            hasattr(model, "commit_and_states")
             and hi - lo == size
             and s.guidance_scale == 1
             and not s.min_depth
@@ -389,20 +389,20 @@ def forward_of(model, cache, P, lo, hi, s):
         return lambda ids, depth: model.step(ids[:, lo - 1:lo], cache)
     if cache is not None:
         if s.guidance_scale == 1:
-            return lambda ids, depth: model.hidden(ids[:, lo:hi], cache, depth)
+            return lambda ids, depth: model.states(ids[:, lo:hi], cache, depth)
         if hasattr(cache, "beside_empty"):      # both sides in one batch
             both = cache.beside_empty()
-            return lambda ids, depth: model.hidden(ids[:, lo:hi].repeat(2, 1), both, depth)
+            return lambda ids, depth: model.states(ids[:, lo:hi].repeat(2, 1), both, depth)
         return lambda ids, depth: torch.cat(
-            [model.hidden(ids[:, lo:hi], c, depth) for c in (cache, None)]
+            [model.states(ids[:, lo:hi], c, depth) for c in (cache, None)]
         )
     if s.guidance_scale == 1:
-        return lambda ids, depth: model.hidden(ids[:, :hi], None, depth)[:, lo:hi]
+        return lambda ids, depth: model.states(ids[:, :hi], None, depth)[:, lo:hi]
 
     def both_sides(ids, depth):
         bare = ids[:, :hi].clone()
         bare[:, 1:P] = mask_id                  # BOS stays: a text begins there, whatever it says
-        return model.hidden(torch.cat((ids[:, :hi], bare)), None, depth)[:, lo:hi]
+        return model.states(torch.cat((ids[:, :hi], bare)), None, depth)[:, lo:hi]
     return both_sides
 
 
@@ -414,7 +414,7 @@ def commits_first(model, cache, due, lo, hi, forward):
 
     def first_then(ids, depth):
         if waiting:
-            return model.commit_and_hidden(waiting.pop(), ids[:, lo:hi], cache)
+            return model.commit_and_states(waiting.pop(), ids[:, lo:hi], cache)
         return forward(ids, depth)
     return first_then
 

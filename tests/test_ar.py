@@ -41,7 +41,7 @@ def some(rows, length):
 def whole(net, x0):
     """Logits (B, T, V + 1) of every token, in one pass without a cache."""
     read = masking.shifted(x0, V)
-    return net.logits(net.hidden_blocks(read, read, x0.shape[1]))
+    return net.logits(net.block_states(read, read, x0.shape[1]))
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def test_nll_by_hand():
     for row in range(2):
         for i in range(7):
             ids = torch.tensor([[V, *x[row, :i].tolist()]])
-            h = net.hidden_blocks(ids, ids, 99)[0, -1]
+            h = net.block_states(ids, ids, 99)[0, -1]
             z = [float(h @ net.head.weight[v]) for v in range(V) if v != 0]
             by_hand[row] += math.log(sum(map(math.exp, z))) - z[int(x[row, i]) - 1]
     found, mean = masking.bound(net, x, 3)
@@ -144,7 +144,7 @@ def test_every_parameter_learns_and_the_mean_is_over_all_tokens():
     out.loss.backward()
     assert (
         float(out.loss.detach()) == pytest.approx(float(out.nll.mean()), rel=1e-5)
-        and out.hidden.all()
+        and out.masked.all()
     )
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
@@ -272,7 +272,7 @@ def test_the_commands_know_it(run, tmp_path, capsys):
 def test_the_benchmarks_nll_is_the_models(run):
     net, _, _ = checkpoint.load_model(run, torch.device("cpu"), config.check_saved)
     x = some(1, 12)
-    z = net.logits(net.hidden_blocks(masking.shifted(x, net.cfg.mask_id), x, 12)).log_softmax(-1)
+    z = net.logits(net.block_states(masking.shifted(x, net.cfg.mask_id), x, 12)).log_softmax(-1)
     by_hand = -float(z[0, 5:].gather(1, x[0, 5:, None]).sum())
     found = estimators.left_to_right(net, x[0, :5].tolist(), x[0, 5:].tolist(), True)
     assert found == pytest.approx(by_hand, rel=1e-4)

@@ -210,15 +210,15 @@ def corrupted(steps=500, **settings):
             args.block_choices, args.seq_len, args.seed, step, chance
         )
         if args.causal:
-            draw = masking.whole_rows(rows, args.seq_len)
+            masks = masking.whole_rows(rows, args.seq_len)
         else:
-            draw = masking.draw(args, args.seed, step, rows, args.seq_len, block, first)
+            masks = masking.corrupt(args, args.seed, step, rows, args.seq_len, block, first)
         log.append(
             {
                 **BASE,
                 "step": step + 1,
                 "loss": 9 - step / 250,
-                "mask": draw.hidden / (rows * args.seq_len),
+                "mask": masks.masked_count / (rows * args.seq_len),
                 "block": block,
                 "first": first,
                 "seq_len": args.seq_len,
@@ -626,14 +626,14 @@ def test_the_one_shot_goes_on_by_itself_and_judges_itself(tmp_path, monkeypatch,
     # the advice after an OOM, in the same folder
     with pytest.raises(UserError, match="--if_exists archive"):
         colab_train_eco.main([*words, "--max_steps", "30", "--d_model", "32"])
-    real = masking.draw  # a corruption that hides far more than the settings ask for
+    real = masking.corrupt  # a corruption that hides far more than the settings ask for
 
     def hide_more(args, *rest):
         if isinstance(args, config.TrainArgs):  # not the check of weights before a save
             args = dataclasses.replace(args, min_mask_rate=0.97)
         return real(args, *rest)
 
-    monkeypatch.setattr(masking, "draw", hide_more)
+    monkeypatch.setattr(masking, "corrupt", hide_more)
     code = colab_train_eco.main(
         [*words, "--max_steps", "20", "--if_exists", "suffix", "--train_block_sizes", "T,8"]
     )

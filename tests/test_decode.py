@@ -38,10 +38,10 @@ class Fake(nn.Module):
             mask_id=vocab, pad_id=0, vocab_size=vocab, n_layers=4, causal=False
         )
         self.habit, self.vocab = habit, vocab
-        self.hidden_calls, self.head_rows, self.commits, self.depths = 0, [], [], []
+        self.states_calls, self.head_rows, self.commits, self.depths = 0, [], [], []
 
-    def hidden(self, xt, cache=None, depth=None):
-        self.hidden_calls += 1
+    def states(self, xt, cache=None, depth=None):
+        self.states_calls += 1
         self.depths.append(depth or self.cfg.n_layers)
         # something that depends on the text
         return nn.functional.one_hot(xt, self.vocab + 1).float().cumsum(1)
@@ -113,7 +113,7 @@ def check_case(rnd, longest):
     out = generate(net, prompts, s, [rnd.randrange(10 ** 6) for _ in range(B)])
     most = sum(s.steps if s.remask else min(s.steps, n) for n in blocks_of(s))
     sides = 2 if s.guidance_scale != 1 and s.mode == "block_frozen" else 1
-    assert net.hidden_calls == out.forwards * sides and out.forwards <= most * len(
+    assert net.states_calls == out.forwards * sides and out.forwards <= most * len(
         {len(p) for p in prompts}
     )
     assert max(out.row_forwards) <= most
@@ -138,7 +138,7 @@ def test_guarantees_on_ten_thousand_random_cases():
 def test_twelve_steps_are_twelve_forwards_of_at_most_six():
     net = Fake("no_eos")
     out = generate(net, [2, 5], Settings(64, 12), [0])
-    assert out.forwards == net.hidden_calls == 12
+    assert out.forwards == net.states_calls == 12
     revealed = [a - b for a, b in zip(net.head_rows, [*net.head_rows[1:], 0], strict=True)]
     assert sum(revealed) == 64 and max(revealed) <= 6 and min(revealed) >= 5
     assert net.head_rows[0] == 64  # the head sees masked positions only
@@ -310,8 +310,8 @@ def test_eos_stops_only_when_nothing_before_it_is_masked():
     everywhere stops at once.
     """
     class LateEos(Fake):
-        def hidden(self, xt, cache=None, depth=None):
-            self.hidden_calls += 1
+        def states(self, xt, cache=None, depth=None):
+            self.states_calls += 1
             return torch.arange(xt.shape[1]).float().expand(len(xt), -1)[..., None]
 
         def logits(self, h):
@@ -425,8 +425,8 @@ def conditional(ids):
 class Oracle(Fake):
     """A perfect denoiser of the toy joint; real tokens are 4, 5, 6."""
 
-    def hidden(self, xt, cache=None, depth=None):
-        self.hidden_calls += 1
+    def states(self, xt, cache=None, depth=None):
+        self.states_calls += 1
         known = {}
         out = []
         for row in xt[:, -3:].tolist():
@@ -564,8 +564,8 @@ def test_full_depth_is_bit_for_bit_no_early_exit(model):
         and off.layer_passes == all_layers.layer_passes > early.layer_passes
     )
     xt = torch.tensor([[2, 40, 40, 7]])
-    assert torch.equal(net.hidden(xt), net.hidden(xt, depth=2)) and not torch.equal(
-        net.hidden(xt), net.hidden(xt, depth=1)
+    assert torch.equal(net.states(xt), net.states(xt, depth=2)) and not torch.equal(
+        net.states(xt), net.states(xt, depth=1)
     )
 
 
@@ -682,7 +682,7 @@ def test_cached_text_equals_uncached_text(model):
                 ids = torch.tensor([text + block])
                 # the clean side of the active block is never seen
                 clean = torch.tensor([text + [1] * n])
-                z = net.logits(net.hidden_blocks(ids, clean, 8, first))[0, len(text):].detach()
+                z = net.logits(net.block_states(ids, clean, 8, first))[0, len(text):].detach()
                 masked = torch.tensor([i for i, t in enumerate(block) if t == 40])
                 if len(masked):
                     count = reveal_count(len(masked), step, min(4, n), "linear")
@@ -713,7 +713,7 @@ def test_sharing_a_forward_with_the_commit_changes_no_text(sampler, monkeypatch)
         threshold=0.5,
     )
     shared = generate(net, [[2, 5, 6], [2, 9]], s, [0, 1])
-    monkeypatch.delattr(type(net), "commit_and_hidden")
+    monkeypatch.delattr(type(net), "commit_and_states")
     apart = generate(net, [[2, 5, 6], [2, 9]], s, [0, 1])
     assert shared.rows == apart.rows and shared.forwards == apart.forwards
     assert shared.context_passes <= apart.context_passes

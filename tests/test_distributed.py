@@ -415,9 +415,9 @@ def test_the_parts_of_a_draw_are_the_draw(block, first, strategy):
     the counts.
     """
     args = config.TrainArgs(masking_strategy=strategy)
-    whole = masking.draw(args, 1, 5, 12, 24, block, first)
+    whole = masking.corrupt(args, 1, 5, 12, 24, block, first)
     parts = [
-        masking.draw(args, 1, 5, 12, 24, block, first, distributed.Ranks(r, 4).share(4, 3))
+        masking.corrupt(args, 1, 5, 12, 24, block, first, distributed.Ranks(r, 4).share(4, 3))
         for r in range(4)
     ]
     assert torch.equal(torch.cat([p.mask for p in parts]), whole.mask)
@@ -435,8 +435,8 @@ def test_an_evaluation_is_shared(kind, tmp_path):
     """
     kind, causal = ("backup", True) if kind == "ar" else (kind, False)
     net = tiny_model(kind, 50, seed=3, shape=TINIER, block_size=4, causal=causal)
-    rows, work, real = torch.randint(4, 50, (10, 16)), [], net.hidden_blocks
-    net.hidden_blocks = lambda xt, *more: work.append(len(xt)) or real(xt, *more)
+    rows, work, real = torch.randint(4, 50, (10, 16)), [], net.block_states
+    net.block_states = lambda xt, *more: work.append(len(xt)) or real(xt, *more)
 
     def score(rank=0, world=1):
         if world > 1:

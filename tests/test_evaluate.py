@@ -54,8 +54,8 @@ def by_quadrature(schedule):
     just this set at time t.
     """
     t = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    hidden, weight = 1 - masking.alpha(t, schedule), masking.weight(t, schedule)
-    return lambda k, size: float((weight * hidden ** k * (1 - hidden) ** (size - k)).mean())
+    masked, weight = 1 - masking.alpha(t, schedule), masking.weight(t, schedule)
+    return lambda k, size: float((weight * masked ** k * (1 - masked) ** (size - k)).mean())
 
 
 @torch.no_grad()
@@ -68,14 +68,14 @@ def by_enumeration(net, x, block, weigh=exact_count):
         scored = range(a, min(T, a + block))
         start = 0 if block >= T else a  # the block alone, or all in one piece
         cache = frozen(net, x, a, block) if start else None
-        for hidden in itertools.chain(
+        for masked in itertools.chain(
             *(itertools.combinations(scored, k) for k in range(1, len(scored) + 1))
         ):
             xt = x[start:scored[-1] + 1].clone()
-            xt[[i - start for i in hidden]] = V
-            logp = net.logits(net.hidden(xt[None], cache))[0].log_softmax(-1)
-            total -= weigh(len(hidden), len(scored)) * sum(
-                float(logp[i - start, x[i]]) for i in hidden
+            xt[[i - start for i in masked]] = V
+            logp = net.logits(net.states(xt[None], cache))[0].log_softmax(-1)
+            total -= weigh(len(masked), len(scored)) * sum(
+                float(logp[i - start, x[i]]) for i in masked
             )
     return total
 
@@ -131,7 +131,7 @@ def test_chain_rule_by_hand(kind, block):
         )
         xt = TEXT[a:b].clone()
         xt[i - a:] = V
-        z = net.logits(net.hidden(xt[None], frozen(net, TEXT, a, block) if a else None))[
+        z = net.logits(net.states(xt[None], frozen(net, TEXT, a, block) if a else None))[
             0
         ].log_softmax(-1)
         total -= float(z[i - a, TEXT[i]])
@@ -160,7 +160,7 @@ def test_a_long_document_is_scored_whole_and_given_tokens_are_never_hidden(block
     """
     net = SimpleNamespace(cfg=SimpleNamespace(mask_id=V, pad_id=0, causal=False),
                           head=SimpleNamespace(weight=torch.zeros(V + 1, 4), never=(0, V)))
-    net.hidden_blocks = lambda xt, *_: torch.zeros(*xt.shape, 4)
+    net.block_states = lambda xt, *_: torch.zeros(*xt.shape, 4)
     documents = [[2] + [5] * (n - 1) for n in (3, 8, 20, 17, 24)]
     pieces = cut(documents, 8)
     expected = torch.tensor(
@@ -209,7 +209,7 @@ def test_strata_pay_where_the_cost_depends_on_the_count():
         cfg=SimpleNamespace(mask_id=V, causal=False),
         head=SimpleNamespace(weight=weight, never=(0, V)),
     )
-    net.hidden_blocks = lambda xt, x0, *_: 8 * (xt != V).float().mean(1)[:, None, None] * weight[x0]
+    net.block_states = lambda xt, x0, *_: 8 * (xt != V).float().mean(1)[:, None, None] * weight[x0]
     pieces = cut([[2] + [5, 7, 6, 4] * 4] * 64, 17)
     found = estimators.compare(net, pieces, 17, 40, batch=64)
     assert found["exact count, count iid"]["variance"] > 100 * found["exact count"]["variance"]
@@ -255,7 +255,7 @@ def test_infilling_counts_right_guesses():
         cfg=SimpleNamespace(mask_id=V, causal=False),
         head=SimpleNamespace(logits=lambda h: h @ weight.T),
     )
-    net.hidden_blocks = lambda xt, x0, block, first: torch.nn.functional.one_hot(
+    net.block_states = lambda xt, x0, block, first: torch.nn.functional.one_hot(
         torch.where(x0 == 7, 6, x0), V + 1
     ).float()
     found = estimators.infilling(net, cut([[2] + [5] * 20, [2] + [7] * 20], 21))
@@ -507,7 +507,7 @@ def test_the_control_arm_prints_its_exact_nll(here, control, capsys, tmp_path):
         ids = [tokenizer.bos_id, *tokenizer.encode(line.strip()), tokenizer.eos_id]
         read = torch.tensor([[net.cfg.mask_id, *ids[:-1]]])
         with torch.no_grad():
-            logp = net.logits(net.hidden_blocks(read, read, len(ids))).log_softmax(-1)[0]
+            logp = net.logits(net.block_states(read, read, len(ids))).log_softmax(-1)[0]
         total, count = (
             total - sum(float(logp[i, token]) for i, token in enumerate(ids) if i),
             count + len(ids) - 1,

@@ -189,11 +189,11 @@ def spike(monkeypatch, at, times):
     """Raise the loss of step `at` (from 1), the first `times` times that it is taken; each step has
     2 forwards.
     """
-    taken, real, draw = [], masking.denoising_loss, masking.draw
+    taken, real, corrupt = [], masking.denoising_loss, masking.corrupt
 
     def drawn(args, seed, step, *more):
         taken.append(step + 1) if torch.is_grad_enabled() else None
-        return draw(args, seed, step, *more)
+        return corrupt(args, seed, step, *more)
 
     def raised(*args, **kwargs):
         out = real(*args, **kwargs)
@@ -204,7 +204,7 @@ def spike(monkeypatch, at, times):
             and taken.count(at) <= times
         )
         return out._replace(loss=out.loss * 50) if now else out
-    monkeypatch.setattr(masking, "draw", drawn)
+    monkeypatch.setattr(masking, "corrupt", drawn)
     monkeypatch.setattr(masking, "denoising_loss", raised)
     return taken
 

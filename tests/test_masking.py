@@ -43,7 +43,7 @@ class Uniform(nn.Module):
         self.cfg = SimpleNamespace(mask_id=vocab, pad_id=0, causal=False)
         self.head = SimpleNamespace(weight=torch.zeros(vocab + 1, 4), never=(0, vocab))
 
-    def hidden_blocks(self, xt, x0, block, first=None):
+    def block_states(self, xt, x0, block, first=None):
         return torch.zeros(*xt.shape, 4)
 
 
@@ -86,7 +86,7 @@ def test_uniform_predictor_scores_ln_v(schedule, mode, strategy, low, high):
         most_hidden=high,
     )
     x0 = torch.randint(1, vocab, (rows, 24))
-    d = masking.draw(args, 7, 3, rows, 24, 24)
+    d = masking.corrupt(args, 7, 3, rows, 24, 24)
     loss = masking.denoising_loss(net, x0, d, "elbo", masking.normaliser("elbo", d)).loss
     tolerance = 1e-6 if schedule == "linear" and mode == "continuous" else 0.01
     assert float(loss) == pytest.approx(math.log(vocab - 1), rel=tolerance)
@@ -122,19 +122,21 @@ def test_bound_agrees_with_brute_force(model):
                 by_count[sum(bits)].append(float(ce[mask].mean()))
     truth = sum(sum(v) / len(v) for v in by_count.values()) / L
 
-    weighted = 0.0  # the same sum through the code's own masks, weights and loss, one Draw per mask
+    # the same sum through the code's own masks, weights and loss, one MaskSample per mask
+    weighted = 0.0
     for bits in itertools.product((False, True), repeat=L):
         k = sum(bits)
         if k:
             mask = torch.tensor([bits])
-            d = masking.Draw(mask, torch.full(mask.shape, L / k), torch.tensor([[k / L]]), L, L)
+            weight = torch.full(mask.shape, L / k)
+            d = masking.MaskSample(mask, weight, torch.tensor([[k / L]]), L, L)
             loss = masking.denoising_loss(net, x0, d, "elbo", L).loss.detach()
             weighted += float(loss) / math.comb(L, k) / L
     assert weighted == pytest.approx(truth, abs=1e-6)
 
     draws = 4000                # and the estimator that training uses: unbiased, for both schedules
     for schedule in masking.SCHEDULES:
-        d = masking.draw(flags(mask_schedule=schedule), 1, 0, draws, L, L)
+        d = masking.corrupt(flags(mask_schedule=schedule), 1, 0, draws, L, L)
         with torch.no_grad():
             estimate = float(
                 masking.denoising_loss(net, x0.expand(draws, L), d, "elbo", draws * L).loss
@@ -150,7 +152,7 @@ def test_bound_agrees_with_brute_force(model):
 )
 def test_masks_hit_their_count_exactly(strategy, span, length, block, first):
     args = flags(masking_strategy=strategy, mean_span_length=span)
-    d = masking.draw(args, 5, 9, 64, length, block, first)
+    d = masking.corrupt(args, 5, 9, 64, length, block, first)
     edges = [0, *range(first, length, block), length]
     assert d.mask.shape == d.weight.shape == (64, length) and d.t.shape == (64, len(edges) - 1)
     for b, (lo, hi) in enumerate(itertools.pairwise(edges)):
@@ -162,7 +164,8 @@ def test_masks_hit_their_count_exactly(strategy, span, length, block, first):
 
 def test_spans_are_spans_and_tokens_are_not():
     def runs(strategy):
-        d = masking.draw(flags(masking_strategy=strategy, mean_span_length=4.0), 0, 0, 400, 64, 64)
+        args = flags(masking_strategy=strategy, mean_span_length=4.0)
+        d = masking.corrupt(args, 0, 0, 400, 64, 64)
         starts = d.mask & ~torch.nn.functional.pad(d.mask[:, :-1], (1, 0))
         half = (d.t[:, 0] > 0.2) & (d.t[:, 0] < 0.3)
         return float(d.mask[half].sum() / starts[half].sum())
@@ -172,7 +175,7 @@ def test_spans_are_spans_and_tokens_are_not():
 @pytest.mark.parametrize("mode", ["continuous", "discrete"])
 def test_times_hit_each_stratum_once_over_the_whole_step(mode):
     rows, n = 12, 4                                     # rows x blocks of the step share one grid
-    d = masking.draw(flags(time_mode=mode, timesteps=48), 3, 5, rows, 32, 8)
+    d = masking.corrupt(flags(time_mode=mode, timesteps=48), 3, 5, rows, 32, 8)
     cell = torch.floor(
         (1 - d.t if mode == "continuous" else d.t - 1 / 48) * rows * n + 1e-6
     ).flatten()
@@ -207,7 +210,7 @@ def test_each_purpose_has_its_own_stream(monkeypatch):
         return generator
     monkeypatch.setattr(masking, "step_generator", kept)
     masking.pick_blocks([8, 4], 8, 7, 3, single=1e-9)
-    masking.draw(flags(), 7, 3, 2, 8, 4)
+    masking.corrupt(flags(), 7, 3, 2, 8, 4)
     masking.pick_exit(5, 7, 3)
     masking.step_generator(7, 3, "drop")
     assert len(asked) == 5 and all(len(times) == 1 for times in asked.values()), (
@@ -232,7 +235,7 @@ def test_strata_cut_the_variance():
     def spread(sampling):
         losses = []
         for step in range(300):
-            d = masking.draw(flags(timestep_sampling=sampling), 1, step, 8, 64, 64)
+            d = masking.corrupt(flags(timestep_sampling=sampling), 1, step, 8, 64, 64)
             share = d.mask.float().mean(1, keepdim=True)
             # CE grows with the rate
             losses.append(float(((0.5 + 2.5 * share) * d.weight * d.mask).sum() / d.mask.numel()))
@@ -245,7 +248,7 @@ def test_fully_masked_rows_are_trained():
     those hides whole rows.
     """
     full = sum(
-        int(masking.draw(flags(), 0, step, 16, 16, 16).mask.all(1).sum()) for step in range(100)
+        int(masking.corrupt(flags(), 0, step, 16, 16, 16).mask.all(1).sum()) for step in range(100)
     )
     assert full > 50  # k = L is one of 16 equally likely counts
     for changes, rules in (
@@ -258,13 +261,14 @@ def test_fully_masked_rows_are_trained():
             block, first = masking.pick_blocks(
                 args.block_choices, 16, 0, step, args.single_chance(step)
             )
-            found[block] += int(masking.draw(args, 0, step, 2, 16, block, first).mask.all(1).sum())
+            masks = masking.corrupt(args, 0, step, 2, 16, block, first)
+            found[block] += int(masks.mask.all(1).sum())
         assert {block for block in found if found[block] > 5} >= rules and found.total() > 50, found
 
 
 def test_corruption_is_a_function_of_seed_and_step():
     def one(seed, step):
-        return masking.draw(flags(), seed, step, 8, 32, 8).mask
+        return masking.corrupt(flags(), seed, step, 8, 32, 8).mask
     assert torch.equal(one(1, 5), one(1, 5))
     assert not torch.equal(one(1, 5), one(1, 6)) and not torch.equal(one(1, 5), one(2, 5))
     torch.rand(10)                                      # global state plays no part
@@ -279,7 +283,7 @@ def test_micro_batches_equal_one_big_batch(model, kind):
     """
     net = tiny(model)
     x0 = torch.randint(1, 11, (8, 20))
-    d = masking.draw(flags(masking_strategy="span"), 2, 4, 8, 20, 8, 5)
+    d = masking.corrupt(flags(masking_strategy="span"), 2, 4, 8, 20, 8, 5)
     total = masking.normaliser(kind, d)
 
     def run(parts):
@@ -343,14 +347,14 @@ def test_the_number_of_hidden_tokens_makes_no_new_product(model):
         train_block_sizes="T,16",
         max_steps=100,
     )
-    net, products, hidden = tiny(model, vocab=52, n_layers=1), Products(), set()
+    net, products, counts = tiny(model, vocab=52, n_layers=1), Products(), set()
     for step in range(40):
         block, first = masking.pick_blocks(args.block_choices, 64, 1, step)
-        draw = masking.draw(args, 1, step, 3, 64, block, first)
-        hidden.add(draw.hidden)
+        masks = masking.corrupt(args, 1, step, 3, 64, block, first)
+        counts.add(masks.masked_count)
         with products, torch.autocast("cpu", torch.bfloat16):
-            masking.denoising_loss(net, torch.full((3, 64), 5), draw, "elbo", 1.0).loss.backward()
-    assert len(hidden) > 25, "too few different counts to prove anything"
+            masking.denoising_loss(net, torch.full((3, 64), 5), masks, "elbo", 1.0).loss.backward()
+    assert len(counts) > 25, "too few different counts to prove anything"
     of_loss = {shapes for shapes in products.shapes if any(53 in shape for shape in shapes[1:])}
     assert len(of_loss) <= 3 * 3, of_loss  # three products of 64, 128 or 192 rows
     assert len(products.shapes - of_loss) <= 45, len(products.shapes - of_loss)
@@ -386,7 +390,7 @@ def test_head_sees_masked_positions_only_and_never_the_mask_logit():
     """
     net = tiny()
     x0 = torch.randint(1, 11, (4, 16))
-    d = masking.draw(flags(), 0, 0, 4, 16, 16)
+    d = masking.corrupt(flags(), 0, 0, 4, 16, 16)
     seen = []
     real = masking.LinearCrossEntropy.apply
     masking.LinearCrossEntropy.apply = staticmethod(
@@ -407,8 +411,8 @@ def test_head_sees_masked_positions_only_and_never_the_mask_logit():
             )
             self.head.weight[[0, 11]] += 100
 
-        def hidden_blocks(self, *a, **k):
-            return net.hidden_blocks(*a, **k)
+        def block_states(self, *a, **k):
+            return net.block_states(*a, **k)
 
     assert float(masking.denoising_loss(Shifted(), x0, d, "elbo", 1).loss) == pytest.approx(
         before, rel=1e-6

@@ -41,7 +41,7 @@ def test_cache_is_exact(model, block, length):
         if block < length
         else [length]
     ):
-        whole = net.logits(net.hidden_blocks(xt, x0, block, first))[..., 1:40]
+        whole = net.logits(net.block_states(xt, x0, block, first))[..., 1:40]
         cache = net.new_cache(2, length)
         for lo, hi in edges(length, block, first):
             part = net(xt[:, lo:hi], cache)[..., 1:40]
@@ -58,17 +58,17 @@ def test_block_rule(model):
     """
     net, block, length = tiny(model), 8, 40
     x0, xt = texts(length)
-    base = net.hidden_blocks(xt, x0, block)
+    base = net.block_states(xt, x0, block)
     for position in (0, 7, 8, 21, 39):
         b = position // block
         other = x0.clone()
         other[:, position] = other[:, position] % 39 + 1
-        moved = (net.hidden_blocks(xt, other, block) - base).abs().amax(-1)
+        moved = (net.block_states(xt, other, block) - base).abs().amax(-1)
         assert (moved[:, :(b + 1) * block] == 0).all()
         assert b == 4 or (moved[:, (b + 1) * block:] > 0).any()
         noisy = xt.clone()
         noisy[:, position] = noisy[:, position] % 39 + 1
-        moved = (net.hidden_blocks(noisy, x0, block) - base).abs().amax(-1)
+        moved = (net.block_states(noisy, x0, block) - base).abs().amax(-1)
         own = slice(b * block, (b + 1) * block)
         assert (moved[:, own] > 0).all()
         moved[:, own] = 0
@@ -80,8 +80,8 @@ def test_block_rule(model):
 def test_block_of_the_whole_sequence_is_plain_bidirectional_diffusion(model):
     net = tiny(model)
     x0, xt = texts(24)
-    torch.testing.assert_close(net.hidden_blocks(xt, x0, 24), net.hidden(xt), atol=0, rtol=0)
-    torch.testing.assert_close(net.hidden_blocks(xt, x0, 999), net.hidden(xt), atol=0, rtol=0)
+    torch.testing.assert_close(net.block_states(xt, x0, 24), net.states(xt), atol=0, rtol=0)
+    torch.testing.assert_close(net.block_states(xt, x0, 999), net.states(xt), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -94,10 +94,10 @@ def test_a_shorter_first_block_counts_whatever_the_block(model):
     x0, xt = texts(24)
     cache = net.new_cache(2, 24)
     net.commit(x0[:, :5], cache)
-    want = torch.cat((net.hidden(xt[:, :5]), net.hidden(xt[:, 5:], cache)), dim=1)
+    want = torch.cat((net.states(xt[:, :5]), net.states(xt[:, 5:], cache)), dim=1)
     for block in (19, 23, 24, 25, 999):
-        torch.testing.assert_close(net.hidden_blocks(xt, x0, block, 5), want, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(net.hidden_blocks(xt, x0, 24, 24), net.hidden(xt), atol=0, rtol=0)
+        torch.testing.assert_close(net.block_states(xt, x0, block, 5), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(net.block_states(xt, x0, 24, 24), net.states(xt), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -111,7 +111,7 @@ def test_order_enters_the_denoiser(model):
     xt[0, 5], xt[0, 20] = 7, 9
     swapped = xt.clone()
     swapped[0, 5], swapped[0, 20] = 9, 7
-    a, b = net.hidden(xt), net.hidden(swapped)
+    a, b = net.states(xt), net.states(swapped)
     b_back = b.clone()
     b_back[0, 5], b_back[0, 20] = b[0, 20], b[0, 5]
     assert (a - b_back).abs().max() > 1e-3
@@ -119,15 +119,15 @@ def test_order_enters_the_denoiser(model):
     near[0, 5], near[0, 6] = 7, 9
     far = torch.full((1, 30), 40)
     far[0, 5], far[0, 7] = 7, 9
-    assert (net.hidden(near)[0, 4] - net.hidden(far)[0, 4]).abs().max() > 1e-4
+    assert (net.states(near)[0, 4] - net.states(far)[0, 4]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_gets_a_gradient_in_one_step(model):
     net = tiny(model)
     x0, xt = texts(33)
-    net.hidden_blocks(xt, x0, 8).square().sum().backward()
-    net.logits(net.hidden(xt))[..., 1:40].logsumexp(-1).sum().backward()
+    net.block_states(xt, x0, 8).square().sum().backward()
+    net.logits(net.states(xt))[..., 1:40].logsumexp(-1).sum().backward()
     dead = [name for name, p in net.named_parameters() if p.grad is None or not (p.grad != 0).any()]
     assert dead == []
 
@@ -224,10 +224,10 @@ def test_mask_and_pad_are_never_an_answer(model):
 def test_rows_of_a_batch_do_not_mix(model):
     net = tiny(model)
     x0, xt = texts(24, batch=3)
-    together = net.hidden_blocks(xt, x0, 8)
+    together = net.block_states(xt, x0, 8)
     for row in range(3):
         torch.testing.assert_close(
-            net.hidden_blocks(xt[row : row + 1], x0[row : row + 1], 8)[0],
+            net.block_states(xt[row : row + 1], x0[row : row + 1], 8)[0],
             together[row],
             atol=1e-5,
             rtol=1e-5,
@@ -247,16 +247,16 @@ def test_early_exits_see_what_decoding_at_that_depth_sees(model, block):
     with torch.no_grad():
         net.exits.early_norm.add_(torch.randn_like(net.exits.early_norm))
     xt, x0 = torch.randint(4, 41, (2, 24)), torch.randint(4, 40, (2, 24))
-    plain = net.hidden_blocks(xt, x0, block)
+    plain = net.block_states(xt, x0, block)
     for depth in (1, 2):
-        last, early = net.hidden_blocks(xt, x0, block, None, depth)
+        last, early = net.block_states(xt, x0, block, None, depth)
         torch.testing.assert_close(last, plain, atol=0, rtol=0)
         cache = net.new_cache(2, 24)
         lo, hi = (0, 24) if block > 24 else (8, 16)
         if lo:
             net.commit(x0[:, :lo], cache)
         torch.testing.assert_close(
-            net.hidden(xt[:, lo:hi], cache, depth), early[:, lo:hi], atol=1e-5, rtol=1e-5
+            net.states(xt[:, lo:hi], cache, depth), early[:, lo:hi], atol=1e-5, rtol=1e-5
         )
         early.square().sum().backward()
         assert net.exits.early_norm.grad[depth - 1].abs().sum() > 0
@@ -347,7 +347,7 @@ def test_one_token_is_convolved_as_in_a_sequence(reach):
 
 
 @pytest.mark.parametrize("block", [1, 2, 5, 16])
-def test_commit_and_hidden_is_commit_then_hidden(block):
+def test_commit_and_states_is_commit_then_states(block):
     """One pass for a finished block and the first forward of the next: same hidden states, same
     cache, from an empty one too.
     """
@@ -357,7 +357,7 @@ def test_commit_and_hidden_is_commit_then_hidden(block):
         for _ in range(4):
             x0, xt = torch.randint(4, 40, (2, block)), torch.randint(4, 41, (2, block))
             net.commit(x0, one)
-            want, got = net.hidden(xt, one), net.commit_and_hidden(x0, xt, two)
+            want, got = net.states(xt, one), net.commit_and_states(x0, xt, two)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
             for name in ("num", "halo"):
                 torch.testing.assert_close(
@@ -378,7 +378,7 @@ def test_gradients_are_finite_where_a_block_has_few_tokens(dtype, first):
             layer.in_proj.weight[-layer.H * layer.M:] *= 100  # scores at both ends of their range
     x0, xt = texts(19)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        net.hidden_blocks(xt, x0, 4, first).square().mean().backward()
+        net.block_states(xt, x0, 4, first).square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
 
@@ -451,10 +451,10 @@ def test_the_flops_formula_counts_what_a_step_does(shape, block):
         vocab_size=300, d_model=64, n_layers=3, n_heads=4, d_ff=96, memory_slots=8, **shape
     )
     args = config.TrainArgs(seq_len=length)
-    draw = (
+    masks = (
         masking.whole_rows(rows, length)
         if cfg.causal
-        else masking.draw(args, 1, 1, rows, length, block)
+        else masking.corrupt(args, 1, 1, rows, length, block)
     )
     net, x0 = build_model(cfg), torch.randint(1, 300, (rows, length))
     with (
@@ -464,11 +464,10 @@ def test_the_flops_formula_counts_what_a_step_does(shape, block):
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
         masking.denoising_loss(
-            net, x0, draw, "elbo", 1, early=1 if cfg.exits else None, early_weight=0.5
+            net, x0, masks, "elbo", 1, early=1 if cfg.exits else None, early_weight=0.5
         ).loss.backward()
-    formula = (
-        rows * length * model_config.train_flops(cfg, length, block, draw.hidden / (rows * length))
-    )
+    share = masks.masked_count / (rows * length)
+    formula = rows * length * model_config.train_flops(cfg, length, block, share)
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
@@ -483,9 +482,8 @@ def test_the_mean_flops_of_a_run_are_those_of_its_steps():
         block, first = masking.pick_blocks(
             args.block_choices, 128, 1, step, args.single_chance(step)
         )
-        total += model_config.train_flops(
-            cfg, 128, block, masking.draw(args, 1, step, 4, 128, block, first).hidden / (4 * 128)
-        )
+        masks = masking.corrupt(args, 1, step, 4, 128, block, first)
+        total += model_config.train_flops(cfg, 128, block, masks.masked_count / (4 * 128))
     counted = model_config.flops_per_token(cfg, 128, args.rule_shares, 0.4)
     assert counted == pytest.approx(total / args.max_steps, rel=0.02)
     alone = model_config.flops_per_token(cfg, 128, {1: 1.0}, 0.4)
@@ -505,7 +503,7 @@ def one_step(net, block, recompute, dtype=None):
         {p.untyped_storage().data_ptr() for p in net.parameters()},
     )
     x0 = texts(48)[0]
-    draw = masking.draw(config.TrainArgs(), 1, 0, len(x0), 48, block, 3 if block < 48 else 48)
+    masks = masking.corrupt(config.TrainArgs(), 1, 0, len(x0), 48, block, 3 if block < 48 else 48)
 
     def keep(t):
         if t.untyped_storage().data_ptr() not in known:
@@ -520,7 +518,7 @@ def one_step(net, block, recompute, dtype=None):
         out = masking.denoising_loss(
             net,
             x0,
-            draw,
+            masks,
             "elbo",
             1.0,
             **({"early": 1, "early_weight": 0.5} if net.cfg.exits else {}),
@@ -544,7 +542,7 @@ def test_recomputed_layers_give_the_same_gradients(model, exits, block):
             regrads[name], grads[name], rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
         )
     with torch.no_grad():
-        assert not net.hidden_blocks(*texts(48), block).requires_grad, (
+        assert not net.block_states(*texts(48), block).requires_grad, (
             "an evaluation has nothing to recompute"
         )
 
@@ -580,8 +578,8 @@ def test_single_tokens_are_exact_however_slim_a_head_is(d_mem):
     with torch.no_grad():
         for layer in net.layers:
             layer.in_proj.weight.mul_(2)                # sums that nearly cancel are found sooner
-        trained, cache = net.logits(net.hidden_blocks(xt, x0, 1))[..., 4:-1], net.new_cache(8, 96)
+        trained, cache = net.logits(net.block_states(xt, x0, 1))[..., 4:-1], net.new_cache(8, 96)
         for i in range(96):
-            decoded = net.logits(net.hidden(xt[:, i:i + 1], cache))[:, 0, 4:-1]
+            decoded = net.logits(net.states(xt[:, i:i + 1], cache))[:, 0, 4:-1]
             assert (trained[:, i] - decoded).abs().max() < 5e-6, i
             net.commit(x0[:, i:i + 1], cache)

@@ -284,20 +284,20 @@ def test_engines_are_given_exactly_our_logits(kind, net):
     """
     model = tiny_model(kind, 60, n_heads=4)
     counted = likelihood_peers.Counted(model)
-    hidden = (torch.arange(36).view(3, 12) % 3 == 1) & (torch.arange(12) > 0)
-    xt = torch.where(hidden, model.cfg.mask_id, ROWS)
+    masked = (torch.arange(36).view(3, 12) % 3 == 1) & (torch.arange(12) > 0)
+    xt = torch.where(masked, model.cfg.mask_id, ROWS)
     theirs = likelihood_peers.ForLLaDA(counted)(xt).logits
-    assert torch.equal(theirs[hidden], model(xt)[hidden])
+    assert torch.equal(theirs[masked], model(xt)[masked])
     logp = likelihood_peers.ForRADD(counted).eval()(xt[:, 1:])
-    assert torch.equal(logp[hidden[:, 1:]], model(xt).log_softmax(-1)[hidden]) and logp.shape == (
+    assert torch.equal(logp[masked[:, 1:]], model(xt).log_softmax(-1)[masked]) and logp.shape == (
         3,
         11,
         61,
     )
     piece = likelihood_peers.as_piece(ROWS)
-    ours = estimators.surprise(counted, ROWS, hidden, estimators.lay_out(piece, 12))
+    ours = estimators.surprise(counted, ROWS, masked, estimators.lay_out(piece, 12))
     assert torch.allclose(
-        ours[hidden], -theirs.log_softmax(-1).gather(-1, ROWS[..., None])[..., 0][hidden], atol=1e-5
+        ours[masked], -theirs.log_softmax(-1).gather(-1, ROWS[..., None])[..., 0][masked], atol=1e-5
     )
     assert counted.rows == 3 * 3
 

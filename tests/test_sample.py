@@ -569,11 +569,11 @@ def test_nll_is_the_exact_chain_rule(here, kind):
     """
     net, _, _ = checkpoint.load_model(RUNS[kind], torch.device("cpu"), config.check_saved)
     ids = torch.randint(4, net.cfg.vocab_size, (1, 17), generator=torch.Generator().manual_seed(0))
-    seen, real = [], net.hidden
+    seen, real = [], net.states
     with torch.no_grad():
-        h = net.hidden_blocks(torch.full_like(ids, net.cfg.mask_id), ids, 1)
+        h = net.block_states(torch.full_like(ids, net.cfg.mask_id), ids, 1)
         exact = -net.logits(h).log_softmax(-1).gather(-1, ids[..., None])[0, 5:].sum()
-        net.hidden = lambda xt, cache=None: seen.append(xt.tolist()) or real(xt, cache)
+        net.states = lambda xt, cache=None: seen.append(xt.tolist()) or real(xt, cache)
         found = estimators.left_to_right(net, ids[0, :5].tolist(), ids[0, 5:].tolist(), frozen=True)
         assert found == pytest.approx(float(exact), rel=1e-4) and seen == [[[net.cfg.mask_id]]] * 12
         seen.clear()

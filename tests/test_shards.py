@@ -87,7 +87,7 @@ def trained(ranks):
     )
     for i in range(2):
         ids = torch.randint(4, 50, (2, 12), generator=torch.Generator().manual_seed(i))
-        (model.hidden_blocks(ids, ids, 4) ** 2).mean().div(ranks.world).backward()
+        (model.block_states(ids, ids, 4) ** 2).mean().div(ranks.world).backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.update()

@@ -210,8 +210,8 @@ def test_one_layer_has_no_early_exit(text, tmp_path):
 
 def test_the_probe_for_memory_tries_every_block_rule(text, tmp_path, monkeypatch):
     """Those of the fade, too: blocks of one token take the most, and come first."""
-    asked, draw = [], masking.draw
-    monkeypatch.setattr(masking, "draw", lambda *a, **k: asked.append(a[5]) or draw(*a, **k))
+    asked, real = [], masking.corrupt
+    monkeypatch.setattr(masking, "corrupt", lambda *a, **k: asked.append(a[5]) or real(*a, **k))
     words = ("--train_block_sizes", "T,8", "--ar_fade", 0.5, "--max_steps", 1, "--eval_interval", 0)
     assert fresh(text, tmp_path / "run", *words, "--auto_batch") == 0
     assert asked[:3] == [16, 8, 1]
@@ -1042,11 +1042,11 @@ def test_nothing_is_compiled_in_mid_run(kind, rules, monkeypatch, capsys):
     for step in range(20):
         block, first = masking.pick_blocks(args.block_choices, 32, 0, step)
         seen.add(first)
-        draw = masking.draw(args, 0, step, 2, 32, block, first)
+        masks = masking.corrupt(args, 0, step, 2, 32, block, first)
         masking.denoising_loss(
             net,
             torch.randint(4, 50, (2, 32)),
-            draw,
+            masks,
             "elbo",
             64,
             early=masking.pick_exit(3, 0, step),
@@ -1208,8 +1208,8 @@ def test_one_batch_is_learned_by_heart(kind):
     start = masking.bound(net, x0, 8)[1]
     for step in range(200):
         block, first = masking.pick_blocks([16, 8], 16, 0, step)
-        draw = masking.draw(args, 0, step, 2, 16, block, first)
-        masking.denoising_loss(net, x0, draw, "elbo", 32).loss.backward()
+        masks = masking.corrupt(args, 0, step, 2, 16, block, first)
+        masking.denoising_loss(net, x0, masks, "elbo", 32).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert masking.bound(net, x0, 8)[1] < 0.5 * start
@@ -1458,4 +1458,4 @@ def test_compile_shows_how_far_it_is_and_names_its_cache(monkeypatch, capsys, br
         if not broken
         else "file too short" in said and ": delete /" in said
     )
-    assert ("train_step" in net.layers[0].__dict__) != broken
+    assert ("forward" in net.layers[0].__dict__) != broken

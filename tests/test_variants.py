@@ -45,7 +45,7 @@ def test_every_parameter_gets_a_gradient(name):
     for block, idle in ((8, ()), (33, ("decay",))):
         net = tiny(name)
         x0, xt = texts(33)
-        net.logits(net.hidden_blocks(xt, x0, block))[..., 1:VOCAB].logsumexp(-1).sum().backward()
+        net.logits(net.block_states(xt, x0, block))[..., 1:VOCAB].logsumexp(-1).sum().backward()
         assert [
             n
             for n, p in net.named_parameters()
@@ -62,27 +62,27 @@ def test_block_rule(name):
     net, block, first, length = tiny(name), 8, 5, 39
     x0, xt = texts(length)
     edges = [0, *range(first, length, block), length]
-    base = net.hidden_blocks(xt, x0, block, first)
+    base = net.block_states(xt, x0, block, first)
     for lo, hi in itertools.pairwise(edges):
         for position in (lo, hi - 1):
             other, noisy = x0.clone(), xt.clone()
             other[:, position] = other[:, position] % 39 + 1
-            moved = (net.hidden_blocks(xt, other, block, first) - base).abs().amax(-1)
+            moved = (net.block_states(xt, other, block, first) - base).abs().amax(-1)
             assert (moved[:, :hi] == 0).all()
             assert (
                 hi == length or name == "no_memory" and position == lo or (moved[:, hi:] > 0).any()
             )
             noisy[:, position] = noisy[:, position] % 39 + 1
-            moved = (net.hidden_blocks(noisy, x0, block, first) - base).abs().amax(-1)
+            moved = (net.block_states(noisy, x0, block, first) - base).abs().amax(-1)
             assert (
                 (moved[:, lo:hi] > 0).any()
                 and (moved[:, :lo] == 0).all()
                 and (moved[:, hi:] == 0).all()
             )
-        cut = net.hidden_blocks(xt[:, :hi], x0[:, :hi], block, first)  # as if the text ended here
+        cut = net.block_states(xt[:, :hi], x0[:, :hi], block, first)  # as if the text ended here
         torch.testing.assert_close(cut, base[:, :hi], atol=1e-5, rtol=1e-5)
     (net.head.inputs if name == "untied" else net.head.weight)[0] += 1.0  # the padding's embedding
-    torch.testing.assert_close(net.hidden_blocks(xt, x0, block, first), base, atol=0, rtol=0)
+    torch.testing.assert_close(net.block_states(xt, x0, block, first), base, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -118,7 +118,7 @@ def test_without_convolution_a_block_is_a_bag_and_a_rotary_memory_orders_it_agai
     gaps = {}
     for name in ("no_conv", "no_conv_rotary"):
         net = tiny(name)
-        a, b = net.hidden_blocks(xt, x0, 8), net.hidden_blocks(swapped, x0, 8)
+        a, b = net.block_states(xt, x0, 8), net.block_states(swapped, x0, 8)
         gaps[name] = (a[:, 9] - b[:, 14]).abs().max()
     assert gaps["no_conv"] < 1e-5 and gaps["no_conv_rotary"] > 1e-3
 
@@ -171,7 +171,7 @@ def test_cells_differ_by_what_their_slots_forget(block, first):
         layer.decay.fill_(60.0)
     nets[0].load_state_dict(nets[1].state_dict())
     torch.testing.assert_close(
-        *[net.hidden_blocks(xt, x0, block, first) for net in nets], atol=2e-5, rtol=1e-4
+        *[net.block_states(xt, x0, block, first) for net in nets], atol=2e-5, rtol=1e-4
     )
     cells = tiny("cells_8").layers[0]
     # of the third of five
@@ -187,7 +187,7 @@ def test_attention_stands_in_every_nth_layer_and_time_is_the_blocks_own():
     for n, layers in ((2, [False, True, False]), (3, [False, False, True])):
         assert [hasattr(layer, "attn") for layer in tiny(f"attn_every_{n}").layers] == layers
     head = tiny("time_conditioning").head
-    told = head(
+    told = head.embed(
         torch.tensor(
             [[VOCAB, 5, 0, 0], [VOCAB, 5, 6, VOCAB], [7, 5, 6, 8], [5, VOCAB, VOCAB, VOCAB]]
         )

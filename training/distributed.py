@@ -294,7 +294,7 @@ def shard(model, device, dtype, world):
             if m.tails:  # it is also called by another name than forward
                 register_fsdp_forward_method(m, "tail")
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "hidden_blocks")
+    register_fsdp_forward_method(model, "block_states")
     for m in model.modules():
         if isinstance(m, FSDPModule):  # sums, not means: the loss has the whole step's divisor
             m.set_gradient_divide_factor(1.0)

@@ -72,7 +72,7 @@ def can_learn(model, rows, block, context):
         if model.cfg.causal:
             asked = masking.whole_rows(*rows.shape, slice(None))
         else:
-            asked = masking.draw(masking.EXACT_COUNT, 0, 0, *rows.shape, block, None, slice(None))
+            asked = masking.corrupt(masking.EXACT_COUNT, 0, 0, *rows.shape, block)
     with context:
         loss = masking.denoising_loss(model, rows, asked, "elbo", rows.numel()).loss
     parameters = [p for p in model.parameters() if p.requires_grad]
