@@ -15,14 +15,13 @@ import sys
 from pathlib import Path
 
 from common.console import UserError, be_quiet, commit_hash, printable, run, say
-from common.files import read_json
+from common.files import ROOT, read_json
 from common.flags import checked, problems_of, read_flags, show
 from config import (
     ADDED,
     COMMANDS,
     PRESETS,
     RATES,
-    ROOT,
     SAMPLE_PROFILES,
     TRAIN_PROFILES,
     VERSION,

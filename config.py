@@ -1,17 +1,18 @@
-"""Every flag of Aria, declared once; the command line, --help, the tables of the docs and saved
-configs derive from it.
+"""Every flag of Aria, declared once: its default, its help, its limits and its rule on a resume.
 
-    args, origins = cli.parse(config.TrainArgs, argv, "train")    # how every entry point starts; no
-        other default exists
+    args, origins = cli.parse(config.TrainArgs, argv, "train")    # how every command starts
 
-A flag is a dataclass field whose metadata holds help, choices, limits, old names and its resume
-rule:
-  must    a resumed run has to agree with its checkpoint       may   it may change, and the change
-      is logged
-  ignore  it belongs to this one invocation: neither a checkpoint nor a --config file ever sets it
-How a flag is read is in flags.py, how a command line becomes arguments in cli.py; the flags of a
-model's shape are in model_config.py, those of masks and blocks in config.py, those of the logs
-beside train.jsonl in training/logs.py. No torch and no numpy here: --help has to be instant.
+Every command reads it, and nothing else holds a default. --help, docs/flags.md, and the check of a
+saved configuration derive from these declarations. In this order: the prompts, the presets and
+profiles, the flags in groups, the commands, what to type next, the settings in a checkpoint.
+
+A flag is a dataclass field. Its metadata says, among other things, what a resumed run does with it:
+  must    it has to be as in the checkpoint
+  may     it may differ, and the difference is logged
+  ignore  it belongs to this one call: neither a checkpoint nor a --config file sets it
+common/flags.py has the words of a declaration and reads the flags; cli.py puts presets, files and
+flags together. The flags of a model's shape are in model_config.py, those of the studies in
+studies.py. No torch and no numpy here: --help has to be instant.
 """
 import dataclasses
 import re
@@ -20,29 +21,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.console import UserError
-from common.files import ROOT  # noqa: F401
 from common.flags import again, checked, flag, split_list
 from model_config import OLD_MODELS, ModelFlags, shape_problems
 from studies import ExperimentFlags
 from text import starter
 
 VERSION = "1.0"
-PROMPTS = ("mai kal bazaar gaya tha aur", "भारत में आज मौसम", "yaar mujhe samajh nahi aa raha",
-           "मुझे एक अच्छी कहानी सुनाओ")     # the runbook's
+
+# continued at the end of a training and in its verdict
+PROMPTS = (
+    "mai kal bazaar gaya tha aur",
+    "भारत में आज मौसम",
+    "yaar mujhe samajh nahi aa raha",
+    "मुझे एक अच्छी कहानी सुनाओ",
+)
+# continued by edge_benchmark
 BENCH_PROMPTS = ("namaste", "mai kal bazaar gaya tha", "aaj mausam kaisa hai")
 
+# --------------------------------------------------------------------------------------------------
+# presets, profiles and tiers: only what differs from the defaults
 
-# peak rates where only the optimizer is known; Muon's updates are as large as AdamW's of the same
-# rate, and it bears a higher one
+# the peak rate of each optimizer where none is given. Muon's updates are as large as AdamW's at the
+# same rate, and it bears a higher one
 RATES = {"muon": 1e-2, "adamw": 2e-3, "lion": 3e-4}
 
-# ---- presets and profiles: only what differs from the defaults -----------------------------------
-# A preset's d_ff is the backup's; the primary's is matched to the same parameter count (see
-# match_d_ff).
-
-# single tokens with 32 slots each take twice the memory; a convolution of 3 places has not been
-# asked at this length of training
+# Of the large presets. Blocks of single tokens with 32 memory slots take twice the memory, and a
+# convolution of 3 places was not measured at this length of training.
 LARGE = dict(optimizer="adamw", train_block_sizes="T,64,32", conv_kernel=7)
+# d_ff is the backup's; cli.parse matches the primary's to the same number of parameters
 PRESETS = {
     "none": {},
     "starter": dict(
@@ -58,9 +64,9 @@ PRESETS = {
         sample_steps=32,
         max_steps=500,
         save_interval=250,
-        # for a grammar: faster blocks, and a reach of whole phrases
         eval_interval=250,
         eval_batches=6,
+        # for a grammar: faster blocks, and a convolution that reaches over whole phrases
         train_block_sizes="T,64,32",
         conv_kernel=7,
     ),
@@ -135,7 +141,9 @@ PRESETS = {
     | LARGE,
 }
 GPU_ONLY_PRESETS = ("full",)              # on a CPU only with an explicit --device cpu
-TRAIN_PROFILES = {  # hiding spans, as the older guides do, costs 0.14 bits/byte (docs/results.md)
+
+# without the masked spans of the older guides, which cost 0.14 bits/byte (docs/results.md)
+TRAIN_PROFILES = {
     "none": {},
     "tiny": dict(
         d_model=256,
@@ -149,16 +157,19 @@ TRAIN_PROFILES = {  # hiding spans, as the older guides do, costs 0.14 bits/byte
     ),
     "laptop": dict(d_model=320, d_ff=960, memory_slots=12, timesteps=24, sample_steps=10),
 }
-# all tokens that the model is sure of, at least one a forward: a fixed number of steps costs what
-# the model is not sure of;
-# in blocks of the size that the checkpoint was trained in, at most 64
+
+# Of sample. Each forward reveals all tokens that the model is sure of, at least one, in blocks of
+# the size that the checkpoint was trained in, at most 64: a fixed number of steps would also reveal
+# tokens that it is not sure of.
 SURE = dict(sampler="threshold", steps=64, top_k=0, blockwise=True, frozen_context=True)
 SAMPLE_PROFILES = {
     "none": {},
     "balanced": SURE | dict(temperature=0.8, temperature_end=0.6),
     "max": SURE | dict(temperature=0.0),
 }
-GPU_TIERS = (                             # of the one-shot: (bytes of memory at least, settings)
+
+# of colab_train_eco: (least bytes of memory, settings)
+GPU_TIERS = (
     (70e9, dict(batch_size=8, grad_accum=4, seq_len=2048)),
     (35e9, dict(batch_size=4, grad_accum=8, seq_len=2048)),
     (14e9, dict(batch_size=2, grad_accum=16, seq_len=1024)),
@@ -171,51 +182,39 @@ def gpu_tier(memory, typed=()):
     """Settings for a GPU with so many bytes (None: a CPU). A batch_size typed alone keeps the
     sequences per step.
     """
-    tier = (
-        dict(CPU_TIER)
-        if memory is None
-        else dict(next(row for least, row in GPU_TIERS if memory >= least))
-    )
+    if memory is None:
+        tier = dict(CPU_TIER)
+    else:
+        tier = dict(next(settings for least, settings in GPU_TIERS if memory >= least))
+
     if "batch_size" in typed and "grad_accum" not in typed:
-        tier["grad_accum"] = max(
-            1, round(tier["batch_size"] * tier["grad_accum"] / typed["batch_size"])
-        )
+        per_step = tier["batch_size"] * tier["grad_accum"]
+        tier["grad_accum"] = max(1, round(per_step / typed["batch_size"]))
     return tier
 
 
-def next_commands(run, step, max_steps):
-    """[(what it does, the command)] for a run folder: summary.md, report.html and the one-shot
-    print the same ones.
-    """
-    name = shlex.quote(str(run))
-    longer = f" --max_steps {2 * max_steps}" if step >= max_steps else ""
-    return [("sample", f'python -m sample --ckpt {name} --prompt "{PROMPTS[0]}"'),
-            ("evaluate", f"python -m evaluate --ckpt {name}"),
-            ("go on", f"python -m train --resume {name}{longer}")]
-
-
-# ---- the flags -----------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# the flags of train, by the groups of its --help
 
 @dataclass
-class EveryFlags:
-    "Everywhere"
-    quiet: bool = flag(False, "only results, warnings, notices and errors", "ignore")
-    version: bool = flag(False, "print the version, then stop", "ignore")
-
-
-@dataclass
-class CommonFlags(EveryFlags):
-    "Everywhere"
-    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", "ignore", shortcuts={"cpu": "cpu"})
-    seed: int = flag(1337, "all randomness", "must", at_least=0, below=2**63)
-    threads: int = flag(0, "CPU threads; 0 = PyTorch's choice", "ignore", at_least=0, rare=True)
-    print_config: bool = flag(
-        False, "show every setting with its origin and the parameter count, then stop", "ignore"
+class PresetFlags:
+    "Preset"
+    preset: str = flag(
+        "none",
+        "shape and training settings",
+        "ignore",
+        choices=tuple(PRESETS),
+        aliases=("size",),
+        elsewhere={"laptop": "that is an --edge_profile"},
     )
-
-    def problems(self):
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", self.device):
-            yield f"--device {self.device}: must be auto, cpu, cuda, cuda:N or mps"
+    config: str = flag(None, "a preset's name, or FILE.json (a run's config.json)", "ignore")
+    edge_profile: str = flag(
+        "none",
+        "small shapes",
+        "ignore",
+        choices=tuple(TRAIN_PROFILES),
+        elsewhere=dict.fromkeys(("balanced", "max"), "that is a profile of sample"),
+    )
 
 
 @dataclass
@@ -224,55 +223,15 @@ class DataFlags:
     data_dir: str = flag("data/processed", "folder with train.bin, val.bin and meta.json")
 
 
-@dataclass
-class SinkFlags:
-    "Other logs"
-
-    tensorboard: str = flag(
-        "auto",
-        "event files in --log_dir; auto = where the package is installed",
-        "ignore",
-        bare="on",
-        choices=("auto", "on", "off"),
-        aliases=("tb",),
-        rare=True,
-    )
-    log_dir: str = flag("logs", "folder of TensorBoard and of W&B's own files", "ignore", rare=True)
-    wandb: bool = flag(False, "send the log to Weights & Biases", "ignore")
-    wandb_project: str = flag("aria", "its project", "ignore", rare=True)
-    wandb_entity: str = flag(None, "its account or team", "ignore", rare=True)
-    wandb_group: str = flag(None, "its group of runs", "ignore", rare=True)
-    wandb_tags: tuple = flag((), "its tags, A,B or A B", "ignore", many="several", rare=True)
-    wandb_name: str = flag(
-        None, "its name for the run; none = the run folder's", "ignore", rare=True
-    )
-    wandb_id: str = flag(
-        None,
-        "its run to go on with; none = that of the checkpoint, or a new one",
-        "ignore",
-        rare=True,
-    )
-    wandb_mode: str = flag(
-        None,
-        "offline keeps the files here; none = WANDB_MODE, else online",
-        "ignore",
-        rare=True,
-        choices=("online", "offline", "disabled"),
-    )
-
-    def problems(self):
-        for name in ("entity", "group", "tags", "name", "id", "mode"):
-            if getattr(self, f"wandb_{name}") and not self.wandb:
-                yield f"--wandb_{name} needs --wandb"
-
-
-AR_FADE, MOST_HIDDEN = 0.6, 0.8      # docs/experiments/, 2026-11-22
+# what -1 of --ar_fade and of --max_mask_rate means where single tokens are among the blocks; both
+# were measured (docs/experiments/quality.md)
+AR_FADE = 0.6
+MOST_HIDDEN = 0.8
 
 
 @dataclass
 class MaskFlags:
     "Objective"
-
     objective: str = flag(
         "masked",
         "masked diffusion, or its control: ar, autoregressive, left to right; backup only",
@@ -321,6 +280,7 @@ class MaskFlags:
 
     @property
     def causal(self):
+        """Is this the control, which predicts left to right?"""
         return self.objective == "ar"
 
     @property
@@ -330,38 +290,51 @@ class MaskFlags:
 
     @property
     def block_choices(self):
-        return [self.seq_len] if self.causal else block_sizes(self.train_block_sizes, self.seq_len)
+        """The numbers of --train_block_sizes, from which each step draws one."""
+        if self.causal:
+            return [self.seq_len]
+        return block_sizes(self.train_block_sizes, self.seq_len)
 
     @property
     def fade(self):
         """The share of the steps that --ar_fade takes."""
-        asked = AR_FADE if 1 in self.block_choices and len(set(self.block_choices)) > 1 else 0.0
-        return 0.0 if self.causal else asked if self.ar_fade < 0 else self.ar_fade
+        if self.causal:
+            return 0.0
+        if self.ar_fade >= 0:
+            return self.ar_fade
+        choices = set(self.block_choices)
+        return AR_FADE if 1 in choices and len(choices) > 1 else 0.0
 
     def single_chance(self, step):
         """How likely this step has blocks of one token, whatever --train_block_sizes says."""
-        return max(0.0, 1 - step / (self.fade * self.max_steps)) if self.fade else 0.0
+        if not self.fade:
+            return 0.0
+        return max(0.0, 1 - step / (self.fade * self.max_steps))
 
     @property
     def most_hidden(self):
         """The highest mask rate. Decoding starts at 1: that is learned from whole rows, or from
-        blocks of one token.
+        blocks of one token, which are hidden whole.
         """
-        mixed = (
-            self.loss == "masked_mean"
-            and 1 in self.block_choices
-            and self.min_mask_rate < MOST_HIDDEN
-        )
-        return self.max_mask_rate if self.max_mask_rate >= 0 else MOST_HIDDEN if mixed else 1.0
+        if self.max_mask_rate >= 0:
+            return self.max_mask_rate
+        mixed = self.loss == "masked_mean" and 1 in self.block_choices
+        if mixed and self.min_mask_rate < MOST_HIDDEN:
+            return MOST_HIDDEN
+        return 1.0
 
     @property
     def rule_shares(self):
         """{block rule: the share of a run's steps that have it}, the largest first."""
-        choices, single = self.block_choices, self.fade / 2
-        rules = sorted({*choices, *([1] if single else [])}, reverse=True)
-        return {
-            b: (1 - single) * choices.count(b) / len(choices) + single * (b == 1) for b in rules
-        }
+        choices = self.block_choices
+        single = self.fade / 2          # the chance falls evenly from 1 to 0 over the fade
+        rules = {*choices, 1} if single else set(choices)
+        shares = {}
+        for block in sorted(rules, reverse=True):
+            shares[block] = (1 - single) * choices.count(block) / len(choices)
+            if block == 1:
+                shares[block] += single
+        return shares
 
     @property
     def block_rules(self):
@@ -370,49 +343,36 @@ class MaskFlags:
 
 
 def mask_problems(args):
-    yield from (blocks := list(block_problems("train_block_sizes", args.train_block_sizes)))
+    """What is wrong with the flags of the objective, in sentences."""
+    blocks = list(block_problems("train_block_sizes", args.train_block_sizes))
+    yield from blocks
     if -1 < args.ar_fade < 0:
         yield f"--ar_fade {args.ar_fade:g}: must be -1 or 0 to 1"
     if -1 < args.max_mask_rate < 0:
         yield f"--max_mask_rate {args.max_mask_rate:g}: must be -1 or 0 to 1"
     elif not blocks and args.min_mask_rate >= args.most_hidden:
-        yield f"--min_mask_rate {args.min_mask_rate:g} must be below --max_mask_rate {args.most_hidden:g}"
+        yield (
+            f"--min_mask_rate {args.min_mask_rate:g} must be below "
+            f"--max_mask_rate {args.most_hidden:g}"
+        )
 
 
 def block_sizes(text, length):
     """--train_block_sizes and --blocks as numbers; T, and whatever is longer than a sequence, is
     the whole sequence.
     """
-    return [length if b == "T" else min(int(b), length) for b in split_list(text)]
+    sizes = []
+    for part in split_list(text):
+        asked = length if part == "T" else int(part)
+        sizes.append(min(asked, length))
+    return sizes
 
 
 def block_problems(name, text):
+    """What is wrong with a list of block sizes, the value of the flag --name, in sentences."""
     for part in split_list(text):
         if part != "T" and not re.fullmatch("0*[1-9][0-9]{0,8}", part):
             yield f"--{name} {text}: {part!r} is neither T nor a number of at least 1"
-
-
-# what the users of a trained model read from the settings of its training
-READ_LATER = ("seq_len", "batch_size", "train_block_sizes", "sample_steps", "data_dir")
-
-
-def check_saved(settings, where):
-    """The settings in a checkpoint, before its model is used: those that commands read are there,
-    and within their limits. `where` names the file.
-    """
-    missing = [name for name in READ_LATER if name not in settings]
-    if missing:
-        raise UserError(
-            f"{where} lacks {', '.join(missing)}: another version wrote it, or it was changed by "
-            "hand"
-        )
-
-    values = checked(TrainArgs, {name: settings[name] for name in READ_LATER}, where)
-    problems = list(block_problems("train_block_sizes", values["train_block_sizes"]))
-    if "\0" in values["data_dir"]:
-        problems.append("data_dir holds a zero byte, which no path can")
-    if problems:
-        raise UserError(f"{where}: " + "; ".join(problems))
 
 
 @dataclass
@@ -438,8 +398,13 @@ class OptimFlags:
     optimizer: str = flag("muon", "update rule", "must", choices=tuple(RATES))
     ema: float = flag(0.0, "decay of averaged weights; 0 = off", at_least=0, below=1)
     grad_clip: float = flag(1.0, "limit of the gradient norm; 0 = off", at_least=0, rare=True)
-    amp: str = flag("auto", "mixed precision", choices=("auto", "on", "off"), bare="on",
-                    values={"True": "on", "true": "on", "False": "off", "false": "off"})
+    amp: str = flag(
+        "auto",
+        "mixed precision",
+        choices=("auto", "on", "off"),
+        bare="on",
+        values={"True": "on", "true": "on", "False": "off", "false": "off"},
+    )
     amp_dtype: str = flag(
         "auto",
         "its number type; fp16, scaled, only on CUDA; auto = bf16 where the GPU has it, else fp16",
@@ -479,7 +444,6 @@ class OptimFlags:
 @dataclass
 class RunFlags:
     "Run folder and log"
-
     output_dir: str = flag(
         None,
         "run folder; none = checkpoints/ eco_hybrid_hi (primary), diffusion_hi (backup) or ar_hi",
@@ -511,17 +475,67 @@ class RunFlags:
     )
     keep_last: int = flag(0, "numbered checkpoints kept; 0 = all", at_least=0, rare=True)
     keep_full: int = flag(2, "newest ones that keep the optimizer file", at_least=1, rare=True)
-    if_exists: str = flag("archive", "a fresh start in a used folder", "ignore", rare=True,
-                          choices=("archive", "suffix", "skip", "error"))
-    live: str = flag("auto", "console lines: redrawn (basic) or plain (off)", "ignore", rare=True,
-                     choices=("auto", "off", "basic"))
+    if_exists: str = flag(
+        "archive",
+        "a fresh start in a used folder",
+        "ignore",
+        rare=True,
+        choices=("archive", "suffix", "skip", "error"),
+    )
+    live: str = flag(
+        "auto",
+        "console lines: redrawn (basic) or plain (off)",
+        "ignore",
+        rare=True,
+        choices=("auto", "off", "basic"),
+    )
     show_samples: bool = flag(True, "continue fixed prompts at the end", "ignore", rare=True)
+
+
+@dataclass
+class SinkFlags:
+    "Other logs"
+    tensorboard: str = flag(
+        "auto",
+        "event files in --log_dir; auto = where the package is installed",
+        "ignore",
+        bare="on",
+        choices=("auto", "on", "off"),
+        aliases=("tb",),
+        rare=True,
+    )
+    log_dir: str = flag("logs", "folder of TensorBoard and of W&B's own files", "ignore", rare=True)
+    wandb: bool = flag(False, "send the log to Weights & Biases", "ignore")
+    wandb_project: str = flag("aria", "its project", "ignore", rare=True)
+    wandb_entity: str = flag(None, "its account or team", "ignore", rare=True)
+    wandb_group: str = flag(None, "its group of runs", "ignore", rare=True)
+    wandb_tags: tuple = flag((), "its tags, A,B or A B", "ignore", many="several", rare=True)
+    wandb_name: str = flag(
+        None, "its name for the run; none = the run folder's", "ignore", rare=True
+    )
+    wandb_id: str = flag(
+        None,
+        "its run to go on with; none = that of the checkpoint, or a new one",
+        "ignore",
+        rare=True,
+    )
+    wandb_mode: str = flag(
+        None,
+        "offline keeps the files here; none = WANDB_MODE, else online",
+        "ignore",
+        rare=True,
+        choices=("online", "offline", "disabled"),
+    )
+
+    def problems(self):
+        for name in ("entity", "group", "tags", "name", "id", "mode"):
+            if getattr(self, f"wandb_{name}") and not self.wandb:
+                yield f"--wandb_{name} needs --wandb"
 
 
 @dataclass
 class ResumeFlags:
     "Resume"
-
     resume: str = flag(
         None,
         "continue PATH; alone: --ckpt, else the run folder's latest",
@@ -539,148 +553,33 @@ class ResumeFlags:
 
 
 @dataclass
-class PresetFlags:
-    "Preset"
-
-    preset: str = flag(
-        "none",
-        "shape and training settings",
-        "ignore",
-        choices=tuple(PRESETS),
-        aliases=("size",),
-        elsewhere={"laptop": "that is an --edge_profile"},
-    )
-    config: str = flag(None, "a preset's name, or FILE.json (a run's config.json)", "ignore")
-    edge_profile: str = flag(
-        "none",
-        "small shapes",
-        "ignore",
-        choices=tuple(TRAIN_PROFILES),
-        elsewhere=dict.fromkeys(("balanced", "max"), "that is a profile of sample"),
-    )
+class EveryFlags:
+    "Everywhere"
+    quiet: bool = flag(False, "only results, warnings, notices and errors", "ignore")
+    version: bool = flag(False, "print the version, then stop", "ignore")
 
 
-# dataclasses collect fields from the last base to the first: --help shows these groups from right
-# to left
 @dataclass
-class TrainArgs(
-    CommonFlags,
-    ResumeFlags,
-    SinkFlags,
-    RunFlags,
-    OptimFlags,
-    MaskFlags,
-    ModelFlags,
-    DataFlags,
-    PresetFlags,
-):
-    examples = (
-        ("python -m train --preset starter", "the built-in corpus, minutes on a laptop"),
-        ("python -m train --data_dir data/processed", "your own text, after python -m prepare"),
-        ("python -m train --resume checkpoints/eco_hybrid_hi", "go on exactly where a run stopped"),
-        (
-            "python -m train --preset nano --print_config",
-            "what would be trained, without training it",
-        ),
+class CommonFlags(EveryFlags):
+    "Everywhere"
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", "ignore", shortcuts={"cpu": "cpu"})
+    seed: int = flag(1337, "all randomness", "must", at_least=0, below=2**63)
+    threads: int = flag(0, "CPU threads; 0 = PyTorch's choice", "ignore", at_least=0, rare=True)
+    print_config: bool = flag(
+        False, "show every setting with its origin and the parameter count, then stop", "ignore"
     )
-
-    @property
-    def run_dir(self):
-        folder = (
-            "eco_hybrid_hi"
-            if self.model == "primary"
-            else "ar_hi"
-            if self.causal
-            else "diffusion_hi"
-        )
-        return Path(self.output_dir or Path("checkpoints", self.run_name or folder))
-
-    def idle(self, origins):
-        """Flags that were typed and that these settings never look at: [sentence]."""
-        masks = (
-            "mask_schedule",
-            "min_mask_rate",
-            "max_mask_rate",
-            "time_mode",
-            "timestep_sampling",
-            "timesteps",
-            "loss",
-            "masking_strategy",
-            "mean_span_length",
-            "train_block_sizes",
-            "ar_fade",
-            "block_size",
-            "sample_steps",
-        )
-        rules = (
-            (masks, self.causal, "--objective ar hides nothing"),
-            (("timesteps",), self.time_mode == "continuous", "it needs --time_mode discrete"),
-            (
-                ("mean_span_length",),
-                self.masking_strategy == "token",
-                "it needs --masking_strategy span",
-            ),
-            (("min_lr_ratio",), self.lr_schedule != "cosine", "it belongs to --lr_schedule cosine"),
-            (
-                ("memory_slots", "conv_kernel", "d_mem"),
-                self.model == "backup",
-                "it belongs to --model primary",
-            ),
-            (("compile_mode",), not self.compile, "it needs --compile"),
-            (("amp_dtype",), self.amp == "off", "--no_amp is given"),
-            (("eval_batches",), not self.eval_interval, "--eval_interval 0 never validates"),
-            (("keep_last",), not self.save_interval, "--save_interval 0 keeps the latest only"),
-            (("reset_optimizer",), not (self.resume or self.resume_latest), "nothing is resumed"),
-        )
-        said = {}
-        for names, off, why in rules:
-            for name in names if off else ():
-                if origins[name] == "flag":
-                    said.setdefault(name, f"--{name} does nothing here: {why}")
-        return list(said.values())
-
-    @property
-    def warmup(self):
-        return min(300, self.max_steps // 20) if self.warmup_steps < 0 else self.warmup_steps
 
     def problems(self):
-        yield from shape_problems(self)
-        yield from mask_problems(self)
-        if self.amp_dtype == "fp16" and self.device in ("cpu", "mps"):
-            yield f"--amp_dtype fp16 works only on CUDA, not with --device {self.device}"
-        if 0 < self.spike_factor <= 1:
-            yield f"--spike_factor {self.spike_factor:g}: must be 0 (off) or above 1"
-        if self.spike_rollback and not self.spike_factor:
-            yield "--spike_rollback needs a --spike_factor, such as 3"
-        if self.fsdp and self.compile:
-            yield "--fsdp and --compile: give only one of them"
-        if self.fsdp and self.optimizer == "muon":
-            yield "--optimizer muon needs whole matrices, which --fsdp cuts up: use --optimizer adamw, or leave --fsdp out"
-        if self.fsdp and (self.auto_batch or self.spike_rollback):
-            yield "--fsdp with --auto_batch or --spike_rollback: one process cannot step back alone; leave it out"
-        if self.run_name and not re.fullmatch(r"\w[^/\\\0]*", self.run_name):
-            yield f"--run_name {self.run_name}: must be a plain folder name (a path goes to --output_dir)"
-        if re.search("[\ud800-\udfff]", str(self.run_dir)):
-            name = "run_name" if self.run_name else "output_dir"
-            yield f"--{name} {self.run_dir}: the name is not UTF-8, and tensor files need one that is: choose another"
-        for pair in (
-            ("preset", "edge_profile"),
-            ("output_dir", "run_name"),
-            ("resume", "resume_latest"),
-        ):
-            if all(getattr(self, name) not in (None, False, "none") for name in pair):
-                yield (
-                    " and ".join(f"--{name} {getattr(self, name)}" for name in pair)
-                    + ": give only one of them"
-                )
-        if self.resume not in (None, "latest", self.ckpt) and self.ckpt:
-            yield f"--resume {self.resume} and --ckpt {self.ckpt} are two checkpoints: give only one of them"
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", self.device):
+            yield f"--device {self.device}: must be auto, cpu, cuda, cuda:N or mps"
 
+
+# --------------------------------------------------------------------------------------------------
+# the flags of the other commands, by group
 
 @dataclass
 class PrepareFlags(DataFlags):
     "Preparation"
-
     source: str = flag(
         "hindi",
         "the hub (hindi, fineweb), --input, or the offline starter corpus",
@@ -731,43 +630,24 @@ class PrepareFlags(DataFlags):
 
     def wants(self, what):
         """Is --clean or --romanise on for this source?"""
-        return (
-            getattr(self, what) == "on"
-            or getattr(self, what) == "auto"
-            and self.source in ("hindi", "fineweb")
-        )
+        asked = getattr(self, what)
+        if asked == "auto":
+            return self.source in ("hindi", "fineweb")
+        return asked == "on"
 
     def problems(self):
         if 0 < self.tokenizer_vocab < 300:
-            yield f"--tokenizer_vocab {self.tokenizer_vocab}: must be 0 or at least 300 (256 bytes, special pieces)"
+            yield (
+                f"--tokenizer_vocab {self.tokenizer_vocab}: must be 0 or at least 300 "
+                "(256 bytes, special pieces)"
+            )
         if (self.source == "files") != bool(self.input):
-            yield f"--source files and --input go together (now: source {self.source}, {len(self.input)} inputs)"
+            yield (
+                "--source files and --input go together "
+                f"(now: source {self.source}, {len(self.input)} inputs)"
+            )
         if self.report and not self.wants("clean"):
             yield f"--report {self.report} tells what cleaning removed: add --clean"
-
-
-@dataclass
-class PrepareArgs(PrepareFlags, CommonFlags):
-    examples = (
-        ("python -m prepare --source files --input my_text.txt", "your own text"),
-        (
-            "python -m prepare --source hindi --report cleaned.html",
-            "Hindi and Hinglish from the hub, cleaned",
-        ),
-        ("python -m prepare --source builtin", "the starter corpus, without a network"),
-    )
-    first = ("Preparation",)
-
-
-def starter_args(folder=starter.FOLDER, chars=None):
-    """Arguments of prepare for the starter corpus with its own tokenizer inside the folder."""
-    return PrepareArgs(
-        source="builtin",
-        data_dir=str(folder),
-        tokenizer=str(Path(folder, "tokenizer.model")),
-        tokenizer_vocab=starter.VOCAB,
-        max_chars=chars or starter.CHARS,
-    )
 
 
 @dataclass
@@ -775,28 +655,6 @@ class ColabFlags:
     "One-shot"
     skip_setup: bool = flag(False, "use the data as it is", "ignore")
     allow_cpu: bool = flag(False, "train without a GPU", "ignore")
-
-
-@dataclass
-class ColabArgs(TrainArgs, PrepareFlags, ColabFlags):
-    examples = (
-        (
-            "python -m colab_train_eco --max_steps 500 --compile",
-            "data, tokenizer, training and verdict on a GPU",
-        ),
-        (
-            "python -m colab_train_eco --drive /content/drive/MyDrive/Aria",
-            "with copies on a drive: the same again goes on there",
-        ),
-        (
-            "python -m colab_train_eco --allow_cpu --preset tiny --max_steps 50",
-            "a small try without a GPU",
-        ),
-    )
-    first = ("One-shot",)
-    n_layers: int = again(ModelFlags, "n_layers", 10)
-    auto_batch: bool = again(OptimFlags, "auto_batch", True)
-    save_minutes: float = again(RunFlags, "save_minutes", 10.0)
 
 
 @dataclass
@@ -812,18 +670,6 @@ class CheckpointFlags:
     def problems(self):
         if self.needs_ckpt and not self.ckpt and not getattr(self, "check_run", None):
             yield "--ckpt is missing: name a checkpoint or a run folder (python -m train makes one)"
-
-
-@dataclass
-class ReportArgs(CheckpointFlags, EveryFlags):
-    "Report"
-
-    examples = (
-        ("python -m report checkpoints/eco_hybrid_hi", "report.html in that run folder"),
-        ("python -m report checkpoints/eco_hybrid_hi --out page.html", "the same page elsewhere"),
-    )
-    first = ("Report", "Checkpoint")
-    out: str = flag(None, "where the page goes; none = report.html in the run folder")
 
 
 SAMPLERS = (
@@ -902,15 +748,178 @@ class GenerateFlags(DecodeFlags, CheckpointFlags):
     )
 
 
-OLDER = dict(sampler="confidence", temperature=1.0, top_k=50)  # --steps alone, in the older guides
-NEWER = dict(sampler="threshold", temperature=0.7, top_k=0)  # the best judged: docs/experiments
-LONGEST = 128             # new tokens, if nothing is typed
+# --------------------------------------------------------------------------------------------------
+# the commands
+
+# A dataclass collects the fields of its bases from the last to the first: --help shows these groups
+# from the bottom up.
+@dataclass
+class TrainArgs(
+    CommonFlags,
+    ResumeFlags,
+    SinkFlags,
+    RunFlags,
+    OptimFlags,
+    MaskFlags,
+    ModelFlags,
+    DataFlags,
+    PresetFlags,
+):
+    examples = (
+        ("python -m train --preset starter", "the built-in corpus, minutes on a laptop"),
+        ("python -m train --data_dir data/processed", "your own text, after python -m prepare"),
+        ("python -m train --resume checkpoints/eco_hybrid_hi", "go on exactly where a run stopped"),
+        (
+            "python -m train --preset nano --print_config",
+            "what would be trained, without training it",
+        ),
+    )
+
+    @property
+    def run_dir(self):
+        """The run folder that these flags name."""
+        if self.output_dir:
+            return Path(self.output_dir)
+        if self.run_name:
+            return Path("checkpoints", self.run_name)
+        if self.model == "primary":
+            return Path("checkpoints/eco_hybrid_hi")
+        return Path("checkpoints/ar_hi" if self.causal else "checkpoints/diffusion_hi")
+
+    def idle(self, origins):
+        """Flags that were typed and that these settings never look at: [sentence]."""
+        of_masks = (
+            "mask_schedule",
+            "min_mask_rate",
+            "max_mask_rate",
+            "time_mode",
+            "timestep_sampling",
+            "timesteps",
+            "loss",
+            "masking_strategy",
+            "mean_span_length",
+            "train_block_sizes",
+            "ar_fade",
+            "block_size",
+            "sample_steps",
+        )
+        # names of flags, whether they do nothing, why
+        rules = (
+            (of_masks, self.causal, "--objective ar hides nothing"),
+            (("timesteps",), self.time_mode == "continuous", "it needs --time_mode discrete"),
+            (
+                ("mean_span_length",),
+                self.masking_strategy == "token",
+                "it needs --masking_strategy span",
+            ),
+            (("min_lr_ratio",), self.lr_schedule != "cosine", "it belongs to --lr_schedule cosine"),
+            (
+                ("memory_slots", "conv_kernel", "d_mem"),
+                self.model == "backup",
+                "it belongs to --model primary",
+            ),
+            (("compile_mode",), not self.compile, "it needs --compile"),
+            (("amp_dtype",), self.amp == "off", "--no_amp is given"),
+            (("eval_batches",), not self.eval_interval, "--eval_interval 0 never validates"),
+            (("keep_last",), not self.save_interval, "--save_interval 0 keeps the latest only"),
+            (("reset_optimizer",), not (self.resume or self.resume_latest), "nothing is resumed"),
+        )
+        said = {}
+        for names, does_nothing, why in rules:
+            for name in names:
+                if does_nothing and origins[name] == "flag":
+                    said.setdefault(name, f"--{name} does nothing here: {why}")
+        return list(said.values())
+
+    @property
+    def warmup(self):
+        """Steps of the warm-up."""
+        if self.warmup_steps < 0:
+            return min(300, self.max_steps // 20)
+        return self.warmup_steps
+
+    def problems(self):
+        yield from shape_problems(self)
+        yield from mask_problems(self)
+        if self.amp_dtype == "fp16" and self.device in ("cpu", "mps"):
+            yield f"--amp_dtype fp16 works only on CUDA, not with --device {self.device}"
+        if 0 < self.spike_factor <= 1:
+            yield f"--spike_factor {self.spike_factor:g}: must be 0 (off) or above 1"
+        if self.spike_rollback and not self.spike_factor:
+            yield "--spike_rollback needs a --spike_factor, such as 3"
+        if self.fsdp and self.compile:
+            yield "--fsdp and --compile: give only one of them"
+        if self.fsdp and self.optimizer == "muon":
+            yield (
+                "--optimizer muon needs whole matrices, which --fsdp cuts up: "
+                "use --optimizer adamw, or leave --fsdp out"
+            )
+        if self.fsdp and (self.auto_batch or self.spike_rollback):
+            yield (
+                "--fsdp with --auto_batch or --spike_rollback: "
+                "one process cannot step back alone; leave it out"
+            )
+        if self.run_name and not re.fullmatch(r"\w[^/\\\0]*", self.run_name):
+            yield (
+                f"--run_name {self.run_name}: must be a plain folder name "
+                "(a path goes to --output_dir)"
+            )
+        if re.search("[\ud800-\udfff]", str(self.run_dir)):
+            name = "run_name" if self.run_name else "output_dir"
+            yield (
+                f"--{name} {self.run_dir}: the name is not UTF-8, and tensor files need one that "
+                "is: choose another"
+            )
+        for first, second in (
+            ("preset", "edge_profile"),
+            ("output_dir", "run_name"),
+            ("resume", "resume_latest"),
+        ):
+            one, other = getattr(self, first), getattr(self, second)
+            unset = (None, False, "none")
+            if one not in unset and other not in unset:
+                yield f"--{first} {one} and --{second} {other}: give only one of them"
+        if self.resume not in (None, "latest", self.ckpt) and self.ckpt:
+            yield (
+                f"--resume {self.resume} and --ckpt {self.ckpt} are two checkpoints: give only "
+                "one of them"
+            )
+
+
+@dataclass
+class PrepareArgs(PrepareFlags, CommonFlags):
+    examples = (
+        ("python -m prepare --source files --input my_text.txt", "your own text"),
+        (
+            "python -m prepare --source hindi --report cleaned.html",
+            "Hindi and Hinglish from the hub, cleaned",
+        ),
+        ("python -m prepare --source builtin", "the starter corpus, without a network"),
+    )
+    first = ("Preparation",)
+
+
+def starter_args(folder=starter.FOLDER, chars=None):
+    """Arguments of prepare for the starter corpus with its own tokenizer inside the folder."""
+    return PrepareArgs(
+        source="builtin",
+        data_dir=str(folder),
+        tokenizer=str(Path(folder, "tokenizer.model")),
+        tokenizer_vocab=starter.VOCAB,
+        max_chars=chars or starter.CHARS,
+    )
+
+
+# of sample, where they are not typed: with --steps, as in the older guides; without it, the best
+# ones measured (docs/experiments/decoding.md)
+OLDER = dict(sampler="confidence", temperature=1.0, top_k=50)
+NEWER = dict(sampler="threshold", temperature=0.7, top_k=0)
+LONGEST = 128             # new tokens of sample, if --max_new_tokens is not typed
 
 
 @dataclass
 class SampleArgs(GenerateFlags, CommonFlags):
     "Sampling"
-
     examples = (
         ("python -m sample", "a text of the newest run, with what suits its checkpoint"),
         (
@@ -927,11 +936,19 @@ class SampleArgs(GenerateFlags, CommonFlags):
         ),
     )
     first = ("Sampling", "Generation", "Checkpoint")
-    # what is not typed is chosen for the checkpoint, by sample.suited
-    ckpt: str = flag(None, "checkpoint or run folder; none = the newest run under checkpoints/; "
-                     "the flag's name may be left out", positional=True)
-    max_new_tokens: int = flag(None, f"length of the new text; none = {LONGEST}, or as many as the "
-                               "checkpoint was trained for", at_least=1, aliases=("seq_len",))
+    # what is not typed is chosen to suit the checkpoint, by sampling/settings.py
+    ckpt: str = flag(
+        None,
+        "checkpoint or run folder; none = the newest run under checkpoints/; the flag's name may "
+        "be left out",
+        positional=True,
+    )
+    max_new_tokens: int = flag(
+        None,
+        f"length of the new text; none = {LONGEST}, or as many as the checkpoint was trained for",
+        at_least=1,
+        aliases=("seq_len",),
+    )
     steps: int = flag(
         0,
         "forwards at most, per block if blockwise; 0 = the checkpoint's, or as many as threshold, "
@@ -949,8 +966,11 @@ class SampleArgs(GenerateFlags, CommonFlags):
         choices=SAMPLERS,
         values={"first_hitting": "random"},
     )
-    temperature: float = flag(None, f"0 = greedy; none = {NEWER['temperature']:g}, with --steps "
-                              f"{OLDER['temperature']:g}", at_least=0)
+    temperature: float = flag(
+        None,
+        f"0 = greedy; none = {NEWER['temperature']:g}, with --steps {OLDER['temperature']:g}",
+        at_least=0,
+    )
     top_k: int = flag(
         None, f"0 = off; none = {NEWER['top_k']}, with --steps {OLDER['top_k']}", at_least=0
     )
@@ -993,69 +1013,22 @@ class SampleArgs(GenerateFlags, CommonFlags):
 
     def problems(self):
         if self.stream and self.json:
-            yield "--stream prints text while it grows, --json prints objects: give only one of them"
+            yield (
+                "--stream prints text while it grows, --json prints objects: "
+                "give only one of them"
+            )
         if self.text is not None and (self.prompt or self.prompts_file):
-            yield "--text fills gaps, --prompt and --prompts_file are continued: give only one of them"
+            yield (
+                "--text fills gaps, --prompt and --prompts_file are continued: "
+                "give only one of them"
+            )
         if self.text == "":
             yield "--text is empty: write ____ or [MASK] where text is missing"
 
 
 @dataclass
-class BenchArgs(GenerateFlags, CommonFlags):
-    "Benchmark"
-
-    examples = (
-        (
-            "python -m edge_benchmark checkpoints/eco_hybrid_hi",
-            "speed and text of every decode mode",
-        ),
-        (
-            "python -m edge_benchmark checkpoints/eco_hybrid_hi --profiles balanced max",
-            "what sample's profiles cost",
-        ),
-        (
-            "python -m edge_benchmark checkpoints/eco_hybrid_hi --grid threshold=0.7,0.9",
-            "every one of these settings, and a picture",
-        ),
-    )
-    first = ("Benchmark", "Generation", "Checkpoint")
-    temperature: float = again(GenerateFlags, "temperature", 0.0)
-    top_k: int = again(GenerateFlags, "top_k", 0)
-    modes: tuple = flag(
-        ("full", "block", "block_frozen"),
-        "decode modes",
-        choices=("full", "block", "block_frozen"),
-        many="several",
-    )
-    runs_per_prompt: int = flag(3, "timed runs", at_least=1)
-    warmup_runs: int = flag(1, "untimed runs, per mode and prompt", at_least=0)
-    grid: tuple = flag(
-        (),
-        "NAME=VALUE,VALUE ...: every combination of these settings of sample, and a picture",
-        many="several",
-    )
-    profiles: tuple = flag(
-        (),
-        "instead: these profiles of sample, each beside itself at one token a forward",
-        many="several",
-        choices=tuple(SAMPLE_PROFILES)[1:],
-    )
-    data_dir: str = flag(
-        None,
-        "prepared text for the judge and the held-out bound; none = the checkpoint's",
-        rare=True,
-    )
-    out_json: str = flag("benchmarks/edge_benchmark.json", "where the result goes")
-
-    def problems(self):
-        if self.profiles and self.grid:
-            yield "--profiles and --grid: give only one of them"
-
-
-@dataclass
 class EvaluateArgs(DecodeFlags, CheckpointFlags, CommonFlags):
     "Evaluation"
-
     examples = (
         (
             "python -m evaluate checkpoints/eco_hybrid_hi",
@@ -1115,9 +1088,92 @@ class EvaluateArgs(DecodeFlags, CheckpointFlags, CommonFlags):
 
 
 @dataclass
+class BenchArgs(GenerateFlags, CommonFlags):
+    "Benchmark"
+    examples = (
+        (
+            "python -m edge_benchmark checkpoints/eco_hybrid_hi",
+            "speed and text of every decode mode",
+        ),
+        (
+            "python -m edge_benchmark checkpoints/eco_hybrid_hi --profiles balanced max",
+            "what sample's profiles cost",
+        ),
+        (
+            "python -m edge_benchmark checkpoints/eco_hybrid_hi --grid threshold=0.7,0.9",
+            "every one of these settings, and a picture",
+        ),
+    )
+    first = ("Benchmark", "Generation", "Checkpoint")
+    temperature: float = again(GenerateFlags, "temperature", 0.0)
+    top_k: int = again(GenerateFlags, "top_k", 0)
+    modes: tuple = flag(
+        ("full", "block", "block_frozen"),
+        "decode modes",
+        choices=("full", "block", "block_frozen"),
+        many="several",
+    )
+    runs_per_prompt: int = flag(3, "timed runs", at_least=1)
+    warmup_runs: int = flag(1, "untimed runs, per mode and prompt", at_least=0)
+    grid: tuple = flag(
+        (),
+        "NAME=VALUE,VALUE ...: every combination of these settings of sample, and a picture",
+        many="several",
+    )
+    profiles: tuple = flag(
+        (),
+        "instead: these profiles of sample, each beside itself at one token a forward",
+        many="several",
+        choices=tuple(SAMPLE_PROFILES)[1:],
+    )
+    data_dir: str = flag(
+        None,
+        "prepared text for the judge and the held-out bound; none = the checkpoint's",
+        rare=True,
+    )
+    out_json: str = flag("benchmarks/edge_benchmark.json", "where the result goes")
+
+    def problems(self):
+        if self.profiles and self.grid:
+            yield "--profiles and --grid: give only one of them"
+
+
+@dataclass
+class ReportArgs(CheckpointFlags, EveryFlags):
+    "Report"
+    examples = (
+        ("python -m report checkpoints/eco_hybrid_hi", "report.html in that run folder"),
+        ("python -m report checkpoints/eco_hybrid_hi --out page.html", "the same page elsewhere"),
+    )
+    first = ("Report", "Checkpoint")
+    out: str = flag(None, "where the page goes; none = report.html in the run folder")
+
+
+@dataclass
+class ColabArgs(TrainArgs, PrepareFlags, ColabFlags):
+    examples = (
+        (
+            "python -m colab_train_eco --max_steps 500 --compile",
+            "data, tokenizer, training and verdict on a GPU",
+        ),
+        (
+            "python -m colab_train_eco --drive /content/drive/MyDrive/Aria",
+            "with copies on a drive: the same again goes on there",
+        ),
+        (
+            "python -m colab_train_eco --allow_cpu --preset tiny --max_steps 50",
+            "a small try without a GPU",
+        ),
+    )
+    first = ("One-shot",)
+    n_layers: int = again(ModelFlags, "n_layers", 10)
+    auto_batch: bool = again(OptimFlags, "auto_batch", True)
+    save_minutes: float = again(RunFlags, "save_minutes", 10.0)
+
+
+@dataclass
 class ExperimentArgs(TrainArgs, ExperimentFlags):
     "Scoring"
-
     examples = (
         ("python -m run_experiments", "the plan of 8 runs and their commands, nothing else"),
         ("python -m run_experiments --max_steps 2000 --execute", "run what is not finished"),
@@ -1139,13 +1195,38 @@ class ExperimentArgs(TrainArgs, ExperimentFlags):
     chain_docs: int = again(EvaluateArgs, "chain_docs", 8)
 
 
-COMMANDS = dict(train=TrainArgs, sample=SampleArgs, prepare=PrepareArgs, evaluate=EvaluateArgs,
-                edge_benchmark=BenchArgs, report=ReportArgs, colab_train_eco=ColabArgs,
-                run_experiments=ExperimentArgs)
+COMMANDS = dict(
+    train=TrainArgs,
+    sample=SampleArgs,
+    prepare=PrepareArgs,
+    evaluate=EvaluateArgs,
+    edge_benchmark=BenchArgs,
+    report=ReportArgs,
+    colab_train_eco=ColabArgs,
+    run_experiments=ExperimentArgs,
+)
 
 
-# a flag that came later -> the value that older checkpoints mean, which is never today's default by
-# itself
+def next_commands(run, step, max_steps):
+    """[(what it does, the command)] for a run folder: summary.md, report.html and colab_train_eco
+    print the same ones.
+    """
+    name = shlex.quote(str(run))
+    go_on = f"python -m train --resume {name}"
+    if step >= max_steps:
+        go_on += f" --max_steps {2 * max_steps}"
+    return [
+        ("sample", f'python -m sample --ckpt {name} --prompt "{PROMPTS[0]}"'),
+        ("evaluate", f"python -m evaluate --ckpt {name}"),
+        ("go on", go_on),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# the settings in a checkpoint
+
+# Flags that older checkpoints lack -> the value that those runs had. It is written out here, as
+# today's default may be another one, now or later.
 ADDED = dict(
     quiet=False,
     version=False,
@@ -1160,5 +1241,28 @@ ADDED = dict(
     exit_loss_weight=0.0,
     activation_checkpointing=False,
     ar_fade=0.0,
-    **{f.name: f.default for f in dataclasses.fields(SinkFlags)},
+    **{field.name: field.default for field in dataclasses.fields(SinkFlags)},
 )
+
+
+# what the users of a trained model read from the settings of its training
+READ_LATER = ("seq_len", "batch_size", "train_block_sizes", "sample_steps", "data_dir")
+
+
+def check_saved(settings, where):
+    """The settings in a checkpoint, before its model is used: those that commands read are there,
+    and within their limits. `where` names the file.
+    """
+    missing = [name for name in READ_LATER if name not in settings]
+    if missing:
+        raise UserError(
+            f"{where} lacks {', '.join(missing)}: another version wrote it, or it was changed by "
+            "hand"
+        )
+
+    values = checked(TrainArgs, {name: settings[name] for name in READ_LATER}, where)
+    problems = list(block_problems("train_block_sizes", values["train_block_sizes"]))
+    if "\0" in values["data_dir"]:
+        problems.append("data_dir holds a zero byte, which no path can")
+    if problems:
+        raise UserError(f"{where}: " + "; ".join(problems))

@@ -25,7 +25,7 @@ import config
 import model_config
 from common import flags as flags
 from common.console import UserError, say
-from common.files import can_write, write_json
+from common.files import ROOT, can_write, write_json
 from common.flags import (
     LIMITS,
     checked,
@@ -875,14 +875,14 @@ def test_announce_shows_origins_and_print_config_ends(capsys, tmp_path):
     assert all(f"\n{f.name} " in "\n" + out for f in dataclasses.fields(args))
 
 
-ENTRY = [prog for prog in config.COMMANDS if (config.ROOT / f"{prog}.py").exists()]
+ENTRY = [prog for prog in config.COMMANDS if (ROOT / f"{prog}.py").exists()]
 
 
 @pytest.mark.parametrize("prog", ENTRY)
 def test_help_is_instant_and_needs_no_torch(prog):
     start = os.times()
     done = subprocess.run(
-        [sys.executable, "-m", prog, "--help"], cwd=config.ROOT, capture_output=True, text=True
+        [sys.executable, "-m", prog, "--help"], cwd=ROOT, capture_output=True, text=True
     )
     end = os.times()  # of the processor: a busy machine is no fault of ours
     assert done.returncode == 0 and f"usage: python -m {prog}" in done.stdout, done.stderr
@@ -897,14 +897,14 @@ def test_help_is_instant_and_needs_no_torch(prog):
            "assert not {'torch', 'numpy'} & set(sys.modules)"
     assert (
         subprocess.run(
-            [sys.executable, "-c", code], cwd=config.ROOT, capture_output=True
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True
         ).returncode
         == 0
     )
 
 
 @pytest.mark.parametrize(
-    "shim", sorted(p.stem for p in (config.ROOT / "diffusion").glob("[a-z]*.py"))
+    "shim", sorted(p.stem for p in (ROOT / "diffusion").glob("[a-z]*.py"))
 )
 def test_old_names_run_as_module_and_as_file(shim):
     target = next(
@@ -916,7 +916,7 @@ def test_old_names_run_as_module_and_as_file(shim):
         pytest.skip(f"{target}.py does not exist yet")
     outputs = {
         subprocess.run(
-            [sys.executable, *how, "--help"], cwd=config.ROOT, capture_output=True, text=True
+            [sys.executable, *how, "--help"], cwd=ROOT, capture_output=True, text=True
         ).stdout
         for how in (["-m", f"diffusion.{shim}"], [f"diffusion/{shim}.py"])
     }
@@ -924,7 +924,7 @@ def test_old_names_run_as_module_and_as_file(shim):
     if target in ("train", "sample"):
         wrong = "primary" if shim.endswith("_diffusion") else "backup"
         argv = [sys.executable, "-m", f"diffusion.{shim}", "--ckpt", "x", "--model", wrong]
-        done = subprocess.run(argv, cwd=config.ROOT, capture_output=True, text=True)
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
         assert (
             done.returncode == 2 and "contradicts" in done.stderr and "Traceback" not in done.stderr
         )

@@ -13,11 +13,11 @@ import pytest
 
 import cli
 import config
+from common.files import ROOT
 import conftest  # noqa: F401  (puts the repository on the path)
 from common.flags import table
 from evaluation import study_report
 
-ROOT = config.ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
     ROOT / "README.md",

@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import config
+from common.files import ROOT
 from text import hub
 from text.dataset import TokenData
 from text.starter import grammar
@@ -214,7 +214,7 @@ def prepare(folder, server, *argv, **how):
 def started(folder, server, *argv, code="", port=None):
     env = dict(
         os.environ,
-        PYTHONPATH=str(config.ROOT),
+        PYTHONPATH=str(ROOT),
         HF_ENDPOINT=f"http://127.0.0.1:{port or server.server_port}",
         HF_HOME=str(folder / "hf"),
         HF_HUB_DISABLE_TELEMETRY="1",

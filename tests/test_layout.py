@@ -13,8 +13,8 @@ import sys
 import pytest
 
 import config
+from common.files import ROOT
 
-ROOT = config.ROOT
 ROOMS = ("common", "text", "training", "sampling", "evaluation")
 PATHS = sorted(
     [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]

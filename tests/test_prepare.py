@@ -23,6 +23,7 @@ import cli
 import config
 import prepare
 from common.console import UserError
+from common.files import ROOT
 from text import build as builder, documents, spool, starter, tokenizer
 from text.build import build
 from text.dataset import KEYS, TokenData
@@ -770,7 +771,7 @@ def test_standard_input(tmp_path):
             "--tokenizer_vocab",
             "400",
         ],
-        cwd=config.ROOT,
+        cwd=ROOT,
         text=True,
         input="\n\n".join(docs),
         capture_output=True,
