@@ -42,7 +42,7 @@ import masking
 import model_config
 from common import machine
 from model import build_model
-from training import optim
+from training import optim, setup
 
 VOCAB = 8000
 COMPILED, RECOMPUTED = " compiled", " recomputed"
@@ -115,7 +115,6 @@ class Variant:
 
     def compiled(self):
         """Compile twice: with an empty cache on the disk, and as a second run finds it."""
-        import train
         args = dataclasses.replace(self.args, train_block_sizes=self.name["block"])
         with tempfile.TemporaryDirectory() as cache:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
@@ -125,7 +124,7 @@ class Variant:
                     layer.__dict__.pop("forward", None)
                 started = time.perf_counter()
                 with machine.autocast(torch.device("cpu"), self.dtype):
-                    train.compile_step(self.model, args, (args.batch_size, args.seq_len), "cpu")
+                    setup.compile_step(self.model, args, (args.batch_size, args.seq_len), "cpu")
                 self.compile_s[state] = time.perf_counter() - started
 
     def step(self):

@@ -30,7 +30,7 @@ from common import machine
 from common.files import read_json, sealed
 from conftest import ROOT, aria, log, tree
 from sampling import decode
-from training import logs, optim, recovery
+from training import logs, optim, recovery, setup
 
 SHAPE = (
     "--d_model",
@@ -223,7 +223,7 @@ def test_single_tokens_come_first_and_fade_out(text, tmp_path, capsys, monkeypat
     """A run's own log: at first every block is one token, after half of the steps none is; before
     and after a resume.
     """
-    monkeypatch.setattr(train, "MANY_EPOCHS", 1)  # these are one and a half
+    monkeypatch.setattr(setup, "MANY_EPOCHS", 1)  # these are one and a half
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = (
         "--max_steps",
@@ -255,7 +255,7 @@ def test_single_tokens_come_first_and_fade_out(text, tmp_path, capsys, monkeypat
     )
     assert fresh(text, tmp_path / "off", "--max_steps", 60, "--eval_interval", 0) == 0
     assert not {"fading", "unlearn"} & set(re.findall(r"\w+", capsys.readouterr().err))
-    monkeypatch.setattr(train, "MANY_EPOCHS", 8)
+    monkeypatch.setattr(setup, "MANY_EPOCHS", 8)
     assert fresh(text, tmp_path / "few", *words) == 0 and "unlearn" not in capsys.readouterr().err
 
 
@@ -1036,7 +1036,7 @@ def test_nothing_is_compiled_in_mid_run(kind, rules, monkeypatch, capsys):
     net = models.build_model(model_config.model_config(args, 50))
     torch.compiler.reset()
     counters.clear()
-    train.compile_step(net, args, (2, 32), "cpu")
+    setup.compile_step(net, args, (2, 32), "cpu")
     assert "failed" not in capsys.readouterr().err and counters["stats"]["unique_graphs"] == rules
     seen = set()
     for step in range(20):
@@ -1292,7 +1292,7 @@ def test_far_too_many_passes_name_a_number_of_steps(text, tmp_path, capsys):
     with pytest.raises(SystemExit):
         fresh(text, tmp_path / "run", *words)
     capsys.readouterr()
-    steps = 3 * train.MANY_EPOCHS * tokens // (4 * 2 * 16)
+    steps = 3 * setup.MANY_EPOCHS * tokens // (4 * 2 * 16)
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
         patch.setattr(train, "NON_FINITE_LIMIT", 1)
@@ -1451,7 +1451,7 @@ def test_compile_shows_how_far_it_is_and_names_its_cache(monkeypatch, capsys, br
     monkeypatch.setattr(torch, "compile", compiled)
     net = tiny_model("backup", 50, shape=TINIER)
     args = config.TrainArgs(seq_len=16, train_block_sizes="T,4", ar_fade=0.0)
-    train.compile_step(net, args, (2, 16), torch.device("cpu"))
+    setup.compile_step(net, args, (2, 16), torch.device("cpu"))
     said = capsys.readouterr().err
     assert (
         ("form 4 of 4" in said and "failed" not in said)

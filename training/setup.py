@@ -1,0 +1,427 @@
+"""Everything that a training needs before its first step: machine, text, model, optimizer, resume.
+
+    run = setup(args, origins, ranks, run_dir, source, resuming)      # None: there is nothing to do
+
+Used by train.py. The stages stand in the order in which they run; each one takes the Run and adds
+to it. What is typed wrong, does not fit or does not belong together ends here in one sentence,
+before anything in the run folder changes.
+"""
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import cli
+import config
+import masking
+import model_config
+from common import machine
+from common.console import UserError, say
+from common.files import to_json
+from common.flags import to_dict
+from model import build_model
+from text import starter
+from text.build import build as build_text
+from text.dataset import TokenData, Windows
+from text.tokenizer import Tokenizer
+from training import logs, optim, recovery, run_folder
+from training.saving import publish, restore
+from training.state import RunState
+from training.step import probe
+
+MANY_EPOCHS = 8  # docs/experiments/, 2026-11-27: from there on single tokens are learned by heart
+
+
+class Run:
+    """What a step, an evaluation and a save need; the same on every rank but for `mine`.
+
+    args origins ranks folder            what was asked for, the processes, the run folder
+    saved resuming in_place notes        the checkpoint it begins with, and what to say of that
+    device dtype allocator precision     the machine; dtype is None in float32
+    data val windows tokenizer           the text; val is None where nobody asks held-out text
+    cfg model loss_of params             the network, and the module whose forward is its loss
+    optimizer ema scaler spikes          what a checkpoint holds besides the weights
+    state                                the counters (training/state.py)
+    rows mine step_tokens micro          sequences of a step, this rank's, its tokens, rows a forward
+    held blocks                          the held-out windows, the block rules that are scored
+    stop log progress                    signals, train.jsonl and its sinks, the console
+    """
+
+    def __init__(self, args, origins, ranks, folder):
+        self.args = args
+        self.origins = origins
+        self.ranks = ranks
+        self.folder = folder
+        self.notes = []
+        self.state = RunState()
+        self.timed = False           # whether the time to go was said
+
+    def autocast(self):
+        return machine.autocast(self.device, self.dtype)
+
+    def averaged(self):
+        """Inside, the model has its averaged weights, if it keeps some."""
+        return self.ema.swap() if self.ema else contextlib.nullcontext()
+
+
+def setup(args, origins, ranks, run_dir, source, resuming):
+    """All stages -> the Run; None if the run that was named is already done."""
+    logs.check_sinks(args)
+    run = Run(args, origins, ranks, run_dir)
+    run.resuming = resuming
+    pick_machine(run)
+    load_checkpoint(run, source)
+    open_text(run)
+    if is_done(run):
+        return None
+    build(run)
+    resume(run)
+    say_what_runs(run)
+    hold_out(run)
+    fit_memory(run)
+    claim_folder(run)
+    if run.args.compile:
+        with run.autocast():
+            compile_step(run.model, run.args, (run.micro, run.args.seq_len), run.device)
+    run.loss_of = ranks.replicate(run.loss_of)  # after the probe and the compiler: see there
+    run.environment = machine.environment(run.device)
+    return run
+
+
+# ---- the machine and the checkpoint --------------------------------------------------------------
+
+def pick_machine(run):
+    args = run.args
+    run.allocator = machine.start(args.threads)
+    run.device = machine.pick_device(args.device)
+    on_cpu = run.device.type == "cpu" and run.origins["device"] != "flag"
+    if args.preset in config.GPU_ONLY_PRESETS and on_cpu:
+        raise UserError(
+            f"--preset {args.preset} is made for GPUs and there is none here: add --device cpu to "
+            "train it on the CPU nevertheless, or take --preset starter"
+        )
+
+
+def load_checkpoint(run, source):
+    """The checkpoint to begin with, and the settings that a resume takes over from it."""
+    args, ranks = run.args, run.ranks
+    run.saved = None
+    if source:
+        found = None
+        if ranks.main:
+            inside = run.resuming and checkpoint.candidates(source)[0].parent == run.folder
+            parts = () if args.fsdp else checkpoint.PARTS
+            found = checkpoint.load(source, parts=parts, quarantine=inside)
+        run.saved = ranks.broadcast_checkpoint(found)
+    if run.resuming:
+        before = {"args": checkpoint.section(run.saved, "args")}
+        run.args, changes = cli.resume_check(before, args, run.origins)
+        run.notes = [f"changed on resume: {change}" for change in changes]
+    cli.announce(run.args, run.origins)
+    if run.origins["d_model"] == "tier":
+        say(
+            "notice: no GPU, no prepared text and no size asked for: the settings of --preset "
+            "starter (--preset none: the large defaults)"
+        )
+    for idle in run.args.idle(run.origins):
+        say(f"notice: {idle}")
+
+
+# ---- the text ------------------------------------------------------------------------------------
+
+def find_data(args, origins):
+    """The data folder; when none was asked for and none is there, the starter corpus is prepared,
+    never silently.
+    """
+    folder = Path(args.data_dir)
+    if (folder / "meta.json").exists() or origins["data_dir"] not in ("default", "checkpoint"):
+        return folder
+    if origins["data_dir"] == "checkpoint" and args.data_dir != starter.FOLDER:
+        return folder
+    say(
+        "notice: no prepared text in data/processed, so the built-in starter corpus is used "
+        "(synthetic Hindi and Hinglish,\n"
+        "        written by a program; for your own text: python -m prepare --source files --input "
+        "FILES)"
+    )
+    build_text(config.starter_args(), say)
+    return Path(starter.FOLDER)
+
+
+def open_text(run):
+    """Token files, windows, tokenizer; refuses text that does not belong to the checkpoint."""
+    args, saved = run.args, run.saved
+    run.rows = args.batch_size * args.grad_accum
+    run.step_tokens = run.rows * args.seq_len
+    run.mine = run.ranks.share(args.batch_size, args.grad_accum)
+    with run.ranks.main_first():
+        data_dir = find_data(args, run.origins)
+    args.data_dir = str(data_dir)
+    # it listens from the loop on; before the loop there is nothing to save
+    run.stop = machine.StopFlag(run.ranks)
+    run.data = TokenData(data_dir, "train")
+    scores = args.eval_interval > 0 or run.data.meta["val_tokens"] >= args.seq_len
+    run.val = TokenData(data_dir, "val") if scores else None
+    run.cfg = model_config.model_config(args, run.data.vocab_size)
+    run.windows = Windows(run.data, args.seq_len, args.seed)
+    run.tokenizer = Tokenizer(run.data.tokenizer_path)
+    if saved and run.ranks.main and saved.tokenizer_bytes != run.tokenizer.model_bytes:
+        refuse_tokenizer(run)
+    run.in_place = run.resuming and run.folder.resolve() == saved.path.parent.resolve()
+    run.counters = run_folder.counters(saved) if run.resuming else None
+    if run.in_place and run.counters["data_sha256"] != run.data.meta["train_sha256"]:
+        raise UserError(
+            f"{data_dir} has changed since this run began (sha256 "
+            f"{run.data.meta['train_sha256'][:12]}, the checkpoint "
+            f"{run.counters['data_sha256'][:12]}): {run.data.old_text(saved.state.get('source'))}, "
+            "or fork with --run_name NEW"
+        )
+
+
+def refuse_tokenizer(run):
+    old, new = Tokenizer(run.saved.tokenizer_bytes), run.tokenizer
+    advice = run.data.for_run(run.saved.state.get("source"), run.saved.path / "tokenizer.model")
+    raise UserError(
+        f"{run.args.data_dir} has a tokenizer of {run.cfg.vocab_size} pieces ({new.sha256[:12]}), "
+        f"the checkpoint's has {old.vocab_size} ({old.sha256[:12]}): {advice}"
+    )
+
+
+def is_done(run):
+    """Whether a resume has no step left; it may still owe the last evaluation."""
+    run.state.first_step = run.saved.step if run.resuming else 0
+    if run.state.first_step < run.args.max_steps:
+        return False
+    if run.resuming and run.counters["eval_due"]:
+        return False
+    say(f"nothing to do: step {run.state.first_step} of {run.args.max_steps}")
+    return True
+
+
+# ---- model, optimizer, resume --------------------------------------------------------------------
+
+def build(run):
+    """The model with its first weights, the optimizer and its helpers."""
+    args, ranks, saved = run.args, run.ranks, run.saved
+    before = run.counters["precision"] if run.resuming else None
+    dtype, run.precision = machine.pick_precision(args.amp, args.amp_dtype, run.device, before)
+    known = {str(dtype): dtype for dtype in (None, torch.bfloat16, torch.float16)}
+    run.dtype = known[ranks.broadcast_object(str(dtype))]          # rank 0's, if it was measured
+    if args.fsdp and run.dtype is torch.float16:
+        raise UserError("--fsdp works in bf16 or float32: add --no_amp, or use GPUs with bf16")
+    run.micro = min(args.batch_size, run.mine.stop - run.mine.start)
+    run.room = recovery.check_memory(run.cfg, args, run.micro, run.device, ranks.world)
+
+    machine.seed_everything(args.seed)
+    here = saved and ranks.main and not args.fsdp       # the weights are in this process
+    # a fork takes the averaged weights
+    part = "model"
+    if saved and "ema" in saved.files and not run.resuming:
+        part = "ema"
+    if here:
+        checkpoint.may_fit(run.cfg, saved.model)
+    model = build_model(run.cfg)
+    if here:
+        checkpoint.load_into(model, getattr(saved, part))
+    run.model = ranks.to_device(model, run.device, run.dtype, saved and saved.files[part])
+    run.loss_of = masking.DenoisingLoss(run.model)
+    run.model.recompute = args.activation_checkpointing
+    run.optimizer = optim.make_optimizer(run.model, args)
+    run.ema = optim.EMA(run.model, args.ema) if args.ema else None
+    run.scaler = optim.LossScaler(run.optimizer, run.device, on=run.dtype is torch.float16)
+    run.spikes = recovery.SpikeWatch(args.spike_factor)
+    run.params = model_config.count_params(run.cfg)
+    run.saved_args = {"args": to_dict(args, config.TrainArgs), "model": run.cfg.to_dict()}
+
+
+def resume(run):
+    """Counters and optimizer of the checkpoint; what a person should know of the difference."""
+    args, state, saved = run.args, run.state, run.saved
+    state.step = state.first_step
+    has_optimizer = run.resuming and "optimizer" in saved.files
+    run.fresh_optimizer = not has_optimizer or args.reset_optimizer
+    before = None
+    if run.resuming:
+        restore(run, saved, not run.fresh_optimizer)
+        state.position = run.counters["position"]
+        state.rollbacks = run.counters["rollbacks"]
+        state.held_step = state.first_step - run.counters["eval_due"]
+        if run.fresh_optimizer:
+            run.notes.append("the optimizer starts fresh")
+        if run.in_place:
+            before = run.counters["wandb_id"]
+            if run.counters["val_sha256"] not in (None, run.data.meta["val_sha256"]):
+                run.notes.append(
+                    "the validation text is not the one of before: no earlier figure compares, "
+                    "`best` starts anew"
+                )
+        else:
+            state.best = float("inf")
+            state.kept = float("inf")
+        run.notes += run_folder.rate_jump(saved, args, state.first_step)
+    run.wandb_id = logs.wandb_id(args, before)
+
+
+def say_what_runs(run):
+    """The lines before the first step: model, text, blocks, memory, too many passes."""
+    args, data = run.args, run.data
+    run.peak = run.ranks.all_reduce_sum(machine.peak_flops(run.device, run.dtype))
+    processes = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
+    sharded = ", sharded" if args.fsdp else ""
+    say(
+        f"model: {args.model}, {run.params:,} parameters, d_ff {args.d_ff}; device {run.device}, "
+        f"{torch.get_num_threads()} threads{processes}{sharded}; precision {run.precision}; "
+        f"memory: {run.allocator}"
+    )
+    run.planned = args.max_steps * run.step_tokens
+    tokens = data.meta["train_tokens"]
+    epochs = run.planned / tokens
+    say(
+        f"data: {args.data_dir} ({data.meta['source']}), {tokens:,} tokens, "
+        f"{run.cfg.vocab_size} pieces; "
+        f"{args.max_steps} steps of {run.rows} x {args.seq_len} = {run.planned / 1e6:.1f}M tokens, "
+        f"{epochs:.2f} epochs; run folder {run.folder}"
+    )
+    if run.state.first_step < args.fade * args.max_steps:
+        say(
+            f"blocks: of one token at first, fading into {args.train_block_sizes} until step "
+            f"{round(args.fade * args.max_steps)}"
+        )
+    say(f"memory: {run.room}")
+    if epochs > 2 * MANY_EPOCHS:
+        advised = max(1, round(MANY_EPOCHS * tokens / run.step_tokens))
+        say(
+            f"notice: {epochs:.0f} passes over this text are far too many: it is learned by heart; "
+            f"advised is --max_steps {advised} ({MANY_EPOCHS} passes), or more text"
+        )
+    elif args.fade and epochs > MANY_EPOCHS:
+        say(
+            f"notice: {epochs:.0f} passes over this text: single tokens unlearn after some five, "
+            "--train_block_sizes T,64,32 learns on"
+        )
+
+
+def hold_out(run):
+    """The windows that are scored, the same at every evaluation, and their block rules."""
+    args = run.args
+    if run.val:
+        held = run.val.val_windows(args.eval_batches * args.batch_size, args.seq_len)
+    else:
+        held = run.windows.batch(0, args.batch_size)
+    run.held = held.to(run.device)
+    run.blocks = sorted(set(args.block_choices), reverse=True)
+    # a sharded model cannot speak by itself
+    run.speaks = args.show_samples and run.ranks.main and not args.fsdp
+
+
+# ---- memory, the run folder, the compiler --------------------------------------------------------
+
+def fit_memory(run):
+    """--auto_batch: as many rows in a forward as fit; every rank does the same number of them."""
+    if not run.args.auto_batch:
+        return
+    # the optimizer's state comes with the first step
+    later = 8 * run.params if run.fresh_optimizer else 0
+    rows = run.mine.stop - run.mine.start
+    micro = recovery.measure_rows(
+        lambda micro: probe(run, micro), run.micro, rows, run.args, run.device, later,
+        run.optimizer.zero_grad, say,
+    )
+    run.micro = run.ranks.all_reduce_min(micro)
+
+
+def claim_folder(run):
+    """The first change on the disk: the arguments have proved to be sound. An earlier run in the
+    folder moves aside, and so do later checkpoints of a run that is taken up at an inner step.
+    """
+    if run.ranks.main and not run.in_place and run_folder.is_used(run.folder):
+        run_folder.archive(run.folder)
+    if run.in_place:
+        kept = None
+        if run.ranks.main:
+            kept = run_folder.rewind(
+                run.folder, run.saved, run.state.kept, run.args, run.data.meta
+            )
+        run.state.kept = run.ranks.broadcast_object(kept)
+
+
+def compile_step(model, args, shape, device):
+    """Compile the layers' training form; if that fails, say why and go on uncompiled.
+
+    All layers share their graphs: one for each block rule, with and without a shorter first block,
+    the last layer apart. What changes from step to step (where block 0 ends, which early exit)
+    stays outside, so that nothing is compiled in mid-run.
+    """
+    # beyond its own 8 graphs, PyTorch would go on in eager silently
+    torch._dynamo.config.recompile_limit = 64
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward, mode=args.compile_mode, dynamic=False)
+    started = time.perf_counter()
+    try:
+        ids = torch.zeros(shape, dtype=torch.long, device=device)
+        forms = [
+            (block, first) for block in args.block_rules for first in {block, max(1, block - 1)}
+        ]
+        say(
+            f"compile: {len(forms)} forms of a step; on a CPU that takes minutes (each is kept for "
+            "the next run)"
+        )
+        for number, (block, first) in enumerate(forms, 1):
+            model.block_states(ids, ids, block, first).sum().backward()
+            seconds = time.perf_counter() - started
+            say(f"compile: form {number} of {len(forms)}, {seconds:.0f} s so far")
+        model.zero_grad(set_to_none=True)
+        say(f"compile: every block rule in {time.perf_counter() - started:.0f} s")
+    except Exception as error:  # whatever a compiler, its C++ toolchain or its cache may raise
+        for layer in model.layers:
+            del layer.forward
+        model.zero_grad(set_to_none=True)
+        say(
+            f"compile: failed, going on uncompiled: {type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200]}"
+        )
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        say(
+            "compile: if it fails each time, a compiler that was killed may have left half a "
+            f"file: delete {cache_dir()}"
+        )
+
+
+# ---- the log -------------------------------------------------------------------------------------
+
+def open_log(run):
+    """train.jsonl and its sinks, the first events, config.json."""
+    args, data, main = run.args, run.data, run.ranks.main
+    path = run.folder / "train.jsonl" if main else None
+    begin = run.state.first_step + 1 if run.resuming else 0
+    sinks = logs.open_sinks(args, run.folder, run.wandb_id, begin) if main else []
+    run.log = logs.Events(logs.JsonLines(path), sinks)
+    run.log.write(
+        "meta",
+        time=time.strftime("%Y-%m-%dT%H:%M:%S"),
+        version=1,
+        argv=sys.argv,
+        config=run.saved_args,
+        params_total=run.params,
+        params_blocks=model_config.block_params(run.cfg),
+        data={
+            "source": data.meta["source"],
+            "tokens": data.meta["train_tokens"],
+            "sha256": data.meta["train_sha256"],
+        },
+        planned_tokens=run.planned,
+        precision=run.precision,
+        allocator=run.allocator,
+        peak_flops=run.peak,
+        **run.environment,
+    )
+    if run.resuming:
+        run.log.write(
+            "resume", step=run.state.first_step, checkpoint=str(run.saved.path), notes=run.notes
+        )
+    for note in run.notes:
+        say(f"notice: {note}")
+    publish(run, "config.json", to_json(run.saved_args).decode())

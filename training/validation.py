@@ -1,0 +1,131 @@
+"""Held-out text during a training: the figure, sample texts, and whether weights are still sound.
+
+Used by the loop in train.py. Everything here has randomness of its own, so that evaluating more
+often changes nothing in the training.
+"""
+import contextlib
+
+import torch
+
+import config
+from common import machine
+from common.console import printable, say
+from evaluation.estimators import bits_per_byte, held_out
+from sampling.decode import generate
+from sampling.settings import Settings
+from training import recovery
+
+
+def evaluate(run):
+    """Score the held-out windows in every block rule; the mean becomes run.state.nats."""
+    args, state = run.args, run.state
+    run.model.eval()
+    try:
+        with torch.no_grad(), run.autocast(), run.averaged():
+            scores = held_out(
+                run.model, run.held, run.blocks, 0, run.micro, 1, run.ranks, run.stop.piece
+            )
+    finally:
+        run.ranks.reshard(run.model)
+    nats = sum(score["nats"] for score in scores.values()) / len(scores)
+    error = max(score["se"] for score in scores.values())
+    bpb = bits_per_byte(nats, run.val.meta)
+    run.log.write(
+        "eval",
+        step=state.step,
+        val_nelbo=nats,
+        val_ci=1.96 * error,
+        val_bpb=bpb,
+        best=nats < state.best,
+        val_masked_mean=sum(score["masked_mean"] for score in scores.values()) / len(scores),
+        by_block={block_name(run, b): score["nats"] for b, score in scores.items()},
+    )
+    bits = "" if bpb is None else f"{bpb:.4f} bits/byte | "
+    by_block = " ".join(f"{block_name(run, b)}: {score['nats']:.4f}" for b, score in scores.items())
+    say(
+        f"eval {state.step}/{args.max_steps} | {args.measure} {nats:.4f} +- {1.96 * error:.4f} "
+        f"nats/token | {bits}{by_block}"
+    )
+    log_samples(run)
+    state.nats = nats
+    state.best = min(state.best, nats)
+    state.scored_step = state.step
+
+
+def block_name(run, block):
+    """A block rule as the flags call it."""
+    return "T" if block >= run.args.seq_len else str(block)
+
+
+def log_samples(run):
+    """Short continuations of two fixed prompts for the log."""
+    if not run.speaks:
+        return
+    for prompt in config.PROMPTS[:2]:
+        try:
+            run.log.write("sample", step=run.state.step, prompt=prompt, text=speak(run, prompt, 24))
+        except FloatingPointError as error:               # NaN logits
+            run.log.write("warn", step=run.state.step, message=f"no sample: {error}")
+        except machine.Stopped:
+            break
+
+
+def speak(run, prompt, length):
+    """The model's continuation of a prompt, in the largest blocks that it was trained for."""
+    args, tokenizer = run.args, run.tokenizer
+    frozen = next((block for block in run.blocks if block < args.seq_len), None)
+    settings = Settings(
+        max_new_tokens=length,
+        steps=length,
+        mode="block_frozen" if frozen else "full",
+        block_size=min(args.block_size, frozen or args.block_size),
+        temperature=0.5,
+        top_k=50,
+        eos_id=tokenizer.eos_id,
+    )
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    with run.averaged(), run.stop.at_once():
+        return tokenizer.written(generate(run.model, ids, settings, [args.seed]).rows[0])
+
+
+def print_samples(run):
+    """The end of a finished run: continuations of the fixed prompts -> the exit code."""
+    args = run.args
+    run.model.eval()
+    run.stop.answer = "leaving out the samples; the run is finished and saved"
+    try:
+        with run.stop, contextlib.suppress(machine.Stopped):
+            for prompt in config.PROMPTS:
+                print(f"{prompt}{printable(speak(run, prompt, 48))}\n---", flush=True)
+    except FloatingPointError:  # NaN logits
+        say(
+            "error: the trained weights give no finite answer, so there are no samples: --lr "
+            f"{args.lr:g} is too high; "
+            f"train again with a lower one, such as {config.RATES[args.optimizer]:g}"
+        )
+        return 1
+    return 0
+
+
+def still_sound(run, rows):
+    """Whether training can go on from the weights after the last finite step: its update may have
+    ruined them. Else it says so.
+
+    One of autocast and float32 is enough. Replicas would add up what backward leaves, parts have
+    none of their own, and a compiled layer has its graphs for training only: there the loss alone
+    is asked.
+    """
+    loss_only = run.args.compile or run.ranks.world > 1
+    test = recovery.sound if loss_only else recovery.can_learn
+    contexts = (run.autocast(), contextlib.nullcontext())
+    sound = any(test(run.model, run.held[:rows], run.blocks[-1], context) for context in contexts)
+    run.ranks.reshard(run.model)
+    if not sound:
+        step = run.state.good.step
+        message = (
+            f"step {step} is not saved: its update ruined the weights, held-out text has no "
+            "finite gradient any more"
+        )
+        run.log.write("warn", step=step, message=message)
+        say(f"warning: {message}; the checkpoints before it are intact")
+    return sound
