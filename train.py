@@ -74,26 +74,27 @@ def start(args, origins):
 
 def train(args, origins, ranks, run_dir, source, resuming):
     """-> exit code, the name of the signal that stopped it or None."""
-    import torch
+    from training import ending, logs, setup, validation
 
-    from training import ending, logs
-    from training.setup import open_log, setup
-    from training.validation import print_samples
-
-    run = setup(args, origins, ranks, run_dir, source, resuming)
+    # ---- set up: machine, checkpoint, text, model, optimizer, memory
+    run = setup.setup(args, origins, ranks, run_dir, source, resuming)
     if run is None:
         return 0, None
+
+    # ---- train; a signal ends the loop, and the end of the log is written all the same
     run.progress = logs.Progress(run.args, run.state.first_step)
-    with run.stop, run.progress, torch.autograd.set_detect_anomaly(run.args.detect_anomaly):
-        open_log(run)
+    with run.stop, run.progress, run.anomaly_detection():
+        setup.open_log(run)
         code = loop(run)
         stopped = ending.close_log(run, code)
+
+    # ---- what a person reads at the end
     ending.store_once_more(run)
     say(run.summary)
     if stopped:
         ending.say_how_to_go_on(run, stopped)
     elif run.speaks and not code:
-        code = print_samples(run)
+        code = validation.print_samples(run)
     return code, stopped
 
 
@@ -101,11 +102,8 @@ def loop(run):
     """Evaluate? save? stop? step, log: one turn more than steps, so that the last evaluation and
     the last save are ordinary -> exit code.
     """
-    from common import machine
-    from training import ending
-    from training.saving import save
-    from training.step import log_step, train_step
-    from training.validation import evaluate, still_sound
+    from common.machine import Stopped
+    from training import ending, saving, step, validation
 
     args, state, ranks = run.args, run.state, run.ranks
     state.saved_at = time.monotonic()
@@ -119,8 +117,8 @@ def loop(run):
         on_schedule = args.eval_interval and (last or state.step % args.eval_interval == 0)
         state.eval_due = bool(new and on_schedule)
         if state.eval_due and not state.scored:
-            with contextlib.suppress(machine.Stopped):        # then the resume evaluates this step
-                evaluate(run)
+            with contextlib.suppress(Stopped):                # then the resume evaluates this step
+                validation.evaluate(run)
 
         # ---- save? one rank's clock and one rank's signal are everybody's
         late = args.save_minutes and ranks.broadcast_object(
@@ -134,12 +132,12 @@ def loop(run):
             ask = signal is None or state.bad_in_a_row
             rows = run.micro if signal is None else 1
             state.ruined_step = 0
-            if ask and not still_sound(run, rows):
+            if ask and not validation.still_sound(run, rows):
                 state.ruined_step = state.good.step
         if save_due and state.can_be_saved:
             is_best = state.scored and state.nats < state.kept
             state.saved_at = time.monotonic()
-            if save(run, is_best, state.nats if state.scored else None):
+            if saving.save(run, is_best, state.nats if state.scored else None):
                 state.unsaved = 0
                 state.held_step = state.good.step
                 if is_best:
@@ -155,12 +153,12 @@ def loop(run):
             return 0
 
         # ---- step
-        result = train_step(run)
+        result = step.train_step(run)
         if result is None:                 # given up by a signal, or taken back after a loss spike
             continue
 
         # ---- log
-        log_step(run, result)
+        step.log_step(run, result)
         if state.bad_in_a_row == NON_FINITE_LIMIT:
             ending.give_up(run, result)
             return 1

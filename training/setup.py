@@ -66,6 +66,10 @@ class Run:
         """Inside, the model has its averaged weights, if it keeps some."""
         return self.ema.swap() if self.ema else contextlib.nullcontext()
 
+    def anomaly_detection(self):
+        """Inside, --detect_anomaly names the operation whose gradient is NaN."""
+        return torch.autograd.set_detect_anomaly(self.args.detect_anomaly)
+
 
 def setup(args, origins, ranks, run_dir, source, resuming):
     """All stages -> the Run; None if the run that was named is already done."""
