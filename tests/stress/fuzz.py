@@ -39,7 +39,7 @@ import model_config
 import sample
 import train
 from common.console import UserError
-from common.files import to_json
+from common.files import sealed, to_json
 from harness import arguments, tiny_text
 from sampling import settings
 from text.dataset import TokenData, Windows
@@ -229,14 +229,25 @@ def prepared(lab, name, data):
         put(lab, f"text/{name}", (lab.text / name).read_bytes())
 
 
+def meta(lab, data):
+    prepared(lab, "meta.json", resealed(data, "seal", sealed))
+
+
 def manifest(lab, data):
-    """Sealed where it can be, so that what is behind the seal is reached."""
+    raw(lab, "MANIFEST.json", resealed(data, "sha256", checkpoint.seal))
+
+
+def resealed(data, key, seal):
+    """A JSON object whose seal fits again, so that the checks behind the seal are reached; anything
+    else, and an object that has lost its seal, stays as it is.
+    """
     try:
         value = json.loads(data)
-        data = to_json(checkpoint.seal(value)) if isinstance(value, dict) else data
+        if isinstance(value, dict) and key in value:
+            return to_json(seal(value))
     except (ValueError, RecursionError, TypeError):
         pass
-    raw(lab, "MANIFEST.json", data)
+    return data
 
 
 def tokenizer(lab, data):
@@ -288,7 +299,7 @@ def config_file(lab, data):
 TARGETS = {
     "raw": raw,
     "train.bin": lambda lab, data: prepared(lab, "train.bin", data),
-    "meta": lambda lab, data: prepared(lab, "meta.json", data),
+    "meta": meta,
     "manifest": manifest,
     "state": lambda lab, data: forged(lab, "state.json", data),
     "config": lambda lab, data: forged(lab, "config.json", data),
