@@ -197,11 +197,7 @@ def fast_dllm(folder):
 def dllm(folder):
     root = peers.find(folder, "dllm/dllm")
     for name in (
-        "",
-        ".core",
-        ".core.samplers",
-        ".pipelines",
-        ".pipelines.fastdllm",
+        "", ".core", ".core.samplers", ".pipelines", ".pipelines.fastdllm",
         ".pipelines.fastdllm.llada",
     ):
         peers.bare(f"dllm{name}", root.joinpath(*name.split(".")[1:]))

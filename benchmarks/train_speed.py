@@ -298,15 +298,8 @@ def memory(steps=2000, early=200):
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         subprocess.run(
             [
-                sys.executable,
-                "-m",
-                "train",
-                "--data_dir",
-                folder,
-                "--output_dir",
-                f"{folder}/run",
-                *words,
-                "--no_show_samples",
+                sys.executable, "-m", "train", "--data_dir", folder,
+                "--output_dir", f"{folder}/run", *words, "--no_show_samples",
             ],
             cwd=ROOT,
             check=True,

@@ -113,15 +113,8 @@ def corpus_dir(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("aria")
     aria(
-        "prepare",
-        "--source",
-        "builtin",
-        "--max_chars",
-        300_000,
-        "--tokenizer_vocab",
-        800,
-        cwd=folder,
-        check=0,
+        "prepare", "--source", "builtin", "--max_chars", 300_000, "--tokenizer_vocab", 800,
+        cwd=folder, check=0,
     )
     return folder
 
@@ -135,32 +128,9 @@ def latest(path):
 
 
 TINY = (
-    "--d_model",
-    32,
-    "--n_layers",
-    2,
-    "--n_heads",
-    2,
-    "--d_ff",
-    64,
-    "--memory_slots",
-    4,
-    "--seq_len",
-    32,
-    "--batch_size",
-    4,
-    "--grad_accum",
-    2,
-    "--train_block_sizes",
-    "T,8",
-    "--block_size",
-    8,
-    "--eval_batches",
-    2,
-    "--lr",
-    3e-3,
-    "--threads",
-    1,
+    "--d_model", 32, "--n_layers", 2, "--n_heads", 2, "--d_ff", 64, "--memory_slots", 4,
+    "--seq_len", 32, "--batch_size", 4, "--grad_accum", 2, "--train_block_sizes", "T,8",
+    "--block_size", 8, "--eval_batches", 2, "--lr", 3e-3, "--threads", 1,
 )
 RUNS = {"primary": "checkpoints/eco_hybrid_hi", "backup": "checkpoints/diffusion_hi"}
 
@@ -172,21 +142,8 @@ def trained(corpus_dir):
     """
     for model, run in RUNS.items():
         aria(
-            "train",
-            "--model",
-            model,
-            *TINY,
-            "--max_steps",
-            12,
-            "--save_interval",
-            5,
-            "--eval_interval",
-            6,
-            "--log_interval",
-            2,
-            "--no_show_samples",
-            cwd=corpus_dir,
-            check=0,
+            "train", "--model", model, *TINY, "--max_steps", 12, "--save_interval", 5,
+            "--eval_interval", 6, "--log_interval", 2, "--no_show_samples", cwd=corpus_dir, check=0,
         )
         assert (corpus_dir / run / "latest").exists()
     return corpus_dir

@@ -154,17 +154,8 @@ def run(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ar") / "run"
     assert (
         fresh(
-            text,
-            folder,
-            *AR,
-            "--max_steps",
-            14,
-            "--save_interval",
-            5,
-            "--eval_interval",
-            7,
-            "--keep_full",
-            9,
+            text, folder, *AR, "--max_steps", 14, "--save_interval", 5, "--eval_interval", 7,
+            "--keep_full", 9,
         )
         == 0
     )
@@ -208,9 +199,7 @@ def test_its_held_out_figure_is_called_nll(run):
     assert mask.ok, mask.number
     lines = [{"objective": "masked"}, {"objective": "ar"}]
     assert [study_report.measure(part) for part in (lines[:1], lines[1:], lines)] == [
-        "bound",
-        "NLL",
-        "bound (of ar: the NLL)",
+        "bound", "NLL", "bound (of ar: the NLL)",
     ]
 
 
@@ -225,14 +214,7 @@ def test_the_commands_know_it(run, tmp_path, capsys):
     words = ("--prompt", "ek din", "--max_new_tokens", 11, "--ignore_eos", "--json", "--threads", 1)
     assert (
         call(
-            sample.main,
-            run,
-            *words,
-            "--temperature",
-            0,
-            "--steps",
-            3,
-            "--blockwise",
+            sample.main, run, *words, "--temperature", 0, "--steps", 3, "--blockwise",
             "--frozen_context",
         )
         == 0
@@ -249,18 +231,8 @@ def test_the_commands_know_it(run, tmp_path, capsys):
     )
     assert (
         call(
-            edge_benchmark.main,
-            run,
-            "--out_json",
-            tmp_path / "b.json",
-            "--max_new_tokens",
-            6,
-            "--runs_per_prompt",
-            1,
-            "--prompt",
-            "ek",
-            "--threads",
-            1,
+            edge_benchmark.main, run, "--out_json", tmp_path / "b.json", "--max_new_tokens", 6,
+            "--runs_per_prompt", 1, "--prompt", "ek", "--threads", 1,
         )
         == 0
     )

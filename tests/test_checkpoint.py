@@ -423,12 +423,7 @@ def test_pickles_are_refused_and_never_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "run", 500)
     for name in (
-        "latest.pt",
-        "last.ckpt",
-        "best.pt",
-        "step_000500.pt",
-        "model.pt",
-        "step_000700",
+        "latest.pt", "last.ckpt", "best.pt", "step_000500.pt", "model.pt", "step_000700",
         "last.safetensors",
     ):
         path = tmp_path / "run" / name
@@ -551,9 +546,7 @@ def test_a_resume_does_not_choose_between_runs(runs):
     assert resumed("checkpoints/sunfish-epoch=00-step=7000.ckpt") == "checkpoints/old/step_007000"
     assert resumed("checkpoints/day1/best-base.ckpt") == "checkpoints/day1/step_001000"
     for typed in (
-        "checkpoints/best-base.ckpt",
-        "checkpoints/best.ckpt",
-        "checkpoints/step_000500.pt",
+        "checkpoints/best-base.ckpt", "checkpoints/best.ckpt", "checkpoints/step_000500.pt",
     ):
         with pytest.raises(
             UserError, match=r"there is no checkpoint .*day1/step_005000.*old/step_000500"

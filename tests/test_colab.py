@@ -149,10 +149,7 @@ BROKEN = {  # what is broken -> the criteria that have to fail, and no other
     "no samples at all": (
         lambda run: run.update(samples=None),
         [
-            "text is valid",
-            "script",
-            "no text repeats itself",
-            "no few tokens everywhere",
+            "text is valid", "script", "no text repeats itself", "no few tokens everywhere",
             "no two texts equal",
         ],
     ),
@@ -344,14 +341,7 @@ def limited(most, monkeypatch, error=torch.OutOfMemoryError, from_step=0):
 @pytest.mark.parametrize("from_step", [0, 7])  # found by the probe, and in the middle of a step
 def test_out_of_memory_changes_no_gradient(text, tmp_path, monkeypatch, capsys, from_step):
     shape = (
-        "--batch_size",
-        8,
-        "--grad_accum",
-        2,
-        "--max_steps",
-        4,
-        "--eval_interval",
-        0,
+        "--batch_size", 8, "--grad_accum", 2, "--max_steps", 4, "--eval_interval", 0,
         "--auto_batch",
     )
     assert fresh(text, tmp_path / "whole", *shape) == 0
@@ -437,37 +427,10 @@ def test_real_lack_of_memory(text, tmp_path):
         "console.run(train.main, sys.argv[1:])"
     )
     words = (
-        "--data_dir",
-        text,
-        "--output_dir",
-        tmp_path / "run",
-        "--d_model",
-        64,
-        "--n_layers",
-        2,
-        "--n_heads",
-        2,
-        "--d_ff",
-        128,
-        "--seq_len",
-        64,
-        "--batch_size",
-        256,
-        "--grad_accum",
-        1,
-        "--max_steps",
-        1,
-        "--eval_interval",
-        0,
-        "--threads",
-        1,
-        "--no_amp",
-        "--no_show_samples",
-        "--auto_batch",
-        "--train_block_sizes",
-        "T",
-        "--memory_slots",
-        2,
+        "--data_dir", text, "--output_dir", tmp_path / "run", "--d_model", 64, "--n_layers", 2,
+        "--n_heads", 2, "--d_ff", 128, "--seq_len", 64, "--batch_size", 256, "--grad_accum", 1,
+        "--max_steps", 1, "--eval_interval", 0, "--threads", 1, "--no_amp", "--no_show_samples",
+        "--auto_batch", "--train_block_sizes", "T", "--memory_slots", 2,
     )
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, words)],
@@ -509,14 +472,8 @@ def test_a_run_outlives_its_machine(text, tmp_path, capsys):
     away = ("--drive", tmp_path / "drive", "--save_interval", 2, "--eval_interval", 4)
     assert (
         fresh(
-            text,
-            tmp_path / "whole/run",
-            "--max_steps",
-            8,
-            "--save_interval",
-            2,
-            "--eval_interval",
-            4,
+            text, tmp_path / "whole/run", "--max_steps", 8, "--save_interval", 2,
+            "--eval_interval", 4,
         )
         == 0
     )
@@ -546,14 +503,8 @@ def test_a_failing_drive_never_stops_training(text, tmp_path, capsys):
     (tmp_path / "drive/run").write_text("in the way")
     assert (
         fresh(
-            text,
-            tmp_path / "run",
-            "--max_steps",
-            4,
-            "--save_interval",
-            2,
-            "--drive",
-            tmp_path / "drive",
+            text, tmp_path / "run", "--max_steps", 4, "--save_interval", 2,
+            "--drive", tmp_path / "drive",
         )
         == 0
     )
@@ -701,12 +652,7 @@ def test_the_one_shot_leaves_the_text_of_other_runs_alone(tmp_path, monkeypatch,
 def fresh_starter(shape):
     return train.main(
         [
-            *shape,
-            "--run_name",
-            "starter",
-            "--max_steps",
-            "2",
-            "--no_show_samples",
+            *shape, "--run_name", "starter", "--max_steps", "2", "--no_show_samples",
             "--no_auto_batch",
         ]
     )
@@ -731,25 +677,12 @@ def test_the_hint_of_a_starter_run_whose_text_was_replaced_brings_it_back(
     tokenizer = "data/builtin/tokenizer.model" if vocab == "500" else "t.model"
     prepare.main(
         [
-            "--source",
-            "builtin",
-            "--data_dir",
-            "data/builtin",
-            "--tokenizer",
-            tokenizer,
-            "--tokenizer_vocab",
-            vocab,
-            "--max_chars",
-            "40000",
+            "--source", "builtin", "--data_dir", "data/builtin", "--tokenizer", tokenizer,
+            "--tokenizer_vocab", vocab, "--max_chars", "40000",
         ]
     )
     resume = [
-        "--resume",
-        "checkpoints/starter",
-        "--max_steps",
-        "3",
-        "--threads",
-        "1",
+        "--resume", "checkpoints/starter", "--max_steps", "3", "--threads", "1",
         "--no_show_samples",
     ]
     with pytest.raises(UserError) as caught:
@@ -905,13 +838,8 @@ def test_the_notebook_runs(corpus_dir, tmp_path, monkeypatch):
     assert (tmp_path / "away/report.html").exists()
     assert not sample.main(
         [
-            str(tmp_path / "away/step_000003"),
-            "--prompt",
-            "mai",
-            "--max_new_tokens",
-            "4",
-            "--threads",
-            "1",
+            str(tmp_path / "away/step_000003"), "--prompt", "mai", "--max_new_tokens", "4",
+            "--threads", "1",
         ]
     )
 

@@ -117,10 +117,7 @@ def test_amp_takes_all_forms():
 def test_a_switch_does_not_eat_the_checkpoint():
     args, _ = parse(SampleArgs, "--blockwise runs/a --frozen_context True --ignore_eos")
     assert (args.ckpt, args.blockwise, args.frozen_context, args.ignore_eos) == (
-        "runs/a",
-        True,
-        True,
-        True,
+        "runs/a", True, True, True,
     )
 
 
@@ -317,12 +314,7 @@ def test_all_mistakes_at_once_and_no_consequential_ones():
 
 def test_every_one_letter_slip_gets_its_suggestion():
     for name in (
-        "max_steps",
-        "batch_size",
-        "warmup_steps",
-        "memory_slots",
-        "learning_rate",
-        "save_interval",
+        "max_steps", "batch_size", "warmup_steps", "memory_slots", "learning_rate", "save_interval",
     ):
         for typo in (
             name[:3] + name[4:],
@@ -511,11 +503,7 @@ def test_resume_takes_what_was_not_typed_from_the_checkpoint():
     args, changes, origins = resume("--preset nano --lr 0.25 --d_model 32",
                                     "--resume x --max_steps 900 --log_interval 7")
     assert (args.d_model, args.lr, args.max_steps, args.resume, args.preset) == (
-        32,
-        0.25,
-        900,
-        "x",
-        "nano",
+        32, 0.25, 900, "x", "nano",
     )
     assert sorted(changes) == ["log_interval: 10 -> 7", "max_steps: 500 -> 900"]
     assert origins["d_model"] == "checkpoint" and origins["max_steps"] == "flag"
@@ -690,36 +678,20 @@ def test_an_optimizer_brings_its_own_rate(line, optimizer, rate):
 def test_values_of_documented_commands():
     args, _ = parse(TrainArgs, "--edge_profile laptop --model eco_hybrid")
     assert (args.d_model, args.n_layers, args.n_heads, args.d_ff, args.memory_slots) == (
-        320,
-        8,
-        8,
-        960,
-        12,
+        320, 8, 8, 960, 12,
     )
     assert (args.timesteps, args.sample_steps, args.seq_len, args.time_mode) == (
-        24,
-        10,
-        512,
-        "continuous",
+        24, 10, 512, "continuous",
     )
     assert (args.timestep_sampling, args.masking_strategy, args.mean_span_length) == (
-        "stratified",
-        "token",
-        3.0,
+        "stratified", "token", 3.0,
     )
     args, _ = parse(SampleArgs, "x --edge_profile max --steps 9")
     assert (args.steps, args.temperature, args.temperature_end, args.top_k, args.block_size) == (
-        9,
-        0,
-        None,
-        0,
-        0,
+        9, 0, None, 0, 0,
     )
     assert (args.sampler, args.threshold, args.blockwise, args.frozen_context) == (
-        "threshold",
-        0.9,
-        True,
-        True,
+        "threshold", 0.9, True, True,
     )
     args, _ = parse(SampleArgs, "x --prompt एक --prompt='--दो' --seed=3")
     assert args.prompt == ("एक", "--दो") and args.seed == 3
@@ -733,14 +705,10 @@ def test_values_of_documented_commands():
     args, _ = parse(PrepareArgs, "--source files --input a,b.txt 'c d.jsonl' --force")
     assert args.input == ("a,b.txt", "c d.jsonl") and args.force
     assert parse(TrainArgs, "--warmup-steps -1 --train_block_sizes T,900,32")[0].block_choices == [
-        512,
-        512,
-        32,
+        512, 512, 32,
     ]
     assert [parse(TrainArgs, f"--max_steps {n}")[0].warmup for n in (100, 6000, 50_000)] == [
-        5,
-        300,
-        300,
+        5, 300, 300,
     ]
 
 
@@ -761,11 +729,7 @@ def test_a_wrapper_cannot_be_contradicted():
     assert args.run_dir == Path("checkpoints/diffusion_hi")
     assert parse(TrainArgs, "--model diffusion", pinned=pinned)[0].model == "backup"
     refused(
-        TrainArgs,
-        "--model eco",
-        "--model primary",
-        "--model backup",
-        "python -m train",
+        TrainArgs, "--model eco", "--model primary", "--model backup", "python -m train",
         pinned=pinned,
     )
     refused(SampleArgs, "x --model=primary", "--model backup", pinned=pinned)
@@ -956,7 +920,8 @@ def test_a_result_never_takes_the_place_of_a_link_a_device_or_a_pipe(tmp_path):
     os.close(reader)
     with pytest.raises(UserError, match="full.json"):        # written into: there is no room in it
         write_json(full, {"a": 1})
-    assert full.is_symlink() and not [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp-")]
+    assert full.is_symlink()
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp-")]
     with pytest.raises(UserError, match="out_json"):
         can_write(SimpleNamespace(out_json=tmp_path), "out_json")
 

@@ -374,9 +374,7 @@ def test_adaptive_rules_by_hand():
     h = look.entropy.tolist()
     budget = h[1] + h[3]  # the two surest are free beside the third
     assert unmasking.entropy(look, 1, Settings(5, 5, threshold=1 - budget - 1e-4), g).tolist() == [
-        1,
-        3,
-        4,
+        1, 3, 4,
     ]
     assert unmasking.entropy(look, 1, Settings(5, 5, threshold=1.0), g).tolist() == [1]
     assert unmasking.margin(look, 2, s, g).tolist() == [1, 3]

@@ -35,50 +35,11 @@ from training import distributed, recovery
 # The rate is the default: AdamW divides by the gradient's own size; where that is 1e-8, a sum's
 # order moves a weight by lr/100.
 SHAPE = (
-    "--d_model",
-    16,
-    "--n_layers",
-    2,
-    "--n_heads",
-    2,
-    "--d_ff",
-    24,
-    "--memory_slots",
-    2,
-    "--seq_len",
-    16,
-    "--batch_size",
-    4,
-    "--grad_accum",
-    3,
-    "--train_block_sizes",
-    "T,8,4",
-    "--block_size",
-    4,
-    "--lr",
-    3e-4,
-    "--lr_schedule",
-    "constant",
-    "--warmup_steps",
-    2,
-    "--ema",
-    0.9,
-    "--eval_batches",
-    1,
-    "--eval_interval",
-    3,
-    "--save_interval",
-    2,
-    "--keep_full",
-    99,
-    "--log_interval",
-    1,
-    "--threads",
-    1,
-    "--no_amp",
-    "--no_show_samples",
-    "--live",
-    "off",
+    "--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 24, "--memory_slots", 2,
+    "--seq_len", 16, "--batch_size", 4, "--grad_accum", 3, "--train_block_sizes", "T,8,4",
+    "--block_size", 4, "--lr", 3e-4, "--lr_schedule", "constant", "--warmup_steps", 2, "--ema", 0.9,
+    "--eval_batches", 1, "--eval_interval", 3, "--save_interval", 2, "--keep_full", 99,
+    "--log_interval", 1, "--threads", 1, "--no_amp", "--no_show_samples", "--live", "off",
 )
 # Ranks hide unequal numbers of tokens. Muon orthogonalises in bf16, where the order of a sum shows
 # more: a lower rate.
@@ -98,15 +59,8 @@ class Job:
     def __init__(self, processes, folder, *words):
         self.out = folder / f"{time.time_ns()}.out"
         command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            processes,
-            "-m",
-            "train",
-            *words,
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc_per_node", processes, "-m", "train", *words,
         ]
         with open(self.out, "wb") as out:
             self.process = subprocess.Popen(
@@ -236,16 +190,8 @@ def test_two_ranks_then_one_then_two_sharded_ones_and_a_kill_then_four(runs):
     assert alone("--resume", run, "--max_steps", 6, "--threads", 1, "--no_show_samples") == 0
     same(one, run, 6)
     with Job(
-        2,
-        folder,
-        "--resume",
-        run,
-        "--fsdp",
-        "--activation_checkpointing",
-        "--max_steps",
-        FOREVER,
-        "--threads",
-        1,
+        2, folder, "--resume", run, "--fsdp", "--activation_checkpointing", "--max_steps", FOREVER,
+        "--threads", 1,
     ) as job:
         wait_for(run, 9, job)
         os.kill(job.pid(1), signal.SIGKILL)
@@ -297,16 +243,8 @@ def test_four_ranks_and_a_signal_to_one_of_them(runs):
     one, run = folder / "primary", folder / "four"
     shutil.copytree(one / "step_000002", run / "step_000002")
     with Job(
-        4,
-        folder,
-        "--resume",
-        run,
-        "--activation_checkpointing",
-        "--auto_batch",
-        "--max_steps",
-        FOREVER,
-        "--threads",
-        1,
+        4, folder, "--resume", run, "--activation_checkpointing", "--auto_batch",
+        "--max_steps", FOREVER, "--threads", 1,
     ) as job:
         wait_for(run, 6, job)
         os.kill(job.pid(2), signal.SIGTERM)
@@ -326,18 +264,8 @@ def test_the_probe_of_auto_batch_leaves_the_first_step_alone(text, tmp_path):
     gradients of the others.
     """
     words = (
-        "--data_dir",
-        text,
-        *SHAPE,
-        *PRIMARY,
-        "--ar_fade",
-        0,
-        "--seed",
-        2,
-        "--max_steps",
-        2,
-        "--eval_interval",
-        0,
+        "--data_dir", text, *SHAPE, *PRIMARY, "--ar_fade", 0, "--seed", 2, "--max_steps", 2,
+        "--eval_interval", 0,
     )
     assert masking.pick_blocks((16, 8, 4), 16, 2, 0)[0] == 16, (
         "the first step has to be one by whole rows"
@@ -389,18 +317,8 @@ def test_a_stopped_rank_is_named(text, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "BEAT", 0.2)
     monkeypatch.setattr(distributed, "SILENCE", 2)
     codes, printed = forked(
-        2,
-        tmp_path,
-        "--data_dir",
-        text,
-        *SHAPE,
-        *BACKUP,
-        "--max_steps",
-        3,
-        "--eval_interval",
-        0,
-        "--output_dir",
-        tmp_path / "run",
+        2, tmp_path, "--data_dir", text, *SHAPE, *BACKUP, "--max_steps", 3, "--eval_interval", 0,
+        "--output_dir", tmp_path / "run",
     )
     assert codes == [0, 0] and "no sign of life from rank 1 (process" in printed, printed[-3000:]
     assert printed.index("no sign of life") < printed.index("step 3/3")

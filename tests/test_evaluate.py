@@ -271,12 +271,7 @@ def text(prompt, new, row, ended=True):
 
 def test_words_and_their_edges():
     assert sample_quality.words("मैं, घर-वापस \"गया\" था। Kya?  123 — 'haan'...") == [
-        "मैं",
-        "घर-वापस",
-        "गया",
-        "था",
-        "kya",
-        "haan",
+        "मैं", "घर-वापस", "गया", "था", "kya", "haan",
     ]
     assert text("ek din ma", "in ghar gay", [], ended=False).new_words() == ["ghar"], (
         "begun before, and cut off"
@@ -346,17 +341,8 @@ def control(trained):
         patch.chdir(trained)
         assert (
             call(
-                train.main,
-                "--model",
-                "backup",
-                "--objective",
-                "ar",
-                *TINY,
-                "--max_steps",
-                12,
-                "--eval_interval",
-                0,
-                "--no_show_samples",
+                train.main, "--model", "backup", "--objective", "ar", *TINY, "--max_steps", 12,
+                "--eval_interval", 0, "--no_show_samples",
             )
             == 0
         )
@@ -370,22 +356,8 @@ def test_blocks_of_one_token_leave_nothing_to_compare(here, capsys, tmp_path, bl
     """
     assert (
         call(
-            evaluate.main,
-            RUNS["primary"],
-            "--blocks",
-            blocks,
-            "--max_docs",
-            4,
-            "--draws",
-            1,
-            "--chain_docs",
-            1,
-            "--repeats",
-            2,
-            "--out_json",
-            tmp_path / "e.json",
-            "--threads",
-            1,
+            evaluate.main, RUNS["primary"], "--blocks", blocks, "--max_docs", 4, "--draws", 1,
+            "--chain_docs", 1, "--repeats", 2, "--out_json", tmp_path / "e.json", "--threads", 1,
         )
         == 0
     )
@@ -406,30 +378,9 @@ def test_the_whole_report(here, control, capsys, tmp_path):
     )
     assert (
         call(
-            evaluate.main,
-            RUNS["primary"],
-            "--max_docs",
-            12,
-            "--draws",
-            2,
-            "--chain_docs",
-            4,
-            "--repeats",
-            2,
-            "--out_json",
-            out,
-            "--out_png",
-            tmp_path / "e.png",
-            "--samples",
-            3,
-            "--judge",
-            control,
-            "--judge_text",
-            unread,
-            "--max_new_tokens",
-            12,
-            "--threads",
-            1,
+            evaluate.main, RUNS["primary"], "--max_docs", 12, "--draws", 2, "--chain_docs", 4,
+            "--repeats", 2, "--out_json", out, "--out_png", tmp_path / "e.png", "--samples", 3,
+            "--judge", control, "--judge_text", unread, "--max_new_tokens", 12, "--threads", 1,
         )
         == 0
     )
@@ -461,17 +412,8 @@ def test_the_whole_report(here, control, capsys, tmp_path):
     assert (
         figures == set(found["samples"]["held_out"])
         and {
-            "ngram_nats",
-            "ar_nats",
-            "unigram_entropy",
-            "distinct_1",
-            "distinct_2",
-            "distinct_3",
-            "repeat_rate",
-            "real_words",
-            "script_kept",
-            "ended",
-            "mean_tokens",
+            "ngram_nats", "ar_nats", "unigram_entropy", "distinct_1", "distinct_2", "distinct_3",
+            "repeat_rate", "real_words", "script_kept", "ended", "mean_tokens",
         }
         <= figures
     ), "never one without the others"
@@ -488,14 +430,8 @@ def test_the_control_arm_prints_its_exact_nll(here, control, capsys, tmp_path):
                      "the\n", encoding="utf-8")
     assert (
         call(
-            evaluate.main,
-            control,
-            "--text",
-            lines,
-            "--out_json",
-            tmp_path / "e.json",
-            "--threads",
-            1,
+            evaluate.main, control, "--text", lines, "--out_json", tmp_path / "e.json",
+            "--threads", 1,
         )
         == 0
     )

@@ -262,10 +262,7 @@ def test_a_seed_has_its_folder_whatever_else_is_asked():
         for words in ("--seeds 1337", "--seeds 1338 1337")
     )
     assert [run.name for run in today] == ["16", "64"] and [run.name for run in tomorrow] == [
-        "16_s1338",
-        "64_s1338",
-        "16",
-        "64",
+        "16_s1338", "64_s1338", "16", "64",
     ]
 
 
@@ -488,14 +485,8 @@ def test_a_failed_run_is_recorded_and_stops_no_other(folder):
 def test_a_training_that_somebody_stopped_is_not_finished(folder):
     """It has saved and left with 0; the study says so, evaluates nothing, and goes on next time."""
     words = [
-        sys.executable,
-        "-m",
-        "run_experiments",
-        *WORDS[:-1],
-        "stopped",
-        "--architectures",
-        "backup",
-        "--execute",
+        sys.executable, "-m", "run_experiments", *WORDS[:-1], "stopped",
+        "--architectures", "backup", "--execute",
     ]
     run = folder / "stopped/backup_continuous_token"
     with subprocess.Popen(
@@ -602,9 +593,7 @@ def test_the_report_opens_in_a_browser_and_the_page_of_results_is_renewed(folder
         browser = play.chromium.launch(
             executable_path=browser_path,
             args=[
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-quic",
+                "--no-sandbox", "--disable-gpu", "--disable-quic",
                 "--disable-background-networking",
             ],
         )

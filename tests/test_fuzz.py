@@ -76,17 +76,8 @@ def edited(data, edits):
 @pytest.mark.parametrize(
     "target",
     [
-        "train.bin",
-        "meta",
-        "manifest",
-        "state",
-        "config",
-        "header",
-        "shard",
-        "tokenizer",
-        "documents",
-        "prompts_file",
-        "config_file",
+        "train.bin", "meta", "manifest", "state", "config", "header", "shard", "tokenizer",
+        "documents", "prompts_file", "config_file",
     ],
 )
 def test_damaged_bytes(lab, target):
@@ -183,16 +174,8 @@ def test_a_checkpoint_from_another_model(text, run, capsys):
     other = run.with_name("other")  # its tensors, under a manifest that fits
     assert (
         fresh(
-            text,
-            other,
-            "--max_steps",
-            2,
-            "--eval_interval",
-            0,
-            "--model",
-            "backup",
-            "--optimizer",
-            "lion",
+            text, other, "--max_steps", 2, "--eval_interval", 0, "--model", "backup",
+            "--optimizer", "lion",
         )
         == 0
     )
@@ -213,18 +196,8 @@ def test_a_swapped_tokenizer_of_the_same_size(text, run, tmp_path, capsys):
     folder = tmp_path / "other"
     prepare.main(
         [
-            "--source",
-            "builtin",
-            "--max_chars",
-            "9000",
-            "--tokenizer_vocab",
-            "400",
-            "--data_dir",
-            str(folder),
-            "--tokenizer",
-            str(folder / "o.model"),
-            "--seed",
-            "5",
+            "--source", "builtin", "--max_chars", "9000", "--tokenizer_vocab", "400",
+            "--data_dir", str(folder), "--tokenizer", str(folder / "o.model"), "--seed", "5",
         ]
     )
     sizes = [checkpoint.read_json(f / "meta.json")["vocab_size"] for f in (text, folder)]

@@ -111,15 +111,7 @@ def test_the_run_survives_overflows_and_stores_the_scale(text, tmp_path, monkeyp
     monkeypatch.setattr(optim, "LossScaler", Large)
     a, b = tmp_path / "a", tmp_path / "b"
     words = (
-        *HARD,
-        "--max_steps",
-        40,
-        "--save_interval",
-        30,
-        "--eval_interval",
-        0,
-        "--log_interval",
-        1,
+        *HARD, "--max_steps", 40, "--save_interval", 30, "--eval_interval", 0, "--log_interval", 1,
     )
     assert fresh(text, a, *words) == 0
     overflows = [line["overflows"] for line in log(a)]
@@ -210,19 +202,8 @@ def spike(monkeypatch, at, times):
 
 
 WATCHED = (
-    *HARD,
-    "--max_steps",
-    24,
-    "--save_interval",
-    8,
-    "--eval_interval",
-    6,
-    "--log_interval",
-    1,
-    "--spike_factor",
-    6,
-    "--train_block_sizes",
-    8,
+    *HARD, "--max_steps", 24, "--save_interval", 8, "--eval_interval", 6, "--log_interval", 1,
+    "--spike_factor", 6, "--train_block_sizes", 8,
 )
 
 

@@ -227,14 +227,7 @@ def started(folder, server, *argv, code="", port=None):
         f"{code}\n console.run(prepare.main)"
     )
     words = [
-        sys.executable,
-        "-c",
-        run,
-        "--source",
-        "hindi",
-        "--tokenizer_vocab",
-        "800",
-        *map(str, argv),
+        sys.executable, "-c", run, "--source", "hindi", "--tokenizer_vocab", "800", *map(str, argv),
     ]
     return subprocess.Popen(
         words,
@@ -273,10 +266,7 @@ def test_sources_add_up_and_broken_ones_come_back(tmp_path, server):
     meta = TokenData(tmp_path / "data/processed").meta
     assert meta["source"] == "hindi"
     assert [s["name"] for s in meta["sources"]] == [
-        "sangraha",
-        "wikipedia",
-        "hinmix",
-        "hinmix_noisy",
+        "sangraha", "wikipedia", "hinmix", "hinmix_noisy",
     ]
     assert [s["revision"] for s in meta["sources"]] == [SHA[s["repo"]] for s in meta["sources"]]
     assert all(s["licence"] and s["rows"] and len(s["sha256"]) == 64 for s in meta["sources"])

@@ -48,30 +48,11 @@ RUNBOOK_SAMPLE = """python -m diffusion.sample_eco_hybrid \\
   --top_k 50
 """
 SMALL = (
-    "--d_model",
-    16,
-    "--n_layers",
-    1,
-    "--n_heads",
-    2,
-    "--d_ff",
-    32,
-    "--memory_slots",
-    2,
-    "--threads",
-    1,
+    "--d_model", 16, "--n_layers", 1, "--n_heads", 2, "--d_ff", 32, "--memory_slots", 2,
+    "--threads", 1,
 )
 SHORT = (
-    "--seq_len",
-    32,
-    "--batch_size",
-    2,
-    "--grad_accum",
-    1,
-    "--max_steps",
-    2,
-    "--eval_interval",
-    0,
+    "--seq_len", 32, "--batch_size", 2, "--grad_accum", 1, "--max_steps", 2, "--eval_interval", 0,
     "--no_show_samples",
 )
 MODELS = {"diffusion": "backup", "eco_hybrid": "primary"}
@@ -151,25 +132,13 @@ def test_one_shot_with_text(folder):
     env = {"TORCHDYNAMO_DISABLE": "1"}
     had = (folder / "checkpoints/eco_hybrid_hi/step_000002").exists()
     done = paste(
-        ONE_SHOT,
-        "--allow_cpu",
-        *SMALL,
-        *SHORT,
-        "--max_steps",
-        3,
-        "--save_interval",
-        1,
-        "--if_exists",
-        "archive",
-        cwd=folder,
-        env=env,
+        ONE_SHOT, "--allow_cpu", *SMALL, *SHORT, "--max_steps", 3, "--save_interval", 1,
+        "--if_exists", "archive", cwd=folder, env=env,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     run = folder / "checkpoints/eco_hybrid_hi"
     assert [path.name for path in sorted(run.glob("step_*"))] == [
-        "step_000001",
-        "step_000002",
-        "step_000003",
+        "step_000001", "step_000002", "step_000003",
     ]
     assert (run / "previous_1/step_000002").exists() == had
     assert [line.split(",")[0] for line in done.stderr.split("\n") if line.startswith("stage")] == [
@@ -182,15 +151,8 @@ def test_one_shot_from_nothing(tmp_path):
     the result.
     """
     done = paste(
-        ONE_SHOT,
-        "--allow_cpu",
-        *SMALL,
-        *SHORT,
-        "--no_compile",
-        "--max_chars",
-        100_000,
-        cwd=tmp_path,
-        by_path=True,
+        ONE_SHOT, "--allow_cpu", *SMALL, *SHORT, "--no_compile", "--max_chars", 100_000,
+        cwd=tmp_path, by_path=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (
@@ -237,10 +199,7 @@ def test_one_shot_picks_a_tier(folder, monkeypatch, capsys, memory, typed, wante
             "the runbook's shape"
         )
     assert (args.max_steps, args.save_interval, args.log_interval, args.compile) == (
-        500,
-        100,
-        10,
-        True,
+        500, 100, 10, True,
     )
     assert (
         args.run_dir == Path("checkpoints/eco_hybrid_hi")
@@ -263,10 +222,7 @@ def test_cd_train_is_harmless(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "train_diffusion",
-        "train_eco_hybrid",
-        "sample_diffusion",
-        "sample_eco_hybrid",
+        "train_diffusion", "train_eco_hybrid", "sample_diffusion", "sample_eco_hybrid",
         "colab_train_eco",
     ],
 )

@@ -290,9 +290,7 @@ def test_engines_are_given_exactly_our_logits(kind, net):
     assert torch.equal(theirs[masked], model(xt)[masked])
     logp = likelihood_peers.ForRADD(counted).eval()(xt[:, 1:])
     assert torch.equal(logp[masked[:, 1:]], model(xt).log_softmax(-1)[masked]) and logp.shape == (
-        3,
-        11,
-        61,
+        3, 11, 61,
     )
     piece = likelihood_peers.as_piece(ROWS)
     ours = estimators.surprise(counted, ROWS, masked, estimators.lay_out(piece, 12))

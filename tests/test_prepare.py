@@ -488,16 +488,8 @@ def test_the_hint_of_a_damaged_folder_makes_it_again(tmp_path, monkeypatch, sour
     monkeypatch.chdir(tmp_path)
     write_txt(tmp_path / "my text.txt", texts(60))
     argv = [
-        "--source",
-        source,
-        "--tokenizer",
-        "t/t.model",
-        "--tokenizer_vocab",
-        "400",
-        "--max_chars",
-        "60000",
-        "--seed",
-        "3",
+        "--source", source, "--tokenizer", "t/t.model", "--tokenizer_vocab", "400",
+        "--max_chars", "60000", "--seed", "3",
     ]
     prepare.main(
         [*argv, *(["--input", "my text.txt"] if source == "files" else []), "--data_dir", "d"]
@@ -626,16 +618,8 @@ def test_command_line_slips(tmp_path, argv, why):
 def test_command_line_from_start_to_end(tmp_path, monkeypatch):
     write_txt(tmp_path / "मेरी फ़ाइल.txt", texts(60))
     done = child(
-        "-m",
-        "prepare",
-        "--source",
-        "files",
-        "--input",
-        "मेरी फ़ाइल.txt",
-        "--data-dir=my data",
-        "--tokenizer_vocab",
-        "400",
-        cwd=tmp_path,
+        "-m", "prepare", "--source", "files", "--input", "मेरी फ़ाइल.txt", "--data-dir=my data",
+        "--tokenizer_vocab", "400", cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "next: python -m train" in done.stdout and "devanagari" in done.stdout
@@ -675,19 +659,8 @@ def test_killed_at_each_file_operation(tmp_path):
     outcomes = []
     for n in range(40):
         done = child(
-            "-c",
-            code,
-            n,
-            "--source",
-            "files",
-            "--input",
-            tmp_path / "in.txt",
-            "--data_dir",
-            old,
-            "--tokenizer",
-            tmp_path / "t.model",
-            "--tokenizer_vocab",
-            400,
+            "-c", code, n, "--source", "files", "--input", tmp_path / "in.txt", "--data_dir", old,
+            "--tokenizer", tmp_path / "t.model", "--tokenizer_vocab", 400,
         )
         left = {
             name: raw
@@ -730,16 +703,8 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
         build.write_json = counted
         prepare.main(sys.argv[1:])"""
     argv = (
-        "--source",
-        "files",
-        "--input",
-        tmp_path / "in.txt",
-        "--data_dir",
-        tmp_path / "data",
-        "--tokenizer",
-        tmp_path / "t.model",
-        "--tokenizer_vocab",
-        400,
+        "--source", "files", "--input", tmp_path / "in.txt", "--data_dir", tmp_path / "data",
+        "--tokenizer", tmp_path / "t.model", "--tokenizer_vocab", 400,
     )
     assert child("-c", code, *argv).returncode == -signal.SIGKILL
     assert not (tmp_path / "data" / "meta.json").exists()
@@ -757,19 +722,9 @@ def test_standard_input(tmp_path):
     docs = texts(60)
     done = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "prepare",
-            "--source",
-            "files",
-            "--input",
-            "-",
-            "--data_dir",
-            tmp_path / "d",
-            "--tokenizer",
-            tmp_path / "t.model",
-            "--tokenizer_vocab",
-            "400",
+            sys.executable, "-m", "prepare", "--source", "files", "--input", "-",
+            "--data_dir", tmp_path / "d", "--tokenizer", tmp_path / "t.model",
+            "--tokenizer_vocab", "400",
         ],
         cwd=ROOT,
         text=True,

@@ -118,22 +118,8 @@ JUNK = st.recursive(
     max_leaves=4,
 )
 KEYS = (
-    "step",
-    "loss",
-    "to",
-    "val_nelbo",
-    "val_ci",
-    "gnorm",
-    "prompt",
-    "text",
-    "message",
-    "config",
-    "data",
-    "argv",
-    "code",
-    "seconds",
-    "tok_s",
-    "params_total",
+    "step", "loss", "to", "val_nelbo", "val_ci", "gnorm", "prompt", "text", "message", "config",
+    "data", "argv", "code", "seconds", "tok_s", "params_total",
 )
 NUMBER = (
     st.floats()
@@ -225,17 +211,10 @@ def test_a_real_browser_shows_it(tmp_path):
     (tmp_path / "report.html").write_text(run_report.render(log, "हिन्दी"), encoding="utf-8")
     done = subprocess.run(
         [
-            BROWSER,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-sync",
-            "--disable-background-networking",
-            "--disable-component-update",
-            f"--user-data-dir={tmp_path / 'b'}",
-            "--dump-dom",
-            (tmp_path / "report.html").as_uri(),
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-sync", "--disable-background-networking",
+            "--disable-component-update", f"--user-data-dir={tmp_path / 'b'}",
+            "--dump-dom", (tmp_path / "report.html").as_uri(),
         ],
         capture_output=True,
         text=True,

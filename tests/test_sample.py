@@ -163,15 +163,7 @@ def test_mode_comparison(trained):
 def test_promises_of_a_sample(here, capsys, tmp_path, kind, mode):
     prompt, path = "भारत में आज  मौसम\tkaisa", tmp_path / "new" / "out.json"
     arguments = (
-        *MODES[mode],
-        "--prompt",
-        prompt,
-        "--max_new_tokens",
-        20,
-        "--steps",
-        5,
-        "--seed",
-        3,
+        *MODES[mode], "--prompt", prompt, "--max_new_tokens", 20, "--steps", 5, "--seed", 3,
     )
     text, [figures] = draw(capsys, kind, *arguments, "--out_json", path)
     assert draw(capsys, kind, *arguments)[0] == text, "the same seed gave another text"
@@ -271,21 +263,8 @@ def test_eos_ends_the_text_and_the_count(here, capsys, monkeypatch, mode):
 def test_several_prompts_and_samples(here, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("namaste\n\nमुझे एक\n", encoding="utf-8")
     text, figures = draw(
-        capsys,
-        "primary",
-        "--prompts_file",
-        tmp_path / "prompts.txt",
-        "--prompt",
-        "ek",
-        "--prompt",
-        "do",
-        "--num_samples",
-        2,
-        "--seed",
-        5,
-        "--max_new_tokens",
-        3,
-        "--ignore_eos",
+        capsys, "primary", "--prompts_file", tmp_path / "prompts.txt", "--prompt", "ek",
+        "--prompt", "do", "--num_samples", 2, "--seed", 5, "--max_new_tokens", 3, "--ignore_eos",
     )
     parts = text.split("\n---\n")
     assert len(parts) == 8 and [int(line["seed"]) for line in figures] == [*range(5, 13)]
@@ -422,14 +401,8 @@ def test_a_scheduler_of_gaussian_models_is_translated_once(here, capsys):
     for name, ours in (("ddim", "confidence"), ("ddpm", "ancestral")):
         assert (
             call(
-                sample.main,
-                RUNS["primary"],
-                "--num_steps",
-                50,
-                "--scheduler",
-                name,
-                "--max_new_tokens",
-                12,
+                sample.main, RUNS["primary"], "--num_steps", 50, "--scheduler", name,
+                "--max_new_tokens", 12,
             )
             == 0
         )
@@ -447,16 +420,8 @@ def test_statistics_stand_with_their_sample(here, monkeypatch):
     monkeypatch.setattr(sys, "stderr", both)
     assert (
         call(
-            sample.main,
-            RUNS["primary"],
-            "--prompt",
-            "ek",
-            "--prompt",
-            "do",
-            "--num_samples",
-            2,
-            "--max_new_tokens",
-            3,
+            sample.main, RUNS["primary"], "--prompt", "ek", "--prompt", "do", "--num_samples", 2,
+            "--max_new_tokens", 3,
         )
         == 0
     )
@@ -507,15 +472,8 @@ def compare(capsys, tmp_path, kind, *arguments):
     capsys.readouterr()
     assert (
         call(
-            edge_benchmark.main,
-            RUNS.get(kind, kind),
-            "--out_json",
-            tmp_path / "b.json",
-            "--max_new_tokens",
-            12,
-            "--threads",
-            1,
-            *arguments,
+            edge_benchmark.main, RUNS.get(kind, kind), "--out_json", tmp_path / "b.json",
+            "--max_new_tokens", 12, "--threads", 1, *arguments,
         )
         == 0
     )
@@ -529,11 +487,7 @@ def test_comparison_repeats_for_both_models(here, capsys, tmp_path):
         check_document(one, kind, 2)
         for mode in MODES:
             for key in (
-                "texts",
-                "mean_forwards",
-                "nll_per_token",
-                "distinct_2",
-                "agree_with_full",
+                "texts", "mean_forwards", "nll_per_token", "distinct_2", "agree_with_full",
                 "mean_generated_tokens",
             ):
                 assert one["results"][mode][key] == two["results"][mode][key]
@@ -608,18 +562,8 @@ def test_a_checkpoint_is_decoded_as_it_was_trained(here, capsys, tmp_path, block
     run = tmp_path / "run"
     assert (
         call(
-            train.main,
-            "--data_dir",
-            "data/processed",
-            "--output_dir",
-            run,
-            *TINY,
-            "--max_steps",
-            1,
-            "--eval_interval",
-            0,
-            "--train_block_sizes",
-            blocks,
+            train.main, "--data_dir", "data/processed", "--output_dir", run, *TINY,
+            "--max_steps", 1, "--eval_interval", 0, "--train_block_sizes", blocks,
             "--no_show_samples",
         )
         == 0
@@ -653,28 +597,9 @@ def test_a_checkpoint_without_blocks(here, capsys, tmp_path):
     run = tmp_path / "whole"
     assert (
         call(
-            train.main,
-            "--output_dir",
-            run,
-            "--train_block_sizes",
-            "T",
-            "--d_model",
-            16,
-            "--n_layers",
-            1,
-            "--n_heads",
-            2,
-            "--d_ff",
-            32,
-            "--seq_len",
-            16,
-            "--max_steps",
-            1,
-            "--eval_interval",
-            0,
-            "--no_show_samples",
-            "--threads",
-            1,
+            train.main, "--output_dir", run, "--train_block_sizes", "T", "--d_model", 16,
+            "--n_layers", 1, "--n_heads", 2, "--d_ff", 32, "--seq_len", 16, "--max_steps", 1,
+            "--eval_interval", 0, "--no_show_samples", "--threads", 1,
         )
         == 0
     )
@@ -695,19 +620,8 @@ def test_evaluate_gives_one_number_twice(here, capsys, tmp_path, kind):
     for blocks in ((), ("--blocks", "T,8")):
         assert (
             call(
-                evaluate.main,
-                RUNS[kind],
-                "--batches",
-                2,
-                "--draws",
-                1,
-                "--chain_docs",
-                2,
-                "--repeats",
-                0,
-                "--out_json",
-                tmp_path / "e.json",
-                *blocks,
+                evaluate.main, RUNS[kind], "--batches", 2, "--draws", 1, "--chain_docs", 2,
+                "--repeats", 0, "--out_json", tmp_path / "e.json", *blocks,
             )
             == 0
         )
@@ -722,18 +636,8 @@ def test_a_grid_of_settings(here, capsys, tmp_path):
     sentence.
     """
     one = compare(
-        capsys,
-        tmp_path,
-        "primary",
-        "--modes",
-        "block_frozen",
-        "--runs_per_prompt",
-        1,
-        "--prompt",
-        "ek",
-        "--grid",
-        "steps=2,4",
-        "precision=fp32,int8",
+        capsys, tmp_path, "primary", "--modes", "block_frozen", "--runs_per_prompt", 1,
+        "--prompt", "ek", "--grid", "steps=2,4", "precision=fp32,int8",
     )
     rows = one["results"]
     assert list(rows) == [
@@ -780,31 +684,10 @@ def test_the_price_of_profiles(here, capsys, tmp_path):
     """Each beside itself at one token a forward; a rule that guesses much at once is found out."""
     assert (
         call(
-            edge_benchmark.main,
-            RUNS["primary"],
-            "--out_json",
-            tmp_path / "p.json",
-            "--max_new_tokens",
-            12,
-            "--prompt",
-            "ek",
-            "--prompt",
-            "भारत में",
-            "--prompt",
-            "namaste",
-            "--prompt",
-            "yaar mujhe",
-            "--prompt",
-            "aaj mausam",
-            "--runs_per_prompt",
-            1,
-            "--warmup_runs",
-            0,
-            "--profiles",
-            "balanced",
-            "max",
-            "--block_size",
-            12,
+            edge_benchmark.main, RUNS["primary"], "--out_json", tmp_path / "p.json",
+            "--max_new_tokens", 12, "--prompt", "ek", "--prompt", "भारत में", "--prompt", "namaste",
+            "--prompt", "yaar mujhe", "--prompt", "aaj mausam", "--runs_per_prompt", 1,
+            "--warmup_runs", 0, "--profiles", "balanced", "max", "--block_size", 12,
         )
         == 0
     )

@@ -378,19 +378,8 @@ def drop(folder, manifest):
         lambda folder, _: header(folder / SECOND, lambda value: value["__metadata__"].clear()),
     ],
     ids=[
-        "no file",
-        "short",
-        "twice",
-        "overlap",
-        "far",
-        "negative",
-        "few",
-        "text",
-        "half",
-        "empty",
-        "null",
-        "no json",
-        "none",
+        "no file", "short", "twice", "overlap", "far", "negative", "few", "text", "half", "empty",
+        "null", "no json", "none",
     ],
 )
 def test_parts_that_make_no_whole_are_refused(saved, tmp_path, change):

@@ -124,13 +124,7 @@ def test_tensorboard_holds_the_log(text, tmp_path):
     assert fresh(text, run, *words, "--max_steps", 6, "--lr_schedule", "constant") == 0
     assert (
         call(
-            "--resume",
-            run / "step_000004",
-            "--max_steps",
-            8,
-            "--threads",
-            1,
-            *logs,
+            "--resume", run / "step_000004", "--max_steps", 8, "--threads", 1, *logs,
             "--show_samples",
         )
         == 0
@@ -144,10 +138,7 @@ def test_tensorboard_holds_the_log(text, tmp_path):
         assert [(s.step, s.value) for s in found.Scalars(f"train/{key}")] == [
             (step, pytest.approx(e[key], rel=1e-6)) for step, e in sorted(lines.items())], key
     assert [s.step for s in found.Scalars("eval/val_nelbo")] == [
-        0,
-        3,
-        6,
-        8,
+        0, 3, 6, 8,
     ] and "eval/by_block/T" in found.Tags()["scalars"]
     spoken = [t for t in found.Tags()["tensors"] if t.startswith("sample/")]
     assert len(spoken) == 2 and found.Tensors(spoken[0])[0].tensor_proto.string_val[
@@ -162,29 +153,9 @@ def test_wandb_offline_goes_on_with_its_run(text, tmp_path):
     pytest.importorskip("wandb")
     env = {"WANDB_MODE": "offline", "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:1"}
     first = (
-        "--data_dir",
-        text,
-        "--output_dir",
-        "run",
-        "--max_steps",
-        3,
-        "--eval_interval",
-        3,
-        "--d_model",
-        16,
-        "--n_layers",
-        1,
-        "--n_heads",
-        2,
-        "--d_ff",
-        16,
-        "--seq_len",
-        16,
-        "--batch_size",
-        2,
-        "--eval_batches",
-        1,
-        "--show_samples",
+        "--data_dir", text, "--output_dir", "run", "--max_steps", 3, "--eval_interval", 3,
+        "--d_model", 16, "--n_layers", 1, "--n_heads", 2, "--d_ff", 16, "--seq_len", 16,
+        "--batch_size", 2, "--eval_batches", 1, "--show_samples",
     )
     done = aria("train", *first, "--wandb", "--wandb_tags", "a,b", cwd=tmp_path, env=env, check=0)
     assert "Weights" not in done.stderr, "a warning of the sink"

@@ -223,17 +223,8 @@ def test_full_disk(user):
     """
     before = tree(user)
     command = [
-        sys.executable,
-        "-m",
-        "train",
-        "--resume",
-        RUN,
-        "--max_steps",
-        "14",
-        "--eval_interval",
-        "0",
-        "--threads",
-        "1",
+        sys.executable, "-m", "train", "--resume", RUN, "--max_steps", "14", "--eval_interval", "0",
+        "--threads", "1",
     ]
     done = subprocess.run(
         command,
@@ -261,11 +252,7 @@ def test_full_disk(user):
 @pytest.mark.parametrize(
     "command",
     [
-        "train",
-        "prepare",
-        "sample --ckpt x",
-        "evaluate --ckpt x",
-        "edge_benchmark --ckpt x",
+        "train", "prepare", "sample --ckpt x", "evaluate --ckpt x", "edge_benchmark --ckpt x",
         "colab_train_eco --allow_cpu",
     ],
 )

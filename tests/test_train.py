@@ -33,36 +33,10 @@ from sampling import decode
 from training import logs, optim, recovery, setup
 
 SHAPE = (
-    "--d_model",
-    16,
-    "--n_layers",
-    2,
-    "--n_heads",
-    2,
-    "--d_ff",
-    32,
-    "--memory_slots",
-    2,
-    "--seq_len",
-    16,
-    "--batch_size",
-    4,
-    "--grad_accum",
-    2,
-    "--train_block_sizes",
-    "T,8,4",
-    "--block_size",
-    4,
-    "--lr",
-    3e-3,
-    "--eval_batches",
-    1,
-    "--threads",
-    1,
-    "--no_amp",
-    "--no_show_samples",
-    "--live",
-    "off",
+    "--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 32, "--memory_slots", 2,
+    "--seq_len", 16, "--batch_size", 4, "--grad_accum", 2, "--train_block_sizes", "T,8,4",
+    "--block_size", 4, "--lr", 3e-3, "--eval_batches", 1, "--threads", 1, "--no_amp",
+    "--no_show_samples", "--live", "off",
 )
 # all that carries state
 HARD = ("--dropout", 0.1, "--ema", 0.9, "--masking_strategy", "span", "--keep_full", 9)
@@ -99,19 +73,8 @@ def test_a_closed_pipe_or_terminal_costs_no_work(text, tmp_path):
     """
     for name, number in (("pipe", None), ("hangup", signal.SIGHUP)):
         words = [
-            "--data_dir",
-            text,
-            *SHAPE,
-            "--max_steps",
-            5000 if number else 30,
-            "--save_interval",
-            0,
-            "--log_interval",
-            1,
-            "--eval_interval",
-            0,
-            "--output_dir",
-            tmp_path / name,
+            "--data_dir", text, *SHAPE, "--max_steps", 5000 if number else 30, "--save_interval", 0,
+            "--log_interval", 1, "--eval_interval", 0, "--output_dir", tmp_path / name,
         ]
         with subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *map(str, words)],
@@ -148,16 +111,8 @@ def test_best_is_the_best_of_what_was_both_scored_and_saved(text, tmp_path):
     run = tmp_path / "run"
     assert (
         fresh(
-            text,
-            run,
-            "--max_steps",
-            36,
-            "--eval_interval",
-            4,
-            "--save_interval",
-            6,
-            "--keep_last",
-            0,
+            text, run, "--max_steps", 36, "--eval_interval", 4, "--save_interval", 6,
+            "--keep_last", 0,
         )
         == 0
     )
@@ -226,18 +181,8 @@ def test_single_tokens_come_first_and_fade_out(text, tmp_path, capsys, monkeypat
     monkeypatch.setattr(setup, "MANY_EPOCHS", 1)  # these are one and a half
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = (
-        "--max_steps",
-        60,
-        "--eval_interval",
-        0,
-        "--save_interval",
-        17,
-        "--keep_full",
-        9,
-        "--train_block_sizes",
-        "T,8",
-        "--ar_fade",
-        0.5,
+        "--max_steps", 60, "--eval_interval", 0, "--save_interval", 17, "--keep_full", 9,
+        "--train_block_sizes", "T,8", "--ar_fade", 0.5,
     )
     assert fresh(text, whole, *words) == 0
     ones = [line["block"] == 1 for line in log(whole)]
@@ -284,21 +229,8 @@ def test_resume_equals_the_uninterrupted_run(text, tmp_path, kind, optimizer):
     a, b = tmp_path / "a", tmp_path / "b"
     assert (
         fresh(
-            text,
-            a,
-            *HARD,
-            "--model",
-            kind,
-            "--optimizer",
-            optimizer,
-            "--max_steps",
-            52,
-            "--save_interval",
-            19,
-            "--eval_interval",
-            7,
-            "--log_interval",
-            3,
+            text, a, *HARD, "--model", kind, "--optimizer", optimizer, "--max_steps", 52,
+            "--save_interval", 19, "--eval_interval", 7, "--log_interval", 3,
         )
         == 0
     )
@@ -309,17 +241,8 @@ def test_resume_equals_the_uninterrupted_run(text, tmp_path, kind, optimizer):
     shutil.copytree(a / "step_000019", b / "step_000019")
     assert (
         call(
-            "--resume",
-            b,
-            "--eval_interval",
-            10,
-            "--save_interval",
-            23,
-            "--log_interval",
-            2,
-            "--threads",
-            1,
-            "--no_show_samples",
+            "--resume", b, "--eval_interval", 10, "--save_interval", 23, "--log_interval", 2,
+            "--threads", 1, "--no_show_samples",
         )
         == 0
     )
@@ -343,33 +266,14 @@ def test_n_and_n_steps_are_2n_steps_across_processes(text, tmp_path, kind, optim
     depend on the total.
     """
     more = (
-        "--model",
-        kind,
-        "--optimizer",
-        optimizer,
-        "--lr_schedule",
-        "constant",
-        "--warmup_steps",
-        4,
-        "--save_interval",
-        4,
-        "--eval_interval",
-        5,
-        *HARD,
+        "--model", kind, "--optimizer", optimizer, "--lr_schedule", "constant", "--warmup_steps", 4,
+        "--save_interval", 4, "--eval_interval", 5, *HARD,
     )
     assert fresh(text, tmp_path / "a", *more, "--max_steps", 18) == 0
     # this process; the rest is another's
     assert fresh(text, tmp_path / "b", *more, "--max_steps", 9) == 0
     done = aria(
-        "train",
-        "--output_dir",
-        "b",
-        "--resume",
-        "--max_steps",
-        18,
-        "--threads",
-        1,
-        cwd=tmp_path,
+        "train", "--output_dir", "b", "--resume", "--max_steps", 18, "--threads", 1, cwd=tmp_path,
         check=0,
     )
     assert "max_steps: 9 -> 18" in done.stderr
@@ -382,17 +286,8 @@ def test_sigterm_saves_and_the_resume_changes_nothing(text, tmp_path, capsys):
     """Also: while it runs, a second trainer is refused and touches nothing."""
     a, b = tmp_path / "a", tmp_path / "my b"
     words = [
-        "--data_dir",
-        text,
-        *SHAPE,
-        "--max_steps",
-        120,
-        "--eval_interval",
-        0,
-        "--save_interval",
-        0,
-        "--log_interval",
-        1,
+        "--data_dir", text, *SHAPE, "--max_steps", 120, "--eval_interval", 0, "--save_interval", 0,
+        "--log_interval", 1,
     ]
     assert call(*words, "--output_dir", a) == 0
     command = [sys.executable, str(ROOT / "train.py"), *map(str, words), "--output_dir", str(b)]
@@ -429,19 +324,8 @@ def many_parts(text, tmp_path_factory):
     """A run whose steps and evaluations have many parts, and the words that start it."""
     run = tmp_path_factory.mktemp("many") / "run"
     words = (
-        "--batch_size",
-        1,
-        "--grad_accum",
-        8,
-        "--eval_batches",
-        6,
-        "--max_steps",
-        6,
-        "--eval_interval",
-        3,
-        "--save_interval",
-        2,
-        *HARD,
+        "--batch_size", 1, "--grad_accum", 8, "--eval_batches", 6, "--max_steps", 6,
+        "--eval_interval", 3, "--save_interval", 2, *HARD,
     )
     assert fresh(text, run, *words) == 0
     return run, words
@@ -513,10 +397,7 @@ def test_a_signal_during_the_samples_leaves_them_out(text, tmp_path, monkeypatch
     assert fresh(text, tmp_path / "a", *words) == 0
     end = log(tmp_path / "a", "end")[-1]
     assert (end["stopped"], end["step"], len(calls), len(log(tmp_path / "a", "sample"))) == (
-        "SIGTERM",
-        2,
-        4,
-        3,
+        "SIGTERM", 2, 4, 3,
     )
     number, before = 6 + 2, len(calls)
     calls.clear()
@@ -532,10 +413,7 @@ def test_evaluating_more_often_leaves_the_loss_curve(text, tmp_path):
         assert fresh(text, run, "--max_steps", 11, "--dropout", 0.1, "--eval_interval", every) == 0
     assert curve(runs[2]) == curve(runs[5]) == curve(runs[0])
     assert not log(runs[0], "eval") and [line["step"] for line in log(runs[5], "eval")] == [
-        0,
-        5,
-        10,
-        11,
+        0, 5, 10, 11,
     ]
     assert log(runs[2], "eval")[-1]["val_nelbo"] == log(runs[5], "eval")[-1]["val_nelbo"], (
         "one model, two validation scores"
@@ -606,16 +484,8 @@ def test_a_resume_from_an_earlier_step_keeps_the_later_ones(text, tmp_path, caps
     run = tmp_path / "run"
     assert (
         fresh(
-            text,
-            run,
-            "--max_steps",
-            9,
-            "--eval_interval",
-            3,
-            "--save_interval",
-            3,
-            "--keep_full",
-            9,
+            text, run, "--max_steps", 9, "--eval_interval", 3, "--save_interval", 3,
+            "--keep_full", 9,
         )
         == 0
     )
@@ -623,14 +493,7 @@ def test_a_resume_from_an_earlier_step_keeps_the_later_ones(text, tmp_path, caps
     before = {name: tree(run / name) for name in ("step_000006", "step_000009")}
     capsys.readouterr()
     words = (
-        "--lr",
-        10,
-        "--lr_schedule",
-        "constant",
-        "--warmup_steps",
-        0,
-        "--threads",
-        1,
+        "--lr", 10, "--lr_schedule", "constant", "--warmup_steps", 0, "--threads", 1,
         "--no_show_samples",
     )
     assert call("--resume", run / "step_000003", *words) == 0
@@ -678,22 +541,8 @@ def test_a_rate_that_nobody_typed_stays(text, tmp_path, capsys):
     schedule = ("--lr_schedule", "cosine", "--warmup_steps", 0, "--eval_interval", 0)
     assert (
         call(
-            "--data_dir",
-            text,
-            "--output_dir",
-            run,
-            *words,
-            "--optimizer",
-            "adamw",
-            "--lr",
-            5e-4,
-            *schedule,
-            "--max_steps",
-            4,
-            "--save_interval",
-            2,
-            "--keep_full",
-            9,
+            "--data_dir", text, "--output_dir", run, *words, "--optimizer", "adamw", "--lr", 5e-4,
+            *schedule, "--max_steps", 4, "--save_interval", 2, "--keep_full", 9,
         )
         == 0
     )
@@ -810,12 +659,7 @@ def test_saves_that_fail_for_good_end_the_run_with_a_sentence(text, tmp_path, mo
     capsys.readouterr()
     assert (
         call(
-            "--resume",
-            tmp_path / "run",
-            "--max_steps",
-            9,
-            "--save_interval",
-            1,
+            "--resume", tmp_path / "run", "--max_steps", 9, "--save_interval", 1,
             "--no_show_samples",
         )
         == 1
@@ -891,22 +735,13 @@ def test_a_step_that_is_not_finite_is_skipped(text, tmp_path, monkeypatch, where
     poison(monkeypatch, {3}, where)
     assert (
         fresh(
-            text,
-            tmp_path / "run",
-            *HARD,
-            "--max_steps",
-            4,
-            "--save_interval",
-            1,
-            "--eval_interval",
-            0,
+            text, tmp_path / "run", *HARD, "--max_steps", 4, "--save_interval", 1,
+            "--eval_interval", 0,
         )
         == 0
     )
     assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == [
-        "step_000001",
-        "step_000002",
-        "step_000004",
+        "step_000001", "step_000002", "step_000004",
     ]
     before = state(tmp_path / "run/step_000002")["ema_updates"]
     assert state(tmp_path / "run/step_000004")["ema_updates"] == before + 1, (
@@ -917,15 +752,8 @@ def test_a_step_that_is_not_finite_is_skipped(text, tmp_path, monkeypatch, where
     poison(monkeypatch, {3, 4}, where)
     assert (
         fresh(
-            text,
-            tmp_path / "run",
-            *HARD,
-            "--max_steps",
-            4,
-            "--save_interval",
-            4,
-            "--eval_interval",
-            0,
+            text, tmp_path / "run", *HARD, "--max_steps", 4, "--save_interval", 4,
+            "--eval_interval", 0,
         )
         == 0
     )
@@ -944,15 +772,8 @@ def test_a_step_that_is_not_finite_is_skipped(text, tmp_path, monkeypatch, where
     poison(monkeypatch, {3}, where)
     assert (
         fresh(
-            text,
-            tmp_path / "run",
-            *HARD,
-            "--max_steps",
-            4,
-            "--save_interval",
-            1,
-            "--eval_interval",
-            0,
+            text, tmp_path / "run", *HARD, "--max_steps", 4, "--save_interval", 1,
+            "--eval_interval", 0,
         )
         == 0
     )
@@ -983,16 +804,8 @@ def test_compile_compiles_the_step_that_runs(text, tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
 
     words = (
-        "--model",
-        "backup",
-        "--n_layers",
-        1,
-        "--train_block_sizes",
-        "T",
-        "--max_steps",
-        3,
-        "--eval_interval",
-        0,
+        "--model", "backup", "--n_layers", 1, "--train_block_sizes", "T", "--max_steps", 3,
+        "--eval_interval", 0,
     )
     assert fresh(text, tmp_path / "eager", *words) == 0
     counters.clear()
@@ -1079,16 +892,8 @@ def test_console_and_log(text, tmp_path, capsys):
     run = tmp_path / "run"
     assert (
         fresh(
-            text,
-            run,
-            "--max_steps",
-            25,
-            "--log_interval",
-            10,
-            "--save_interval",
-            10,
-            "--eval_interval",
-            10,
+            text, run, "--max_steps", 25, "--log_interval", 10, "--save_interval", 10,
+            "--eval_interval", 10,
         )
         == 0
     )
@@ -1170,22 +975,8 @@ def test_time_left_in_words(seconds, told):
 def test_the_loss_falls(text, tmp_path, kind):
     assert (
         fresh(
-            text,
-            tmp_path / "run",
-            "--model",
-            kind,
-            "--d_model",
-            32,
-            "--d_ff",
-            64,
-            "--lr",
-            1e-2,
-            "--max_steps",
-            60,
-            "--log_interval",
-            1,
-            "--eval_interval",
-            60,
+            text, tmp_path / "run", "--model", kind, "--d_model", 32, "--d_ff", 64, "--lr", 1e-2,
+            "--max_steps", 60, "--log_interval", 1, "--eval_interval", 60,
         )
         == 0
     )
@@ -1349,14 +1140,7 @@ def test_samples_of_ruined_weights_end_in_a_sentence(text, tmp_path, monkeypatch
 
 def test_flags_that_do_nothing_are_named(text, tmp_path, capsys):
     words = (
-        "--lr_schedule",
-        "wsd",
-        "--min_lr_ratio",
-        0.2,
-        "--timesteps",
-        8,
-        "--mean_span_length",
-        4,
+        "--lr_schedule", "wsd", "--min_lr_ratio", 0.2, "--timesteps", 8, "--mean_span_length", 4,
     )
     assert fresh(text, tmp_path / "run", "--max_steps", 1, *words) == 0
     error = capsys.readouterr().err
@@ -1366,16 +1150,8 @@ def test_flags_that_do_nothing_are_named(text, tmp_path, capsys):
     )
     assert (
         fresh(
-            text,
-            tmp_path / "ar",
-            "--max_steps",
-            1,
-            "--model",
-            "backup",
-            "--objective",
-            "ar",
-            "--ar_fade",
-            0.5,
+            text, tmp_path / "ar", "--max_steps", 1, "--model", "backup", "--objective", "ar",
+            "--ar_fade", 0.5,
         )
         == 0
     )

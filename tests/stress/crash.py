@@ -80,14 +80,7 @@ CASES = {
 }
 FIGURES = ("loss", "mask", "lr", "gnorm", "block", "first")
 COUNTERS = (
-    "position",
-    "tokens_seen",
-    "skipped",
-    "ema_updates",
-    "best",
-    "kept",
-    "losses",
-    "rollbacks",
+    "position", "tokens_seen", "skipped", "ema_updates", "best", "kept", "losses", "rollbacks",
     "data_sha256",
 )
 
@@ -200,12 +193,7 @@ class Lab:
 
     def words(self, case, run):
         return [
-            "--data_dir",
-            str(self.folder / "text"),
-            "--output_dir",
-            str(run),
-            *SHAPE,
-            *CASES[case],
+            "--data_dir", str(self.folder / "text"), "--output_dir", str(run), *SHAPE, *CASES[case],
         ]
 
     def new(self):

@@ -25,49 +25,11 @@ from harness import ROOT, arguments
 
 os.environ["PYTHONPATH"] = str(ROOT)
 SHAPE = (
-    "--d_model",
-    32,
-    "--n_layers",
-    2,
-    "--n_heads",
-    2,
-    "--d_ff",
-    48,
-    "--memory_slots",
-    4,
-    "--seq_len",
-    32,
-    "--batch_size",
-    4,
-    "--grad_accum",
-    3,
-    "--train_block_sizes",
-    "T,8",
-    "--block_size",
-    8,
-    "--lr",
-    3e-4,
-    "--lr_schedule",
-    "constant",
-    "--warmup_steps",
-    2,
-    "--ema",
-    0.9,
-    "--eval_batches",
-    1,
-    "--eval_interval",
-    3,
-    "--keep_full",
-    10**6,
-    "--log_interval",
-    1,
-    "--threads",
-    1,
-    "--no_show_samples",
-    "--live",
-    "off",
-    "--data_dir",
-    "text",
+    "--d_model", 32, "--n_layers", 2, "--n_heads", 2, "--d_ff", 48, "--memory_slots", 4,
+    "--seq_len", 32, "--batch_size", 4, "--grad_accum", 3, "--train_block_sizes", "T,8",
+    "--block_size", 8, "--lr", 3e-4, "--lr_schedule", "constant", "--warmup_steps", 2, "--ema", 0.9,
+    "--eval_batches", 1, "--eval_interval", 3, "--keep_full", 10**6, "--log_interval", 1,
+    "--threads", 1, "--no_show_samples", "--live", "off", "--data_dir", "text",
 )
 GRID = [
     (2, "primary", "muon", ()),
@@ -125,14 +87,8 @@ def main():
     with tempfile.TemporaryDirectory() as temp:
         folder, known = Path(temp), {}
         prepare = (
-            "--source",
-            "builtin",
-            "--max_chars",
-            "20000",
-            "--tokenizer_vocab",
-            "400",
-            "--data_dir",
-            "text",
+            "--source", "builtin", "--max_chars", "20000", "--tokenizer_vocab", "400",
+            "--data_dir", "text",
         )
         subprocess.run(
             [sys.executable, "-m", "prepare", *prepare, "--tokenizer", "text/t.model"],
@@ -142,15 +98,8 @@ def main():
         )
         for ranks, model, optimizer, more in GRID:
             words = (
-                *SHAPE,
-                "--model",
-                model,
-                "--optimizer",
-                optimizer,
-                "--max_steps",
-                6,
-                "--save_interval",
-                6,
+                *SHAPE, "--model", model, "--optimizer", optimizer, "--max_steps", 6,
+                "--save_interval", 6,
             )
             amp = () if "--amp" in more else ("--no_amp",)
             key = f"{model}_{optimizer}_{len(amp)}"
@@ -167,14 +116,7 @@ def main():
             )
 
         words = (
-            *SHAPE,
-            "--model",
-            "primary",
-            "--optimizer",
-            "adamw",
-            "--no_amp",
-            "--save_interval",
-            2,
+            *SHAPE, "--model", "primary", "--optimizer", "adamw", "--no_amp", "--save_interval", 2,
         )
         for turn in range(kills):  # DDP and FSDP in turn: each goes on from the other's files
             before, cut = (
@@ -184,14 +126,8 @@ def main():
             with open(folder / "out", "wb") as out:
                 job = subprocess.Popen(
                     command(
-                        2,
-                        *words,
-                        *cut,
-                        "--output_dir",
-                        "killed",
-                        "--resume_latest",
-                        "--max_steps",
-                        10**6,
+                        2, *words, *cut, "--output_dir", "killed", "--resume_latest",
+                        "--max_steps", 10**6,
                     ),
                     cwd=folder,
                     stdout=out,
