@@ -53,58 +53,49 @@ class Source:
 
 # The pins are those that public projects record for these sets. None of them was loaded on the
 # machine this was written on.
+HINMIX = dict(
+    kind="hinglish",
+    repo="kartikagg98/HINMIX_hi-en",
+    revision="5735b2d0737980b03c50ee643ad8ac31da5d8531",
+    licence="Apache-2.0",
+)
 SOURCES = {
     "hindi": (
         Source(
-            "sangraha",
-            "hindi",
-            "ai4bharat/sangraha",
-            None,
-            "CC BY 4.0",
+            name="sangraha",
+            kind="hindi",
+            repo="ai4bharat/sangraha",
+            revision=None,
+            licence="CC BY 4.0",
             data_dir="verified/hin",
             share=0.6,
         ),
         Source(
-            "wikipedia",
-            "hindi",
-            "wikimedia/wikipedia",
-            "b04c8d1ceb2f5cd4588862100d08de323dccfbaa",
-            "CC BY-SA 3.0, GFDL",
+            name="wikipedia",
+            kind="hindi",
+            repo="wikimedia/wikipedia",
+            revision="b04c8d1ceb2f5cd4588862100d08de323dccfbaa",
+            licence="CC BY-SA 3.0, GFDL",
             config="20231101.hi",
         ),
         Source(
-            "fineweb2",
-            "hindi",
-            "HuggingFaceFW/fineweb-2",
-            "af9c13333eb981300149d5ca60a8e9d659b276b9",
-            "ODC-By 1.0",
+            name="fineweb2",
+            kind="hindi",
+            repo="HuggingFaceFW/fineweb-2",
+            revision="af9c13333eb981300149d5ca60a8e9d659b276b9",
+            licence="ODC-By 1.0",
             config="hin_Deva",
         ),
-        Source(
-            "hinmix",
-            "hinglish",
-            "kartikagg98/HINMIX_hi-en",
-            "5735b2d0737980b03c50ee643ad8ac31da5d8531",
-            "Apache-2.0",
-            config="lcsalign-hicmrom",
-            share=0.5,
-        ),
-        Source(
-            "hinmix_noisy",
-            "hinglish",
-            "kartikagg98/HINMIX_hi-en",
-            "5735b2d0737980b03c50ee643ad8ac31da5d8531",
-            "Apache-2.0",
-            config="lcsalign-noisyhicmrom",
-        ),
+        Source(name="hinmix", config="lcsalign-hicmrom", share=0.5, **HINMIX),
+        Source(name="hinmix_noisy", config="lcsalign-noisyhicmrom", **HINMIX),
     ),
     "fineweb": (
         Source(
-            "fineweb_edu",
-            "english",
-            "HuggingFaceFW/fineweb-edu",
-            "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
-            "ODC-By 1.0",
+            name="fineweb_edu",
+            kind="english",
+            repo="HuggingFaceFW/fineweb-edu",
+            revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+            licence="ODC-By 1.0",
             config="sample-10BT",
         ),
     ),
@@ -137,7 +128,8 @@ def patiently(what, work, log, limit, alive=None):
         done.set()
 
     began = time.monotonic()
-    told, asked = False, False
+    told = False
+    asked = False
     threading.Thread(target=call, daemon=True).start()
     while not done.wait(0.2):  # Ctrl-C gets through here, into a hanging read it may not
         waited = time.monotonic() - began
@@ -203,7 +195,8 @@ class Hub:
     find that out."""
 
     def __init__(self, log):
-        self.log, self.known = log, None
+        self.log = log
+        self.known = None                  # the answer, once it was asked for
 
     def answers(self):
         if self.known is None:
@@ -237,31 +230,36 @@ class Hub:
         return 200
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)       # ours, not the hub's
+RECORDED = ("name", "kind", "repo", "config", "data_dir", "split", "revision", "licence", "rows",
+            "bytes", "chars", "ended")
+
+
 class Raw:
     """One source's file in data/raw, with its state."""
 
     def __init__(self, source, folder):
         self.source = source
         self.path = folder / f"{source.kind}_{source.name}.jsonl"
-        self.part, self.state_path = (
-            self.path.with_suffix(".jsonl.part"),
-            self.path.with_suffix(".state.json"),
-        )
+        self.part = self.path.with_suffix(".jsonl.part")
+        self.state_path = self.path.with_suffix(".state.json")
         self.state = dict(asdict(source), rows=0, bytes=0, chars=0, ended=False, at=None)
         with contextlib.suppress(UserError, OSError):  # nothing usable there: from the beginning
             saved = read_json(self.state_path)
-            there = (self.path if self.path.exists() else self.part).stat().st_size
-            fixed = [
-                key
-                for key in asdict(source)
-                if key != "share" and (key != "revision" or source.revision)
-            ]
-            if (
-                set(saved) == set(self.state)
-                and there >= saved["bytes"]
-                and all(saved[k] == self.state[k] for k in fixed)
-            ):
+            file = self.path if self.path.exists() else self.part
+            if self.fits(saved, file.stat().st_size):
                 self.state = saved
+
+    def fits(self, saved, size):
+        """Is a saved state one of this source, and is what it counts in the file?"""
+        fixed = set(asdict(self.source)) - {"share"}
+        if not self.source.revision:
+            fixed -= {"revision"}
+        return (
+            set(saved) == set(self.state)
+            and size >= saved["bytes"]
+            and all(saved[key] == self.state[key] for key in fixed)
+        )
 
     def fetch(self, chars, log, hub):
         """Rows until there are so many characters or the source ends, with new tries; what came
@@ -273,128 +271,134 @@ class Raw:
             return self.state["chars"]
         if self.path.exists():
             os.replace(self.path, self.part)
-        name, tries = (
-            f"{self.source.repo} {self.source.config or self.source.data_dir or ''}".strip(),
-            0,
+        bar = tqdm(
+            total=chars,
+            initial=self.state["chars"],
+            unit=" characters",
+            unit_scale=True,
+            desc=self.source.name,
+            disable=None,
         )
-        first, began = self.state["rows"], time.monotonic()
-        with (
-            open(self.part, "ab") as f,
-            tqdm(
-                total=chars,
-                initial=self.state["chars"],
-                unit=" characters",
-                unit_scale=True,
-                desc=self.source.name,
-                disable=None,
-            ) as bar,
-        ):
-            while True:
-                f.truncate(self.state["bytes"])
-                before = self.state["rows"]
-                try:
-                    self.stream(f, chars, bar, log, hub)
-                    break
-                except Gone as error:
-                    log(f"notice: {name} is left out: {error}")
-                    break
-                except Exception as error:  # datasets and its HTTP client raise types of their own
-                    if isinstance(error, OSError) and error.errno in (
-                        errno.ENOSPC,
-                        errno.EDQUOT,
-                        errno.EROFS,
-                        errno.EIO,
-                    ):
-                        raise
-                    tries = 0 if self.state["rows"] > before else tries + 1
-                    why = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
-                    nothing = self.state["rows"] == first
-                    status = status_of(error)
-                    if isinstance(error, FileNotFoundError) and status is None:
-                        status = hub.status(self.source)   # datasets says so of any trouble
-                    if nothing and status in REFUSED:
-                        log(f"notice: {name} is left out: the hub refuses it (HTTP {status})")
-                        break
-                    wait = WAITS[min(tries, len(WAITS) - 1)]
-                    spent = time.monotonic() - began + wait
-                    if (
-                        tries >= len(WAITS)
-                        or nothing
-                        and (isinstance(error, Silent) or spent > PATIENCE)
-                    ):
-                        log(
-                            f"notice: {name} broke off, {self.state['chars']:,} characters of it "
-                            f"are kept ({why})"
-                        )
-                        hub.known = None
-                        break
-                    log(f"notice: {name}: trying again in {wait} s ({why})")
-                    time.sleep(wait)
+        with open(self.part, "ab") as file, bar:
+            self.try_until_done(file, chars, bar, log, hub)
         if self.state["rows"]:
             os.replace(self.part, self.path)
         else:
             self.part.unlink()
         return self.state["chars"]
 
-    def stream(self, f, chars, bar, log, hub):
+    def try_until_done(self, file, chars, bar, log, hub):
+        """Streams, and after trouble waits and streams again, until there is no use in it."""
+        name = f"{self.source.repo} {self.source.config or self.source.data_dir or ''}".strip()
+        rows_at_first = self.state["rows"]
+        began = time.monotonic()
+        tries = 0
+        while True:
+            file.truncate(self.state["bytes"])
+            rows_before = self.state["rows"]
+            try:
+                self.stream(file, chars, bar, log, hub)
+                return
+            except Gone as error:
+                log(f"notice: {name} is left out: {error}")
+                return
+            except Exception as error:  # datasets and its HTTP client raise types of their own
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
+                    raise
+                trouble = error
+
+            # refused: no use in trying again
+            nothing_came = self.state["rows"] == rows_at_first
+            status = status_of(trouble)
+            if isinstance(trouble, FileNotFoundError) and status is None:
+                status = hub.status(self.source)       # datasets says so of any trouble
+            if nothing_came and status in REFUSED:
+                log(f"notice: {name} is left out: the hub refuses it (HTTP {status})")
+                return
+
+            # given up: too many tries, or too long without a row
+            if self.state["rows"] > rows_before:
+                tries = 0
+            else:
+                tries += 1
+            wait = WAITS[min(tries, len(WAITS) - 1)]
+            too_long = isinstance(trouble, Silent) or time.monotonic() - began + wait > PATIENCE
+            why = f"{type(trouble).__name__}: {first_line(trouble)}"
+            if tries >= len(WAITS) or nothing_came and too_long:
+                log(
+                    f"notice: {name} broke off, {self.state['chars']:,} characters of it "
+                    f"are kept ({why})"
+                )
+                hub.known = None
+                return
+            log(f"notice: {name}: trying again in {wait} s ({why})")
+            time.sleep(wait)
+
+    def stream(self, file, chars, bar, log, hub):
         """One try: rows into the file, a state on the disk every SYNC_ROWS, and at the end however
         it comes.
         """
-        s = self.state
+        state = self.state
 
         def wait_for(what, work):
-            return patiently(
-                f"{what} of {self.source.repo}",
-                work,
-                log,
-                PATIENCE,
-                lambda: hub.status(self.source),
-            )
+            def alive():
+                return hub.status(self.source)
 
-        s["revision"] = s["revision"] or wait_for("the newest version", lambda: newest(self.source))
-        rows = wait_for("the files", lambda: open_stream(self.source, s["revision"], s["at"]))
-        iterator, new, more, at = iter(rows), 0, 0, s["at"]
+            return patiently(f"{what} of {self.source.repo}", work, log, PATIENCE, alive)
 
-        def sync():
-            nonlocal new, more
-            f.flush()
-            os.fsync(f.fileno())
-            s.update(
-                rows=s["rows"] + new,
-                chars=s["chars"] + more,
-                bytes=os.fstat(f.fileno()).st_size,
-                at=at,
-            )
-            write_json(self.state_path, s)
-            new = more = 0
-
+        if not state["revision"]:
+            state["revision"] = wait_for("the newest version", lambda: newest(self.source))
+        rows = wait_for(
+            "the files", lambda: open_stream(self.source, state["revision"], state["at"])
+        )
+        iterator = iter(rows)
+        # what came since the last state on the disk, and the place after it
+        new_rows = 0
+        new_chars = 0
+        place = state["at"]
         try:
-            while s["chars"] + more < chars and not s["ended"]:
-                room = min(BATCH_ROWS, SYNC_ROWS - new), chars - s["chars"] - more
-                texts, ended, error, place = wait_for(
-                    "text", lambda room=room: self.batch(rows, iterator, *room)
+            while state["chars"] + new_chars < chars and not state["ended"]:
+                most = min(BATCH_ROWS, SYNC_ROWS - new_rows)
+                missing = chars - state["chars"] - new_chars
+                texts, ended, error, after = wait_for(
+                    "text",
+                    lambda most=most, missing=missing: self.batch(rows, iterator, most, missing),
                 )
                 for text in texts:
-                    f.write(
-                        json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "replace")
-                        + b"\n"
-                    )
-                    new, more = new + 1, more + len(text)
+                    line = json.dumps({"text": text}, ensure_ascii=False)
+                    file.write(line.encode("utf-8", "replace") + b"\n")
+                    new_rows += 1
+                    new_chars += len(text)
                     bar.update(len(text))
-                at, s["ended"] = place, ended
+                place = after
+                state["ended"] = ended
                 if error:
                     raise error
-                if new >= SYNC_ROWS:
-                    sync()
+                if new_rows >= SYNC_ROWS:
+                    self.sync(file, new_rows, new_chars, place)
+                    new_rows = 0
+                    new_chars = 0
         finally:
-            if new or s["ended"]:
-                sync()
+            if new_rows or state["ended"]:
+                self.sync(file, new_rows, new_chars, place)
+
+    def sync(self, file, new_rows, new_chars, place):
+        """The file to the disk, and after it a state that counts these rows, too."""
+        file.flush()
+        os.fsync(file.fileno())
+        self.state["rows"] += new_rows
+        self.state["chars"] += new_chars
+        self.state["bytes"] = os.fstat(file.fileno()).st_size
+        self.state["at"] = place
+        write_json(self.state_path, self.state)
 
     def batch(self, rows, iterator, most, chars):
         """-> (texts of the next rows: so many, or so many characters, or what a second gives; was
         that the end; the error that it met; the place after them)."""
-        texts, until = [], time.monotonic() + BATCH_SECONDS
-        ended, error = False, None
+        texts = []
+        ended = False
+        error = None
+        until = time.monotonic() + BATCH_SECONDS
         try:
             while len(texts) < most and chars > 0 and time.monotonic() < until:
                 row = next(iterator, None)
@@ -414,6 +418,12 @@ class Raw:
         return texts, ended, error, rows.state_dict()
 
 
+def first_line(error):
+    """What an error says, shortened; some say nothing."""
+    lines = str(error).splitlines()
+    return lines[0][:150] if lines else ""
+
+
 def download(which, folder, hinglish_ratio, chars, log):
     """Files with about so many characters in all, the wanted share of them Hinglish; [(path, record
     for meta.json)].
@@ -424,18 +434,24 @@ def download(which, folder, hinglish_ratio, chars, log):
     }[which]
     need("datasets", "to read the hub")
     folder.mkdir(parents=True, exist_ok=True)
-    found, hub = [], Hub(log)
+
+    # each kind's sources in turn, until there is enough of it
+    found = []
+    hub = Hub(log)
     for kind, share in kinds.items():
-        missing = int(share * chars)
-        for raw in (Raw(source, folder) for source in SOURCES[which] if source.kind == kind):
-            if missing > 0:
-                missing -= raw.fetch(int(raw.source.share * missing), log, hub)
-                found += [raw] * (raw.state["rows"] > 0)
+        wanted = int(share * chars)
+        missing = wanted
+        for source in SOURCES[which]:
+            if source.kind == kind and missing > 0:
+                raw = Raw(source, folder)
+                missing -= raw.fetch(int(source.share * missing), log, hub)
+                if raw.state["rows"]:
+                    found.append(raw)
         if missing > 0 and share:
+            why = " (the hub does not answer)" if hub.known is False else ""
             log(
-                f"notice: {kind}: {missing:,} of {int(share * chars):,} characters are missing, no "
-                "source gave more"
-                + (" (the hub does not answer)" if hub.known is False else "")
+                f"notice: {kind}: {missing:,} of {wanted:,} characters are missing, no source gave "
+                f"more{why}"
             )
     if not found:
         raise UserError(
@@ -444,20 +460,11 @@ def download(which, folder, hinglish_ratio, chars, log):
             "(--source files --input FILES) or the starter corpus (--source builtin)",
             code=3,
         )
-    keep = (
-        "name",
-        "kind",
-        "repo",
-        "config",
-        "data_dir",
-        "split",
-        "revision",
-        "licence",
-        "rows",
-        "bytes",
-        "chars",
-        "ended",
-    )
-    records = [{key: raw.state[key] for key in keep} | {"file": raw.path.name} for raw in found]
+
+    # what came, for the reader of data/raw and for meta.json
+    records = []
+    for raw in found:
+        record = {key: raw.state[key] for key in RECORDED}
+        records.append(record | {"file": raw.path.name})
     write_json(folder / "sources.json", {"sources": records})
     return [(raw.path, record) for raw, record in zip(found, records, strict=True)]
