@@ -1,16 +1,17 @@
-"""Independent judges of samples: n-gram models, and the repetition that a judge alone would reward.
+"""N-gram models: they score samples and know no network, so a network cannot flatter itself.
 
-    judge = NGram(tokens, vocab_size); judge.nats(rows)        # mean -log p per token
-    quality(texts, script_of, known_words, {"ngram": judge.nats})              # all figures of
-        sample quality, never one alone
-    shared(judge_tokens, training_tokens)        # how much of its text the judged model has read:
-        of an independent one nothing
+    model = NGram(tokens, vocab_size)
+    model.nats(rows)                             # mean -log p per token
+    shared(ngram_tokens, training_tokens)        # how much of its text the scored model has read:
+                                                 # of an independent one nothing
 
-Knows no network, so a network cannot flatter itself. A low value alone is no praise: repeating a
-common phrase scores well too. Read it beside distinct_n and repeat_rate, and beside the value of
-held-out text. Interpolated absolute discounting:
-    p_n(w | c) = max(count(c w) - d, 0) / count(c)  +  d * kinds(c) / count(c) * p_{n-1}(w | c
-        shortened)
+Used by evaluate.py (--samples, --judge_text) and edge_benchmark.py. A low value alone is no praise:
+repeating a common phrase scores well too. Read it beside distinct_n and repeat_rate
+(sample_quality.py), and beside the value of held-out text.
+
+Interpolated absolute discounting, d = DISCOUNT:
+    p_n(w | c) = max(count(c w) - d, 0) / count(c)
+                 + d * kinds(c) / count(c) * p_{n-1}(w | c shortened)
 Each order is one sorted array of packed n-grams, so 3 million tokens take about 2 seconds and 100
 MB.
 """
@@ -20,7 +21,8 @@ import numpy as np
 
 DISCOUNT = 0.75
 PASSAGE = 13        # tokens: what is as long as that and the same was copied
-LONGEST = 4         # words of the longest n-gram, as far as 63 bits hold them
+LONGEST = 4         # tokens of the longest n-gram, as far as 63 bits hold them
+HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 class NGram:
@@ -39,13 +41,11 @@ class NGram:
 
     def pack(self, ids, n):
         """Every n-gram of ids as one integer."""
-        key = np.zeros(max(0, len(ids) - n + 1), dtype=np.int64)
-        for i in range(n):
-            key = key * self.vocab + ids[i:len(ids) - n + 1 + i]
-        return key
+        return rolled(ids, n, np.int64(self.vocab))
 
     @staticmethod
     def find(keys, values, wanted):
+        """The values of the wanted keys, 0 for a key that is not there."""
         at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
         return np.where(keys[at] == wanted, values[at], 0)
 
@@ -57,11 +57,14 @@ class NGram:
             if len(ids) < n:
                 break
             key = self.pack(ids, n)
-            total = self.find(contexts, totals, key // self.vocab)
-            seen, lower = total > 0, p[n - 1:]
-            safe = np.where(seen, total, 1)
-            own = np.maximum(self.find(keys, counts, key) - DISCOUNT, 0) / safe
-            rest = DISCOUNT * self.find(contexts, kinds, key // self.vocab) / safe
+            context = key // self.vocab
+            total = self.find(contexts, totals, context)
+            seen = total > 0
+            divisor = np.where(seen, total, 1)
+
+            own = np.maximum(self.find(keys, counts, key) - DISCOUNT, 0) / divisor
+            rest = DISCOUNT * self.find(contexts, kinds, context) / divisor
+            lower = p[n - 1:]
             p[n - 1:] = np.where(seen, own + rest * lower, lower)
         return p
 
@@ -69,22 +72,32 @@ class NGram:
         """Mean -log p per token of rows, each after its own context (a list of ids); None if there
         is no token.
         """
-        total = count = 0
-        for row, context in zip(rows, contexts or [[]] * len(rows), strict=True):
+        if contexts is None:
+            contexts = [[]] * len(rows)
+        total = 0
+        count = 0
+        for row, context in zip(rows, contexts, strict=True):
             if len(row):
-                total -= float(np.log(self.probabilities([*context, *row])[len(context):]).sum())
+                p = self.probabilities([*context, *row])[len(context):]
+                total -= float(np.log(p).sum())
                 count += len(row)
         return total / count if count else None
 
 
+def rolled(ids, n, factor):
+    """Every n-gram of ids as the number whose digits to the base `factor` its ids are."""
+    count = max(0, len(ids) - n + 1)
+    key = np.zeros(count, dtype=ids.dtype)
+    for i in range(n):
+        key = key * factor + ids[i:i + count]
+    return key
+
+
 def shared(ids, others, n=PASSAGE):
     """The share of all n-token passages of ids that stand in others, too."""
-    def marks(ids):
-        ids = np.asarray(ids).astype(np.uint64)
-        key = np.zeros(max(0, len(ids) - n + 1), dtype=np.uint64)
-        for i in range(n):                  # a hash: two passages in 2^64 agree by chance
-            key = key * np.uint64(0x9E3779B97F4A7C15) + ids[i:len(ids) - n + 1 + i]
-        return key
-    own = marks(ids)
-    return float(np.isin(own, marks(others)).mean()) if len(own) else 0.0
-
+    # modulo 2^64 the numbers are hashes: two passages agree by chance once in 2^64
+    own = rolled(np.asarray(ids).astype(np.uint64), n, HASH_FACTOR)
+    if not len(own):
+        return 0.0
+    theirs = rolled(np.asarray(others).astype(np.uint64), n, HASH_FACTOR)
+    return float(np.isin(own, theirs).mean())

@@ -1,63 +1,14 @@
-"""The quality of samples: repetition, variety, real words, script; never one figure alone."""
+"""The quality of samples: repetition, variety, real words, script; never one figure alone.
+
+    quality(texts, script_of, known_words, {"ngram": model.nats})        # every figure at once
+
+Used by evaluate.py --samples; edge_benchmark.py and check_run.py use distinct() and repeat_rate().
+"""
 from typing import NamedTuple
 
 import numpy as np
 
 EDGE = "0123456789_.,;:!?।॥\"'()[]{}<>“”‘’«»…–—-*/|=+~`^%$#@&\\"
-
-
-def ngrams(row, n):
-    return list(zip(*(row[i:] for i in range(n)), strict=False))
-
-
-def distinct(rows, n):
-    """Different n-grams / all n-grams, over all rows; None if there is none."""
-    grams = [g for row in rows for g in ngrams(row, n)]
-    return len(set(grams)) / len(grams) if grams else None
-
-
-def repeat_rate(rows, n=4):
-    """Share of n-grams that stood in the same row before: 0 for fresh text, near 1 for a loop."""
-    grams = [ngrams(row, n) for row in rows]
-    count = sum(map(len, grams))
-    return sum(len(g) - len(set(g)) for g in grams) / count if count else 0.0
-
-
-def unigram_entropy(rows):
-    """Entropy in nats of the tokens of all rows together: a judge likes a text of few different
-    tokens, this does not.
-    """
-    counts = np.unique([token for row in rows for token in row], return_counts=True)[1]
-    p = counts / counts.sum()
-    return float(-(p * np.log(p)).sum()) if len(p) else None
-
-
-def words(text):
-    """The words of a text without digits and marks at their edges. Python's \\w would cut
-    Devanagari at its vowel signs.
-    """
-    return [bare for word in text.lower().split() if (bare := word.strip(EDGE))]
-
-
-def quality(texts, script_of, known, judges):
-    """[Text] -> every figure at once, as each alone can be won by a bad text. judges: {name:
-    f(rows, contexts) -> nats/token}.
-    """
-    rows, count = [t.row for t in texts], sum(len(t.row) for t in texts)
-    contexts = [t.context for t in texts]
-    said = [word for t in texts for word in t.new_words()]
-    lengths = sorted(len(row) for row in rows)
-    return {f"{name}_nats": judge(rows, contexts) for name, judge in judges.items()} | {
-        "unigram_entropy": unigram_entropy(rows),
-        **{f"distinct_{n}": distinct(rows, n) for n in (1, 2, 3)},
-        "repeat_rate": repeat_rate(rows),
-        "real_words": sum(map(known.__contains__, said)) / len(said) if said else None,
-        "script_kept": sum(script_of(t.prompt) == script_of(t.new) for t in texts) / len(texts),
-        "ended": sum(t.ended for t in texts) / len(texts),
-        "tokens": count,
-        "mean_tokens": count / len(texts),
-        "median_tokens": lengths[len(lengths) // 2],
-    }
 
 
 class Text(NamedTuple):
@@ -72,5 +23,82 @@ class Text(NamedTuple):
         """Words that begin in the new text; the last one only if the text ended there and was not
         cut.
         """
-        every, old = words(self.prompt + self.new), len(words(self.prompt))
-        return every[old:None if self.ended else -1]
+        every = words(self.prompt + self.new)
+        if not self.ended:
+            every = every[:-1]
+        return every[len(words(self.prompt)):]
+
+
+def words(text):
+    """The words of a text without digits and marks at their edges. Python's \\w would cut
+    Devanagari at its vowel signs.
+    """
+    bare = [word.strip(EDGE) for word in text.lower().split()]
+    return [word for word in bare if word]
+
+
+def ngrams(row, n):
+    shifted = [row[i:] for i in range(n)]
+    return list(zip(*shifted, strict=False))
+
+
+def distinct(rows, n):
+    """Different n-grams / all n-grams, over all rows; None if there is none."""
+    grams = []
+    for row in rows:
+        grams += ngrams(row, n)
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def repeat_rate(rows, n=4):
+    """Share of n-grams that stood in the same row before: 0 for fresh text, near 1 for a loop."""
+    count = 0
+    repeated = 0
+    for row in rows:
+        grams = ngrams(row, n)
+        count += len(grams)
+        repeated += len(grams) - len(set(grams))
+    return repeated / count if count else 0.0
+
+
+def unigram_entropy(rows):
+    """Entropy in nats of the tokens of all rows together: an n-gram model likes a text of few
+    different tokens, this does not.
+    """
+    tokens = [token for row in rows for token in row]
+    if not tokens:
+        return None
+    counts = np.unique(tokens, return_counts=True)[1]
+    p = counts / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def quality(texts, script_of, known, scorers):
+    """[Text] -> every figure at once, as each alone can be won by a bad text.
+
+    known: the real words. scorers: {name: f(rows, contexts) -> nats/token}.
+    """
+    rows = [text.row for text in texts]
+    contexts = [text.context for text in texts]
+    figures = {}
+    for name, nats in scorers.items():
+        figures[f"{name}_nats"] = nats(rows, contexts)
+    figures["unigram_entropy"] = unigram_entropy(rows)
+    for n in (1, 2, 3):
+        figures[f"distinct_{n}"] = distinct(rows, n)
+    figures["repeat_rate"] = repeat_rate(rows)
+
+    new_words = []
+    for text in texts:
+        new_words += text.new_words()
+    real = sum(word in known for word in new_words)
+    figures["real_words"] = real / len(new_words) if new_words else None
+    kept = sum(script_of(text.prompt) == script_of(text.new) for text in texts)
+    figures["script_kept"] = kept / len(texts)
+
+    figures["ended"] = sum(text.ended for text in texts) / len(texts)
+    lengths = sorted(map(len, rows))
+    figures["tokens"] = sum(lengths)
+    figures["mean_tokens"] = sum(lengths) / len(texts)
+    figures["median_tokens"] = lengths[len(lengths) // 2]
+    return figures

@@ -19,7 +19,7 @@ import evaluate
 import masking
 import train
 from conftest import RUNS, TINY, call
-from evaluation import estimators, ngram as judge, sample_quality
+from evaluation import estimators, ngram, sample_quality
 from evaluation.estimators import cut, ratio, windows
 from text.dataset import TokenData
 from text.tokenizer import script_of
@@ -307,22 +307,22 @@ def test_how_much_of_a_judges_text_was_read_before():
     rng = np.random.default_rng(0)
     text, other = rng.integers(5, 400, 5000), rng.integers(5, 400, 3000)
     assert (
-        judge.shared(other, text) == 0
-        and judge.shared(text[100:900], text) == 1
-        and judge.shared([1, 2], text) == 0
+        ngram.shared(other, text) == 0
+        and ngram.shared(text[100:900], text) == 1
+        and ngram.shared([1, 2], text) == 0
     )
     mixed = np.concatenate([other, text[:1000]])  # a passage across the seam is nobody's
-    assert judge.shared(mixed, text) == pytest.approx((1000 - 12) / (4000 - 12))
+    assert ngram.shared(mixed, text) == pytest.approx((1000 - 12) / (4000 - 12))
     text[::13] = 1  # a change in every passage
-    assert judge.shared(mixed, text) == 0
+    assert ngram.shared(mixed, text) == 0
 
 
 def test_a_loop_that_pleases_the_judge_is_caught():
     ids = [3 + i % 4 for i in range(400)]
-    ngram = judge.NGram(ids, 20)
+    model = ngram.NGram(ids, 20)
     loop, honest = [3, 4, 5, 6] * 10, [3, 4, 5, 6, 9, 8, 12, 7, 11, 10]
     found = [
-        sample_quality.quality([text("ek", "do", row)], script_of, set(), {"ngram": ngram.nats})
+        sample_quality.quality([text("ek", "do", row)], script_of, set(), {"ngram": model.nats})
         for row in (loop, honest)
     ]
     assert found[0]["ngram_nats"] < found[1]["ngram_nats"]

@@ -1,4 +1,4 @@
-"""The n-gram judge is a probability, learns what it saw, prefers real text to noise; repetition is
+"""The n-gram model is a probability, learns what it saw, prefers real text to noise; repetition is
 measured beside it.
 """
 import math
@@ -21,38 +21,38 @@ def markov(n, seed, vocab=20):
 
 
 def test_probabilities_sum_to_one_in_every_context():
-    judge = NGram(markov(500, 1), 20)
+    model = NGram(markov(500, 1), 20)
     for context in ([], [3], [1, 7], [1, 7, 2], [19, 19, 19, 19], markov(6, 2).tolist()):
-        p = [judge.probabilities([*context, w])[-1] for w in range(20)]
+        p = [model.probabilities([*context, w])[-1] for w in range(20)]
         assert sum(p) == pytest.approx(1) and min(p) > 0
 
 
 def test_it_learns_the_law_and_knows_noise():
-    judge = NGram(markov(20_000, 1), 20)
+    model = NGram(markov(20_000, 1), 20)
     fresh, noise = markov(2000, 9).tolist(), RNG.integers(0, 20, 2000).tolist()
-    assert judge.nats([fresh]) == pytest.approx(math.log(4), abs=0.05)  # the entropy of the source
-    assert judge.nats([noise]) > math.log(20)
-    assert judge.nats([[]]) is None
+    assert model.nats([fresh]) == pytest.approx(math.log(4), abs=0.05)  # the entropy of the source
+    assert model.nats([noise]) > math.log(20)
+    assert model.nats([[]]) is None
 
 
 def test_the_first_order_is_the_unigram_by_hand():
-    judge = NGram([1, 1, 1, 2], 4)
-    assert judge.probabilities([1])[0] == pytest.approx((3 - 0.75) / 4 + 0.75 * 2 / 4 / 4)
-    assert judge.probabilities([3])[0] == pytest.approx(0.75 * 2 / 4 / 4)
+    model = NGram([1, 1, 1, 2], 4)
+    assert model.probabilities([1])[0] == pytest.approx((3 - 0.75) / 4 + 0.75 * 2 / 4 / 4)
+    assert model.probabilities([3])[0] == pytest.approx(0.75 * 2 / 4 / 4)
 
 
 def test_a_row_is_scored_after_its_own_context():
-    judge = NGram(markov(5000, 1), 20)
+    model = NGram(markov(5000, 1), 20)
     text = markov(50, 3).tolist()
-    whole = -np.log(judge.probabilities(text))
-    assert judge.nats([text[10:]], [text[:10]]) == pytest.approx(float(whole[10:].mean()))
+    whole = -np.log(model.probabilities(text))
+    assert model.nats([text[10:]], [text[:10]]) == pytest.approx(float(whole[10:].mean()))
 
 
 def test_a_large_vocabulary_shortens_the_grams_and_nothing_overflows():
-    judge = NGram(RNG.integers(0, 60_000, 3000), 60_000)
-    assert judge.order == 3
-    assert all(keys[0] >= 0 for keys, *_ in judge.tables)
-    assert np.all(judge.probabilities(RNG.integers(0, 60_000, 50)) > 0)
+    model = NGram(RNG.integers(0, 60_000, 3000), 60_000)
+    assert model.order == 3
+    assert all(keys[0] >= 0 for keys, *_ in model.tables)
+    assert np.all(model.probabilities(RNG.integers(0, 60_000, 50)) > 0)
 
 
 def test_repetition():
