@@ -440,11 +440,12 @@ def train_flops(name, c, length, block, masked_share):
 
 
 def sizes(name, c, a):
+    cost = functools.partial(train_flops, name)
     return {
         "params": counts(name, c)[0],
         "params_blocks": counts(name, c)[1],
         "flops_per_token": model_config.flops_per_token(
-            c, a.seq_len, a.rule_shares, study_plan.asked(a), functools.partial(train_flops, name)
+            c, a.seq_len, a.rule_shares, study_plan.mean_mask_rate(a), cost
         ),
     }
 

@@ -1,20 +1,21 @@
 """What held-out text costs a model, in nats: the estimators behind evaluate.py, and what train.py
 measures while it runs.
 
-    pieces = cut(documents, 512)                       # documents: lists of ids, each begins with
-        BOS
-    bound(model, pieces, 64, draws=4)                  # -> nats of each document, and the mean CE
-        by mask rate
+    pieces = cut(documents, 512)              # documents: lists of ids, each begins with BOS
+    bound(model, pieces, 64, draws=4)         # -> nats of each document, mean CE by mask rate
+    left_to_right(model, prompt, new)         # -> nats of these tokens, one at a time
 
 Every document is scored by itself. BOS is given, as it is whenever text is sampled; EOS counts. A
 document longer than the training length is cut into windows: each but the last starts where the one
 before ended, without context; the last one ends with the document, and what it shares with the one
 before is given, not scored. So every token counts once. An error is a standard error over documents
-(of a ratio: nats of all / tokens, bytes or letters of all). Legend: R rows, L tokens of a window, S
-block, n blocks, D documents.
+(of a ratio: nats of all / tokens, bytes or letters of all).
+
+Legend: R rows, L tokens of a window, S block, n blocks, D documents, N scored tokens.
 """
 import contextlib
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -36,18 +37,22 @@ def held_out(model, rows, blocks, seed, batch, draws, ranks=None, piece=contextl
     ranks: the processes that share the rows; each gets the figures of all of them. piece: as in
     row_bounds.
     """
-    result, part = {}, ranks.shard_rows(len(rows)) if ranks else slice(None)
+    result = {}
+    part = ranks.shard_rows(len(rows)) if ranks else slice(None)
     for block in blocks:
-        parts = torch.stack(
-            [
-                masking.row_bounds(model, rows, block, None, seed + i, batch, part, piece)
-                for i in range(draws)
-            ],
-            dim=1,
-        )
-        parts = ranks.gather_rows(parts, len(rows)) if ranks else parts  # (R, draws, 3)
-        per_row, (_, plain, masked_count) = parts[..., 0].mean(1), parts.sum(0).unbind(1)
-        error = float(per_row.std() / math.sqrt(len(per_row))) if len(per_row) > 1 else 0.0
+        passes = []
+        for draw in range(draws):
+            passes.append(
+                masking.row_bounds(model, rows, block, None, seed + draw, batch, part, piece)
+            )
+        sums = torch.stack(passes, dim=1)                                   # (R, draws, 3)
+        if ranks:
+            sums = ranks.gather_rows(sums, len(rows))
+        per_row = sums[..., 0].mean(1)                                      # (R,)
+        _, plain, masked_count = sums.sum(0).unbind(1)                      # (draws,) each
+        error = 0.0
+        if len(per_row) > 1:
+            error = float(per_row.std() / math.sqrt(len(per_row)))
         result[block] = {
             "nats": float(per_row.mean()),
             "se": error,
@@ -58,13 +63,10 @@ def held_out(model, rows, blocks, seed, batch, draws, ranks=None, piece=contextl
 
 def at_depth(model, depth):
     """The same model, leaving behind that many layers, as far as an estimator looks at it."""
-    return SimpleNamespace(
-        cfg=model.cfg,
-        head=model.head,
-        block_states=lambda xt, x0, block, first: model.block_states(xt, x0, block, first, depth)[
-            1
-        ],
-    )
+    def early_states(xt, x0, block, first):
+        return model.block_states(xt, x0, block, first, depth)[1]
+
+    return SimpleNamespace(cfg=model.cfg, head=model.head, block_states=early_states)
 
 
 def bits_per_byte(nats_per_token, meta):
@@ -89,12 +91,13 @@ def windows(tokens, length):
     """Where a document is cut: [(start, tokens of the window, how many of them are given)]."""
     if tokens <= length:
         return [(0, tokens, 1)]
-    cuts = [
-        (0, length, 1),
-        *((start, length, 0) for start in range(length, tokens - length + 1, length)),
-    ]
+    cuts = [(0, length, 1)]
+    for start in range(length, tokens - length + 1, length):
+        cuts.append((start, length, 0))
     rest = tokens % length
-    return [*cuts, (tokens - length, length, length - rest)] if rest else cuts
+    if rest:
+        cuts.append((tokens - length, length, length - rest))
+    return cuts
 
 
 def cut(documents, length, device="cpu"):
@@ -102,15 +105,14 @@ def cut(documents, length, device="cpu"):
     groups = {}
     for number, ids in enumerate(documents):
         for start, size, given in windows(len(ids), length):
-            groups.setdefault((size, given), []).append((number, ids[start:start + size]))
-    return [
-        Piece(
-            torch.tensor([ids for _, ids in group], device=device),
-            given,
-            torch.tensor([number for number, _ in group]),
-        )
-        for (_, given), group in sorted(groups.items())
-    ]
+            group = groups.setdefault((size, given), [])
+            group.append((number, ids[start:start + size]))
+    pieces = []
+    for (_, given), group in sorted(groups.items()):
+        x0 = torch.tensor([ids for _, ids in group], device=device)
+        owners = torch.tensor([number for number, _ in group])
+        pieces.append(Piece(x0, given, owners))
+    return pieces
 
 
 class Layout(NamedTuple):
@@ -126,45 +128,52 @@ class Layout(NamedTuple):
 
 def lay_out(piece, block):
     L = piece.x0.shape[1]
-    block, first = (L, L) if block >= L else (block, piece.given % block or block)
+    if block >= L:
+        block = first = L
+    else:
+        first = piece.given % block or block
+    before = block - first                      # empty places at the beginning of block 0
     n = 1 + math.ceil((L - first) / block)
-    at = torch.arange(n * block) - (block - first)
-    inside, scored = (at >= 0) & (at < L), (at >= piece.given) & (at < L)
-    return Layout(
-        block,
-        first,
-        inside.view(n, block),
-        scored.view(n, block),
-        (torch.arange(L) + block - first) // block,
-    )
+    at = torch.arange(n * block) - before
+    inside = (at >= 0) & (at < L)
+    scored = (at >= piece.given) & (at < L)
+    owner = (torch.arange(L) + before) // block
+    return Layout(block, first, inside.view(n, block), scored.view(n, block), owner)
 
 
 # ---- estimators ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def surprise(model, x0, masked, layout, score=None, batch=8):
-    """CE (R, L) on the CPU at the scored positions (those masked, if none are named), 0 elsewhere.
+    """CE (R, L) on the CPU at the scored positions (the masked ones, if none are named), 0
+    elsewhere.
     """
     found = torch.zeros(x0.shape)
-    score = masked if score is None else score
-    for a in range(0, len(x0), batch):
-        x, at = x0[a:a + batch], score[a:a + batch].to(x0.device)
-        xt = (
-            shifted(x, model.cfg.mask_id)
-            if model.cfg.causal
-            else torch.where(masked[a : a + batch].to(x.device), model.cfg.mask_id, x)
-        )
-        h = model.block_states(xt, x, layout.block, layout.first)[at]              # (N, D)
-        if len(h):
-            ones = torch.ones(len(h), device=h.device)
-            found[a:a + batch][at.cpu()] = LinearCrossEntropy.apply(
-                h, model.head.weight, x[at], ones, list(model.head.never), 512, h.dtype)[1].cpu()
+    if score is None:
+        score = masked
+    for start in range(0, len(x0), batch):
+        part = slice(start, start + batch)
+        x = x0[part]
+        at = score[part].to(x0.device)
+        if model.cfg.causal:
+            xt = shifted(x, model.cfg.mask_id)
+        else:
+            xt = torch.where(masked[part].to(x.device), model.cfg.mask_id, x)
+        states = model.block_states(xt, x, layout.block, layout.first)[at]        # (N, D)
+        if len(states):
+            ones = torch.ones(len(states), device=states.device)
+            never = list(model.head.never)
+            _, ce = LinearCrossEntropy.apply(
+                states, model.head.weight, x[at], ones, never, 512, states.dtype
+            )
+            found[part][at.cpu()] = ce.cpu()
     return found
 
 
 def per_document(pieces, values):
     """values: per piece (R,) -> (D,) sums, float64."""
-    total = torch.zeros(1 + max(int(p.document.max()) for p in pieces), dtype=torch.float64)
+    documents = 1 + max(int(piece.document.max()) for piece in pieces)
+    total = torch.zeros(documents, dtype=torch.float64)
     for piece, value in zip(pieces, values, strict=True):
         total.index_add_(0, piece.document, value.double())
     return total
@@ -177,14 +186,17 @@ def exact_counts(pieces, layouts, generator, part=0, parts=1, sampling="stratifi
     Yields (mask (R, L), weight (R, n), share hidden (R, n)). part of parts: that slice of the range
     of k, so that the draws of one window are strata too.
     """
-    cells = [len(p.x0) * len(lay.inside) for p, lay in zip(pieces, layouts, strict=True)]
+    cells = []
+    for piece, layout in zip(pieces, layouts, strict=True):
+        cells.append(len(piece.x0) * len(layout.inside))
     grid = (part + strata(sum(cells), sampling, generator)) / parts
     for piece, layout, u in zip(pieces, layouts, grid.split(cells), strict=True):
-        R, size = len(piece.x0), layout.scored.sum(-1)                             # (n,)
-        # (R, n)
-        count = torch.ceil((1 - u.view(R, -1)) * size - 1e-9).long().clamp(min=1).minimum(size)
-        # (R, n, S)
-        mask = hide(count, layout.scored.expand(R, *layout.scored.shape), 1.0, generator)
+        R = len(piece.x0)
+        size = layout.scored.sum(-1)                                               # (n,)
+        count = torch.ceil((1 - u.view(R, -1)) * size - 1e-9).long()               # (R, n)
+        count = count.clamp(min=1).minimum(size)
+        maskable = layout.scored.expand(R, *layout.scored.shape)                   # (R, n, S)
+        mask = hide(count, maskable, 1.0, generator)
         yield mask[:, layout.inside], size / count.clamp(min=1), count / size.clamp(min=1)
 
 
@@ -193,49 +205,59 @@ def independent(pieces, layouts, generator, schedule):
     - alpha(t), masking.weight.
     """
     for piece, layout in zip(pieces, layouts, strict=True):
-        R, (n, S) = len(piece.x0), layout.inside.shape
+        R = len(piece.x0)
+        n, S = layout.inside.shape
         t = 1 - torch.rand(R, n, generator=generator, dtype=torch.float64)  # (R, n) in (0, 1]
-        mask = (
-            torch.rand(R, n, S, generator=generator) < (1 - masking.alpha(t, schedule))[..., None]
-        )
+        chance = (1 - masking.alpha(t, schedule))[..., None]
+        mask = torch.rand(R, n, S, generator=generator) < chance
         mask &= layout.scored
         yield mask[:, layout.inside], masking.weight(t, schedule), None
 
 
 def bound(model, pieces, block, draws, seed=0, batch=8):
     """The exact-count bound -> (nats of each document (D,), curve: [(mask rate up to, mean CE of
-    hidden tokens)], plain mean CE).
+    masked tokens)], plain mean CE).
 
     Every token of a block weighs size / count, so the mean of the curve over the rates is the bound
     again. Of a causal model: the exact NLL, and no curve.
     """
-    layouts = [lay_out(p, block) for p in pieces]
+    layouts = [lay_out(piece, block) for piece in pieces]
     if model.cfg.causal:
-        ces = [(torch.arange(p.x0.shape[1]) >= p.given).expand(p.x0.shape) for p in pieces]
-        ces = [
-            surprise(model, p.x0, at, lay, None, batch)
-            for p, at, lay in zip(pieces, ces, layouts, strict=True)
-        ]
-        total = per_document(pieces, [ce.sum(1) for ce in ces])
+        total = exact_nll(model, pieces, layouts, batch)
         return total, [], float(total.sum()) / scored_tokens(pieces)
-    nats, g = 0, step_generator(seed, 0, "bound")
-    sums, sizes, plain, masked_count = torch.zeros(BINS), torch.zeros(BINS), 0.0, 0
-    for part in range(draws):
+
+    generator = step_generator(seed, 0, "bound")
+    nats = 0
+    sums, sizes = torch.zeros(BINS), torch.zeros(BINS)          # of the curve
+    plain, masked_count = 0.0, 0
+    for draw in range(draws):
         values = []
-        masks = exact_counts(pieces, layouts, g, part, draws)
+        masks = exact_counts(pieces, layouts, generator, draw, draws)
         for piece, layout, (mask, weight, share) in zip(pieces, layouts, masks, strict=True):
             ce = surprise(model, piece.x0, mask, layout, None, batch)              # (R, L)
-            # (R, n) size x mean CE
-            by_block = torch.zeros(weight.shape).index_add_(1, layout.owner, ce) * weight
+            by_block = torch.zeros(weight.shape).index_add_(1, layout.owner, ce)
+            by_block = by_block * weight                               # (R, n) size x mean CE
             values.append(by_block.sum(1))
+
             size = layout.scored.sum(-1).float().expand(share.shape)
-            at = (torch.ceil(share * BINS - 1e-6).long() - 1).clamp(min=0).flatten()
-            sums.index_add_(0, at, by_block.flatten())
-            sizes.index_add_(0, at, size.flatten())
-            plain, masked_count = plain + float(ce.sum()), masked_count + int(mask.sum())
+            bin_of = (torch.ceil(share * BINS - 1e-6).long() - 1).clamp(min=0).flatten()
+            sums.index_add_(0, bin_of, by_block.flatten())
+            sizes.index_add_(0, bin_of, size.flatten())
+            plain += float(ce.sum())
+            masked_count += int(mask.sum())
         nats = nats + per_document(pieces, values) / draws
     curve = [((i + 1) / BINS, float(sums[i] / sizes[i])) for i in range(BINS) if sizes[i]]
     return nats, curve, plain / masked_count
+
+
+def exact_nll(model, pieces, layouts, batch):
+    """-log p of a causal model -> nats of each document (D,)."""
+    values = []
+    for piece, layout in zip(pieces, layouts, strict=True):
+        fresh = torch.arange(piece.x0.shape[1]) >= piece.given
+        ce = surprise(model, piece.x0, fresh.expand(piece.x0.shape), layout, None, batch)
+        values.append(ce.sum(1))
+    return per_document(pieces, values)
 
 
 def chain_rule(model, pieces, block, batch=8):
@@ -250,21 +272,16 @@ def chain_rule(model, pieces, block, batch=8):
         return bound(model, pieces, block, 1, batch=batch)[0]
     values = []
     for piece in pieces:
-        layout, L = lay_out(piece, block), piece.x0.shape[1]
-        order = torch.arange(L) - piece.given
-        fresh, order = order >= 0, order % layout.block  # (L,) place inside its block
-        value = torch.zeros(len(piece.x0))
+        layout = lay_out(piece, block)
+        R, L = piece.x0.shape
+        place = torch.arange(L) - piece.given
+        fresh = place >= 0
+        place = place % layout.block                            # (L,) inside its block
+        value = torch.zeros(R)
         for i in range(min(layout.block, L - piece.given)):
-            score = fresh & (order == i)
-            shape = piece.x0.shape
-            value += surprise(
-                model,
-                piece.x0,
-                (fresh & (order >= i)).expand(shape),
-                layout,
-                score.expand(shape),
-                batch,
-            ).sum(1)
+            masked = (fresh & (place >= i)).expand(R, L)
+            score = (fresh & (place == i)).expand(R, L)
+            value += surprise(model, piece.x0, masked, layout, score, batch).sum(1)
         values.append(value)
     return per_document(pieces, values)
 
@@ -276,21 +293,23 @@ def infilling(model, pieces, seed=0, batch=8):
     """
     found = {}
     for rate in RATES:
-        g, right, asked = step_generator(seed, 0, f"{rate:.2f}"), [], []
+        generator = step_generator(seed, 0, f"{rate:.2f}")
+        right, asked = [], []
         for piece in pieces:
-            layout = lay_out(piece, piece.x0.shape[1])
+            R, L = piece.x0.shape
+            layout = lay_out(piece, L)
             size = int(layout.scored.sum())
-            count = torch.full((len(piece.x0), 1), max(1, round(rate * size)))
-            mask = hide(count, layout.scored.expand(len(piece.x0), 1, -1), 1.0, g)[:, 0]  # (R, L)
+            count = torch.full((R, 1), max(1, round(rate * size)))
+            mask = hide(count, layout.scored.expand(R, 1, -1), 1.0, generator)[:, 0]   # (R, L)
             good = torch.zeros(mask.shape)
-            for a in range(0, len(mask), batch):
-                x, m = piece.x0[a:a + batch], mask[a:a + batch].to(piece.x0.device)
-                h = model.block_states(
-                    torch.where(m, model.cfg.mask_id, x), x, layout.block, layout.first
-                )
-                good[a : a + batch][m.cpu()] = (
-                    (model.head.logits(h[m]).argmax(-1) == x[m]).float().cpu()
-                )
+            for start in range(0, R, batch):
+                part = slice(start, start + batch)
+                x = piece.x0[part]
+                m = mask[part].to(x.device)
+                xt = torch.where(m, model.cfg.mask_id, x)
+                states = model.block_states(xt, x, layout.block, layout.first)[m]     # (N, D)
+                guesses = model.head.logits(states).argmax(-1)
+                good[part][m.cpu()] = (guesses == x[m]).float().cpu()
             right.append(good.sum(1))
             asked.append(mask.sum(1))
         found[rate] = per_document(pieces, right), per_document(pieces, asked)
@@ -332,7 +351,7 @@ def left_to_right(model, prompt, new, frozen=True):
 
 
 def scored_tokens(pieces):
-    return sum(p.x0.numel() - len(p.x0) * p.given for p in pieces)
+    return sum(piece.x0.numel() - len(piece.x0) * piece.given for piece in pieces)
 
 
 def compare(model, pieces, block, repeats, seed=0, batch=8):
@@ -343,31 +362,32 @@ def compare(model, pieces, block, repeats, seed=0, batch=8):
     alone contribute. With t iid and tokens hidden independently it has no finite expectation:
     E[weight^2 x hidden] goes like the integral of 1/t.
     """
-    layouts, tokens, found = [lay_out(p, block) for p in pieces], scored_tokens(pieces), {}
+    layouts = [lay_out(piece, block) for piece in pieces]
     ways = {
-        "exact count": lambda g: exact_counts(pieces, layouts, g),
-        "exact count, count iid": lambda g: exact_counts(pieces, layouts, g, sampling="uniform"),
-        **{
-            f"{name}, t iid": lambda g, name=name: independent(pieces, layouts, g, name)
-            for name in masking.SCHEDULES
-        },
+        "exact count": exact_counts,
+        "exact count, count iid": partial(exact_counts, sampling="uniform"),
     }
+    for schedule in masking.SCHEDULES:
+        ways[f"{schedule}, t iid"] = partial(independent, schedule=schedule)
+
+    tokens = scored_tokens(pieces)
+    found = {}
     for name, way in ways.items():
-        g, passes = step_generator(seed, 0, "compar"), []
+        generator = step_generator(seed, 0, "compar")
+        passes = []
         for _ in range(repeats):
-            masks = way(g)
             total = 0.0
+            masks = way(pieces, layouts, generator)
             for piece, layout, (mask, weight, _) in zip(pieces, layouts, masks, strict=True):
-                total += float(
-                    (
-                        surprise(model, piece.x0, mask, layout, None, batch)
-                        * weight[:, layout.owner]
-                    ).sum()
-                )
+                ce = surprise(model, piece.x0, mask, layout, None, batch)
+                total += float((ce * weight[:, layout.owner]).sum())
             passes.append(total / tokens)
         passes = torch.tensor(passes, dtype=torch.float64)
-        found[name] = {"nats": float(passes.mean()), "se": float(passes.std() / math.sqrt(repeats)),
-                       "variance": float(passes.var())}
+        found[name] = {
+            "nats": float(passes.mean()),
+            "se": float(passes.std() / math.sqrt(repeats)),
+            "variance": float(passes.var()),
+        }
     return found
 
 
@@ -377,19 +397,28 @@ def ratio(values, units):
     """Sum of values / sum of units with its standard error over documents (delta method); no error
     from one document.
     """
-    values, units = (torch.as_tensor(v, dtype=torch.float64) for v in (values, units))
-    r, n = float(values.sum() / units.sum()), len(values)
+    values = torch.as_tensor(values, dtype=torch.float64)
+    units = torch.as_tensor(units, dtype=torch.float64)
+    r = float(values.sum() / units.sum())
+    n = len(values)
     if n < 2:
         return r, None
-    return r, float(((values - r * units).square().sum() * n / (n - 1)).sqrt() / units.sum())
+    squares = (values - r * units).square().sum()
+    return r, float((squares * n / (n - 1)).sqrt() / units.sum())
 
 
 def figures(nats, texts):
     """nats of each document, texts: {"tokens", "bytes", "chars": (D,) each} -> nats/token,
     bits/byte, bits/char with errors.
     """
-    out = {"documents": len(nats), "tokens": int(sum(texts["tokens"]))}
-    for name, unit in (("nats", "tokens"), ("bits_per_byte", "bytes"), ("bits_per_char", "chars")):
-        value, error = ratio(nats if name == "nats" else nats / math.log(2), texts[unit])
-        out |= {name: value, "se" if name == "nats" else f"{name}_se": error}
-    return out
+    nats_per_token, error = ratio(nats, texts["tokens"])
+    found = {
+        "documents": len(nats),
+        "tokens": int(sum(texts["tokens"])),
+        "nats": nats_per_token,
+        "se": error,
+    }
+    bits = nats / math.log(2)
+    for name, unit in (("bits_per_byte", "bytes"), ("bits_per_char", "chars")):
+        found[name], found[f"{name}_se"] = ratio(bits, texts[unit])
+    return found

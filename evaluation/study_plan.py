@@ -2,8 +2,8 @@
 every seed; and their commands.
 
     runs = make_plan(args, origins, root)            # [Run], seed by seed
-    terms(run.args), scoring(args, run)              # what makes a run, and its score, the ones
-        that they are
+    terms(run.args)                                  # what makes a run the one that it is,
+    scoring(args, run)                               # and what its score
 
 Used by run_experiments.py and benchmarks/eco_variants.py; nothing here runs anything.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import math
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,9 @@ from config import TrainArgs
 from studies import STUDIES
 
 ROUNDS = 3            # of --halving at most: an eighth, a quarter, half
-# they change nothing of what is learned; the text is known by its hash, and train itself moves to
-# the starter corpus
+FIELDS = dataclasses.fields(TrainArgs)
+# flags that change nothing of what is learned; the text is known by its hash, and train itself
+# moves to the starter corpus
 LOOSE = {
     "data_dir",
     "block_size",
@@ -59,34 +61,45 @@ class Run(NamedTuple):
 
     @property
     def sizes(self):
-        c = model_config.model_config(self.args, vocabulary(self.args.data_dir))
-        return self.counted or {
-            "params": model_config.count_params(c),
-            "params_blocks": model_config.block_params(c),
-            "flops_per_token": flops(c, self.args),
+        if self.counted:
+            return self.counted
+        shape = model_config.model_config(self.args, vocabulary(self.args.data_dir))
+        return {
+            "params": model_config.count_params(shape),
+            "params_blocks": model_config.block_params(shape),
+            "flops_per_token": flops(shape, self.args),
         }
 
+
+# ---- variants and their sizes --------------------------------------------------------------------
 
 def variants(args):
     """name -> the settings that make it; with --only the first, which is the reference, and those.
     """
-    found = STUDIES[args.study].variants if args.study else {
-        f"{m}_{t}_{k}": dict(model=m, time_mode=t, masking_strategy=k) for m, t, k in
-        itertools.product(args.architectures, args.time_modes, args.masking_strategies)}
-    if unknown := [name for name in args.only if name not in found]:
-        raise UserError(f"--only {unknown[0]}: there are {', '.join(found)}")
-    first = next(iter(found))
-    return {
-        name: diff
-        for name, diff in found.items()
-        if not args.only or name == first or name in args.only
-    }
+    if args.study:
+        found = STUDIES[args.study].variants
+    else:
+        found = {}
+        matrix = itertools.product(args.architectures, args.time_modes, args.masking_strategies)
+        for model, time_mode, strategy in matrix:
+            diff = dict(model=model, time_mode=time_mode, masking_strategy=strategy)
+            found[f"{model}_{time_mode}_{strategy}"] = diff
+    if not args.only:
+        return found
+    for name in args.only:
+        if name not in found:
+            raise UserError(f"--only {name}: there are {', '.join(found)}")
+    wanted = {next(iter(found)), *args.only}
+    return {name: diff for name, diff in found.items() if name in wanted}
 
 
-def asked(a):
+def mean_mask_rate(train_args):
     """The mean share of tokens that are hidden in training."""
-    mean = {"linear": 1 / 2, "cosine": 2 / math.pi}[a.mask_schedule]
-    return 1.0 if a.causal else a.min_mask_rate + mean * (a.most_hidden - a.min_mask_rate)
+    if train_args.causal:
+        return 1.0
+    mean = {"linear": 1 / 2, "cosine": 2 / math.pi}[train_args.mask_schedule]
+    lowest = train_args.min_mask_rate
+    return lowest + mean * (train_args.most_hidden - lowest)
 
 
 def vocabulary(data_dir):
@@ -94,118 +107,145 @@ def vocabulary(data_dir):
     return read_json(meta).get("vocab_size", 0) if meta.exists() else 0
 
 
-def flops(c, a):
-    return model_config.flops_per_token(c, a.seq_len, a.rule_shares, asked(a))
+def flops(shape, train_args):
+    return model_config.flops_per_token(
+        shape, train_args.seq_len, train_args.rule_shares, mean_mask_rate(train_args)
+    )
 
 
 def settings(args):
     """variant -> its TrainArgs, the size matched to that of the first."""
-    base = TrainArgs(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainArgs)})
+    base = TrainArgs(**{field.name: getattr(args, field.name) for field in FIELDS})
     # their values are in it
     base = dataclasses.replace(base, preset="none", edge_profile="none", config=None)
-    found, problems, vocab = {}, [], vocabulary(base.data_dir)
+    found = {}
+    problems = []
     for name, diff in variants(args).items():
-        a = found[name] = dataclasses.replace(base, **diff)
-        problems += [f"{name}: {p}" for p in problems_of(a)]
-        if args.match == "tokens" or problems:
-            continue
-        first = next(iter(found.values()))
-        cost = model_config.block_params if args.match != "flops" else lambda c, a=a: flops(c, a)
-        goal = flops(model_config.model_config(first, vocab), first) if args.match == "flops" else \
-            model_config.block_params(model_config.model_config(first, vocab))
-        shape = model_config.model_config(a, vocab)
-        if cost(shape) != goal:
-            a.d_ff = model_config.match_d_ff(shape, goal, cost)
-            if abs(gap := cost(model_config.model_config(a, vocab)) / goal - 1) > 0.01:
-                say(
-                    f"notice: {name} has {gap:+.1%} of the {args.match} of {next(iter(found))}, "
-                    f"even with --d_ff {a.d_ff}"
-                )
+        found[name] = dataclasses.replace(base, **diff)
+        problems += [f"{name}: {problem}" for problem in problems_of(found[name])]
+        if args.match != "tokens" and not problems:
+            match_size(name, found, args.match, vocabulary(base.data_dir))
     if problems:
         raise UserError("\n  ".join(problems))
     return found
 
 
+def match_size(name, found, match, vocab):
+    """Give this variant the d_ff at which it costs what the first one costs."""
+    reference = next(iter(found))
+
+    def shape_of(train_args):
+        return model_config.model_config(train_args, vocab)
+
+    def cost(train_args, shape):
+        if match == "flops":
+            return flops(shape, train_args)
+        return model_config.block_params(shape)
+
+    goal = cost(found[reference], shape_of(found[reference]))
+    own = found[name]
+    shape = shape_of(own)
+    if cost(own, shape) == goal:
+        return
+    own.d_ff = model_config.match_d_ff(shape, goal, partial(cost, own))
+    gap = cost(own, shape_of(own)) / goal - 1
+    if abs(gap) > 0.01:
+        say(
+            f"notice: {name} has {gap:+.1%} of the {match} of {reference}, even with --d_ff "
+            f"{own.d_ff}"
+        )
+
+
+# ---- the runs ------------------------------------------------------------------------------------
+
 def seeds_of(args, origins):
-    given = args.seeds or (
-        STUDIES[args.study].seeds
-        if args.study and origins["seed"] == "default"
-        else (str(args.seed),)
-    )
+    given = (str(args.seed),)
+    if args.seeds:
+        given = args.seeds
+    elif args.study and origins["seed"] == "default":
+        given = STUDIES[args.study].seeds
     return list(dict.fromkeys(map(int, given)))
 
 
 def make_plan(args, origins, root):
     """-> [Run], seed by seed, so that what has run so far can be compared."""
-    seeds, found = seeds_of(args, origins), settings(args)
+    found = settings(args)
     if args.halving:
         unit = args.max_steps >> rounds(len(found))
         if not unit:
             raise UserError(
                 f"--halving of {len(found)} variants needs more than --max_steps {args.max_steps}"
             )
-        for a in found.values():
-            a.eval_interval = unit
-    return [
-        Run(name, variant, dataclasses.replace(a, seed=seed, output_dir=str(root / name)))
-        for seed in seeds
-        for variant, a in found.items()
-        for name in [variant + f"_s{seed}" * (seed != TrainArgs.seed)]
-    ]
+        for train_args in found.values():
+            train_args.eval_interval = unit
+    runs = []
+    for seed in seeds_of(args, origins):
+        for variant, train_args in found.items():
+            name = variant if seed == TrainArgs.seed else f"{variant}_s{seed}"
+            own = dataclasses.replace(train_args, seed=seed, output_dir=str(root / name))
+            runs.append(Run(name, variant, own))
+    return runs
 
 
 def rounds(count):
+    """How often --halving halves so many variants."""
     return min(ROUNDS, math.ceil(math.log2(count))) if count > 1 else 0
 
 
-def flags(a):
+def flags(train_args):
     """TrainArgs as the flags that make them: what differs from the defaults, presets resolved."""
     words = []
-    for f in dataclasses.fields(TrainArgs):
-        value = getattr(a, f.name)
+    for field in FIELDS:
+        value = getattr(train_args, field.name)
         # the default of lr is that of the optimizer
-        own_default = value == f.default and f.name != "lr"
-        if f.name in ("resume_latest", "quiet") or own_default:
+        own_default = value == field.default and field.name != "lr"
+        if field.name in ("resume_latest", "quiet") or own_default:
             continue
-        words += ([f"--{f.name}" if value else f"--no_{f.name}"] if f.type is bool else
-                  [f"--{f.name}", *map(str, value if f.type is tuple else [value])])
+        if field.type is bool:
+            words.append(f"--{field.name}" if value else f"--no_{field.name}")
+        elif field.type is tuple:
+            words += [f"--{field.name}", *map(str, value)]
+        else:
+            words += [f"--{field.name}", str(value)]
     return [*words, "--resume_latest"]
 
 
-def terms(a):
+def terms(train_args):
     """What makes a run the one that it is: every flag that changes what is learned, with what -1
     and a default mean today.
     """
-    kept = {f.name: getattr(a, f.name) for f in dataclasses.fields(TrainArgs)
-            if f.metadata["resume"] != "ignore" and f.name not in LOOSE}
-    return kept | dict(ar_fade=a.fade, max_mask_rate=a.most_hidden, warmup_steps=a.warmup)
+    kept = {}
+    for field in FIELDS:
+        if field.metadata["resume"] != "ignore" and field.name not in LOOSE:
+            kept[field.name] = getattr(train_args, field.name)
+    kept["ar_fade"] = train_args.fade
+    kept["max_mask_rate"] = train_args.most_hidden
+    kept["warmup_steps"] = train_args.warmup
+    return kept
 
 
-def unlike(found, a):
+def unlike(found, train_args):
     """Saved terms, perhaps of an older version, against what is asked for -> {flag: what was saved}
     of those that differ.
     """
-    old = {
-        f.name: config.ADDED.get(f.name, f.default) for f in dataclasses.fields(TrainArgs)
-    } | found
-    return {name: old[name] for name, value in terms(a).items() if old[name] != value}
+    old = {field.name: config.ADDED.get(field.name, field.default) for field in FIELDS} | found
+    asked = terms(train_args)
+    return {name: old[name] for name, value in asked.items() if old[name] != value}
 
 
 def trained(saved):
     """The terms of a run from the args that its train.jsonl has."""
-    known = {f.name for f in dataclasses.fields(TrainArgs)}
-    return terms(
-        TrainArgs(
-            **{name: value for name, value in (config.ADDED | saved).items() if name in known}
-        )
-    )
+    known = {field.name for field in FIELDS}
+    every = config.ADDED | saved
+    return terms(TrainArgs(**{name: every[name] for name in every if name in known}))
 
 
 def scoring(args, run):
     """How a trained run is scored: by its base's block rules, unless it learned single tokens
     alone.
     """
-    rules = "1" if set(run.args.block_choices) == {1} else args.train_block_sizes
+    single = set(run.args.block_choices) == {1}
+    rules = "1" if single else args.train_block_sizes
     return {
         "blocks": rules,
         "batches": args.batches,
@@ -217,17 +257,15 @@ def scoring(args, run):
 def as_json(args, runs, step_ms):
     entries = []
     for run in runs:
-        entries.append(
-            {
-                "name": run.name,
-                "variant": run.variant,
-                "seed": run.args.seed,
-                "module": "train",
-                "via": run.via,
-                "args": flags(run.args),
-                **run.sizes,
-            }
-        )
+        entry = {
+            "name": run.name,
+            "variant": run.variant,
+            "seed": run.args.seed,
+            "module": "train",
+            "via": run.via,
+            "args": flags(run.args),
+        }
+        entries.append(entry | run.sizes)
     return {
         "version": 1,
         "study": args.study,
@@ -246,20 +284,19 @@ def tell(args, runs, root):
     if args.study:
         study = STUDIES[args.study]
         print(f"study {args.study}: {study.question}\nmeasured: {study.measure}")
-    first, vocab = runs[0], vocabulary(runs[0].args.data_dir)
-    tokens = (
-        first.args.max_steps * first.args.batch_size * first.args.grad_accum * first.args.seq_len
-    )
+    first = runs[0].args
+    tokens = first.max_steps * first.batch_size * first.grad_accum * first.seq_len
+    without = ""
+    if not vocabulary(first.data_dir):
+        without = "; no prepared text yet, so parameters are without embedding"
     print(
-        f"{len(runs)} runs of {first.args.max_steps} steps, {tokens / 1e6:.1f}M tokens each; "
-        f"matched: {args.match}; plan: "
-        f"{root / 'experiment_plan.json'}{'' if vocab else '; no prepared text yet, so parameters are without embedding'}"
+        f"{len(runs)} runs of {first.max_steps} steps, {tokens / 1e6:.1f}M tokens each; "
+        f"matched: {args.match}; plan: {root / 'experiment_plan.json'}{without}"
     )
     for run in {run.variant: run for run in runs}.values():
         print(
             f"  {run.variant:28} {run.args.model}, d_ff {run.args.d_ff}, {run.sizes['params']:,} "
-            "parameters, "
-            f"{run.sizes['flops_per_token'] / 1e6:.1f} MFLOP/token"
+            f"parameters, {run.sizes['flops_per_token'] / 1e6:.1f} MFLOP/token"
         )
     for run in runs:
         print(shlex.join(["python", *(run.via or ("-m",)), "train", *flags(run.args)]))

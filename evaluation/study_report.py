@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import statistics
+import textwrap
 
 from common.console import UserError, say
 from common.files import json_text, read_lines, write_text
@@ -33,12 +34,28 @@ HEAD = (
     "to the reference",
     "chain rule, bits/byte",
 )
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;color:#1b1f24}
-h1{font-size:1.6em}h2{font-size:1.25em;margin-top:2.2em;border-top:1px solid #d0d7de;padding-top:1em}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1280px;margin:2em auto;padding:0 1em;
+color:#1b1f24}
+h1{font-size:1.6em}
+h2{font-size:1.25em;margin-top:2.2em;border-top:1px solid #d0d7de;padding-top:1em}
 img{max-width:100%;height:auto}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.82em;font-variant-numeric:tabular-nums}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:.82em;font-variant-numeric:tabular-nums}
 th,td{padding:.35em .55em;border-bottom:1px solid #d8dee4;text-align:right;white-space:nowrap}
-th{background:#f6f8fa}th:first-child,td:first-child{text-align:left}p.note{color:#57606a;font-size:.9em}"""
+th{background:#f6f8fa}th:first-child,td:first-child{text-align:left}
+p.note{color:#57606a;font-size:.9em}"""
+WIDTH = 100         # of a line of prose in a page of Markdown
+LEGEND = (
+    "± is the standard deviation over seeds; to the reference: over the block rules of both, with "
+    "the standard error of the difference over seeds, or of one seed over documents. Bound: of "
+    "held-out documents, its bits/byte the mean over block rules; chain rule: of fewer documents. "
+    "Speeds: of the machine as busy as it was."
+)
+BARS_SHOW = (
+    "Blue: mean over seeds and their standard deviation. Grey: one seed, and the standard error "
+    "over documents of its difference to the reference. Small bars: single runs; dashed: the "
+    "reference."
+)
 
 
 # ---- lines ---------------------------------------------------------------------------------------
@@ -50,12 +67,12 @@ def by_seed(path):
 
 def append(path, line):
     """One more line, on the disk when this returns; a torn one before it is cut off."""
-    with open(path, "ab+") as f:
-        f.seek(0)
-        f.truncate(f.read().rfind(b"\n") + 1)
-        f.write((json_text(line) + "\n").encode())
-        f.flush()
-        os.fsync(f.fileno())
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json_text(line) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def curve(events):
@@ -65,28 +82,36 @@ def curve(events):
     evaluating, saving and whatever was lost by a kill do not count. A step that was repeated after
     a resume counts as it was the last time.
     """
-    steps = {e["step"]: e for e in events if e["event"] == "train"}
-    at, seconds, tokens, before = [0], [0.0], [0], 0
+    steps = {event["step"]: event for event in events if event["event"] == "train"}
+    at, seconds, tokens = [0], [0.0], [0]
     for step in sorted(steps):
+        since = step - at[-1]
         at.append(step)
-        seconds.append(seconds[-1] + steps[step]["step_ms"] / 1e3 * (step - before))
+        seconds.append(seconds[-1] + steps[step]["step_ms"] / 1e3 * since)
         tokens.append(steps[step]["tokens_seen"])
-        before = step
+
+    # between two logged steps a straight line
     rows = {}
-    for e in events:
-        if e["event"] == "eval" and e["step"] <= at[-1]:
-            i = bisect.bisect_left(at, e["step"])
-            share = 1.0 if not i else (e["step"] - at[i - 1]) / (at[i] - at[i - 1])
-            low = max(0, i - 1)
-            rows[e["step"]] = [
-                e["step"],
-                round(tokens[low] + share * (tokens[i] - tokens[low])),
-                round(seconds[low] + share * (seconds[i] - seconds[low]), 3),
-                e["val_nelbo"],
-                e["val_bpb"],
-            ]
-    end = [at[-1], tokens[-1], round(seconds[-1], 3)]
-    return [rows[s] for s in sorted(rows)] + ([] if at[-1] in rows else [[*end, None, None]])
+    for event in events:
+        step = event.get("step")
+        if event["event"] != "eval" or step > at[-1]:
+            continue
+        i = bisect.bisect_left(at, step)
+        low = max(0, i - 1)
+        share = 1.0
+        if i:
+            share = (step - at[low]) / (at[i] - at[low])
+        rows[step] = [
+            step,
+            round(tokens[low] + share * (tokens[i] - tokens[low])),
+            round(seconds[low] + share * (seconds[i] - seconds[low]), 3),
+            event["val_nelbo"],
+            event["val_bpb"],
+        ]
+    found = [rows[step] for step in sorted(rows)]
+    if at[-1] not in rows:
+        found.append([at[-1], tokens[-1], round(seconds[-1], 3), None, None])
+    return found
 
 
 def value(line, rules=()):
@@ -103,10 +128,12 @@ def common(lines):
 
 
 def said(line):
+    bits = ""
+    if "bits_per_byte" in line:
+        bits = f"{line['bits_per_byte']:.4f} bits/byte, "
     return (
-        f"{line['nats']:.4f} nats/token, "
-        + (f"{line['bits_per_byte']:.4f} bits/byte, " if "bits_per_byte" in line else "")
-        + f"{line['tok_s']:,.0f} tokens/s, {line['seconds']:.0f} s of training"
+        f"{line['nats']:.4f} nats/token, {bits}{line['tok_s']:,.0f} tokens/s, "
+        f"{line['seconds']:.0f} s of training"
     )
 
 
@@ -121,48 +148,60 @@ def grouped(lines):
 
 
 def spread(values, digits=4):
+    """The mean of the seeds, with their standard deviation if there are several."""
     mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def paired(own, base):
     """Two runs over the same documents: the standard error of their difference in bits/byte over
     documents, or None.
     """
-    size, n, rules = own["documents"]["bytes"], len(own["documents"]["bytes"]), common([own, base])
-    if n < 2 or size != base["documents"]["bytes"]:
+    sizes = own["documents"]["bytes"]
+    n = len(sizes)
+    if n < 2 or sizes != base["documents"]["bytes"]:
+        return None
+    rules = common([own, base])
+    own_nats = nats_of_documents(own, rules)
+    base_nats = nats_of_documents(base, rules)
+    if own_nats is None or base_nats is None:
         return None
 
-    def nats(line):
-        found = line["documents"]["nats"]
-        if isinstance(found, list):                  # of an older line: the mean over its rules
-            return found if rules == list(line["bound"]) else None
-        return [
-            statistics.fmean(some)
-            for some in zip(*(found[rule] for rule in rules or found), strict=True)
-        ]
+    gaps = [(x - y) / math.log(2) for x, y in zip(own_nats, base_nats, strict=True)]
+    mean = sum(gaps) / sum(sizes)
+    squares = sum((gap - mean * size) ** 2 for gap, size in zip(gaps, sizes, strict=True))
+    return math.sqrt(squares * n / (n - 1)) / sum(sizes)
 
-    if None in (pair := (nats(own), nats(base))):
-        return None
-    gaps = [(x - y) / math.log(2) for x, y in zip(*pair, strict=True)]
-    mean = sum(gaps) / sum(size)
-    return math.sqrt(
-        sum((g - mean * b) ** 2 for g, b in zip(gaps, size, strict=True)) * n / (n - 1)
-    ) / sum(size)
+
+def nats_of_documents(line, rules):
+    """The nats of each document, the mean over these block rules; None if they are not known."""
+    found = line["documents"]["nats"]
+    if isinstance(found, list):                  # of an older line: the mean over its rules
+        return found if rules == list(line["bound"]) else None
+    by_rule = [found[rule] for rule in rules or found]
+    return [statistics.fmean(several) for several in zip(*by_rule, strict=True)]
 
 
 def difference(own, reference):
     """Mean over common seeds of own - reference, by the block rules of both: with its standard
     error over seeds, or documents.
     """
+    if own is reference:
+        return "reference"
     base = {line["seed"]: line for line in reference}
     pairs = [(line, base[line["seed"]]) for line in own if line["seed"] in base]
-    if own is reference or not pairs:
-        return "reference" if own is reference else "-"
+    if not pairs:
+        return "-"
     rules = common([*own, *reference])
     gaps = [value(line, rules) - value(other, rules) for line, other in pairs]
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else paired(*pairs[0])
-    return f"{statistics.fmean(gaps):+.4f}" + ("" if error is None else f" ± {error:.4f}")
+    if len(gaps) > 1:
+        error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+    else:
+        error = paired(*pairs[0])
+    mean = f"{statistics.fmean(gaps):+.4f}"
+    return mean if error is None else f"{mean} ± {error:.4f}"
 
 
 def rows(lines):
@@ -171,15 +210,15 @@ def rows(lines):
     reference = next(iter(groups.values()), [])
     for variant, own in groups.items():
         first = own[0]
-        rules = [
-            f"{rule} {spread([line['bound'][rule]['nats'] for line in own], 3)}"
-            for rule in common(own)
-        ]
-        chain = [
-            statistics.fmean(r["bits_per_byte"] for r in line["chain_rule"].values())
-            for line in own
-            if line["chain_rule"]
-        ]
+        by_rule = []
+        for rule in common(own):
+            nats = [line["bound"][rule]["nats"] for line in own]
+            by_rule.append(f"{rule} {spread(nats, 3)}")
+        chain = []
+        for line in own:
+            if line["chain_rule"]:
+                found = line["chain_rule"].values()
+                chain.append(statistics.fmean(figures["bits_per_byte"] for figures in found))
         yield (
             variant,
             str(len(own)),
@@ -187,72 +226,69 @@ def rows(lines):
             f"{first['params_blocks']:,}",
             f"{first['flops_per_token'] / 1e6:.1f}",
             f"{first['tokens'] / 1e6:.2f}M",
-            spread([x["tok_s"] for x in own], 0),
-            ", ".join(rules),
-            spread([value(x) for x in own]),
+            spread([line["tok_s"] for line in own], 0),
+            ", ".join(by_rule),
+            spread([value(line) for line in own]),
             difference(own, reference),
             spread(chain) if chain else "-",
         )
 
 
 def pipes(head, body):
-    return "\n".join(
-        [
-            "| " + " | ".join(head) + " |",
-            "|" + "---|" * len(head),
-            *("| " + " | ".join(r) + " |" for r in body),
-        ]
-    )
+    """A table of Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *body)]
+    lines.insert(1, "|" + "---|" * len(head))
+    return "\n".join(lines)
 
 
 def origin(lines):
     """Where the numbers come from, in a sentence."""
     def all_of(key):
         return ", ".join(sorted({str(line[key]).partition(" (")[0] for line in lines}))
+
     seeds = ", ".join(map(str, sorted({line["seed"] for line in lines})))
+    finished = max(line["finished"] for line in lines)
     return (
         f"{len(lines)} runs, seeds {seeds}; matched by {all_of('match')}; commit "
-        f"{all_of('commit')}; "
-        f"{all_of('device_name')}, {all_of('threads')} threads, torch {all_of('torch')}, "
-        f"{all_of('precision')}; last one "
-        f"finished {max(line['finished'] for line in lines)}. ± is the standard deviation over "
-        "seeds; to the reference: over "
-        "the block rules of both, with the standard error of the difference over seeds, or of one "
-        "seed over documents. "
-        "Bound: of held-out documents, its bits/byte the mean over block rules; chain rule: of "
-        "fewer documents. Speeds: of "
-        "the machine as busy as it was."
+        f"{all_of('commit')}; {all_of('device_name')}, {all_of('threads')} threads, torch "
+        f"{all_of('torch')}, {all_of('precision')}; last one finished {finished}. {LEGEND}"
     )
 
 
 def markdown(title, lines, states=None, rungs=()):
     """A section: table, what did not finish, the rounds of --halving."""
-    parts = [
-        f"## {title}",
-        pipes(HEAD, rows(lines)) + f"\n\n{origin(lines)}" if lines else "Nothing has finished yet.",
-    ]
-    open_ones = {name: s for name, s in (states or {}).items() if s["status"] != "finished"}
-    if open_ones:
-        parts.append(
-            "\n".join(
-                f"* {name}: {s['status']}"
-                + (
-                    f" with exit code {s['code']}: {s['error']}"
-                    if "code" in s
-                    else f" at step {s['step']}"
-                    if "step" in s
-                    else ""
-                )
-                for name, s in open_ones.items()
-            )
-        )
+    parts = [f"## {title}"]
+    if lines:
+        parts.append(pipes(HEAD, rows(lines)))
+        parts.append(textwrap.fill(origin(lines), WIDTH, break_on_hyphens=False))
+    else:
+        parts.append("Nothing has finished yet.")
+
+    unfinished = []
+    for name, state in (states or {}).items():
+        if state["status"] != "finished":
+            unfinished.append(f"* {name}: {told(state)}")
+    if unfinished:
+        parts.append("\n".join(unfinished))
+
     for rung in rungs:
-        scores = ", ".join(
-            f"{v} {spread(s)}{'' if v in rung['kept'] else ' (out)'}"
-            for v, s in rung["scores"].items()
+        scores = []
+        for variant, found in rung["scores"].items():
+            out = "" if variant in rung["kept"] else " (out)"
+            scores.append(f"{variant} {spread(found)}{out}")
+        parts.append(
+            f"Halving at step {rung['step']}, bits/byte of the validation: {', '.join(scores)}"
         )
-        parts.append(f"Halving at step {rung['step']}, bits/byte of the validation: {scores}")
     return "\n\n".join(parts) + "\n"
+
+
+def told(state):
+    """The state of a run that has not finished, in words."""
+    if "code" in state:
+        return f"{state['status']} with exit code {state['code']}: {state['error']}"
+    if "step" in state:
+        return f"{state['status']} at step {state['step']}"
+    return state["status"]
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -264,7 +300,9 @@ def unit(lines):
 def measure(lines):
     """What a held-out figure is: a bound, or left to right the exact NLL."""
     causal = {line.get("objective") == "ar" for line in lines}
-    return "NLL" if causal == {True} else "bound (of ar: the NLL)" if True in causal else "bound"
+    if causal == {True}:
+        return "NLL"
+    return "bound (of ar: the NLL)" if True in causal else "bound"
 
 
 def picture_data(plt, lines):
@@ -291,29 +329,38 @@ def picture_data(plt, lines):
 
 def sections(folder):
     """Folder -> [(its name, lines)] of its results.jsonl and of those one level below."""
-    paths = [folder / "results.jsonl", *sorted(folder.glob("*/results.jsonl"))]
-    return [
-        (path.resolve().parent.name, lines)
-        for path in paths
-        if (lines := list(by_seed(path).values()))
-    ]
+    found = []
+    for path in (folder / "results.jsonl", *sorted(folder.glob("*/results.jsonl"))):
+        lines = list(by_seed(path).values())
+        if lines:
+            found.append((path.resolve().parent.name, lines))
+    return found
 
 
 def pictures(plt, name, lines):
     """Both pictures of a section and what they show, as HTML."""
     curves, bars = picture_data(plt, lines)
-    several = len({line["seed"] for line in lines}) > 1
+    spreads = ""
+    if len({line["seed"] for line in lines}) > 1:
+        spreads = ": mean over seeds, the band is their range"
+    shown = html.escape(name)
     return (
-        f'<img alt="Learning curves of {html.escape(name)}" '
-        f'src="data:image/png;base64,{curves}">'
-        '<p class="note">Validation during '
-        f'training{": mean over seeds, the band is their range" * several}.</p>'
-        f'<img alt="Final bounds of {html.escape(name)}" src="data:image/png;base64,{bars}">'
-        '<p class="note">Blue: mean over seeds and their standard deviation. Grey: one seed, and '
-        'the standard '
-        'error over documents of its difference to the reference. Small bars: single runs; dashed: '
-        'the '
-        'reference.</p>'
+        f'<img alt="Learning curves of {shown}" src="data:image/png;base64,{curves}">'
+        f'<p class="note">Validation during training{spreads}.</p>'
+        f'<img alt="Final bounds of {shown}" src="data:image/png;base64,{bars}">'
+        f'<p class="note">{BARS_SHOW}</p>'
+    )
+
+
+def html_table(lines):
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEAD)
+    body = []
+    for row in rows(lines):
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        body.append(f"<tr>{cells}</tr>")
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
@@ -321,35 +368,27 @@ def build(folder, path):
     """report.html: one file that needs nothing beside it. Without matplotlib it has the tables and
     no pictures.
     """
-    parts = []
-    missing = ("matplotlib is not installed: python -m pip install matplotlib, then "
-               f"python -m run_experiments --report {shlex.quote(str(folder))}")
+    missing = (
+        "matplotlib is not installed: python -m pip install matplotlib, then "
+        f"python -m run_experiments --report {shlex.quote(str(folder))}"
+    )
     plt = plots.pyplot(f"notice: {path} has tables and no pictures, as {missing}")
+    parts = []
     for name, lines in sections(folder):
-        table = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in rows(lines)
-        )
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEAD)
-        shown = (
-            pictures(plt, name, lines)
-            if plt
-            else f'<p class="note">No pictures: {html.escape(missing)}</p>'
-        )
+        if plt:
+            shown = pictures(plt, name, lines)
+        else:
+            shown = f'<p class="note">No pictures: {html.escape(missing)}</p>'
         parts.append(
-            f"<h2>{html.escape(name)}</h2>{shown}"
-            f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{table}</tbody></table></div>'
+            f"<h2>{html.escape(name)}</h2>{shown}{html_table(lines)}"
             f'<p class="note">{html.escape(origin(lines))}</p>'
         )
     write_text(
         path,
-        (
-            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            'content="width=device-width">'
-            "<title>Aria: "
-            f"experiments</title><style>{STYLE}</style></head><body><h1>Experiments</h1>{''.join(parts)}"
-            "</body></html>\n"
-        ),
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>Aria: experiments</title><style>{STYLE}</style></head>"
+        f"<body><h1>Experiments</h1>{''.join(parts)}</body></html>\n",
     )
     if plt:
         say(f"report: {path}")
@@ -370,11 +409,10 @@ def rebuild(folder, page):
         start, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         body = f"{start}\n{markdown(name, lines)}{end}"
         old = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
-        text = (
-            old.sub(lambda _, body=body: body, text)
-            if old.search(text)
-            else f"{text.rstrip()}\n\n{body}\n"
-        )
+        if old.search(text):
+            text = old.sub(lambda _, body=body: body, text)
+        else:
+            text = f"{text.rstrip()}\n\n{body}\n"
     write_text(page, text)
     say(f"results: {page}: {', '.join(name for name, _ in found)}")
     return 0

@@ -194,7 +194,7 @@ def test_its_held_out_figure_is_called_nll(run):
         for e in check_run.read_log(run / "train.jsonl")
     ]
     [mask] = [
-        line for line in check_run.judge(log, {}, None, None) if line.name == "mask metric in range"
+        line for line in check_run.verdict(log, {}, None, None) if line.name == "mask metric in range"
     ]
     assert mask.ok, mask.number
     lines = [{"objective": "masked"}, {"objective": "ar"}]

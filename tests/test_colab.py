@@ -66,7 +66,7 @@ def failed(lines):
 
 
 def test_a_good_run_passes_everything():
-    lines = check_run.judge(
+    lines = check_run.verdict(
         good_log(), dict.fromkeys(range(100, 501, 100), True), 500, good_samples()
     )
     assert (
@@ -166,7 +166,7 @@ def test_each_criterion_can_fail_alone(what):
     )
     breaks, wanted = BROKEN[what]
     breaks(run)
-    lines = check_run.judge(run["log"], run["folders"], run["latest"], run["samples"])
+    lines = check_run.verdict(run["log"], run["folders"], run["latest"], run["samples"])
     assert failed(lines) == wanted
     soft = {"throughput stable", "loss down by 20 %, the target"}
     assert check_run.passed(lines) is (set(wanted) <= soft), "soft ones do not decide"
@@ -176,20 +176,20 @@ def test_each_criterion_can_fail_alone(what):
 
 
 def test_a_short_run_is_neither_good_nor_bad():
-    lines = check_run.judge(good_log(12), {12: True}, 12, good_samples())
+    lines = check_run.verdict(good_log(12), {12: True}, 12, good_samples())
     assert {line.ok for line in lines} == {None} and check_run.passed(lines) is None
-    lines = check_run.judge(good_log(40), {40: True}, 40, good_samples())
+    lines = check_run.verdict(good_log(40), {40: True}, 40, good_samples())
     assert {line.step for line in lines if line.ok} == {20} and {
         line.ok for line in lines if line.step > 20
     } == {None}
     # done again after a resume: the later counts
     again = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 0.99}]
-    assert failed(check_run.judge(again, {}, None, None)) == ["mask metric in range"]
+    assert failed(check_run.verdict(again, {}, None, None)) == ["mask metric in range"]
     # a block of one token is all hidden
     single = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 1.0, "block": 1}]
-    assert not failed(check_run.judge(single, {}, None, None))
+    assert not failed(check_run.verdict(single, {}, None, None))
     part = [*good_log(40), {**BASE, "step": 3, "loss": 8.0, "mask": 0.5, "block": 1}]
-    assert failed(check_run.judge(part, {}, None, None)) == ["mask metric in range"]
+    assert failed(check_run.verdict(part, {}, None, None)) == ["mask metric in range"]
 
 
 def corrupted(steps=500, **settings):
@@ -227,7 +227,7 @@ def corrupted(steps=500, **settings):
 
 def mask_line(log):
     [line] = [
-        line for line in check_run.judge(log, {}, None, None) if line.name == "mask metric in range"
+        line for line in check_run.verdict(log, {}, None, None) if line.name == "mask metric in range"
     ]
     return line
 
