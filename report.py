@@ -1,9 +1,7 @@
 """A run as one page: report.html with curves, samples, configuration, data and machine, from
 train.jsonl alone.
 
-    python -m report checkpoints/eco_hybrid_hi          # train.py writes it at each end; this makes
-        it again
-    html = report.page("checkpoints/eco_hybrid_hi/train.jsonl")
+    python -m report checkpoints/eco_hybrid_hi     # again: train.py writes it at each end
 
 The page holds everything it shows: inline SVG, no script, no font and no picture from elsewhere, so
 it works from a file and by mail. What a resume or a rollback took back is not drawn. Whatever
@@ -18,19 +16,13 @@ from common.console import UserError, say
 from common.files import write_text
 from evaluation.run_report import page
 
-# ---- what happened -------------------------------------------------------------------------------
-
-# ---- a chart -------------------------------------------------------------------------------------
-
-# ---- the page ------------------------------------------------------------------------------------
 
 def main(argv=None):
     args, _ = cli.parse(config.ReportArgs, argv, "report")
-    run = next(
-        (p for p in (Path(args.ckpt), Path(args.ckpt).parent) if (p / "train.jsonl").is_file()),
-        None,
-    )
-    if run is None:
+    run = Path(args.ckpt)
+    if not (run / "train.jsonl").is_file():     # a checkpoint inside of the run folder
+        run = run.parent
+    if not (run / "train.jsonl").is_file():
         raise UserError(
             f"{args.ckpt} has no train.jsonl: name a run folder, such as checkpoints/eco_hybrid_hi"
         )

@@ -441,10 +441,10 @@ def held_out_rows(ckpt, data_dir, count):
     model, (n, T), its path.
     """
     import checkpoint
-    import evaluate
+    from evaluation import held_out
     net, tokenizer, saved = checkpoint.load_model(ckpt, "cpu", config.check_saved)
     T = saved.config["args"]["seq_len"]
-    texts = evaluate.read_documents(
+    texts = held_out.read_documents(
         SimpleNamespace(text=None), data_dir or saved.config["args"]["data_dir"], tokenizer, saved
     )
     texts = [ids[:T] for ids in texts if len(ids) >= T]

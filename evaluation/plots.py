@@ -218,8 +218,8 @@ def learning_curves(plt, groups, column, label):
 
 
 def final_bounds(plt, ends, label):
-    """{variant: (values of its seeds, error of their mean)}, the reference first -> the end of every
-    variant, as base64: mean with its error, and every seed as a point.
+    """{variant: (values of its seeds, error of their mean)}, the reference first -> the end of
+    every variant, as base64: mean with its error, and every seed as a point.
     """
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.42 * len(ends)))
     for at, (values, error) in enumerate(ends.values()):
