@@ -1,13 +1,11 @@
-"""From a command line to a command's arguments, and from a checkpoint's saved arguments to those of
-a resume.
+"""A command line becomes a command's arguments; a resume takes over those of its checkpoint.
 
-    args, origins = parse(TrainArgs, argv, "train")   # how every entry point starts
-    announce(args, origins)                           # what is not a default, and why;
-        --print_config ends here
-    run(main)                                         # how it is called
+    args, origins = cli.parse(config.TrainArgs, argv, "train")    # how every command starts
+    cli.announce(args, origins)         # what is not a default, and why; --print_config ends here
+    cli.run(main)                       # how a command is called as a script
 
-Precedence: default < tier < preset or profile < --config FILE.json < flag. No torch: --help has to
-be instant.
+Every command uses it. A later layer beats an earlier one: default, hardware tier, preset or
+profile, --config FILE.json, flag. No torch here: --help has to be instant.
 """
 import dataclasses
 import re
@@ -44,15 +42,9 @@ def answer_help(cls, prog):
 def version():
     """The name and version of this program, with the commit where the code lies in git."""
     commit = commit_hash(ROOT)
-    return f"Aria {VERSION}" + ("" if commit.startswith("unknown") else f" (commit {commit})")
-
-
-def preset_of_settings_file(path):
-    """The older guide keeps a preset in config/micro_config.py: that name -> micro; any other name
-    -> None.
-    """
-    found = re.fullmatch(r"(?:.*[/\\])?(\w+)_config\.py", path or "")
-    return found[1] if found and found[1] in PRESETS else None
+    if commit.startswith("unknown"):
+        return f"Aria {VERSION}"
+    return f"Aria {VERSION} (commit {commit})"
 
 
 def parse(cls, argv, prog, pinned=None, tier=None):
@@ -62,75 +54,39 @@ def parse(cls, argv, prog, pinned=None, tier=None):
     command names). tier: settings just above the defaults, or a function from the typed flags to
     them, called only if they are sound.
     """
-    typed, problems, bad = read_flags(cls, sys.argv[1:] if argv is None else argv, prog, COMMANDS)
+    if argv is None:
+        argv = sys.argv[1:]
+    typed, problems, unreadable = read_flags(cls, argv, prog, COMMANDS)
     if typed.get("version"):
         print(version())
         raise SystemExit(0)
-    path, file = typed.get("config"), {}
-    named = preset_of_settings_file(path)
-    if named:
-        print(
-            f"notice: --config {path}: that file's name stands for --preset {named}, and what "
-            "stands in it is not read: "
-            f"its settings are flags here, such as --lr and --max_steps",
-            file=sys.stderr,
-        )
-        path = named
-    if path in PRESETS:
-        if typed.setdefault("preset", path) != path:
-            problems.append(
-                f"--config {path} and --preset {typed['preset']} differ: give only one of them"
-            )
-        del typed["config"]
-    elif path and not path.endswith(".json"):
-        problems.append(f"--config {path}: neither a preset ({', '.join(PRESETS)}) nor a FILE.json")
-    elif path:
-        saved = read_json(path)
-        # a whole run's
-        older = ADDED if isinstance(saved.get("args"), dict) and cls is TrainArgs else {}
-        saved = older | checked(cls, saved, path)
-        file = {
-            name: v
-            for name, v in saved.items()
-            if cls.__dataclass_fields__[name].metadata["resume"] != "ignore"
-        }
+
+    # every layer, and the arguments that they give together
+    config_path, from_file = read_config(cls, typed, problems)
     if callable(tier):
         tier = {} if problems else tier(typed)
-    preset, profile = typed.get("preset", "none"), typed.get("edge_profile", "none")
+    preset = typed.get("preset", "none")
+    profile = typed.get("edge_profile", "none")
     profiles = SAMPLE_PROFILES if cls is SampleArgs else TRAIN_PROFILES
-    values, origins, rate_of = (
-        {},
-        {f.name: "default" for f in dataclasses.fields(cls)},
-        TrainArgs.optimizer,
-    )
-    for origin, layer in (
+    values, origins, rate_of = stack(
+        cls,
         ("tier", tier or {}),
         (f"preset {preset}", PRESETS[preset]),
         (f"profile {profile}", profiles[profile]),
-        (f"config {path}", file),
+        (f"config {config_path}", from_file),
         ("flag", typed),
-    ):
-        values |= layer
-        origins |= dict.fromkeys(layer, origin)
-        rate_of = values.get("optimizer", TrainArgs.optimizer) if "lr" in layer else rate_of
-    for name, value in (pinned or {}).items():
-        if values.get(name, value) != value:
-            problems.append(
-                f"--{name} {values[name]} contradicts this command, which means --{name} {value}: "
-                f"use python -m {prog} --{name} {values[name]}"
-            )
-        values[name], origins[name] = value, "command"
-    if values.get("fsdp") and origins["optimizer"] == "default":
-        values["optimizer"], origins["optimizer"] = "adamw", "as --fsdp cuts matrices up"
-    # that of another one
-    if "lr" in origins and origins["lr"] != "flag" and values.get("optimizer", rate_of) != rate_of:
-        values["lr"] = RATES[values["optimizer"]]
-        origins["lr"] = f"{origins['optimizer']}{DERIVED}{values['optimizer']}"
+    )
+    pin(pinned or {}, values, origins, problems, prog)
+    follow_optimizer(values, origins, rate_of)
     args = cls(**values)
+
     # a relation is judged only if each of its flags could be read
-    problems += [p for p in problems_of(args) if not bad & set(re.findall(r"--(\w+)", p))]
+    for problem in problems_of(args):
+        if not unreadable & set(re.findall(r"--(\w+)", problem)):
+            problems.append(problem)
     if problems:
         raise UserError("\n  ".join(problems) + f"\nall flags: python -m {prog} --help_all")
+
     if preset != "none" and origins["d_ff"] == f"preset {preset}" and args.model == "primary":
         shape = model_config(args, vocab_size=1)  # the vocabulary is the same on both sides
         args.d_ff = match_d_ff(shape, count_params(dataclasses.replace(shape, model="backup")))
@@ -138,20 +94,114 @@ def parse(cls, argv, prog, pinned=None, tier=None):
     return args, origins
 
 
+def read_config(cls, typed, problems):
+    """--config: a preset's name goes to typed["preset"]; a FILE.json is read -> (what was named,
+    {field: value} of the file). What is wrong is added to problems.
+    """
+    path = typed.get("config")
+    if not path:
+        return path, {}
+    named = preset_of_settings_file(path)
+    if named:
+        print(
+            f"notice: --config {path}: that file's name stands for --preset {named}, and what "
+            "stands in it is not read: its settings are flags here, such as --lr and --max_steps",
+            file=sys.stderr,
+        )
+        path = named
+
+    if path in PRESETS:
+        if typed.setdefault("preset", path) != path:
+            problems.append(
+                f"--config {path} and --preset {typed['preset']} differ: give only one of them"
+            )
+        del typed["config"]
+        return path, {}
+    if not path.endswith(".json"):
+        problems.append(f"--config {path}: neither a preset ({', '.join(PRESETS)}) nor a FILE.json")
+        return path, {}
+
+    saved = read_json(path)
+    is_whole_run = isinstance(saved.get("args"), dict) and cls is TrainArgs
+    older = ADDED if is_whole_run else {}
+    values = {}
+    for name, value in (older | checked(cls, saved, path)).items():
+        if cls.__dataclass_fields__[name].metadata["resume"] != "ignore":
+            values[name] = value
+    return path, values
+
+
+def preset_of_settings_file(path):
+    """The older guide keeps a preset in config/micro_config.py: that name -> micro; any other name
+    -> None.
+    """
+    found = re.fullmatch(r"(?:.*[/\\])?(\w+)_config\.py", path)
+    return found[1] if found and found[1] in PRESETS else None
+
+
+def stack(cls, *layers):
+    """Layers (origin, {field: value}), each over the ones before -> (values, origins of all fields
+    of cls, the optimizer that the layers had when the last one brought a rate).
+    """
+    values = {}
+    origins = {field.name: "default" for field in dataclasses.fields(cls)}
+    rate_of = TrainArgs.optimizer
+    for origin, layer in layers:
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+        if "lr" in layer:
+            rate_of = values.get("optimizer", TrainArgs.optimizer)
+    return values, origins, rate_of
+
+
+def pin(pinned, values, origins, problems, prog):
+    """Set what a command stands for; who typed something else is told the command for that."""
+    for name, value in pinned.items():
+        if values.get(name, value) != value:
+            problems.append(
+                f"--{name} {values[name]} contradicts this command, which means --{name} {value}: "
+                f"use python -m {prog} --{name} {values[name]}"
+            )
+        values[name] = value
+        origins[name] = "command"
+
+
+def follow_optimizer(values, origins, rate_of):
+    """--fsdp brings AdamW, and an optimizer brings its own rate, unless they were typed."""
+    if values.get("fsdp") and origins["optimizer"] == "default":
+        values["optimizer"] = "adamw"
+        origins["optimizer"] = "as --fsdp cuts matrices up"
+
+    optimizer = values.get("optimizer", rate_of)
+    if "lr" in origins and origins["lr"] != "flag" and optimizer != rate_of:
+        values["lr"] = RATES[optimizer]
+        origins["lr"] = f"{origins['optimizer']}{DERIVED}{optimizer}"
+
+
 def changed(args, origins):
     """What the user asked for, and what followed from it, in one line; what a preset or a file
     holds is not repeated.
     """
-    pairs, silent = [], ("default", "command", "checkpoint", "tier", "one-shot")
-    for name, why in origins.items():
-        if why in silent or why.startswith(("preset ", "profile ", "config ")):
+    pairs = []
+    silent = ("default", "command", "checkpoint", "tier", "one-shot")
+    for name, origin in origins.items():
+        if origin in silent or origin.startswith(("preset ", "profile ", "config ")):
             continue
-        value = "".join(c if c.isprintable() else "\ufffd" for c in show(getattr(args, name)))
-        value = value if len(value) <= 60 else value[:57] + "..."
-        pairs.append(f"{name}={value}" + (f" ({why})" if why != "flag" else ""))
+        pair = f"{name}={shortened(show(getattr(args, name)))}"
+        if origin != "flag":
+            pair += f" ({origin})"
+        pairs.append(pair)
     if "checkpoint" in origins.values():
         pairs.append("the rest as in the checkpoint")
     return ", ".join(pairs) or "all defaults"
+
+
+def shortened(text, most=60):
+    """At most so many characters; one that no terminal prints becomes U+FFFD."""
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    if len(text) > most:
+        return text[:most - 3] + "..."
+    return text
 
 
 def announce(args, origins, vocab_size=None):
@@ -165,14 +215,14 @@ def announce(args, origins, vocab_size=None):
         print(printable(f"{name:20} {show(getattr(args, name)):24} {origin}"))
     if isinstance(args, TrainArgs):
         meta = Path(args.data_dir, "meta.json")
-        vocab_size = vocab_size or (read_json(meta).get("vocab_size") if meta.exists() else None)
-        c = model_config(args, vocab_size or 0)
-        more = (
-            f"with {vocab_size} pieces"
-            if vocab_size
-            else f"+ {c.d_model} per piece, as there is no {meta} yet"
-        )
-        print(f"{'parameters':20} {count_params(c):,} {more}")
+        if not vocab_size and meta.exists():
+            vocab_size = read_json(meta).get("vocab_size")
+        shape = model_config(args, vocab_size or 0)
+        if vocab_size:
+            more = f"with {vocab_size} pieces"
+        else:
+            more = f"+ {shape.d_model} per piece, as there is no {meta} yet"
+        print(f"{'parameters':20} {count_params(shape):,} {more}")
     raise SystemExit(0)
 
 
@@ -185,35 +235,47 @@ def resume_check(saved, args, origins):
     the changes. origins follows.
     """
     old = ADDED | checked(TrainArgs, saved, "the checkpoint's config.json")
-    rules = {f.name: f.metadata["resume"] for f in dataclasses.fields(TrainArgs)}
-    if missing := set(rules) - set(old):
+    rules = {field.name: field.metadata["resume"] for field in dataclasses.fields(TrainArgs)}
+    missing = set(rules) - set(old)
+    if missing:
         raise UserError(
             f"the checkpoint's config.json lacks {', '.join(sorted(missing))}: another version "
             "wrote it"
         )
-    kept, changes, problems = {}, [], []
+
+    # the preset and the profile of the run are kept, so that the next resume still knows them
     sets = ("preset", "edge_profile")
+    kept = {}
     if all(origins[name] == "default" for name in sets):
-        kept = {name: old[name] for name in sets}  # so that the next resume still knows
-    binding = set()  # what another preset than the run's own insists on
+        kept = {name: old[name] for name in sets}
+
+    # another preset than the run's own insists on its "must" flags
+    insisted = set()
     if any(kept.get(name, getattr(args, name)) != old[name] for name in sets):
-        binding = {
-            key for table in (PRESETS, TRAIN_PROFILES) for diff in table.values() for key in diff
-        }
+        for table in (PRESETS, TRAIN_PROFILES):
+            for settings in table.values():
+                insisted |= settings.keys()
+
+    changes = []
+    problems = []
     for name, rule in rules.items():
         was, now, origin = old[name], getattr(args, name), origins[name]
-        typed = origin.startswith(("flag", "config", "command"))
-        if DERIVED in origin:  # a rate that nobody typed follows another optimizer only
-            typed = args.optimizer != old["optimizer"]
         if rule == "ignore" or was == now:
             continue
-        if not typed and not (rule == "must" and name in binding and origin != "tier"):
-            kept[name], origins[name] = was, "checkpoint"
+        if DERIVED in origin:  # a rate that nobody typed follows another optimizer only
+            wanted = args.optimizer != old["optimizer"]
+        else:
+            wanted = origin.startswith(("flag", "config", "command"))
+        if not wanted and not (rule == "must" and name in insisted and origin != "tier"):
+            kept[name] = was
+            origins[name] = "checkpoint"
         elif rule == "must" and not (name == "optimizer" and args.reset_optimizer):
             problems.append(f"--{name} {now} ({origin}), but the checkpoint has {was}")
         else:
             changes.append(f"{name}: {was} -> {now}")
+
     args = dataclasses.replace(args, **kept)
-    if problems := problems or problems_of(args):
+    problems = problems or problems_of(args)
+    if problems:
         raise UserError("cannot resume:\n  " + "\n  ".join(problems))
     return args, changes

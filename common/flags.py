@@ -1,11 +1,11 @@
-"""The machinery of flags: a dataclass field that declares a setting, and the reading of flags and
-JSON files into it.
+"""How a flag is declared, and how flags and JSON files are read into a dataclass.
 
-Generic: it knows no setting of Aria's (config.py declares those). A flag is a field whose metadata
-holds help, choices, limits, old names and its resume rule; --help, the tables of the docs and the
-reading of saved files derive from it. Reading argv is a loop of our own: argparse stops at the
-first mistake, suggests nothing, and cannot read `--x`, `--no_x` and `--x True` next to a
-positional. No torch and no numpy here: --help has to be instant.
+Used by config.py, model_config.py and studies.py, which declare; by cli.py, which reads. It knows
+no setting of Aria's. A flag is a field whose metadata holds help, choices, limits, old names and
+its resume rule; --help, the tables of the docs and the reading of saved files derive from it.
+Reading argv is a loop of our own: argparse stops at the first mistake, suggests nothing, and cannot
+read `--x`, `--no_x` and `--x True` next to a positional. No torch and no numpy here: --help has to
+be instant.
 """
 import dataclasses
 import math
@@ -13,22 +13,31 @@ import operator
 import re
 import textwrap
 from collections import deque
+from typing import NamedTuple
 
 from common.console import UserError
 
-WIDTH, COLUMN = 80, 26         # of --help: all of it, and where the meaning of a flag begins
+WIDTH = 80          # columns of --help
+COLUMN = 26         # of them before the meaning of a flag
 
-
-# ---- declaring -----------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# declaring
 
 def flag(default, help, resume="may", **meta):
     """A field with one flag's declaration. The type is the annotation's; a default of None also
     accepts "none".
 
-    choices; values: old value -> value; aliases: other flag names; shortcuts: flag -> the value it
-    stands for; at_least, above, at_most, below: limits; bare: value of the flag alone; many:
-    "repeat" (one value each time) or "several"; positional; rare: only under --help_all; elsewhere:
-    wrong choice -> what it is.
+    resume: what a resumed run does with it, see config.py. The rest, all of it optional:
+      choices                           the values that it may have
+      values                            {older value: the one it stands for}
+      aliases                           other names of the flag
+      shortcuts                         {another flag: the value that it stands for}
+      at_least, above, at_most, below   limits of a number
+      bare                              the value of the flag alone
+      many                              "repeat" (one value each time) or "several"
+      positional                        the name of the flag may be left out
+      rare                              shown only by --help_all
+      elsewhere                         {wrong choice: what it is instead}
     """
     if isinstance(default, bool):
         meta["bare"] = "on"
@@ -37,70 +46,95 @@ def flag(default, help, resume="may", **meta):
 
 def again(cls, name, *default):
     """Another class's flag, with a default of its own if one is given."""
-    f = cls.__dataclass_fields__[name]
-    return dataclasses.field(default=default[0] if default else f.default, metadata=f.metadata)
+    field = cls.__dataclass_fields__[name]
+    [own] = default or [field.default]
+    return dataclasses.field(default=own, metadata=field.metadata)
 
 
-# ---- reading values and flags --------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# reading values and flags
 
-WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
-    ("false", "no", "off", "0"), False
-)
+WORDS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
 LARGEST = 1e30     # of a number with a point: weights are float32, which ends at 3e38
 LIMITS = dict(at_least=operator.ge, above=operator.gt, at_most=operator.le, below=operator.lt)
 
 
-def convert(f, value):
+def convert(field, value):
     """A flag's text (or a JSON value of the right type) -> the flag's value. A ValueError says what
     is wrong.
     """
-    meta, is_text = f.metadata, isinstance(value, str)
-    if f.default is None and is_text and value.lower() == "none":
-        return None
-    if f.type is bool and is_text:
-        if value.lower() not in WORDS:
-            raise ValueError("must be True or False")
-        return WORDS[value.lower()]
-    try:
-        value = f.type(value)
-    except (ValueError, OverflowError):
-        raise ValueError(
-            "must be a whole number" if f.type is int else "must be a number"
-        ) from None
-    if f.type is float and not math.isfinite(value):
-        raise ValueError("must be finite")
-    if f.type in (int, float) and abs(value) > (LARGEST if f.type is float else 2 ** 63):
-        raise ValueError(
-            f"is more than a machine holds; at most {LARGEST:g}"
-            if f.type is float
-            else "must be below 2^63"
-        )
-    for limit, holds in LIMITS.items():
-        if limit in meta and not holds(value, meta[limit]):
-            raise ValueError(f"must be {limit.replace('_', ' ')} {meta[limit]}")
-    if f.type is str:
-        value = meta.get("values", {}).get(value, value)
-    elif f.type is tuple:
+    if isinstance(value, str):
+        if field.default is None and value.lower() == "none":
+            return None
+        if field.type is bool:
+            if value.lower() not in WORDS:
+                raise ValueError("must be True or False")
+            return WORDS[value.lower()]
+    if field.type in (int, float):
+        value = number(field, value)
+    else:
+        value = field.type(value)
+
+    # older values, then the choices: of a text, or of each of several
+    newer = field.metadata.get("values", {})
+    if field.type is str:
+        value = newer.get(value, value)
+        parts = (value,)
+    elif field.type is tuple:
         if not all(isinstance(part, str) for part in value):
             raise ValueError("must be a list of texts")
-        value = tuple(meta.get("values", {}).get(part, part) for part in value)
-    for part in value if f.type is tuple else (value,):
-        if "choices" in meta and part not in meta["choices"]:
-            raise ValueError(
-                meta.get("elsewhere", {}).get(part)
-                or f"must be one of {', '.join(meta['choices'])}"
-            )
+        value = tuple(newer.get(part, part) for part in value)
+        parts = value
+    else:
+        parts = (value,)
+    choices = field.metadata.get("choices")
+    for part in parts:
+        if choices is not None and part not in choices:
+            elsewhere = field.metadata.get("elsewhere", {}).get(part)
+            raise ValueError(elsewhere or f"must be one of {', '.join(choices)}")
+    return value
+
+
+def number(field, value):
+    """The value of a flag that is a number, within its limits."""
+    whole = field.type is int
+    try:
+        value = field.type(value)
+    except (ValueError, OverflowError):
+        raise ValueError("must be a whole number" if whole else "must be a number") from None
+    if whole and abs(value) > 2 ** 63:
+        raise ValueError("must be below 2^63")
+    if not whole and not math.isfinite(value):
+        raise ValueError("must be finite")
+    if not whole and abs(value) > LARGEST:
+        raise ValueError(f"is more than a machine holds; at most {LARGEST:g}")
+    for limit, holds in LIMITS.items():
+        bound = field.metadata.get(limit)
+        if bound is not None and not holds(value, bound):
+            raise ValueError(f"must be {limit.replace('_', ' ')} {bound}")
     return value
 
 
 def flag_names(cls):
     """Every name of every flag in snake case -> (its field, the text it stands for or None)."""
     names = {}
-    for f in dataclasses.fields(cls):
-        names |= {name: (f, None) for name in (f.name, *f.metadata.get("aliases", ()))}
-        names |= {name: (f, text) for name, text in f.metadata.get("shortcuts", {}).items()}
-        if f.type is bool or "bare" in f.metadata and "choices" in f.metadata:
-            names["no_" + f.name] = (f, "off")
+    for field in dataclasses.fields(cls):
+        meta = field.metadata
+        for name in (field.name, *meta.get("aliases", ())):
+            names[name] = (field, None)
+        for name, text in meta.get("shortcuts", {}).items():
+            names[name] = (field, text)
+        if field.type is bool or "bare" in meta and "choices" in meta:
+            names["no_" + field.name] = (field, "off")
     return names
 
 
@@ -113,98 +147,126 @@ def suggestion(name, names, others=()):
         if name in flag_names(cls):
             return f" (it belongs to {other})"
     near = difflib.get_close_matches(name, names, 1)
-    return f", did you mean --{near[0]}?" if near else ""
+    if not near:
+        return ""
+    return f", did you mean --{near[0]}?"
+
+
+def take(words, accept=None):
+    """The next of the words, unless it is a flag or none of accept; None then."""
+    if not words or re.match("--[A-Za-z]|-h$", words[0]):
+        return None
+    if accept is not None and words[0].lower() not in accept:
+        return None
+    return words.popleft()
 
 
 def read_flags(cls, argv, prog, commands=()):
-    """argv -> ({field: value}, [all that is wrong with it], {unreadable fields}). Only flag names
-    are normalised.
+    """argv -> ({field: value}, [all that is wrong with it], {unreadable fields}). Only the names of
+    flags are normalised. commands: {name: class}, where an unknown flag may belong.
     """
-    names, queue, typed, problems, bad = flag_names(cls), deque(argv), {}, [], set()
-    positional = next((f for f in dataclasses.fields(cls) if f.metadata.get("positional")), None)
-    place = None                                                   # the positional argument
+    names = flag_names(cls)
+    words = deque(argv)
+    positional = None
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("positional"):
+            positional = field
+    place = None                                # what was typed without the positional's name
+    typed, problems, unreadable = {}, [], set()
 
-    def take(accept=None):
-        """The next argument, unless it is a flag or none of accept."""
-        if (
-            queue
-            and not re.match("--[A-Za-z]|-h$", queue[0])
-            and (accept is None or queue[0].lower() in accept)
-        ):
-            return queue.popleft()
-
-    while queue:
-        token = queue.popleft()
-        if token in ("-h", "--help", "--help_all", "--help-all"):
-            print(help_text(cls, prog, everything="all" in token))
+    while words:
+        word = words.popleft()
+        if word in ("-h", "--help", "--help_all", "--help-all"):
+            print(help_text(cls, prog, everything="all" in word))
             raise SystemExit(0)
-        if token and not token.strip("\\ \r\n"):
+
+        # words that are no flags
+        if word and not word.strip("\\ \r\n"):
             problems.append(
                 "a lone \\ is no argument: use a single \\ at the line end, with nothing after it"
             )
             continue
-        if not token.startswith("-") and positional and place is None:
-            place = token
+        if not word.startswith("-") and positional and place is None:
+            place = word
             continue
-        name, equals, text = token[2:].partition("=")
-        name, text = name.replace("-", "_"), text if equals else None
-        if not token.startswith("--") or name not in names:
-            if token.startswith("--"):
-                problems.append(f"unknown flag --{name}{suggestion(name, names, commands)}")
-                take()                                             # most likely its value
-            else:
-                problems.append(f"unexpected argument {token!r}")
+        if not word.startswith("--"):
+            problems.append(f"unexpected argument {word!r}")
             continue
-        f, stands_for = names[name]
+
+        # a flag, --name or --name=text
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in names:
+            problems.append(f"unknown flag --{name}{suggestion(name, names, commands)}")
+            take(words)                         # most likely its value
+            continue
+        field, stands_for = names[name]
         try:
-            value = flag_value(f, stands_for, text, take)
+            value = flag_value(field, stands_for, text if equals else None, words)
         except ValueError as error:
             problems.append(f"--{name} {error}")
-            bad.add(f.name)
+            unreadable.add(field.name)
             continue
-        typed[f.name] = (
-            typed.get(f.name, ()) + value if f.metadata.get("many") == "repeat" else value
-        )
+        if field.metadata.get("many") == "repeat":
+            value = typed.get(field.name, ()) + value
+        typed[field.name] = value
+
     if place is not None and typed.setdefault(positional.name, place) != place:
         problems.append(
             f"{place} and --{positional.name} {typed[positional.name]} differ: give only one of "
             "them"
         )
-    return typed, problems, bad
+    return typed, problems, unreadable
 
 
-def flag_value(f, stands_for, text, take):
-    """The value of one flag; text is what followed its "=", take() hands out the arguments after
-    it.
-    """
-    many, bare, choices = (f.metadata.get(key) for key in ("many", "bare", "choices"))
-    if stands_for:                                                 # --no_x, --cpu
-        if text is not None or take(WORDS):
+def flag_value(field, stands_for, text, words):
+    """The value of one flag; text is what followed its "=", words are those after it."""
+    many = field.metadata.get("many")
+    bare = field.metadata.get("bare")
+    choices = field.metadata.get("choices")
+    if stands_for:                              # --no_x, --cpu
+        if text is not None or take(words, WORDS):
             raise ValueError("takes no value")
         text = stands_for
-    elif text is None and bare:  # a switch takes only what can be its value
-        words = {*WORDS, *(choices or ()), *(["none"] if f.default is None else [])}
-        text = take(words if choices or f.type is bool else None) or bare
+    elif text is None and bare:
+        text = take(words, switch_words(field)) or bare
     elif text is None:
-        text = take()
+        text = take(words)
     if text is None:
         raise ValueError("needs a value")
+
     parts = [text]
-    while many == "several" and (more := take()) is not None:
-        parts.append(more)
+    if many == "several":
+        more = take(words)
+        while more is not None:
+            parts.append(more)
+            more = take(words)
     if many and choices:
         parts = [part for text in parts for part in split_list(text)]
     try:
-        return convert(f, parts if many else text)
+        return convert(field, parts if many else text)
     except ValueError as error:
         raise ValueError(f"{' '.join(parts)}: {error}") from None
 
 
+def switch_words(field):
+    """The words that can be the value of a flag which also stands alone; None: any word."""
+    choices = field.metadata.get("choices")
+    if not choices and field.type is not bool:
+        return None
+    accept = {*WORDS, *(choices or ())}
+    if field.default is None:
+        accept.add("none")
+    return accept
+
+
 def split_list(text):
+    """"A, B" -> ["A", "B"]."""
     return [part.strip() for part in text.split(",")]
 
 
-# ---- JSON files ----------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# saved settings
 
 def checked(cls, saved, where):
     """Values for fields of cls from JSON, flat or as the "args" of a run. Unknown keys and wrong
@@ -212,17 +274,21 @@ def checked(cls, saved, where):
     """
     if isinstance(saved.get("args"), dict):
         saved = saved["args"]
-    fields, values, problems = cls.__dataclass_fields__, {}, []
+    fields = cls.__dataclass_fields__
+    values, problems = {}, []
     for name, value in saved.items():
         if name not in fields:
             problems.append(f"unknown setting {name}{suggestion(name, fields).replace('--', '')}")
             continue
-        f = fields[name]
-        kinds = {float: (float, int), tuple: (list, tuple)}.get(f.type, (f.type,))
+        field = fields[name]
+        if value is None and field.default is None:
+            values[name] = None
+            continue
+        kinds = {float: (float, int), tuple: (list, tuple)}.get(field.type, (field.type,))
         try:
-            if type(value) not in kinds and not (value is None and f.default is None):
-                raise ValueError(f"must be of type {f.type.__name__}")
-            values[name] = value if value is None else convert(f, value)
+            if type(value) not in kinds:
+                raise ValueError(f"must be of type {field.type.__name__}")
+            values[name] = convert(field, value)
         except ValueError as error:
             problems.append(f"{name} {value}: {error}")
     if problems:
@@ -234,19 +300,25 @@ def to_dict(args, cls=None):
     """The "args" section of a run's config.json: every flag of cls (none: of the arguments' own
     command).
     """
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls or args)}
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(cls or args)}
 
 
 def problems_of(args):
     """Everything wrong with the relations between flags, in sentences that name the flags and the
     numbers.
     """
-    return [p for c in type(args).__mro__ if "problems" in vars(c) for p in c.problems(args)]
+    found = []
+    for group in type(args).__mro__:
+        if "problems" in vars(group):
+            found += group.problems(args)
+    return found
 
 
-# ---- showing -------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# showing
 
 def show(value):
+    """A flag's value in words."""
     if isinstance(value, tuple):
         return ", ".join(value) or "none"
     if isinstance(value, bool):
@@ -254,50 +326,65 @@ def show(value):
     return "none" if value is None else str(value)
 
 
+class Description(NamedTuple):
+    """One flag, as --help and the tables of the docs show it."""
+    group: str
+    names: list         # with their dashes
+    kind: str           # what can be its value
+    default: str
+    help: str
+    rare: bool
+
+
 def describe(cls):
-    """(group, flag names, kind, default, help, rare) of every flag: the one source of --help and of
-    the tables.
-    """
-    for f in dataclasses.fields(cls):
-        owner = next(
-            c for c in reversed(cls.__mro__) if f.name in vars(c).get("__annotations__", ())
+    """The Description of every flag of a command: the one source of --help and of the tables."""
+    for field in dataclasses.fields(cls):
+        meta = field.metadata
+        names = (field.name, *meta.get("aliases", ()), *meta.get("shortcuts", ()))
+        kind = {str: "text", tuple: "texts", bool: ""}.get(field.type, field.type.__name__)
+        yield Description(
+            group=owner_of(cls, field.name).__doc__,
+            names=[f"--{name}" for name in names],
+            kind="|".join(meta.get("choices", ())) or kind,
+            default=show(field.default),
+            help=meta["help"],
+            rare=bool(meta.get("rare")),
         )
-        names = [
-            f"--{name}"
-            for name in (f.name, *f.metadata.get("aliases", ()), *f.metadata.get("shortcuts", ()))
-        ]
-        kind = {str: "text", tuple: "texts", bool: ""}.get(f.type, f.type.__name__)
-        kind = "|".join(f.metadata.get("choices", ())) or kind
-        yield (
-            owner.__doc__,
-            names,
-            kind,
-            show(f.default),
-            f.metadata["help"],
-            f.metadata.get("rare"),
-        )
+
+
+def owner_of(cls, name):
+    """The class that declares a field first: its docstring is the name of the field's group."""
+    for group in reversed(cls.__mro__):
+        if name in vars(group).get("__annotations__", ()):
+            return group
 
 
 def wrapped(text, indent, first=None):
     """The text as lines of at most WIDTH columns; `first` stands in the place of the first line's
     indent.
     """
+    if first is None:
+        first = " " * indent
     return textwrap.wrap(
         text,
         WIDTH,
-        initial_indent=" " * indent if first is None else first,
+        initial_indent=first,
         subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
 
 
-def flag_help(names, kind, default, text):
+def flag_help(flag):
     """One flag as lines of --help."""
-    head, meaning = f"  {', '.join(names)} {kind}".rstrip(), f"{text} [{default}]"
+    head = f"  {', '.join(flag.names)} {flag.kind}".rstrip()
+    meaning = f"{flag.help} [{flag.default}]"
     if len(head) < COLUMN:
         return wrapped(meaning, COLUMN, f"{head:{COLUMN}}")
-    heads = [head] if len(head) <= WIDTH else wrapped(head.strip().replace("|", " | "), 6, "  ")
+    if len(head) <= WIDTH:
+        heads = [head]
+    else:
+        heads = wrapped(head.strip().replace("|", " | "), 6, "  ")
     return [*heads, *wrapped(meaning, COLUMN)]
 
 
@@ -305,37 +392,34 @@ def help_text(cls, prog, everything=True):
     """Usage, examples, then the flags by group: those that cls.first names, the others as declared,
     "Everywhere" last.
     """
-    place = any(f.metadata.get("positional") for f in dataclasses.fields(cls))
-    lines = [
-        f"usage: python -m {prog} {'[CHECKPOINT] ' if place else ''}[--flag value] ...",
-        "",
-        "Examples",
-    ]
+    has_place = any(field.metadata.get("positional") for field in dataclasses.fields(cls))
+    place = "[CHECKPOINT] " if has_place else ""
+    lines = [f"usage: python -m {prog} {place}[--flag value] ...", "", "Examples"]
     for command, what in getattr(cls, "examples", ()):
         lines += [*wrapped(what, 2, "  # "), f"  {command}"]
+
     groups = {}
-    for group, names, kind, default, text, rare in describe(cls):
-        if everything or not rare:
-            groups.setdefault(group, []).extend(flag_help(names, kind, default, text))
+    for described in describe(cls):
+        if everything or not described.rare:
+            groups.setdefault(described.group, []).extend(flag_help(described))
     first = [name for name in getattr(cls, "first", ()) if name in groups]
-    rest = [name for name in groups if name not in (*first, "Everywhere")]
-    for name in (*first, *rest, *(name for name in groups if name == "Everywhere")):
+    last = [name for name in groups if name == "Everywhere"]
+    rest = [name for name in groups if name not in first + last]
+    for name in first + rest + last:
         lines += ["", name, *groups[name]]
-    lines += [
-        "",
-        *wrapped("--a_b and --a-b are one flag; a switch --x is turned off by --no_x.", 0),
-    ]
+
+    rule = "--a_b and --a-b are one flag; a switch --x is turned off by --no_x."
+    lines += ["", *wrapped(rule, 0)]
     if not everything:
         lines.append(f"More flags: python -m {prog} --help_all")
     return "\n".join(lines)
 
 
 def table(cls):
-    """The flags of a command as a markdown table, for the README and the docs."""
+    """The flags of a command as a markdown table, for the docs."""
     lines = ["| Flag | Value | Default | Meaning |", "|---|---|---|---|"]
-    for _, names, kind, default, text, _ in describe(cls):
-        lines.append(
-            f"| {', '.join(f'`{name}`' for name in names)} | {kind.replace('|', ', ')} | {default} "
-            f"| {text} |"
-        )
+    for described in describe(cls):
+        names = ", ".join(f"`{name}`" for name in described.names)
+        kind = described.kind.replace("|", ", ")
+        lines.append(f"| {names} | {kind} | {described.default} | {described.help} |")
     return "\n".join(lines)
