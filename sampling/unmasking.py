@@ -4,8 +4,8 @@ function each.
 Used by sampling/decode.py; knows no model, only logits. A rule sees the masked positions of ONE row
 of one block and returns indices into them, at least one, best first:
 
-    rule(look, count, s, generator) -> (n,) indices          look: Look, count: what the reveal
-        schedule asks for, s: Settings
+    rule(look, count, settings, generator) -> (n,) indices
+    look: Look; count: what the reveal schedule asks for; settings: sampling.settings.Settings
 
 Rules that do not look at the logits (random, ancestral) choose before the forward, so the head sees
 chosen positions only. Positions are chosen first, from the model's own untempered distribution;
@@ -23,7 +23,6 @@ class Look:
 
     def __init__(self, logits):
         self.logp = logits.float().log_softmax(-1)                                 # (N, V)
-        self.size = len(logits)
 
     @property
     def sure(self):
@@ -42,55 +41,53 @@ class Look:
         return -(self.logp.exp() * self.logp.clamp(min=-1e4)).sum(-1)  # (N,) nats; 0 * -inf is 0
 
 
-def noisy(score, s, generator):
+# ---- the rules -----------------------------------------------------------------------------------
+
+def noisy(score, settings, generator):
     """--alg_temp: draw positions without replacement with chances score^(1/alg_temp), by Gumbel
     noise on the logarithm.
 
     Below 1 the temperature multiplies the noise instead, which is the same order and cannot
     overflow.
     """
-    if not s.alg_temp:
+    heat = settings.alg_temp
+    if not heat:
         return score
-    u = (
-        torch.rand(score.shape, generator=generator, dtype=torch.float64)
-        .clamp(min=1e-300)
-        .to(score.device)
-    )
-    noise = -(-u.log()).log()
-    return (
-        score.double().clamp(min=1e-300).log() / max(1.0, s.alg_temp) + min(1.0, s.alg_temp) * noise
-    )
+    uniform = torch.rand(score.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)
+    gumbel = -(-uniform.to(score.device).log()).log()
+    log_score = score.double().clamp(min=1e-300).log()
+    return log_score / max(1.0, heat) + min(1.0, heat) * gumbel
 
 
-def confidence(look, count, s, generator):
-    return noisy(look.sure, s, generator).topk(count).indices
+def confidence(look, count, settings, generator):
+    return noisy(look.sure, settings, generator).topk(count).indices
 
 
-def margin(look, count, s, generator):
-    return noisy(look.margin, s, generator).topk(count).indices
+def margin(look, count, settings, generator):
+    return noisy(look.margin, settings, generator).topk(count).indices
 
 
-def threshold(look, count, s, generator):
+def threshold(look, count, settings, generator):
     """Everything that is at least this sure; never nothing."""
     sure, order = look.sure.sort(descending=True, stable=True)
-    return order[:max(1, int((sure >= s.threshold).sum()))]
+    return order[:max(1, int((sure >= settings.threshold).sum()))]
 
 
-def factor(look, count, s, generator):
+def factor(look, count, settings, generator):
     """The largest n with (n + 1) (1 - sure_n) < 1 - threshold: more at once only where they are
     surer (Fast-dLLM).
     """
     sure, order = look.sure.sort(descending=True, stable=True)
     n = torch.arange(1, len(sure) + 1, device=sure.device)
-    fits = ((n + 1) * (1 - sure) < 1 - s.threshold).nonzero()
+    fits = ((n + 1) * (1 - sure) < 1 - settings.threshold).nonzero()
     return order[:int(fits[-1]) + 1 if len(fits) else 1]
 
 
-def entropy(look, count, s, generator):
+def entropy(look, count, settings, generator):
     """The most positions whose entropies, the largest left out, sum to at most 1 - threshold nats:
     a bound on the joint dependence that drawing them independently ignores (EB-Sampler)."""
     h, order = look.entropy.sort(stable=True)
-    fits = (h.cumsum(0) - h <= 1 - s.threshold + 1e-9).nonzero()
+    fits = (h.cumsum(0) - h <= 1 - settings.threshold + 1e-9).nonzero()
     return order[:int(fits[-1]) + 1]
 
 
@@ -108,27 +105,27 @@ def ancestral(size, stay, generator):
     return (torch.rand(size, generator=generator) >= stay).nonzero()[:, 0]
 
 
-LOOKING = {f.__name__: f for f in (confidence, threshold, factor, entropy, margin)}
+LOOKING = {rule.__name__: rule for rule in (confidence, threshold, factor, entropy, margin)}
 NAMES = (*LOOKING, random.__name__, ancestral.__name__)
 ADAPTIVE = ("threshold", "factor", "entropy")  # the text decides how many forwards a block takes
 
+
+# ---- the schedule --------------------------------------------------------------------------------
 
 def masked_share(step, steps, reveal):
     """Share of a block that is still masked after `step` of `steps` forwards. cosine: few at first,
     when little is known.
     """
-    return (
-        1 - step / steps
-        if reveal == "linear"
-        else math.cos(math.pi / 2 * step / steps)
-        if step < steps
-        else 0.0
-    )
+    if reveal == "linear":
+        return 1 - step / steps
+    if step == steps:  # where the cosine is not quite 0
+        return 0.0
+    return math.cos(math.pi / 2 * step / steps)
 
 
-def reveal_count(masked, step, steps, reveal):
-    """How many of `masked` (those left now) to reveal at forward `step` of `steps`: never 0, and
-    all at the last one.
+def reveal_count(masked_count, step, steps, reveal):
+    """How many of the positions that are left now to reveal at forward `step` of `steps`: never 0,
+    and all at the last one.
 
     Each share is rounded up, from what is left now, so a row is never behind its schedule and
     mostly ahead of it: what does not divide comes first. linear: the shares differ by one at most,
@@ -137,9 +134,11 @@ def reveal_count(masked, step, steps, reveal):
     """
     if reveal == "cosine":
         stay = masked_share(step + 1, steps, reveal) / masked_share(step, steps, reveal)
-        return max(1, masked - math.floor(masked * stay + 1e-9))
-    return math.ceil(masked / (steps - step))
+        return max(1, masked_count - math.floor(masked_count * stay + 1e-9))
+    return math.ceil(masked_count / (steps - step))
 
+
+# ---- the tokens ----------------------------------------------------------------------------------
 
 def discourage(logits, seen, penalty):
     """--repetition_penalty: logits (N, V) of tokens that stand in `seen` (ids) lose, whatever their
@@ -162,20 +161,21 @@ def distribution(logits, temperature, top_k, top_p):
     z = logits.double()
     z = (z - z.amax(-1, keepdim=True)) / temperature  # the largest is 0: no temperature is too low
     if top_k and top_k < z.shape[-1]:
-        z = z.masked_fill(z < z.topk(top_k, dim=-1).values[..., -1:], -math.inf)
+        least = z.topk(top_k, dim=-1).values[..., -1:]
+        z = z.masked_fill(z < least, -math.inf)
     p = z.softmax(-1)
     if top_p < 1:
+        # keep until the mass before a token reaches top_p
         sorted_p, order = p.sort(-1, descending=True)
-        # keep until the mass before a token reaches p
         drop = sorted_p.cumsum(-1) - sorted_p >= top_p
         p = p.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), 0.0)
         p = p / p.sum(-1, keepdim=True)
     return p
 
 
-def draw(logits, temperature, s, generator):
+def draw(logits, temperature, settings, generator):
     """logits (N, V) -> (N,) tokens; temperature 0 is greedy."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = distribution(logits, temperature, s.top_k, s.top_p)
+    p = distribution(logits, temperature, settings.top_k, settings.top_p)
     return torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(logits.device)
