@@ -72,6 +72,16 @@ def test_no_command_imports_another():
         assert not commands, f"{name} imports {commands}: what both need belongs into a room"
 
 
+def test_a_room_knows_nothing_above_it():
+    """common/ imports nothing of the project; text/ and checkpoint.py do not know the settings."""
+    for name, tree in TREES.items():
+        ours = {other for other in imports(tree) if other in TREES}
+        if name.startswith("common"):
+            assert all(other.startswith("common") for other in ours), (name, ours)
+        if name.startswith("text") or name in ("checkpoint", "checkpoint_shards"):
+            assert not ours & {"config", "cli"}, f"{name}: callers pass what it needs"
+
+
 def test_the_starter_corpus_is_data():
     """text/starter/: constants, and the one list that its files make together; grammar.py uses
     them.
