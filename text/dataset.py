@@ -4,8 +4,7 @@ a counter.
 Used by train and evaluate:
     data = TokenData("data/processed", "train")
     windows = Windows(data, seq_len=512, seed=1337)
-    x = windows.batch(position, 32)            # (B, T) int64; a resumed run continues with the same
-        counter
+    x = windows.batch(position, 32)    # (B, T) int64; a resumed run continues with its counter
 Notable: nothing is guessed and nothing clipped, a file that does not fit its meta.json is refused
 with both numbers. The order is a seeded permutation computed on the fly: no list of indices, the
 state is one integer.
@@ -52,7 +51,7 @@ KEYS = {
     "seed": 0,
 }
 UNSEALED = {"cleaning", "romanised_share"}  # other keys that a meta.json without a seal may have
-told = set()                # those that were spoken of
+TOLD = set()                # folders without a seal that were spoken of
 # up to this size every id and the hash are checked at opening, above it ids as the windows are read
 SCAN_BYTES = 10**9
 
@@ -81,10 +80,13 @@ def how_to_rebuild(data_dir, flags=None):
         )
     if flags:
         return f"python -m prepare {flags} --data_dir {data_dir} --force builds it again"
-    return f"to build it again, type the python -m prepare that made {data_dir} once more, with --force"
+    return (
+        f"to build it again, type the python -m prepare that made {data_dir} once more, with "
+        "--force"
+    )
 
 
-def zip_flags(words):
+def flags_with_values(words):
     """Words of a command line -> a list for each flag: its name and its values."""
     groups = []
     for word in words:
@@ -103,7 +105,8 @@ class TokenData:
     """
 
     def __init__(self, data_dir, split="train", verify=None):
-        self.dir, self.split = Path(data_dir), split
+        self.dir = Path(data_dir)
+        self.split = split
         self.path = self.dir / f"{split}.bin"
         self.fix = how_to_rebuild(data_dir)
         if not os.path.exists(self.dir / "meta.json"):
@@ -116,9 +119,23 @@ class TokenData:
         self.meta = self.read_meta()
         self.vocab_size = self.meta["vocab_size"]
         self.dtype = token_dtype(self.vocab_size)
+        self.tokens = self.open_tokens()
+
+        small = self.tokens.nbytes <= SCAN_BYTES
+        if small:
+            for start in range(0, len(self), 2**22):
+                self.check_ids(self.tokens[start:start + 2**22])
+        if small if verify is None else verify:
+            found = file_sha256(self.path)
+            said = self.meta[f"{split}_sha256"]
+            if found != said:
+                self.refuse(f"{self.path} has sha256 {found[:12]}, but meta.json says {said[:12]}")
+
+    def open_tokens(self):
+        """The token file as a read-only memory map; its size has to be what meta.json says."""
         try:
             size = self.path.stat().st_size
-            count = self.meta[f"{split}_tokens"]
+            count = self.meta[f"{self.split}_tokens"]
             if size != count * self.dtype.itemsize:
                 self.refuse(
                     f"{self.path} has {size:,} bytes, but meta.json says {count:,} "
@@ -127,16 +144,9 @@ class TokenData:
                 )
             if not count:
                 self.refuse(f"{self.path} has 0 tokens")
-            self.tokens = np.memmap(self.path, self.dtype, "r")
+            return np.memmap(self.path, self.dtype, "r")
         except OSError as error:
             self.refuse(f"cannot read {self.path} ({error.strerror})")
-        if size <= SCAN_BYTES:
-            for start in range(0, count, 2**22):
-                self.check_ids(self.tokens[start:start + 2**22])
-        if size <= SCAN_BYTES if verify is None else verify:
-            found, said = file_sha256(self.path), self.meta[f"{split}_sha256"]
-            if found != said:
-                self.refuse(f"{self.path} has sha256 {found[:12]}, but meta.json says {said[:12]}")
 
     def for_run(self, source, path):
         """The end of a message: how this folder is made fit for a run that had its text from
@@ -148,13 +158,16 @@ class TokenData:
         if source == "builtin" and self.dir == Path(starter.FOLDER):
             return how_to_rebuild(starter.FOLDER)
         words = shlex.split(self.meta.get("flags", ""))
-        kept = [
-            pair for pair in zip_flags(words) if pair[0] not in ("--tokenizer", "--tokenizer_vocab")
-        ]
+        kept = []
+        for flag_and_values in flags_with_values(words):
+            if flag_and_values[0] not in ("--tokenizer", "--tokenizer_vocab"):
+                kept += flag_and_values
         if not kept:
             return f"prepare the text with --tokenizer {path}"
-        flags = shlex.join(word for pair in kept for word in pair)
-        return f"python -m prepare {flags} --tokenizer {path} --data_dir {self.dir} --force prepares it so"
+        return (
+            f"python -m prepare {shlex.join(kept)} --tokenizer {path} --data_dir {self.dir} "
+            "--force prepares it so"
+        )
 
     def old_text(self, source):
         """The same, when the tokenizer is right and the text is not."""
@@ -181,29 +194,34 @@ class TokenData:
             self.fix = how_to_rebuild(self.dir, meta.get("flags"))
         elif set(meta) - set(KEYS) - UNSEALED:
             self.refuse(f"{name} has keys that it should not have, and no seal")
-        elif str(name) not in told:
-            told.add(str(name))
-            say(f"notice: {name} has no seal, as older versions wrote it, so its figures cannot be "
-                      f"checked; {how_to_rebuild(self.dir)}")
+        elif str(name) not in TOLD:
+            TOLD.add(str(name))
+            say(
+                f"notice: {name} has no seal, as older versions wrote it, so its figures cannot be "
+                f"checked; {how_to_rebuild(self.dir)}"
+            )
         return meta
 
     def check_meta(self, meta):
+        """Every key is there, of its type, in its range, and fits the others."""
         name = self.dir / "meta.json"
         for key, rule in KEYS.items():
             if key not in meta:
                 self.refuse(f"{name} has no {key!r}")
-            kind, value = rule if isinstance(rule, type) else int, meta[key]
+            kind = rule if isinstance(rule, type) else int
+            value = meta[key]
             if type(value) is not kind or (kind is int and not rule <= value < 2**63):
                 self.refuse(
                     f"{name}: {key} is {str(value)[:60]!r}, which is no valid {kind.__name__}"
                 )
-        vocab, dtype = meta["vocab_size"], token_dtype(meta["vocab_size"]).name
+
+        vocab = meta["vocab_size"]
         specials = [meta[key] for key in ("pad_id", "unk_id", "bos_id", "eos_id")]
         for what, found, wanted in (
             ("version", meta["version"], VERSION),
             ("normaliser", meta["normaliser"], NORMALISER),
             ("mask_token_id", meta["mask_token_id"], vocab),
-            ("dtype", meta["dtype"], dtype),
+            ("dtype", meta["dtype"], token_dtype(vocab).name),
         ):
             if found != wanted:
                 self.refuse(
@@ -213,7 +231,8 @@ class TokenData:
             self.refuse(f"{name}: special ids {specials} do not fit a vocabulary of {vocab}")
 
     def check_ids(self, ids):
-        if (top := int(ids.max())) >= self.vocab_size:
+        top = int(ids.max())
+        if top >= self.vocab_size:
             what = "the mask, which no text may hold" if top == self.vocab_size else "out of range"
             self.refuse(
                 f"{self.path} holds the id {top}, {what}: the vocabulary is {self.vocab_size}"
@@ -228,17 +247,16 @@ class TokenData:
         must fit.
         """
         said = Path(self.meta["tokenizer"])
-        # no error for any name
-        found = [p for p in (said, files.ROOT / said, self.dir / said.name) if os.path.isfile(p)]
-        hashes = [file_sha256(p) for p in found]
-        if self.meta["tokenizer_sha256"] in hashes:
-            return found[hashes.index(self.meta["tokenizer_sha256"])]
+        wanted = self.meta["tokenizer_sha256"]
+        places = (said, files.ROOT / said, self.dir / said.name)
+        found = [path for path in places if os.path.isfile(path)]      # no error for any name
+        hashes = [file_sha256(path) for path in found]
+        if wanted in hashes:
+            return found[hashes.index(wanted)]
         if not found:
             self.refuse(f"the tokenizer {said} of {self.dir} is missing")
         self.refuse(
-            f"{self.dir} was made with tokenizer {self.meta['tokenizer_sha256'][:12]}, but "
-            f"{found[0]} is "
-            f"{hashes[0][:12]}"
+            f"{self.dir} was made with tokenizer {wanted[:12]}, but {found[0]} is {hashes[0][:12]}"
         )
 
     def need(self, seq_len):
@@ -253,7 +271,8 @@ class TokenData:
         """Windows from these positions on, (B, T) int64; the text is a ring, its end continues at
         its beginning.
         """
-        import torch
+        import torch                                             # (prepare does without)
+
         rows = np.empty((len(starts), seq_len), np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
             head = self.tokens[start:start + seq_len]
@@ -270,7 +289,8 @@ class TokenData:
         self.need(seq_len)
         n = min(n, len(self) // seq_len)
         spare = len(self) - n * seq_len
-        return self.gather(np.arange(n) * seq_len + np.arange(n) * spare // max(n - 1, 1), seq_len)
+        number = np.arange(n)
+        return self.gather(number * seq_len + number * spare // max(n - 1, 1), seq_len)
 
 
 def _mix(x):
@@ -291,12 +311,14 @@ def permute(index, n, key):
     next power of 4, walked until it falls below n. No memory, whatever n."""
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
-    out, todo = index.astype(np.uint64), np.arange(len(index))
+    out = index.astype(np.uint64)
+    todo = np.arange(len(index))
     while len(todo):
-        x, k = out[todo], key[todo]
-        left, right = x >> half, x & low
+        keys = key[todo]
+        left = out[todo] >> half
+        right = out[todo] & low
         for turn in range(6):
-            left, right = right, left ^ (_mix(k + np.uint64(turn << 33) + right) & low)
+            left, right = right, left ^ (_mix(keys + np.uint64(turn << 33) + right) & low)
         out[todo] = (left << half) | right
         todo = todo[out[todo] >= n]
     return out
@@ -312,7 +334,9 @@ class Windows:
 
     def __init__(self, data, seq_len, seed):
         data.need(seq_len)
-        self.data, self.seq_len, self.seed = data, seq_len, seed
+        self.data = data
+        self.seq_len = seq_len
+        self.seed = seed
         self.per_epoch = len(data) // seq_len
 
     def starts(self, index, count):

@@ -23,8 +23,11 @@ NAMED = 5                                  # files left out that a notice names
 
 def kind_of(path):
     """'.txt', '.jsonl' or '.parquet' for a file that we can read, else None."""
-    kind = Path(path.name.lower().removesuffix(".gz").removesuffix(".xz")).suffix
-    return kind if kind in (".txt", ".jsonl") or path.name.lower().endswith(".parquet") else None
+    name = path.name.lower()
+    if Path(name).suffix == ".parquet":
+        return ".parquet"
+    kind = Path(name.removesuffix(".gz").removesuffix(".xz")).suffix
+    return kind if kind in (".txt", ".jsonl") else None
 
 
 def find_files(inputs, log=print):
@@ -34,25 +37,21 @@ def find_files(inputs, log=print):
     (reading one would wait without end) and links that lead out of the folder: only what was named
     is read. Naming a file of an unknown kind is an error.
     """
-    files, left_out = {}, []
+    files = {}
+    left_out = []
     for given in map(Path, inputs):
         if not given.exists():
             raise UserError(f"--input {given}: no such file or folder")
-        inside = [given]
         if given.is_dir():
             inside = sorted(texts_of_folder(given, left_out))
             if not inside:
                 why = f"; left out: {', '.join(left_out[:NAMED])}" if left_out else ""
-                raise UserError(f"--input {given}: no .txt, .jsonl or .parquet file in this "
-                                f"folder{why}")
-        elif not kind_of(given):
-            raise UserError(
-                f"--input {given}: unknown kind of file, not .txt or .jsonl (also .gz, .xz) or "
-                ".parquet; rename or convert it"
-            )
-        elif not given.is_file():
-            raise UserError(f"--input {given}: not a plain file; for a pipe: cat {given} | "
-                            "python -m prepare --source files --input -")
+                raise UserError(
+                    f"--input {given}: no .txt, .jsonl or .parquet file in this folder{why}"
+                )
+        else:
+            check_named(given)
+            inside = [given]
         for path in inside:
             files.setdefault(path.resolve(), path)
     if left_out:
@@ -60,6 +59,20 @@ def find_files(inputs, log=print):
         names = ", ".join(left_out[:NAMED])
         log(f"notice: left out: {names}{more}; to read one, name it in --input")
     return list(files.values())
+
+
+def check_named(path):
+    """Dies if a file that was named cannot be read."""
+    if not kind_of(path):
+        raise UserError(
+            f"--input {path}: unknown kind of file, not .txt or .jsonl (also .gz, .xz) or "
+            ".parquet; rename or convert it"
+        )
+    if not path.is_file():
+        raise UserError(
+            f"--input {path}: not a plain file; for a pipe: cat {path} | "
+            "python -m prepare --source files --input -"
+        )
 
 
 def texts_of_folder(folder, left_out):
@@ -86,18 +99,25 @@ def read_lines(path):
     """(line number, text); a line of more than LINE_BYTES comes in parts, empty lines in a row as
     one.
     """
-    number, begins, rest = 0, True, b""
+    number = 0
+    begins = True                              # does a line begin here, or go on?
+    rest = b""                                 # the beginning of a letter that was cut
+    open_file = OPEN.get(path.suffix.lower(), open)
     try:
-        with OPEN.get(path.suffix.lower(), open)(path, "rb") as f:
-            while raw := rest + f.readline(LINE_BYTES):
-                number, begins, rest = number + begins, raw.endswith(b"\n"), b""
+        with open_file(path, "rb") as file:
+            while raw := rest + file.readline(LINE_BYTES):
+                if begins:
+                    number += 1
+                begins = raw.endswith(b"\n")
+                rest = b""
                 # perhaps inside a character: keep that back
                 if len(raw) >= LINE_BYTES and raw[-1] >= 0x80:
-                    last = max(raw.rfind(bytes([lead]), -4) for lead in range(0xc2, 0xf5))
-                    raw, rest = raw[:last], raw[last:]
+                    last = start_of_last_letter(raw)
+                    rest = raw[last:]
+                    raw = raw[:last]
                 yield number, raw.decode().removeprefix("\ufeff")
                 if raw.endswith(b"\n") and not raw.strip():
-                    number += skip_blank_lines(f)
+                    number += skip_blank_lines(file)
     except UnicodeDecodeError as error:
         guess = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "ITS_ENCODING"
         raise UserError(
@@ -109,15 +129,20 @@ def read_lines(path):
         raise UserError(f"cannot read {path}, stopped after line {number}: {error}") from None
 
 
-def skip_blank_lines(f):
+def start_of_last_letter(raw):
+    """Where the last UTF-8 lead byte is; it is one of the last four."""
+    return max(raw.rfind(bytes([lead]), -4) for lead in range(0xc2, 0xf5))
+
+
+def skip_blank_lines(file):
     """Goes to the next line that is not empty, thousands of lines at a time -> how many it skipped.
     """
     count = 0
     while True:
-        blank = BLANK_LINES.match(f.peek(1 << 16))
+        blank = BLANK_LINES.match(file.peek(1 << 16))
         if not blank:
             return count
-        count += f.read(blank.end()).count(b"\n")
+        count += file.read(blank.end()).count(b"\n")
 
 
 def read_documents(path, log=print):
@@ -125,29 +150,32 @@ def read_documents(path, log=print):
     if kind_of(path) == ".parquet":
         yield from read_parquet(path)
         return
-    lines, size = [], 0
+    records = kind_of(path) == ".jsonl"
+    lines = []
+    size = 0
     for number, line in read_lines(path):
-        if kind_of(path) == ".jsonl":
-            if line.strip():
+        empty = not line.strip()
+        if records:
+            if not empty:
                 yield parse_record(line, f"{path}, line {number}")
-        elif line.strip() and size < LINE_BYTES:
+        elif not empty and size < LINE_BYTES:
             lines.append(line)
             size += len(line.encode())
         else:
-            if line.strip():
+            if not empty:
                 log(f"notice: {path}, line {number}: a document is cut here, after {size:,} bytes")
             yield "".join(lines)
-            lines, size = [line], len(line.encode())
+            lines = [line]
+            size = len(line.encode())
     yield "".join(lines)
 
 
 def read_parquet(path):
     """The column "text" of a parquet file, a batch of rows at a time."""
     need("pyarrow", f"to read {path}")
-    import pyarrow
-    import pyarrow.parquet
+    from pyarrow import ArrowException, parquet
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
             if "text" not in names:
                 raise UserError(f'{path} has no column "text", but {", ".join(names)[:200]}')
@@ -161,7 +189,7 @@ def read_parquet(path):
             f'{path}: the column "text" holds bytes that are not valid UTF-8 ({error}); '
             "convert it first"
         ) from None
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ArrowException) as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
 
 
@@ -169,7 +197,8 @@ def parse_record(line, where):
     """The text of one .jsonl line."""
     try:
         record = json.loads(line)
-        text, prompt = record["text"], record.get("prompt") or ""
+        text = record["text"]
+        prompt = record.get("prompt") or ""
         if isinstance(text, str) and isinstance(prompt, str):
             return f"{prompt}\n{text}" if prompt else text
         why = '"text" and "prompt" must be strings'

@@ -16,53 +16,51 @@ from pathlib import Path
 
 from common.console import UserError
 from common.files import file_sha256, read_json, seal_holds, sealed, write_json
+from text.romanise import Romaniser
 from text.tokenizer import SAMPLE_BYTES, SCRIPTS, normalise, script_of
 
 ENOUGH = 20  # a script with so many documents is in validation for certain
 BATCH_CHARS = 500_000                      # text that is encoded at a time
 PIECE_CHARS = 50_000                       # the tokenizer's sample takes pieces of long documents
+TYPISTS = 16                               # for --romanise: each types in one way throughout
+FEW = 1000                                 # up to so many documents their sizes are remembered
 RECORD = struct.Struct("<QBQ")  # hash of the document, script, bytes of the text that follows
-KEPT = (
-    "docs",
-    "bytes",
-    "chars",
-    "full",
-    "limit",
-    "forced",
-    "high",
-    "cut",
-    "romanised",
-    "script_bytes",
-    "extra",
-    "written",
-)
+KEPT = ("docs", "bytes", "chars", "full", "limit", "forced", "high", "cut", "romanised",
+        "script_bytes", "extra", "written")
 
 
-def spread(h, salt):
+def spread(key, salt):
     """Another hash of a hash, as a number in [0, 1)."""
-    return (
-        int.from_bytes(
-            hashlib.blake2b(h.to_bytes(8, "little"), digest_size=7, salt=salt).digest(), "little"
-        )
-        / 2**56
-    )
+    digest = hashlib.blake2b(key.to_bytes(8, "little"), digest_size=7, salt=salt).digest()
+    return int.from_bytes(digest, "little") / 2**56
 
 
 class Spool:
+    """The documents of one run of prepare, in a file, and how they are split."""
+
     def __init__(self, folder, args, digest):
-        self.args, self.digest = args, digest
-        self.path, self.plan_path = Path(folder, "spool.bin"), Path(folder, "spool.json")
-        self.docs, self.bytes, self.chars, self.full, self.script_bytes = (
-            Counter(),
-            0,
-            0,
-            False,
-            Counter(),
-        )
-        # smallest and largest hash of a script; hash -> bytes
-        self.low, self.high, self.sizes = {}, {}, {}
-        self.limit, self.forced, self.cut, self.romanised, self.extra = 0, set(), False, 0.0, {}
-        self.written = None                                # sha256 of the file, once it is whole
+        self.args = args
+        self.digest = digest               # of the settings and the sources
+        self.path = Path(folder, "spool.bin")
+        self.plan_path = Path(folder, "spool.json")
+
+        # what was added; scripts are numbers, by their place in SCRIPTS
+        self.docs = Counter()              # script -> documents
+        self.script_bytes = Counter()
+        self.bytes = 0
+        self.chars = 0
+        self.full = False                  # was a limit reached?
+        self.low = {}                      # script -> smallest hash of a document
+        self.high = {}                     # script -> largest
+        self.sizes = {}                    # hash -> bytes, of the first FEW documents
+
+        # the plan, made by close()
+        self.limit = 0                     # a document with a smaller hash is validation
+        self.forced = set()                # hashes of more of them
+        self.cut = False                   # a single document, whose end is validation
+        self.romanised = 0.0               # share of the Devanagari documents
+        self.written = None                # sha256 of the file, once it is whole
+        self.extra = {}                    # what the caller wants to find again
 
     # ---- pass 1
     def begin(self):
@@ -80,22 +78,22 @@ class Spool:
         self.full |= 0 < self.chars > self.args.max_chars - len(text)
         if self.full:
             return False
-        raw, script = text.encode(), SCRIPTS.index(script_of(text))
-        h = int.from_bytes(
-            hashlib.sha256(f"{self.args.seed}:".encode() + raw).digest()[:8], "little"
-        )
-        record = RECORD.pack(h, script, len(raw)) + raw
+        raw = text.encode()
+        script = SCRIPTS.index(script_of(text))
+        digest = hashlib.sha256(f"{self.args.seed}:".encode() + raw).digest()
+        key = int.from_bytes(digest[:8], "little")
+        record = RECORD.pack(key, script, len(raw)) + raw
         self.file.write(record)
         self.hash.update(record)
+
         self.docs[script] += 1
         self.script_bytes[script] += len(raw)
-        self.bytes, self.chars = self.bytes + len(raw), self.chars + len(text)
-        self.low[script], self.high[script] = (
-            min(h, self.low.get(script, h)),
-            max(h, self.high.get(script, h)),
-        )
-        if len(self.sizes) < 1000:
-            self.sizes[h] = len(raw)
+        self.bytes += len(raw)
+        self.chars += len(text)
+        self.low[script] = min(key, self.low.get(script, key))
+        self.high[script] = max(key, self.high.get(script, key))
+        if len(self.sizes) < FEW:
+            self.sizes[key] = len(raw)
         return True
 
     def close(self, romanise, log):
@@ -103,8 +101,8 @@ class Spool:
         stays empty.
         """
         self.limit = int(self.args.val_doc_frac * 2**64)
-        several = [s for s in self.docs if self.low[s] < self.high[s]]
-        self.forced = {self.low[s] for s in several if self.docs[s] >= ENOUGH}
+        several = [script for script in self.docs if self.low[script] < self.high[script]]
+        self.forced = {self.low[script] for script in several if self.docs[script] >= ENOUGH}
         self.cut = len(self.sizes) == 1
         if self.cut:
             log(
@@ -112,23 +110,25 @@ class Spool:
                 "blank lines between "
                 "documents (.txt) or give more of them"
             )
-        elif not self.forced and all(self.low[s] >= self.limit for s in several):
+        elif not self.forced and all(self.low[script] >= self.limit for script in several):
             # a handful of documents: the one whose size fits best
             wanted = self.args.val_doc_frac * self.bytes
-            self.forced = {min(self.sizes, key=lambda h: (abs(self.sizes[h] - wanted), h))}
-        deva, latin = (self.docs[SCRIPTS.index(script)] for script in ("devanagari", "latin"))
-        if romanise and deva:  # so that Latin documents are the wanted share of both
-            self.romanised = min(
-                1.0, max(0.0, (self.args.hinglish_ratio * (deva + latin) - latin) / deva)
-            )
+            self.forced = {min(self.sizes, key=lambda key: (abs(self.sizes[key] - wanted), key))}
+
+        # so many that Latin documents are the wanted share of both
+        devanagari = self.docs[SCRIPTS.index("devanagari")]
+        latin = self.docs[SCRIPTS.index("latin")]
+        if romanise and devanagari:
+            missing = self.args.hinglish_ratio * (devanagari + latin) - latin
+            self.romanised = min(1.0, max(0.0, missing / devanagari))
+
+        # the text is on the disk before the plan that vouches for it
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         self.written = self.hash.hexdigest()
-        plan = {key: getattr(self, key) for key in KEPT} | {
-            "forced": sorted(self.forced),
-            "digest": self.digest,
-        }
+        plan = {name: getattr(self, name) for name in KEPT}
+        plan |= {"forced": sorted(self.forced), "digest": self.digest}
         write_json(self.plan_path, sealed(plan))
 
     def restore(self, log):
@@ -146,71 +146,79 @@ class Spool:
                 "again"
             )
             return False
-        for key in KEPT:
-            value = plan[key]
-            if key in ("docs", "script_bytes", "high"):    # JSON has no numbers as keys
-                value = type(getattr(self, key))({int(k): v for k, v in value.items()})
-            setattr(self, key, set(value) if key == "forced" else value)
+        for name in KEPT:
+            value = plan[name]
+            if name in ("docs", "script_bytes", "high"):   # JSON has no numbers as keys
+                value = {int(script): number for script, number in value.items()}
+                value = type(getattr(self, name))(value)
+            elif name == "forced":
+                value = set(value)
+            setattr(self, name, value)
         return True
 
     # ---- passes 2 and 3
     def records(self, start=0):
         """(place after it, is it validation, script, hash, text), in the order of the sources."""
-        romaniser = None
-        if self.romanised:
-            from text.romanise import Romaniser
-            romaniser = [Romaniser(style) for style in range(16)]        # so many typists
-        with open(self.path, "rb") as f:
-            f.seek(start)
-            while head := f.read(RECORD.size):
-                h, script, size = RECORD.unpack(head)
-                text = f.read(size).decode()
-                val = h in self.forced or h < self.limit and h != self.high[script]
+        typists = [Romaniser(style) for style in range(TYPISTS)] if self.romanised else []
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            while head := file.read(RECORD.size):
+                key, number, size = RECORD.unpack(head)
+                text = file.read(size).decode()
+                script = SCRIPTS[number]
+                # the largest hash of a script always trains
+                below = key < self.limit and key != self.high[number]
+                validation = int(key in self.forced or below)
+
                 if (
-                    romaniser
-                    and SCRIPTS[script] == "devanagari"
-                    and spread(h, b"romanise") < self.romanised
+                    typists
+                    and script == "devanagari"
+                    and spread(key, b"romanise") < self.romanised
                 ):
-                    text = normalise(romaniser[h % len(romaniser)](text))
-                    script = SCRIPTS.index(script_of(text))
+                    text = normalise(typists[key % len(typists)](text))
+                    script = script_of(text)
+
                 if self.cut:
-                    yield from (
-                        (f.tell(), side, SCRIPTS[script], h, part)
-                        for side, part in enumerate(self.halves(text))
-                    )
-                else:  # the largest hash of a script always trains
-                    yield f.tell(), int(val), SCRIPTS[script], h, text
+                    for side, part in enumerate(self.halves(text)):
+                        yield file.tell(), side, script, key, part
+                else:
+                    yield file.tell(), validation, script, key, text
 
     def halves(self, text):
         """A single document as (training part, validation part), cut at a line break or space."""
         end = len(text) - max(int(len(text) * self.args.val_doc_frac), min(1000, len(text) // 5))
-        at = max(text.rfind("\n", len(text) // 2, end), text.rfind(" ", len(text) // 2, end))
-        if len(text) < 200 or at < 0:
+        middle = len(text) // 2
+        cut = max(text.rfind("\n", middle, end), text.rfind(" ", middle, end))
+        if len(text) < 200 or cut < 0:
             raise UserError(
                 f"the text is one document of {len(text)} characters, too short to keep a part for "
                 "validation: give more text, with blank lines between documents"
             )
-        return text[:at].strip(), text[at:].strip()
+        return text[:cut].strip(), text[cut:].strip()
 
     def sample(self):
         """Training text for the tokenizer: all of it, or pieces from everywhere, chosen by hash."""
         share = SAMPLE_BYTES / self.bytes
-        for _, val, _, h, text in self.records():
-            pieces = (
-                [text]
-                if share >= 1
-                else [text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)]
-            )
-            yield from (piece for i, piece in enumerate(pieces)
-                        if not val and (h + i * 0x9E3779B97F4A7C15) % 2**32 < share * 2**32)
+        for _, validation, _, key, text in self.records():
+            if validation:
+                continue
+            if share >= 1:
+                yield text
+                continue
+            for i, start in enumerate(range(0, len(text), PIECE_CHARS)):
+                if (key + i * 0x9E3779B97F4A7C15) % 2**32 < share * 2**32:
+                    yield text[start:start + PIECE_CHARS]
 
     def batches(self, start):
-        batch, size = [], 0
+        """Lists of records, each enough for one call of the tokenizer."""
+        batch = []
+        size = 0
         for record in self.records(start):
             batch.append(record)
             size += len(record[-1])
             if size >= BATCH_CHARS and not self.cut:  # the halves of one document stay together
                 yield batch
-                batch, size = [], 0
+                batch = []
+                size = 0
         if batch:
             yield batch
