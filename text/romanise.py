@@ -1,12 +1,14 @@
-"""Devanagari to the Latin letters that people type: no diacritics, schwas dropped, English words in English. No torch.
+"""Devanagari to the Latin letters that people type: no diacritics, schwas dropped, English words in
+English. No torch.
 
-    python -m romanise "मैं कल बाज़ार गया था"              # main kal bazar gaya tha
-    python -m romanise --style 3 < hindi.txt > hinglish.txt
+    python -m text.romanise "मैं कल बाज़ार गया था"              # main kal bazar gaya tha
+    python -m text.romanise --style 3 < hindi.txt > hinglish.txt
 
-Style 0 takes the commonest spelling everywhere; any other number is one typist, whose habits (aa or a, w or v, ph or f,
-...) come from the number and stay the same through a text. A word is looked up in the tables (irregular and English words),
-otherwise spelled in three steps: `units` (letters to syllables), `drop_schwas` (which inherent vowels are silent), `spell`
-(sounds to Latin, by the typist's habits). Everything that is not Devanagari stays as it is.
+Used by prepare (--romanise). Style 0 takes the commonest spelling everywhere; any other number is
+one typist, whose habits (aa or a, w or v, ph or f, ...) come from the number and stay the same
+through a text. A word is looked up in the tables (irregular and English words), otherwise spelled
+in three steps: `units` (letters to syllables), `silence` (which inherent vowels nobody says),
+`spell` (sounds to Latin, by the typist's habits). Everything that is not Devanagari stays as it is.
 """
 import argparse
 import random
@@ -17,8 +19,9 @@ import unicodedata
 from common.console import run
 from text.starter import lexicon
 
-# ------------------------------------------------------------------------------------------------ tables: letters to sounds
-# sounds: one Latin letter or digraph for a consonant; capitals are the long or second vowel: A aa, I ee, U oo, E ai, O au
+# ---- tables: letters to sounds -------------------------------------------------------------------
+# sounds: one Latin letter or digraph for a consonant; capitals are the long or second vowel: A aa,
+# I ee, U oo, E ai, O au
 CONSONANTS = dict(zip(
     "क ख ग घ ङ च छ ज झ ञ ट ठ ड ढ ण त थ द ध न प फ ब भ म य र ल ळ व श ष स ह ॸ ॹ ॺ ॻ ॼ ॾ ॿ".split(),
     "k kh g gh n ch chh j jh N t th d dh n t th d dh n p P b bh m y r l l v sh sh s h d z y g j d b".split(), strict=True))
@@ -33,8 +36,11 @@ RUN = re.compile("([\u0900-\u0963\u0971-\u097f][\u0900-\u0963\u0971-\u097f\u200c
 
 
 def units(word):
-    """A word as syllables [onset, vowel, nasal]: onset a list of sounds, vowel '' where a virama ends it. Total: no error."""
-    out, last = [], ""
+    """A word as syllables [onset, vowel, nasal]: onset a list of sounds, vowel '' where a virama
+    ends it. Any string gives some: no error.
+    """
+    out = []
+    last = ""
     for c in unicodedata.normalize("NFD", word):
         if c in CONSONANTS:
             if out and last == VIRAMA:
@@ -45,7 +51,7 @@ def units(word):
         elif c == NUKTA_SIGN:
             if last in NUKTA and out:
                 out[-1][0][-1] = NUKTA[last]
-            c = last                                                     # a virama or sign may follow as after the letter
+            c = last                   # a virama or sign may follow as after the letter
         elif c == VIRAMA:
             if out and last in CONSONANTS:
                 out[-1][1] = ""
@@ -65,8 +71,9 @@ def units(word):
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------ tables: words
-# what no rule gives: a word and its spellings, the commonest first and each as often as it is common; more in starter/lexicon.py
+# ---- tables: words -------------------------------------------------------------------------------
+# what no rule gives: a word and its spellings, the commonest first and each as often as it is
+# common; more in starter/lexicon.py
 TYPED = """
 बस bas  द्वारा dwara/dvara  स्वयं swayam  एवं evam/evan  है hai/hai/hai/he  हैं hain/hain/hai  मैं main/main/mai/mai
 में mein/mein/me/me  हूँ hoon/hu/hun  नहीं nahi/nahi/nahin/nhi  यह yeh/ye/ye  वह wo/woh/vo  ये ye/ye/yeh  वे ve/wo  क्या kya
@@ -195,67 +202,131 @@ LAST = """वती मती पत्र पत्रों चरण चर�
 कार कारी कारों पन वाला वाले वाली वालों मय जनक मान शील पूर्वक पूर्ण पति नाथ गंज ता ती ते तीं ना नी ने नीं ताओं भर गार दान तम तर
 पाल लाल स्वरूप हीन रहित सहित देशीय गण शास्त्र यात्रा मंत्री निवासी वासी प्रद युक्त मुक्त संघ"""
 
-# ----------------------------------------------------------------------------------------------------- letters to sounds
+# ---- letters to sounds ---------------------------------------------------------------------------
 LONG_WORD = 60             # letters; longer runs are no words: neither cut into members nor remembered
 LABIALS = ("p", "P", "b", "bh", "m")
 
 
 def silence(syllables):
-    """Mark the inherent vowels that nobody says, '_': the last one, then from the right each one between simple syllables."""
-    n, sounds = len(syllables), ["".join(s[0]) for s in syllables]
-
-    def silent(i):
-        return syllables[i][1] in ("", "_")
-
-    onset, vowel, nasal = syllables[-1] if n else ([], "", "")
-    if n > 1 and vowel == "a" and onset and not nasal:                   # mitra, vakya, krishna, priya; but dharm, dil, tay
-        ends = len(onset) > 1 and onset[-1] != onset[-2] and onset[-1] in "yr" or onset[-2:] in (["j", "N"], ["sh", "n"])
-        if not ends and not (onset == ["y"] and syllables[-2][1] in ("i", "I")):
-            syllables[-1][1] = "_"
-    for i in range(n - 2, 0, -1):
-        onset, vowel, nasal = syllables[i]
-        after, next_vowel, _ = syllables[i + 1]
-        if (vowel == "a" and onset and not nasal and after and not silent(i - 1) and not silent(i + 1)
-                and (len(onset) == 1 or sounds[i] in ("rm", "rth")) and (len(after) == 1 or sounds[i + 1][1:] == "r")
-                and not (onset == ["y"] and syllables[i - 1][1] in ("a", "i"))
-                and not (i > 1 and (i + 2 == n or next_vowel == "i" and i + 3 == n))):       # biradari, sarvjanik
+    """Mark the inherent vowels that nobody says, '_': the last one, then from the right each one
+    between simple syllables.
+    """
+    if len(syllables) > 1 and last_is_silent(syllables):
+        syllables[-1][1] = "_"
+    for i in range(len(syllables) - 2, 0, -1):
+        if is_silent(syllables, i):
             syllables[i][1] = "_"
     return syllables
 
 
+def last_is_silent(syllables):
+    """dharm, dil, tay; but mitra, vakya, krishna, priya."""
+    onset, vowel, nasal = syllables[-1]
+    if vowel != "a" or not onset or nasal:
+        return False
+    if onset[-2:] in (["j", "N"], ["sh", "n"]):
+        return False
+    if len(onset) > 1 and onset[-1] != onset[-2] and onset[-1] in "yr":
+        return False
+    return onset != ["y"] or syllables[-2][1] not in ("i", "I")
+
+
+def is_silent(syllables, i):
+    """Is the vowel of a syllable inside the word silent? Those to its right are decided."""
+    onset, vowel, nasal = syllables[i]
+    after, next_vowel, _ = syllables[i + 1]
+    if vowel != "a" or not onset or nasal or not after:
+        return False
+
+    # between vowels that are said, and simple consonants
+    if syllables[i - 1][1] in ("", "_") or next_vowel in ("", "_"):
+        return False
+    sound = "".join(onset)
+    next_sound = "".join(after)
+    if len(onset) > 1 and sound not in ("rm", "rth"):
+        return False
+    if len(after) > 1 and next_sound[1:] != "r":
+        return False
+
+    # not after a vowel that runs into it, nor before the last of a long word
+    if onset == ["y"] and syllables[i - 1][1] in ("a", "i"):
+        return False
+    left = len(syllables) - i
+    return not (i > 1 and (left == 2 or next_vowel == "i" and left == 3))     # biradari, sarvjanik
+
+
 def members(word):
-    """Cut a compound where FIRST or LAST say so; a member begins with a consonant, and what it leaves is no single letter."""
+    """Cut a compound where FIRST or LAST say so; a member begins with a consonant, and what it
+    leaves is no single letter.
+    """
     for i in range(min(len(word) - 2, LONGEST), 1, -1):
         if word[:i] in FIRST and word[i] in CONSONANTS and len(units(word[i:])) > 1:
             return [word[:i], *members(word[i:])]
     for i in range(max(2, len(word) - LONGEST), len(word)):
-        left = units(word[:i]) if word[i:] in LAST and word[i - 1] != VIRAMA else ()
+        if word[i:] not in LAST or word[i - 1] == VIRAMA:
+            continue
+        left = units(word[:i])
         if left and (word[i - 1] in SIGNS or len(left) > 1 and len(left[-1][0]) == 1):
             return [*members(word[:i]), word[i:]]
     return [word]
 
 
-# ----------------------------------------------------------------------------------------------------- sounds to spelling
+# ---- sounds to spelling --------------------------------------------------------------------------
 LONG = {"A": ("a", "aa"), "I": ("i", "ee"), "U": ("u", "oo")}
-EVERYWHERE = ("start", "mono", "last", "first", "mid")                   # all places of a long vowel but the end of a word
-SHORT, USUAL, MORE, MOST = (                                             # where a typist doubles the vowel
-    {"A": ("start",), "I": (), "U": ()}, {"A": ("start", "mono"), "I": ("mono",), "U": ("mono",)},
-    {"A": ("start", "mono", "last"), "I": ("mono", "last"), "U": ("mono", "last", "first")}, dict.fromkeys("AIU", EVERYWHERE))
-# habit -> its spellings, the commonest first and each as often as it is common; a typist draws one of them
+# all places of a long vowel but the end of a word
+EVERYWHERE = ("start", "mono", "last", "first", "mid")
+# where a typist doubles the vowel
+SHORT = {"A": ("start",), "I": (), "U": ()}
+USUAL = {"A": ("start", "mono"), "I": ("mono",), "U": ("mono",)}
+MORE = {
+    "A": ("start", "mono", "last"),
+    "I": ("mono", "last"),
+    "U": ("mono", "last", "first"),
+}
+MOST = dict.fromkeys("AIU", EVERYWHERE)
+# habit -> its spellings, the commonest first and each as often as it is common; a typist draws one
+# of them
 HABITS = {
-    "v": ("v", "v", "w"), "Cv": ("v", "w"), "P": ("f", "f", "ph"), "z": ("z", "z", "j"), "q": ("k", "k", "q"), "X": ("kh",),
-    "G": ("g", "g", "gh"), "D": ("d", "d", "d", "r"), "Dh": ("dh", "dh", "dh", "rh"), "N": ("n",), "chh": ("chh", "chh", "ch"),
-    "sh": ("sh", "sh", "sh", "sh", "sh", "s"), "ksh": ("ksh", "ksh", "ksh", "ksh", "x"), "chchh": ("cch", "chh", "chchh"),
-    "chch": ("cch", "chch", "ch"), "double": (1, 1, 1, 0), "ri": ("ri",), "glide": ("y", "y", ""), "eh": ("e", "a"),
-    "en": ("en", "ein", "en", "e"), "no_n": ("I", "I", "", "AIUo"),
-    "long": (USUAL, USUAL, USUAL, SHORT, MORE, MOST, USUAL | {"A": EVERYWHERE}, MOST | {"A": ("start", "mono")})}
+    "v": ("v", "v", "w"),
+    "Cv": ("v", "w"),
+    "P": ("f", "f", "ph"),
+    "z": ("z", "z", "j"),
+    "q": ("k", "k", "q"),
+    "X": ("kh",),
+    "G": ("g", "g", "gh"),
+    "D": ("d", "d", "d", "r"),
+    "Dh": ("dh", "dh", "dh", "rh"),
+    "N": ("n",),
+    "chh": ("chh", "chh", "ch"),
+    "sh": ("sh", "sh", "sh", "sh", "sh", "s"),
+    "ksh": ("ksh", "ksh", "ksh", "ksh", "x"),
+    "chchh": ("cch", "chh", "chchh"),
+    "chch": ("cch", "chch", "ch"),
+    "double": (1, 1, 1, 0),
+    "ri": ("ri",),
+    "glide": ("y", "y", ""),
+    "eh": ("e", "a"),
+    "en": ("en", "ein", "en", "e"),
+    "no_n": ("I", "I", "", "AIUo"),
+    "long": (
+        USUAL,
+        USUAL,
+        USUAL,
+        SHORT,
+        MORE,
+        MOST,
+        USUAL | {"A": EVERYWHERE},
+        MOST | {"A": ("start", "mono")},
+    ),
+}
 
 
 def consonants(onset, habit):
     """A run of consonant sounds as letters: jN gy, kkh, tth, ddh, cch."""
     letters = []
     for i, sound in enumerate(onset):
-        before, after = onset[i - 1] if i else "", onset[i + 1] if i + 1 < len(onset) else ""
+        before = onset[i - 1] if i else ""
+        after = onset[i + 1] if i + 1 < len(onset) else ""
         c = habit.get(sound, sound)
         if (sound, after) == ("j", "N"):
             c = "g"
@@ -263,7 +334,7 @@ def consonants(onset, habit):
             c = "y"
         elif sound == "v" and before:
             c = habit["Cv"]
-        elif sound == "ch" and after in ("ch", "chh"):                   # bachcha, achchha
+        elif sound == "ch" and after in ("ch", "chh"):     # bachcha, achchha
             c = habit["ch" + after]
         elif before == "ch" and sound in ("ch", "chh"):
             c = ""
@@ -275,24 +346,29 @@ def consonants(onset, habit):
 
 def spell(syllables, habit):
     """Syllables to Latin by one typist's habits."""
-    out, n = [], len(syllables)
-    voiced = [i for i, s in enumerate(syllables) if s[1] not in ("", "_")]
+    out = []
+    voiced = [i for i, (_, vowel, _) in enumerate(syllables) if vowel not in ("", "_")]
     for i, (onset, vowel, tail) in enumerate(syllables):
-        after = syllables[i + 1] if i + 1 < n else None
+        after = syllables[i + 1] if i + 1 < len(syllables) else None
         before = syllables[i - 1][1] if i and not onset else ""          # two vowels meet
+
+        # the vowel
         if vowel in LONG:
-            simple = i + 2 == n and len(onset) == len(after[0]) == 1 and not tail        # kaam; but gyan, kand
-            place = ("end" if after is None else "start" if i == 0 and not onset else "mono" if len(voiced) == 1 and simple
-                     else "last" if i == voiced[-1] else "first" if i == 0 else "mid")
+            place = place_of_vowel(syllables, i, voiced)
             letters = LONG[vowel][place in habit["long"][vowel]]
         else:
             letters = {"_": "", "E": "ai", "O": "au", "R": habit["ri"]}.get(vowel, vowel)
         if vowel == "a" and after and after[:2] == [["h"], "_"]:         # pehla, mehnat
             letters = habit["eh"]
-        if before and (vowel == "e" and before in "aAiI" or vowel in "AoO" and before in "iI"):      # gaye, liye, kiya
-            letters = habit["glide"] + letters
+        if before and (vowel == "e" and before in "aAiI" or vowel in "AoO" and before in "iI"):
+            letters = habit["glide"] + letters                           # gaye, liye, kiya
+
+        # the nasal or visarga after it
         if tail == "n" and after is None:
-            letters = letters[:-1] + habit["en"] if vowel == "e" else letters + ("" if vowel in habit["no_n"] else "n")
+            if vowel == "e":
+                letters = letters[:-1] + habit["en"]
+            elif vowel not in habit["no_n"]:
+                letters += "n"
         elif tail == "n" and after[0][:1] != ["n"]:                      # maine, unhone
             letters += "m" if after[0] and after[0][0] in LABIALS else "n"
         elif tail == "h" and after is None:
@@ -301,43 +377,89 @@ def spell(syllables, habit):
     return "".join(out)
 
 
+def place_of_vowel(syllables, i, voiced):
+    """Where in the word a long vowel stands: one of EVERYWHERE, or its end. voiced: the syllables
+    whose vowels are said.
+    """
+    onset, _, tail = syllables[i]
+    if i + 1 == len(syllables):
+        return "end"
+    if i == 0 and not onset:
+        return "start"
+    # a single vowel between single consonants: kaam; but gyan, kand
+    simple = i + 2 == len(syllables) and len(onset) == len(syllables[-1][0]) == 1 and not tail
+    if len(voiced) == 1 and simple:
+        return "mono"
+    if i == voiced[-1]:
+        return "last"
+    return "first" if i == 0 else "mid"
+
+
 def plain(word):
-    """A word as the tables are asked for it: decomposed, without joiners, the dots of f z q, and candrabindu."""
-    word = unicodedata.normalize("NFD", word).replace("\u200c", "").replace("\u200d", "").replace("\u0901", "\u0902")
+    """A word as the tables are asked for it: decomposed, without joiners, the dots of f z q, and
+    candrabindu.
+    """
+    word = unicodedata.normalize("NFD", word)
+    word = word.replace("\u200c", "").replace("\u200d", "").replace("\u0901", "\u0902")
     return re.sub(f"(?<=[कखगजफ]){NUKTA_SIGN}", "", word)
 
 
-def read(table):
-    return {plain(word): spelling for word, spelling in (pair.split() for pair in re.split(r"  +|\n", table.strip()))}
+def read_table(table):
+    """{word: its spellings}; two spaces or a line end stand between the entries."""
+    found = {}
+    for entry in re.split(r"  +|\n", table.strip()):
+        word, spelling = entry.split()
+        found[plain(word)] = spelling
+    return found
 
 
-TYPED, LOANS, LETTERS = read(TYPED), read(LOANS), read(LETTERS)
-FIRST, LAST = ({unicodedata.normalize("NFD", word) for word in words.split()} for words in (FIRST, LAST))
+def read_members(table):
+    return {unicodedata.normalize("NFD", word) for word in table.split()}
+
+
+def read_starter():
+    """Words as the starter corpus types them; rows with a phrase (_) are left out."""
+    tables = [lexicon.WORDS, lexicon.AGREEING, *lexicon.NOUNS.values(), *lexicon.PEOPLE.values()]
+    pattern = "(?<![\u0900-\u097f_])([\u0900-\u097f]+) +([a-z]+)(?![a-z_])"
+    return {plain(word): typed for word, typed in re.findall(pattern, " ".join(tables))}
+
+
+TYPED = read_table(TYPED)
+LOANS = read_table(LOANS)
+LETTERS = read_table(LETTERS)
+FIRST = read_members(FIRST)
+LAST = read_members(LAST)
 LONGEST = max(map(len, FIRST | LAST))
 LETTER_NAME = re.compile("|".join(sorted(LETTERS, key=len, reverse=True)))
 COMMON = {name: options[0] for name, options in HABITS.items()}
-# as the starter corpus types; rows with a phrase (_) are left out
-STARTER = {plain(word): typed for word, typed in re.findall(
-    "(?<![\u0900-\u097f_])([\u0900-\u097f]+) +([a-z]+)(?![a-z_])",
-    " ".join([lexicon.WORDS, lexicon.AGREEING, *lexicon.NOUNS.values(), *lexicon.PEOPLE.values()]))}
+STARTER = read_starter()
 
+
+# ---- words ---------------------------------------------------------------------------------------
 
 def acronym(word):
-    """बीजेपी -> bjp: a word that is nothing but names of Latin letters; two of them need a vowel letter and a consonant."""
-    found = LETTER_NAME.findall(word)
-    if len(found) < 2 or "".join(found) != word or len(found) == 2 and (not re.search("[एईआओय]", word) or word[0] in "ओआ"):
+    """बीजेपी -> bjp: a word that is nothing but names of Latin letters; two of them need a vowel
+    letter and a consonant.
+    """
+    names = LETTER_NAME.findall(word)
+    if len(names) < 2 or "".join(names) != word:
         return ""
-    return "".join(LETTERS[f] for f in found)
+    if len(names) == 2 and (not re.search("[एईआओय]", word) or word[0] in "ओआ"):
+        return ""
+    return "".join(LETTERS[name] for name in names)
 
 
 def foreign(word):
     """An English word of LOANS, perhaps with a Hindi or English plural; else ''."""
     for end, latin in (("", ""), ("\u094bं", "on"), ("\u0947ं", "en"), ("\u094dस", "s"), ("स", "s")):
-        if word.endswith(end) and (stem := word.removesuffix(end)) in LOANS:
+        stem = word.removesuffix(end)
+        if word.endswith(end) and stem in LOANS:
             return LOANS[stem] + latin
-    if word.endswith(("\u093fयों", "\u093fयां")):                       # kampaniyon: companiyon
+    # kampaniyon: companiyon
+    if word.endswith(("\u093fयों", "\u093fयां")):
         stem = LOANS.get(word[:-4] + "\u0940", "")
-        return stem[:-1] + ("iyon" if word[-2] == "\u094b" else "iyan") if stem[-1:] == "y" else ""
+        if stem[-1:] == "y":
+            return stem[:-1] + ("iyon" if word[-2] == "\u094b" else "iyan")
     return ""
 
 
@@ -345,23 +467,31 @@ def rules(word, habit):
     """A word by the rules alone."""
     word = unicodedata.normalize("NFD", word)
     parts = members(word) if len(word) <= LONG_WORD else [word]
-    return spell([s for part in parts for s in silence(units(part))], habit)
+    syllables = []
+    for part in parts:
+        syllables += silence(units(part))
+    return spell(syllables, habit)
 
 
 class Romaniser(dict):
-    """One typist; called with a text -> the text in Latin letters. The dictionary is the cache of the words met."""
+    """One typist; called with a text -> the text in Latin letters. The dictionary is the cache of
+    the words met.
+    """
 
     def __init__(self, style=0):
         super().__init__()
-        rnd = random.Random(f"aria romanise {style}").random             # random() is the stream that Python keeps
+        # random() is the stream that Python keeps; the order of the draws is the typist
+        rnd = random.Random(f"aria romanise {style}").random
+
         def pick(options):
             return options[int(rnd() * len(options)) if style else 0]
 
         self.style = style
         self.habit = {name: pick(options) for name, options in HABITS.items()}
         self.typed = {word: pick(options.split("/")) for word, options in TYPED.items()}
+        # the habits of the starter corpus's typists
         self.respelled = {}
-        for line in lexicon.SPELLINGS.strip().split("\n"):               # the habits of the starter corpus's typists
+        for line in lexicon.SPELLINGS.strip().split("\n"):
             rows = [option.split() for option in line.split("|")]
             self.respelled |= dict(zip(rows[0], pick(rows), strict=True))
 
@@ -378,9 +508,13 @@ class Romaniser(dict):
         return result
 
     def word(self, word):
+        """By the tables if it is there, else by the rules."""
         key = plain(word)
-        spelled = (self.typed.get(key) or foreign(key) or acronym(key) or self.style == 0 and STARTER.get(key)
-                   or rules(word, self.habit))
+        spelled = self.typed.get(key) or foreign(key) or acronym(key)
+        if not spelled and self.style == 0:
+            spelled = STARTER.get(key)
+        if not spelled:
+            spelled = rules(word, self.habit)
         return self.respelled.get(spelled, spelled)
 
     def __call__(self, text):
@@ -390,12 +524,22 @@ class Romaniser(dict):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m romanise", description="Type Devanagari text in Latin letters.")
-    parser.add_argument("text", nargs="*", help="the text; without it, standard input line by line")
-    parser.add_argument("--style", type=int, default=0, help="0: the commonest spellings; any other number is one typist")
+    parser = argparse.ArgumentParser(
+        prog="python -m text.romanise", description="Type Devanagari text in Latin letters."
+    )
+    parser.add_argument(
+        "text", nargs="*", help="the text; without it, standard input line by line"
+    )
+    parser.add_argument(
+        "--style",
+        type=int,
+        default=0,
+        help="0: the commonest spellings; any other number is one typist",
+    )
     args = parser.parse_args(argv)
     romaniser = Romaniser(args.style)
-    for line in [" ".join(args.text) + "\n"] if args.text else sys.stdin:
+    lines = [" ".join(args.text) + "\n"] if args.text else sys.stdin
+    for line in lines:
         sys.stdout.write(romaniser(line))
 
 

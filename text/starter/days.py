@@ -1,4 +1,7 @@
-"""Days: market, diary, school, trips, festivals, food: frames of the starter corpus, data only. starter/__init__.py has their notation."""
+"""Days: market, diary, school, trips, festivals, food: frames of the starter corpus, data only.
+
+starter/__init__.py has their notation.
+"""
 
 KINDS = [
 ("market", 7, 24, "S:me,me,me,me,me,me,name", """

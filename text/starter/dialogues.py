@@ -1,4 +1,7 @@
-"""Dialogues: frames of the starter corpus, data only. starter/__init__.py has their notation."""
+"""Dialogues: frames of the starter corpus, data only.
+
+starter/__init__.py has their notation.
+"""
 
 KINDS = [
 ("talk_yes", 3, 5, "A:name B:name", """

@@ -1,4 +1,7 @@
-"""Feelings and worries: frames of the starter corpus, data only. starter/__init__.py has their notation."""
+"""Feelings and worries: frames of the starter corpus, data only.
+
+starter/__init__.py has their notation.
+"""
 
 KINDS = [
 ("happy", 3, 4, "S:me,me,name,kin", """

@@ -1,7 +1,9 @@
-"""The words of the starter corpus, and how people type them: data only. text/starter/grammar.py inflects them and puts them into frames.py.
+"""The words of the starter corpus, and how people type them: data only. grammar.py inflects them
+and puts them into the frames.
 
-Tables are rows of cells separated by spaces; `_` in a cell is a space, `-` an empty cell. A Devanagari word stands beside
-the way people type it in Latin letters, so that every sentence exists in both scripts.
+Tables are rows of cells separated by spaces; `_` in a cell is a space, `-` an empty cell. A
+Devanagari word stands beside the way people type it in Latin letters, so that every sentence exists
+in both scripts.
 """
 
 # ---------------------------------------------------------------------------------------------------------------- people

@@ -1,4 +1,8 @@
-"""One sentence, or a few about one person, the activities in every tense; and the weather: frames of the starter corpus, data only. starter/__init__.py has their notation."""
+"""One sentence, or a few about one person, the activities in every tense; and the weather: frames
+of the starter corpus, data only.
+
+starter/__init__.py has their notation.
+"""
 
 KINDS = [
 # ---- one sentence, or a few about one person: the activities in every tense

@@ -1,4 +1,7 @@
-"""Stories: frames of the starter corpus, data only. starter/__init__.py has their notation."""
+"""Stories: frames of the starter corpus, data only.
+
+starter/__init__.py has their notation.
+"""
 
 KINDS = [
 ("story_honest", 3, 2, "S:name", """
