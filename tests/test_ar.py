@@ -193,9 +193,8 @@ def test_its_held_out_figure_is_called_nll(run):
         {**e, "step": e["step"] + 10} if e["event"] == "train" else e
         for e in check_run.read_log(run / "train.jsonl")
     ]
-    [mask] = [
-        line for line in check_run.verdict(log, {}, None, None) if line.name == "mask metric in range"
-    ]
+    lines = check_run.verdict(log, {}, None, None)
+    [mask] = [line for line in lines if line.name == "mask metric in range"]
     assert mask.ok, mask.number
     lines = [{"objective": "masked"}, {"objective": "ar"}]
     assert [study_report.measure(part) for part in (lines[:1], lines[1:], lines)] == [
