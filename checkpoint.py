@@ -1,8 +1,8 @@
 """Checkpoints are folders, `checkpoints/<run>/step_000500/`: safetensors, JSON, the tokenizer, a
 manifest of hashes.
 
-Used by train.py (run_lock, save, load), sample.py and edge_benchmark.py (load); nothing here runs
-by itself. Notable:
+Used by training (run_lock, save, load) and by every command that reads a model (load_model);
+nothing here runs by itself. Notable:
 * a save is written aside, synced, then renamed: a kill at any moment leaves the earlier or the new
   state, never a half;
 * neither safetensors nor torch notices a flipped bit: every file is hashed here, and checked on
@@ -36,16 +36,19 @@ from model_config import ModelConfig, count_params, weight_name
 from text.tokenizer import Tokenizer
 
 FORMAT = "aria-checkpoint-1"
-PARTS, MANIFEST = ("model", "ema", "optimizer"), "MANIFEST.json"
+PARTS = ("model", "ema", "optimizer")  # the tensors, a file each, or one of each process
 SMALL = {"state.json", "config.json", "tokenizer.model"}
-EVERY = math.inf  # checkpoints to keep
+MANIFEST = "MANIFEST.json"
+EVERY = math.inf            # checkpoints to keep
 LARGEST_MANIFEST = 1 << 26  # bytes; a manifest has some 150 for each file
 READ_LIMIT = 20  # times that a reader looks again for a checkpoint that was pruned before its eyes
 # file managers leave these anywhere; nothing reads them
 STRAY = {".DS_Store", "desktop.ini", "Thumbs.db"}
 
+
 # --------------------------------------------------------------------------------------------------
 # disk work
+
 
 def remove(path):
     """A file, a folder, or a link: of a link only the link itself, never what it names."""
@@ -54,12 +57,14 @@ def remove(path):
     else:
         path.unlink()
 
+
 def discard(folder):
     """Rename first, delete then: what bears a checkpoint's name is always whole."""
     trash = folder.with_name(f".trash-{folder.name.lstrip('.')}-{time.time_ns()}")
     rename(folder, trash)
     sync(folder.parent)
     remove(trash)
+
 
 def sweep(run):
     """Clear up after a killed writer. Only the one writer of a run may call this."""
@@ -68,7 +73,11 @@ def sweep(run):
             remove(path)
         elif path.name.startswith(".old-step_"):
             final = path.with_name(path.name.removeprefix(".old-"))
-            discard(path) if final.exists() else rename(path, final)
+            if final.exists():
+                discard(path)
+            else:
+                rename(path, final)
+
 
 @contextlib.contextmanager
 def run_lock(run_dir):
@@ -77,26 +86,28 @@ def run_lock(run_dir):
     """
     run = Path(run_dir)
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / "LOCK", "a+") as f:
+    with open(run / "LOCK", "a+") as file:
         try:
-            lock(f)
+            lock(file)
         except BlockingIOError:
-            f.seek(0)
+            file.seek(0)
             raise UserError(
-                f"process {f.read(20)} trains in {run}: wait, or choose another --output_dir"
+                f"process {file.read(20)} trains in {run}: wait, or choose another --output_dir"
             ) from None
         except OSError as error:
             say(
                 f"warning: {run} cannot be locked ({error.strerror}): start only one training in it"
             )
-        f.truncate(0)
-        f.write(str(os.getpid()))
-        f.flush()
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         sweep(run)
         yield
 
+
 # --------------------------------------------------------------------------------------------------
 # save
+
 
 def save(
     run_dir,
@@ -123,15 +134,21 @@ def save(
     exists replaces it.
     """
     assert model_state or shards, "a checkpoint without weights"
-    run, name = Path(run_dir), step_name(step)
-    temp, final, old = run / f".tmp-{name}-{os.getpid()}", run / name, run / f".old-{name}"
-    tensors = {f"{part}.safetensors": pack(found, part) for part, found in
-               zip(PARTS, (model_state, ema_state, optimizer_state), strict=True) if found}
+    run = Path(run_dir)
+    temp = run / f".tmp-{step_name(step)}-{os.getpid()}"
+    final = run / step_name(step)
+
+    # what must not be saved is refused here, before the disk is touched
+    tensors = {}
+    for part, state_dict in zip(PARTS, (model_state, ema_state, optimizer_state), strict=True):
+        if state_dict:
+            tensors[f"{part}.safetensors"] = pack(state_dict, part)
     small = {
         "state.json": to_json({**state, "format": FORMAT, "step": step}),
         "config.json": to_json(config),
         "tokenizer.model": tokenizer_bytes,
     }
+
     run.mkdir(parents=True, exist_ok=True)
     try:
         sweep(run)
@@ -140,108 +157,139 @@ def save(
             write_file(temp / file, data)
         for file, (part, tied) in tensors.items():
             write_tensors(temp / file, part, tied)
-        files = {
-            f: {"size": (temp / f).stat().st_size, "sha256": file_sha256(temp / f)}
-            for f in (*small, *tensors)
-        }
-        files |= shards(temp) if shards else {}
-        write_file(
-            temp / MANIFEST,
-            to_json(
-                seal(
-                    {
-                        "format": FORMAT,
-                        "step": step,
-                        "files": files,
-                        "tokenizer_sha256": files["tokenizer.model"]["sha256"],
-                        "config_sha256": files["config.json"]["sha256"],
-                    }
-                )
-            ),
-        )
+        entries = {file: manifest_entry(temp / file) for file in (*small, *tensors)}
+        if shards:
+            entries |= shards(temp)
+        write_manifest(temp, step, entries)
         sync(temp)
-        # the old one steps aside, to where list_steps() and sweep() still find it
-        if final.exists():
-            rename(final, old)
-        rename(temp, final)
-        sync(run)
-        if any((final / file).stat().st_size != entry["size"] for file, entry in files.items()):
-            rename(final, temp)
-            raise OSError(errno.EIO, "a file has another size than what was written", str(final))
+        put_in_place(temp, final, entries)
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         with contextlib.suppress(OSError):
             sweep(run)
         raise
+
     # latest last: a kill in between repeats this save, best included
-    for pointer in ("best", "latest") if best else ("latest",):
-        replace_file(
-            run / pointer, f"{name}\n{datetime.now(timezone.utc).isoformat()}\n".encode(), run
-        )
+    if best:
+        write_pointer(run, "best", step)
+    write_pointer(run, "latest", step)
     try:
         prune(run, step, keep_last, keep_full)
     except OSError as error:  # the new checkpoint is safe, and the next save prunes again
         say(f"warning: old checkpoints in {run} could not be removed: {error}")
     return final
 
+
+def manifest_entry(path):
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def write_manifest(folder, step, entries):
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "files": entries,
+        "tokenizer_sha256": entries["tokenizer.model"]["sha256"],
+        "config_sha256": entries["config.json"]["sha256"],
+    }
+    write_file(folder / MANIFEST, to_json(seal(manifest)))
+
+
+def put_in_place(temp, final, entries):
+    """Rename a checkpoint that is whole on the disk to its final name."""
+    # the old one steps aside, to where list_steps() and sweep() still find it
+    if final.exists():
+        rename(final, final.with_name(f".old-{final.name}"))
+    rename(temp, final)
+    sync(final.parent)
+    for file, entry in entries.items():
+        if (final / file).stat().st_size != entry["size"]:
+            rename(final, temp)
+            raise OSError(errno.EIO, "a file has another size than what was written", str(final))
+
+
+def write_pointer(run, pointer, step):
+    """`latest` or `best`: a text file with a step's name and the time."""
+    now = datetime.now(timezone.utc).isoformat()
+    replace_file(run / pointer, f"{step_name(step)}\n{now}\n".encode(), run)
+
+
 def pack(tensors, part):
-    """Tensors -> (what safetensors takes: on the CPU, dense, each storage once; {name tied to
-    another: that one}).
+    """{name: tensor} -> (the same as safetensors takes it: on the CPU, dense, each storage once;
+    {name of a tied tensor: the name that its storage is saved under}).
     """
     kept, tied, seen = {}, {}, {}
-    for key, t in tensors.items():
-        assert "_orig_mod." not in key, f"{key}: save the bare module, not its compiled wrapper"
-        assert t.numel(), f"{part}: {key} is empty"
-        if t.is_floating_point() and not torch.isfinite(t).all():
-            raise FloatingPointError(f"{part}: {key} holds NaN or infinity; nothing was saved")
-        first = seen.setdefault((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype), key)
-        if first != key:
-            tied[key] = first
+    for name, tensor in tensors.items():
+        assert "_orig_mod." not in name, f"{name}: save the bare module, not its compiled wrapper"
+        assert tensor.numel(), f"{part}: {name} is empty"
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FloatingPointError(f"{part}: {name} holds NaN or infinity; nothing was saved")
+
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        first = seen.setdefault(place, name)
+        if first != name:
+            tied[name] = first
             continue
-        t = t.detach().cpu().contiguous()
-        # a slice without its whole storage
-        kept[key] = t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # a slice without its whole storage
+        kept[name] = tensor
     return kept, tied
+
 
 def write_tensors(path, tensors, tied):
     try:
         save_file(tensors, path, metadata={"tied": json.dumps(tied)})
     except SafetensorError as error:  # the library tells a full disk only in words
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
+        found = re.search(r"os error (\d+)", str(error))
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, str(error), str(path)) from error
     # the library's 0600 ignores the umask
     os.chmod(path, (path.parent / "state.json").stat().st_mode & 0o777)
     sync(path)
 
+
 def prune(run, step, keep_last, keep_full):
-    """Newest first: the steps up to the one just saved, then those that the run had reached before
+    """Remove the checkpoints beyond the newest keep_last, and the optimizer's files beyond the
+    newest keep_full.
+
+    Newest first: the steps up to the one just saved, then those that the run had reached before
     it was rewound.
     """
     sweep(run)
     steps = list_steps(run)
-    for rank, s in enumerate(sorted(steps, key=lambda s: (s <= step, s), reverse=True)):
-        folder = steps[s]
-        if keep_last and rank >= keep_last and s not in (step, read_pointer(run, "best")[0]):
-            discard(folder)
-        elif rank >= keep_full and (
-            moments := [path for path in folder.iterdir() if part_of(path.name) == "optimizer"]
-        ):
-            try:
-                manifest = read_manifest(folder)
-            except UserError:
-                continue  # damaged: somebody may want to look at it as it is
-            # a kill leaves files that count no more
-            if any([manifest["files"].pop(path.name, None) for path in moments]):
-                replace_file(
-                    folder / MANIFEST,
-                    to_json(seal({**manifest, "dropped": "optimizer.safetensors"})),
-                    run,
-                )
-            for path in moments:
-                path.unlink()
+    newest_first = sorted(steps, key=lambda other: (other <= step, other), reverse=True)
+    for rank, other in enumerate(newest_first):
+        too_many = keep_last and rank >= keep_last
+        if too_many and other not in (step, read_pointer(run, "best")[0]):
+            discard(steps[other])
+        elif rank >= keep_full:
+            drop_optimizer(steps[other], run)
+
+
+def drop_optimizer(folder, run):
+    """A checkpoint without its optimizer: the manifest first, the files then."""
+    paths = [path for path in folder.iterdir() if part_of(path.name) == "optimizer"]
+    if not paths:
+        return
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        return  # damaged: somebody may want to look at it as it is
+
+    listed = [path.name for path in paths if path.name in manifest["files"]]
+    for name in listed:
+        del manifest["files"][name]
+    if listed:  # else a kill has left files that count no more
+        manifest["dropped"] = "optimizer.safetensors"
+        replace_file(folder / MANIFEST, to_json(seal(manifest)), run)
+    for path in paths:
+        path.unlink()
+
 
 # --------------------------------------------------------------------------------------------------
 # load
+
 
 def read_json(path):
     try:
@@ -249,10 +297,13 @@ def read_json(path):
     except UserError as error:
         raise Damage(str(error)) from None
 
+
 def seal(manifest):
     """Adds the manifest's own hash, so that a flipped bit in the list of hashes shows as well."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
-    return {**body, "sha256": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return {**body, "sha256": digest}
+
 
 def regular(path):
     """The status of a regular file: a pipe would be waited for, and a device may never end."""
@@ -260,6 +311,7 @@ def regular(path):
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return found
+
 
 def read_manifest(folder):
     path = folder / MANIFEST
@@ -277,22 +329,27 @@ def read_manifest(folder):
         whole = False
     if not whole:
         raise Damage(f"{path} was changed after it was written")
+
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{path} has the format {manifest.get('format')!r}, but this Aria reads {FORMAT}"
         )
-    files, step = manifest.get("files"), manifest.get("step")
-    known = (
-        isinstance(files, dict)
-        and set(files) >= SMALL
-        and "model" in parts_of(folder, files)
-        and all(file in SMALL or part_of(file) for file in files)
-    )
-    if not known or type(step) is not int:
+    step = manifest.get("step")
+    if not lists_a_checkpoint(folder, manifest.get("files")) or type(step) is not int:
         raise Damage(f"{path} is incomplete")
     if re.fullmatch(r"step_[0-9]+", folder.name) and folder.name != step_name(step):
         raise Damage(f"{path} belongs to step {step}, not to {folder.name}")
     return manifest
+
+
+def lists_a_checkpoint(folder, entries):
+    """Whether a manifest's files are the small ones, the weights, and nothing unknown."""
+    if not isinstance(entries, dict) or not SMALL <= set(entries):
+        return False
+    if "model" not in parts_of(folder, entries):
+        return False
+    return all(file in SMALL or part_of(file) for file in entries)
+
 
 def difference(found, entry):
     """What is there now and what the manifest says, in words."""
@@ -307,51 +364,66 @@ def verify(folder):
     """Every listed file is there with its size and hash, and no other; returns the manifest."""
     manifest = read_manifest(folder)
     for file, entry in manifest["files"].items():
+        path = folder / file
         try:
-            found = {"size": regular(folder / file).st_size}
+            found = {"size": regular(path).st_size}
             if isinstance(entry, dict) and found["size"] == entry.get("size"):
-                found["sha256"] = file_sha256(folder / file)
+                found["sha256"] = file_sha256(path)
         except OSError as error:
-            raise Damage(f"{folder / file} cannot be read: {error.strerror}") from None
+            raise Damage(f"{path} cannot be read: {error.strerror}") from None
         if found != entry:
-            raise Damage(f"{folder / file} is not what was saved: {difference(found, entry)}")
+            raise Damage(f"{path} is not what was saved: {difference(found, entry)}")
+
     try:
         extra = set(os.listdir(folder)) - {MANIFEST, *manifest["files"], *STRAY}
     except OSError as error:
         raise Damage(f"{folder} cannot be read: {error.strerror}") from None
-    extra = {
-        file for file in extra if not (manifest.get("dropped") and part_of(file) == "optimizer")
-    }
+    if manifest.get("dropped"):  # a kill may have left files that were to be dropped
+        extra = {file for file in extra if part_of(file) != "optimizer"}
     if extra:
         raise Damage(f"{folder / min(extra)} does not belong to this checkpoint: move it away")
     return manifest
 
+
 def read_tensors(path):
+    """{name: tensor} of one safetensors file."""
     tensors = {}
     try:
-        with safe_open(path, framework="pt") as f:
-            for key in f.keys():  # noqa: SIM118
-                if not all(0 < side < 1 << 32 for side in f.get_slice(key).get_shape()):
-                    raise Damage(f"{path}: {key} has the shape {f.get_slice(key).get_shape()}")
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                shape = file.get_slice(name).get_shape()
+                if not all(0 < side < 1 << 32 for side in shape):
+                    raise Damage(f"{path}: {name} has the shape {shape}")
                 # a copy: what stays mapped must not be written over
-                t = tensors[key] = f.get_tensor(key).clone()
-                if t.is_floating_point() and not torch.isfinite(t).all():
-                    raise Damage(f"{path}: {key} holds NaN or infinity")
-            tied = json.loads((f.metadata() or {}).get("tied", "{}"))
-            return tensors | {key: tensors[first] for key, first in tied.items()}
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                tensor = file.get_tensor(name).clone()
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise Damage(f"{path}: {name} holds NaN or infinity")
+                tensors[name] = tensor
+            tied = json.loads((file.metadata() or {}).get("tied", "{}"))
+            return tensors | {name: tensors[first] for name, first in tied.items()}
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise Damage(f"{path} is no valid tensor file: {error!r}") from None
 
-def read_part(files):
+
+def read_part(paths):
     """One part of a checkpoint, whole, from the one file that holds it or from those of several
     processes.
     """
-    if len(files) == 1 and files[0].stem in PARTS:
-        tensors = read_tensors(files[0])
+    if len(paths) == 1 and paths[0].stem in PARTS:
+        tensors = read_tensors(paths[0])
     else:
-        import checkpoint_shards
-        tensors = checkpoint_shards.read_whole(files)
-    return {weight_name(key): t for key, t in tensors.items()}
+        import checkpoint_shards  # a second of imports that only the parts of --fsdp need
+        tensors = checkpoint_shards.read_whole(paths)
+    return {weight_name(name): tensor for name, tensor in tensors.items()}
+
 
 def load(path, *, parts=("model",), quarantine=False):
     """Any spelling of a checkpoint -> .path .step .config .state .tokenizer_bytes .files .model
@@ -361,29 +433,36 @@ def load(path, *, parts=("model",), quarantine=False):
     one before, loudly; with quarantine (for the holder of the lock) it is renamed .corrupt-*.
     Damage in a step that was named raises.
     """
-    def read(folder):
-        manifest, found = verify(folder), dict.fromkeys(PARTS)
-        state, config = read_json(folder / "state.json"), read_json(folder / "config.json")
-        if (state.get("format"), state.get("step")) != (FORMAT, manifest["step"]):
-            raise Damage(f"{folder / 'state.json'} is not of step {manifest['step']}")
-        files = parts_of(folder, manifest["files"])
-        for part in parts:
-            found[part] = read_part(files[part]) if part in files else None
-        try:
-            tokenizer_bytes = (folder / "tokenizer.model").read_bytes()
-        except OSError as error:
-            raise Damage(f"{folder / 'tokenizer.model'} cannot be read: {error.strerror}") from None
-        return SimpleNamespace(
-            path=folder,
-            step=manifest["step"],
-            config=config,
-            state=state,
-            files=files,
-            tokenizer_bytes=tokenizer_bytes,
-            **found,
-        )
+    return first_good(path, lambda folder: read_folder(folder, parts), quarantine)
 
-    return first_good(path, read, quarantine)
+
+def read_folder(folder, parts):
+    """One checkpoint, verified; see load()."""
+    manifest = verify(folder)
+    state = read_json(folder / "state.json")
+    config = read_json(folder / "config.json")
+    if (state.get("format"), state.get("step")) != (FORMAT, manifest["step"]):
+        raise Damage(f"{folder / 'state.json'} is not of step {manifest['step']}")
+
+    paths = parts_of(folder, manifest["files"])
+    tensors = dict.fromkeys(PARTS)
+    for part in parts:
+        if part in paths:
+            tensors[part] = read_part(paths[part])
+    try:
+        tokenizer_bytes = (folder / "tokenizer.model").read_bytes()
+    except OSError as error:
+        raise Damage(f"{folder / 'tokenizer.model'} cannot be read: {error.strerror}") from None
+    return SimpleNamespace(
+        path=folder,
+        step=manifest["step"],
+        config=config,
+        state=state,
+        files=paths,
+        tokenizer_bytes=tokenizer_bytes,
+        **tensors,
+    )
+
 
 def section(saved, name):
     """config.json's "model" or "args"."""
@@ -391,11 +470,13 @@ def section(saved, name):
         raise Damage(f"{saved.path / 'config.json'} has no {name!r}")
     return saved.config[name]
 
-def may_fit(cfg, tensors):
+
+def may_fit(model_config, tensors):
     """Before a model is built: a shape beyond all that the file holds is refused, and takes no
     memory.
     """
-    asked, found = count_params(cfg), sum(t.numel() for t in tensors.values())
+    asked = count_params(model_config)
+    found = sum(tensor.numel() for tensor in tensors.values())
     if asked > 2 * found:
         raise UserError(
             f"the checkpoint does not fit the model: {asked:,} parameters by the shape, {found:,} "
@@ -406,34 +487,41 @@ def may_fit(cfg, tensors):
 def load_into(model, tensors):
     """Copy tensors into the model; every name and every shape must match."""
     own = model.state_dict()
-    for key in (*own, *tensors):
-        theirs, ours = (
-            tuple(side[key].shape) if key in side else "missing" for side in (tensors, own)
-        )
+    for name in (*own, *tensors):
+        theirs = tuple(tensors[name].shape) if name in tensors else "missing"
+        ours = tuple(own[name].shape) if name in own else "missing"
         if theirs != ours:
             raise UserError(
-                f"the checkpoint does not fit the model: {key} is {theirs} there and {ours} here"
+                f"the checkpoint does not fit the model: {name} is {theirs} there and {ours} here"
             )
     model.load_state_dict(tensors)
+
 
 # --------------------------------------------------------------------------------------------------
 # names
 
+
 def part_of(file):
     """"model.safetensors", or "model-00001-of-00004.safetensors" -> "model"; None of another name.
     """
-    match = re.fullmatch(rf"({'|'.join(PARTS)})(-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors", file)
-    return match and match[1]
+    parts = "|".join(PARTS)
+    match = re.fullmatch(rf"({parts})(-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors", file)
+    return match[1] if match else None
 
-def parts_of(folder, files):
-    """{part: the paths of its files} of those that there are."""
-    found = {
-        part: [folder / file for file in sorted(files) if part_of(file) == part] for part in PARTS
-    }
-    return {part: paths for part, paths in found.items() if paths}
+
+def parts_of(folder, names):
+    """{part: the paths of its files}, of those that are among the names."""
+    found = {}
+    for part in PARTS:
+        paths = [folder / name for name in sorted(names) if part_of(name) == part]
+        if paths:
+            found[part] = paths
+    return found
+
 
 def step_name(step):
     return f"step_{step:06d}"
+
 
 def list_steps(run_dir):
     """{step: folder}, ascending. What a killed re-save had set aside counts as long as its own name
@@ -447,6 +535,7 @@ def list_steps(run_dir):
             found[int(match[2])] = folder
     return dict(sorted(found.items()))
 
+
 def read_pointer(run, pointer):
     """The text file `latest` or `best` -> (step or None, the time it was written)."""
     with contextlib.suppress(OSError, ValueError):
@@ -456,8 +545,10 @@ def read_pointer(run, pointer):
             return int(name[5:]), "".join(when)
     return None, ""
 
+
 def is_run(folder):
     return os.path.isfile(Path(folder) / "latest") or bool(list_steps(folder))
+
 
 def choose_run(runs, name, want, guess):
     """The run that is meant by a name one level above several -> its folder, or None.
@@ -474,56 +565,82 @@ def choose_run(runs, name, want, guess):
             return None
     return max(runs, key=lambda run: read_pointer(run, "latest")[1], default=None)
 
+
 def candidates(path, guess=True):
     """What was typed -> the folders to try, in order; more than one only where `latest` is meant.
 
     guess: a name that no run has by itself may mean the newest one of several runs, see
     choose_run().
     """
-    p, run, folder = Path(path), Path(path).parent, os.path.isdir(path)
-    if folder and (re.fullmatch(r"step_[0-9]{6,12}", p.name) or os.path.exists(p / MANIFEST)):
-        return [p]
-    if os.path.exists(p) and not folder and p.name not in ("latest", "best"):
+    typed = Path(path)
+    is_folder = os.path.isdir(path)
+    if is_folder:
+        if re.fullmatch(r"step_[0-9]{6,12}", typed.name) or os.path.exists(typed / MANIFEST):
+            return [typed]
+    elif os.path.exists(typed) and typed.name not in ("latest", "best"):
         raise UserError(
-            f"{p} is a file, and Aria opens no foreign checkpoints: name a folder such as "
+            f"{typed} is a file, and Aria opens no foreign checkpoints: name a folder such as "
             "step_000500"
         )
-    number = re.findall(r"(?<![a-z])step[=_]?([0-9]{1,12})(?![0-9])", p.name)
-    if folder:
-        run, want = p, "latest"
-    elif number:
-        want = int(number[-1])
+
+    # which run is meant, and what of it
+    if is_folder:
+        run, want = typed, "latest"
     else:
-        want = (
-            "best"
-            if p.name.startswith("best")
-            else re.fullmatch(r"(latest|last)(\..*)?", p.name) and "latest"
-        )
-    below = [] if is_run(run) else [child for child in run.glob("*") if is_run(child)]
-    if below and not folder:
-        run = choose_run(below, p.name, want, guess)
+        run, want = typed.parent, wanted(typed.name)
+    below = []
+    if not is_run(run):
+        below = [child for child in run.glob("*") if is_run(child)]
+    if below and not is_folder:
+        run = choose_run(below, typed.name, want, guess)
     steps = list_steps(run) if run else {}
+
     if want == "latest" and steps:
-        target = read_pointer(run, "latest")[0]
-        if target is None:
-            say(f"warning: {run / 'latest'} is missing or damaged: taking the newest checkpoint")
-            target = max(steps)
-        order = sorted({target, *steps}, key=lambda s: (s <= target, s), reverse=True)
-        return [steps.get(s, run / step_name(s)) for s in order]
-    want = read_pointer(run, "best")[0] if run and want == "best" else want
+        return newest_first(run, steps)
+    if want == "best" and run:
+        want = read_pointer(run, "best")[0]
     if want in steps:
         return [steps[want]]
-    known = [str(found) for r in (below or [run]) for found in list_steps(r).values()]
+
+    known = []
+    for other in below or [run]:
+        known += [str(folder) for folder in list_steps(other).values()]
     there = f"there are: {', '.join(known)}" if known else "python -m train makes one"
-    raise UserError(f"there is no checkpoint {p}; {there}")
+    raise UserError(f"there is no checkpoint {typed}; {there}")
+
+
+def wanted(name):
+    """What a name asks for that is no folder: the number of a step, "best", "latest", or None."""
+    numbers = re.findall(r"(?<![a-z])step[=_]?([0-9]{1,12})(?![0-9])", name)
+    if numbers:
+        return int(numbers[-1])
+    if name.startswith("best"):
+        return "best"
+    if re.fullmatch(r"(latest|last)(\..*)?", name):
+        return "latest"
+    return None
+
+
+def newest_first(run, steps):
+    """The folders of {step: folder}: what `latest` names, what was before it, then what is newer.
+    """
+    latest = read_pointer(run, "latest")[0]
+    if latest is None:
+        say(f"warning: {run / 'latest'} is missing or damaged: taking the newest checkpoint")
+        latest = max(steps)
+    order = sorted({latest, *steps}, key=lambda step: (step <= latest, step), reverse=True)
+    return [steps.get(step, run / step_name(step)) for step in order]
+
 
 class Moved(Exception):
     """A training replaced or pruned a checkpoint while it was being read."""
+
 
 def manifest_bytes(folder):
     with contextlib.suppress(OSError):
         return (folder / MANIFEST).read_bytes()
     return None
+
 
 def first_good(path, use, quarantine=False):
     """use(folder), of the first candidate that is not damaged; a training may save and prune at the
@@ -539,7 +656,8 @@ def first_good(path, use, quarantine=False):
 
 
 def first_of(folders, path, use, quarantine):
-    first = None
+    """first_good() of these folders, as long as nobody changes them."""
+    first_damage = None
     for folder in folders:
         before = manifest_bytes(folder)
         try:
@@ -549,17 +667,18 @@ def first_of(folders, path, use, quarantine):
                 raise Moved from None
             if len(folders) == 1:
                 raise
-            first = first or damage
+            if first_damage is None:
+                first_damage = damage
             say(f"warning: {damage}; trying the checkpoint before it")
             if quarantine and folder.exists():
-                rename(
-                    folder, folder.with_name(f".corrupt-{folder.name.lstrip('.')}-{time.time_ns()}")
-                )
+                corrupt = f".corrupt-{folder.name.lstrip('.')}-{time.time_ns()}"
+                rename(folder, folder.with_name(corrupt))
             continue
         if folder != Path(path):
             say(f"checkpoint: {path} -> {folder.as_posix()}")
         return result
-    raise UserError(f"no usable checkpoint at {path}: {first}")
+    raise UserError(f"no usable checkpoint at {path}: {first_damage}")
+
 
 def load_model(path, device, check_settings, model="auto", tokenizer_path=None):
     """Any spelling of a checkpoint -> (model in eval mode, its averaged weights if it has them;
@@ -568,28 +687,32 @@ def load_model(path, device, check_settings, model="auto", tokenizer_path=None):
     check_settings(settings, where) refuses settings of the training that the caller cannot use.
     """
     saved = load(path, parts=("model", "ema"))
-    cfg = ModelConfig.from_dict(section(saved, "model"))
+    shape = ModelConfig.from_dict(section(saved, "model"))
     check_settings(section(saved, "args"), saved.path / "config.json")
-    may_fit(cfg, saved.model)
-    if model not in ("auto", cfg.model):
+    may_fit(shape, saved.model)
+    if model not in ("auto", shape.model):
         raise UserError(
-            f"{saved.path} holds a {cfg.model} model, --model says {model}: use --model {cfg.model}"
+            f"{saved.path} holds a {shape.model} model, --model says {model}: use --model "
+            f"{shape.model}"
         )
     tokenizer = Tokenizer(saved.tokenizer_bytes)
     if tokenizer_path is not None:
-        if not os.path.exists(tokenizer_path):
-            raise UserError(
-                f"--tokenizer {tokenizer_path}: no such file; leave the flag out, the checkpoint "
-                "carries its "
-                "own tokenizer"
-            )
-        given = Tokenizer(tokenizer_path)
-        if given.sha256 != tokenizer.sha256:
-            raise UserError(
-                f"--tokenizer {tokenizer_path} ({given.sha256[:12]}) is not the one this "
-                "checkpoint was trained with "
-                f"({tokenizer.sha256[:12]}): leave the flag out, the checkpoint carries its own"
-            )
-    net = build_model(cfg)
+        check_tokenizer(tokenizer_path, tokenizer)
+    net = build_model(shape)
     load_into(net, saved.ema or saved.model)
     return net.eval().to(device), tokenizer, saved
+
+
+def check_tokenizer(path, own):
+    """--tokenizer may only name the one that the checkpoint carries itself."""
+    if not os.path.exists(path):
+        raise UserError(
+            f"--tokenizer {path}: no such file; leave the flag out, the checkpoint carries its own "
+            "tokenizer"
+        )
+    given = Tokenizer(path)
+    if given.sha256 != own.sha256:
+        raise UserError(
+            f"--tokenizer {path} ({given.sha256[:12]}) is not the one this checkpoint was trained "
+            f"with ({own.sha256[:12]}): leave the flag out, the checkpoint carries its own"
+        )

@@ -1,11 +1,10 @@
 """Checkpoints of weights that --fsdp has cut up: torch.distributed.checkpoint (DCP), a safetensors
 file per process and part.
 
-    step_000500/model-00001-of-00004.safetensors ...    beside them the same manifest, JSON and
-        tokenizer as always
+    step_000500/model-00001-of-00004.safetensors ...    beside them manifest, JSON and tokenizer
 
-Used by checkpoint.py (read_whole) and training/distributed.py (save, read_into); nothing here runs
-by itself. Notable:
+Used by checkpoint.py (read_whole) and training/distributed.py (save, read_into, read_beside);
+nothing here runs by itself. Notable:
 * each process writes and hashes its own part, so no machine has to hold, or to wait for, the whole
   model;
 * a file says where its parts lie (saved_offsets), so any number of processes reads what any other
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from torch.distributed.tensor import zeros
 
 from common.console import Damage, UserError
 from common.files import file_sha256
@@ -30,21 +30,22 @@ from model_config import weight_name
 # ---- save: every rank calls it -------------------------------------------------------------------
 
 def save(ranks, parts, write):
-    """write(shards) is rank 0's save, which calls shards(folder) in its midst, where the others
-    join. -> its result.
+    """write(shards) is rank 0's save, which calls shards(folder) in its midst, where the other
+    ranks join. Returns its result on every rank.
     """
-    joined = False
-
-    def everybody(folder):
-        nonlocal joined
-        joined = True
-        return write_parts(ranks, Path(ranks.broadcast_object(str(folder))), parts)
-
     if ranks.main:
-        done = write(shards=everybody)
+        joined = False
+
+        def shards(folder):
+            nonlocal joined
+            joined = True
+            return write_parts(ranks, Path(ranks.broadcast_object(str(folder))), parts)
+
+        result = write(shards=shards)
         if not joined:  # it failed before there was a folder
             ranks.broadcast_object(None)
-        return ranks.broadcast_object(done)
+        return ranks.broadcast_object(result)
+
     folder = ranks.broadcast_object(None)
     if folder:
         try:
@@ -58,49 +59,53 @@ def write_parts(ranks, folder, parts):
     """{part: {name: tensor}} into the folder -> {file: its manifest entry} of all ranks; what fails
     on one, fails on all.
     """
-    bad = [
-        f"{part}: {name}"
-        for part, tensors in parts.items()
-        for name, t in tensors.items()
-        if not finite(t)
-    ]
-    if ranks.all_reduce_max(len(bad)):
-        raise FloatingPointError(
-            f"{bad[0] if bad else 'another process'} holds NaN or infinity; nothing was saved"
-        )
-    mine, failed = {}, None
+    refuse_non_finite(ranks, parts)
+
+    own = {}  # the entries of the files that this rank has written
+    trouble = None
     for part, tensors in parts.items():
+        writer = dcp.HuggingFaceStorageWriter(folder / part, save_distributed=True)
         try:
-            dcp.save(
-                tensors,
-                storage_writer=dcp.HuggingFaceStorageWriter(folder / part, save_distributed=True),
-            )
+            dcp.save(tensors, storage_writer=writer)
         except dcp.CheckpointException as error:  # on every rank, whoever's disk is full
             raise cause(error) from None
         try:
             for written in (folder / part).glob(f"shard-{ranks.rank + 1:05d}-*"):
                 name = f"{part}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors"
-                os.replace(written, folder / name)
-                mine[name] = {
-                    "size": (folder / name).stat().st_size,
-                    "sha256": file_sha256(folder / name),
-                }
+                path = folder / name
+                os.replace(written, path)
+                own[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
         except OSError as error:
-            failed = failed or str(error)
-    told = [None] * ranks.world
-    dist.all_gather_object(told, (mine, failed))
-    failed = next((why for _, why in told if why), None)
-    if failed:
-        raise OSError(errno.EIO, failed)
+            trouble = trouble or str(error)
+
+    # every rank hears of every file, and of the first trouble
+    reports = [None] * ranks.world
+    dist.all_gather_object(reports, (own, trouble))
+    entries = {}
+    for found, why in reports:
+        if why:
+            raise OSError(errno.EIO, why)
+        entries |= found
     if ranks.main:
         for part in parts:
             os.rmdir(folder / part)
-    return {name: entry for files, _ in told for name, entry in files.items()}
+    return entries
 
 
-def finite(t):
-    t = t.to_local() if hasattr(t, "to_local") else t
-    return not t.is_floating_point() or bool(torch.isfinite(t).all())
+def refuse_non_finite(ranks, parts):
+    bad = []
+    for part, tensors in parts.items():
+        bad += [f"{part}: {name}" for name, tensor in tensors.items() if not finite(tensor)]
+    if ranks.all_reduce_max(len(bad)):
+        where = bad[0] if bad else "another process"
+        raise FloatingPointError(f"{where} holds NaN or infinity; nothing was saved")
+
+
+def finite(tensor):
+    """Whether what this process holds of a tensor is free of NaN and infinity."""
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def cause(error):
@@ -129,7 +134,8 @@ def contents(files):
         found = Reader(files).read_metadata().state_dict_metadata
         for name, tensor in found.items():
             held = sum(chunk.sizes.numel() for chunk in tensor.chunks)
-            if held != tensor.size.numel() or not all(0 < side < 1 << 32 for side in tensor.size):
+            sane = all(0 < side < 1 << 32 for side in tensor.size)
+            if held != tensor.size.numel() or not sane:
                 raise ValueError(
                     f"{name} is not whole: {held} values of the shape {tuple(tensor.size)}"
                 )
@@ -156,11 +162,10 @@ def read(files, targets, alone):
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(targets, storage_reader=Reader(files), no_dist=alone)
     except (dcp.CheckpointException, SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise Damage(
-            f"{files[0]} and its like cannot be read: {' '.join(str(error).split())[-300:]}"
-        ) from None
-    for name, t in targets.items():
-        if not finite(t):
+        why = " ".join(str(error).split())[-300:]
+        raise Damage(f"{files[0]} and its like cannot be read: {why}") from None
+    for name, tensor in targets.items():
+        if not finite(tensor):
             raise Damage(f"{files[0]} and its like: {name} holds NaN or infinity")
 
 
@@ -168,44 +173,45 @@ def read_whole(files):
     """{name: tensor}, put together on this one process."""
     whole = {name: blank(shape, dtype) for name, (shape, dtype) in contents(files).items()}
     read(files, whole, alone=True)
-    return {weight_name(name): t for name, t in whole.items()}
+    return {weight_name(name): tensor for name, tensor in whole.items()}
 
 
 def blank(shape, dtype):
     """To be filled: a gap between parts would stay NaN, and be found."""
-    return torch.full(shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype)
+    value = torch.nan if dtype.is_floating_point else 0
+    return torch.full(shape, value, dtype=dtype)
 
 
 def read_into(files, model):
     """The weights in the files, whole or cut up on any number of ranks -> the model's own parts of
     them. Every rank calls it.
     """
-    own, found = (
-        model.state_dict(),
-        {weight_name(name): (name, shape) for name, (shape, _) in contents(files).items()},
-    )
+    own = model.state_dict()
+    found = {}  # today's name of a weight -> its name in the files, its shape
+    for name, (shape, _) in contents(files).items():
+        found[weight_name(name)] = (name, shape)
+
     for name in (*own, *found):
-        theirs, ours = (
-            tuple(found[name][1]) if name in found else "missing",
-            tuple(own[name].shape) if name in own else "missing",
-        )
+        theirs = tuple(found[name][1]) if name in found else "missing"
+        ours = tuple(own[name].shape) if name in own else "missing"
         if theirs != ours:
             raise UserError(
                 f"the checkpoint does not fit the model: {name} is {theirs} there and {ours} here"
             )
-    read(files, {found[name][0]: t.detach() for name, t in own.items()}, alone=False)
+    targets = {found[name][0]: tensor.detach() for name, tensor in own.items()}
+    read(files, targets, alone=False)
 
 
 def read_beside(files, model):
     """What was saved beside the weights -> {name: tensor}, cut as the parameter in its name is.
     Every rank calls it.
     """
-    from torch.distributed.tensor import zeros
-    params, targets = dict(model.named_parameters()), {}
+    params = dict(model.named_parameters())
+    targets = {}
     for name, (shape, dtype) in contents(files).items():
         own = weight_name(name)
-        # its name, or adamw.<name>.exp_avg
-        p = params.get(own, params.get(own.partition(".")[2].rpartition(".")[0]))
+        inner = own.partition(".")[2].rpartition(".")[0]  # adamw.<name>.exp_avg -> <name>
+        p = params.get(own, params.get(inner))
         if p is not None and p.shape == shape:
             targets[name] = zeros(
                 shape, dtype=dtype, device_mesh=p.device_mesh, placements=p.placements
@@ -213,4 +219,4 @@ def read_beside(files, model):
         else:
             targets[name] = blank(shape, dtype)
     read(files, targets, alone=False)
-    return {weight_name(name): t for name, t in targets.items()}
+    return {weight_name(name): tensor for name, tensor in targets.items()}

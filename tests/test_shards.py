@@ -278,7 +278,7 @@ def test_a_rank_killed_in_a_save(ram, victim, at):
         checkpoint_shards.dcp.save = save
         try:
             store(ranks, run, 2, model, ema=ema)
-        except (RuntimeError, OSError) as error:  # distributed.joined makes a sentence of it
+        except (RuntimeError, OSError) as error:  # distributed.process_group makes a sentence of it
             return type(error).__name__
         return "saved"
     found = together(2, work, ram / f"ranks killed {victim} {at}")

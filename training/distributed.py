@@ -1,10 +1,9 @@
 """Several processes train one model: torchrun's process group, what its ranks tell each other,
 weights cut up by --fsdp.
 
-    torchrun --nproc_per_node 8 -m train --preset medium             # docs/SCALING.md: nodes, FSDP,
-        what a run costs
+    torchrun --nproc_per_node 8 -m train --preset medium             # more: docs/SCALING.md
 
-Used by train.py; nothing here runs by itself. Without torchrun there is one rank, and every method
+Used by training; nothing here runs by itself. Without torchrun there is one rank, and every method
 is the identity. Notable:
 * rank 0 alone prints, logs and writes what is small; the others hear from it, as JSON or as
   tensors;
@@ -30,23 +29,34 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from common.console import UserError
 
-# what it tells each process
+# the environment that torchrun gives each process
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # of one wait: rank 0 may be writing a large checkpoint. A dead process shows at once
 TIMEOUT = timedelta(minutes=30)
-PATIENCE = 2  # seconds in which rank 0 speaks first, and torchrun ends the others
-BEAT = 5                           # seconds between two signs of life of a rank
-SILENCE = 60                       # seconds without one, then the others say who is awaited
+PATIENCE = 2    # seconds in which rank 0 speaks first, and torchrun ends the others
+BEAT = 5        # seconds between two signs of life of a rank
+SILENCE = 60    # seconds without one, then the others say who is awaited
+WATCHER = "signs of life"  # the name of the thread
+
+
+def sharded_checkpoints():
+    """The module for checkpoints of --fsdp: a second of imports that only --fsdp needs."""
+    import checkpoint_shards
+    return checkpoint_shards
 
 
 class Ranks:
     """The processes of a run as one of them sees them."""
 
     def __init__(self, rank=0, world=1, sharded=False):
-        self.rank, self.world, self.sharded, self.main = rank, world, sharded, rank == 0
+        self.rank = rank
+        self.world = world
+        self.main = rank == 0
+        self.sharded = sharded
         self.code = 1                          # of the exit
 
     def share(self, batch_size, grad_accum):
@@ -55,11 +65,10 @@ class Ranks:
         if rows % self.world:
             raise UserError(
                 f"--batch_size {batch_size} x --grad_accum {grad_accum} = {rows} sequences per "
-                "step do not "
-                f"divide over {self.world} processes: change one of the three"
+                f"step do not divide over {self.world} processes: change one of the three"
             )
-        mine = rows // self.world
-        return slice(self.rank * mine, (self.rank + 1) * mine)
+        each = rows // self.world
+        return slice(self.rank * each, (self.rank + 1) * each)
 
     def shard_rows(self, rows):
         """Of so many rows those that this rank scores: as many as each other rank, some of the
@@ -87,14 +96,16 @@ class Ranks:
         """
         if self.world == 1:
             return value
-        text = bytearray(json.dumps(value).encode() if self.main else b"")
+        text = bytearray()
+        if self.main:
+            text += json.dumps(value).encode()
         size = torch.tensor(len(text))
         dist.broadcast(size, 0)
-        data = (
-            torch.frombuffer(text, dtype=torch.uint8)
-            if self.main
-            else torch.empty(int(size), dtype=torch.uint8)
-        )
+
+        if self.main:
+            data = torch.frombuffer(text, dtype=torch.uint8)
+        else:
+            data = torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(data, 0)
         return json.loads(data.numpy().tobytes())
 
@@ -113,11 +124,9 @@ class Ranks:
 
     def all_reduce_max(self, number):
         """The highest number that any rank has; None counts as none."""
-        return (
-            number
-            if self.world == 1
-            else int(self.all_reduce(number or 0, dist.ReduceOp.MAX)) or None
-        )
+        if self.world == 1:
+            return number
+        return int(self.all_reduce(number or 0, dist.ReduceOp.MAX)) or None
 
     def all_reduce_min(self, number):
         return int(self.all_reduce(number, dist.ReduceOp.MIN))
@@ -133,13 +142,18 @@ class Ranks:
         """Rank 0's {name: tensor on the CPU} or None, on every rank."""
         if self.world == 1:
             return tensors
-        shapes = self.broadcast_object(
-            {name: [str(t.dtype), t.shape] for name, t in tensors.items()} if tensors else None
-        )
-        if not self.main and shapes:
-            tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
-                       for name, (dtype, shape) in shapes.items()}
-        for name in shapes or ():
+        forms = None
+        if tensors:
+            forms = {name: [str(tensor.dtype), tensor.shape] for name, tensor in tensors.items()}
+        forms = self.broadcast_object(forms)
+        if not forms:
+            return tensors
+        if not self.main:
+            tensors = {}
+            for name, (dtype, shape) in forms.items():
+                dtype = getattr(torch, dtype.removeprefix("torch."))
+                tensors[name] = torch.empty(shape, dtype=dtype)
+        for name in forms:
             dist.broadcast(tensors[name], 0)
         return tensors
 
@@ -149,34 +163,36 @@ class Ranks:
         """
         if self.world == 1:
             return saved
-        small = self.broadcast_object(
-            {
+
+        small = None
+        if self.main:
+            small = {
                 "step": saved.step,
                 "config": saved.config,
                 "state": saved.state,
                 "path": str(saved.path),
-                "files": {part: [f.name for f in files] for part, files in saved.files.items()},
+                "files": {part: [path.name for path in files]
+                          for part, files in saved.files.items()},
             }
-            if self.main
-            else None
-        )
-        large = {
-            part: None
-            if self.sharded
-            else self.broadcast_tensors(getattr(saved, part) if self.main else None)
-            for part in ("ema", "optimizer")
-        }
-        path = Path(small.pop("path"))
-        files = {
-            part: [path / name for name in names] for part, names in small.pop("files").items()
-        }
+        small = self.broadcast_object(small)
+        path = Path(small["path"])
+        files = {}
+        for part, names in small["files"].items():
+            files[part] = [path / name for name in names]
+
+        large = {"ema": None, "optimizer": None}
+        if not self.sharded:
+            for part in large:
+                large[part] = self.broadcast_tensors(getattr(saved, part) if self.main else None)
         return SimpleNamespace(
             path=path,
+            step=small["step"],
+            config=small["config"],
+            state=small["state"],
             files=files,
-            **small,
-            **large,
             model=saved.model if self.main else None,
             tokenizer_bytes=saved.tokenizer_bytes if self.main else None,
+            **large,
         )
 
     # ---- weights, gradients, optimizer state -----------------------------------------------------
@@ -190,12 +206,11 @@ class Ranks:
                 for p in model.parameters():
                     dist.broadcast(p.detach(), 0)
             return model
-        import checkpoint_shards  # a second of imports that only --fsdp needs
         for p in model.parameters():
             dist.broadcast(p.detach(), 0)
         model = shard(model, device, dtype, self.world)
         if source:
-            checkpoint_shards.read_into(source, model)
+            sharded_checkpoints().read_into(source, model)
         return model
 
     def replicate(self, loss):
@@ -213,18 +228,16 @@ class Ranks:
         replica = nn.parallel.DistributedDataParallel(
             loss, find_unused_parameters=True, gradient_as_bucket_view=True
         )
-        replica.register_comm_hook(None, summed)
+        replica.register_comm_hook(None, sum_gradients)
         return replica
 
     def accumulate(self, replica):
         """Inside, backward leaves the gradients of this rank as they are: all forwards of a step
         but the last.
         """
-        return (
-            replica.no_sync()
-            if isinstance(replica, nn.parallel.DistributedDataParallel)
-            else contextlib.nullcontext()
-        )
+        if isinstance(replica, nn.parallel.DistributedDataParallel):
+            return replica.no_sync()
+        return contextlib.nullcontext()
 
     def reshard(self, model):
         """After a forward without backward: the gathered copy of the root's weights is stale as
@@ -238,39 +251,30 @@ class Ranks:
         all ranks write theirs.
         """
         if self.sharded:
-            import checkpoint_shards
-
-            return checkpoint_shards.save(
-                self, {part: tensors for part, tensors in parts.items() if tensors}, write
-            )
-        return self.broadcast_object(
-            self.main and write(**{f"{part}_state": tensors for part, tensors in parts.items()})
-        )
+            held = {part: tensors for part, tensors in parts.items() if tensors}
+            return sharded_checkpoints().save(self, held, write)
+        result = None
+        if self.main:
+            result = write(**{f"{part}_state": tensors for part, tensors in parts.items()})
+        return self.broadcast_object(result)
 
     def load_aux(self, saved, part, model):
         """What was saved beside the weights (ema, optimizer): whole, or sharded as the weights are.
         None: it was not.
         """
-        if self.sharded:
-            import checkpoint_shards
-
-            return (
-                checkpoint_shards.read_beside(saved.files[part], model)
-                if part in saved.files
-                else None
-            )
-        return getattr(saved, part)
+        if not self.sharded:
+            return getattr(saved, part)
+        if part not in saved.files:
+            return None
+        return sharded_checkpoints().read_beside(saved.files[part], model)
 
 
-def summed(_, bucket):
+def sum_gradients(_, bucket):
     """DDP's hook for a bucket of gradients that is complete: their sum, where its own would make it
     a mean.
     """
-    return (
-        dist.all_reduce(bucket.buffer(), async_op=True)
-        .get_future()
-        .then(lambda done: done.value()[0])
-    )
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
 
 
 def shard(model, device, dtype, world):
@@ -278,7 +282,6 @@ def shard(model, device, dtype, world):
     norms, convolutions) is the root's, in float32 like everything that autocast leaves alone, and
     stays gathered from forward to backward.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         FSDPModule,
         MixedPrecisionPolicy,
@@ -288,17 +291,17 @@ def shard(model, device, dtype, world):
     mesh = init_device_mesh(device.type, (world,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.layers:
-        matrices = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+        matrices = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         fully_shard(matrices, mesh=mesh, mp_policy=policy)
-        for m in matrices:
-            if m.tails:  # it is also called by another name than forward
-                register_fsdp_forward_method(m, "tail")
+        for module in matrices:
+            if module.tails:  # it is also called by another name than forward
+                register_fsdp_forward_method(module, "tail")
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "block_states")
-    for m in model.modules():
-        if isinstance(m, FSDPModule):  # sums, not means: the loss has the whole step's divisor
-            m.set_gradient_divide_factor(1.0)
-            m.set_force_sum_reduction_for_comms(True)            # gloo knows no other
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # sums, not means: the loss has the whole step's divisor
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)       # gloo knows no other
     return model
 
 
@@ -312,30 +315,32 @@ def show_life(store, rank, world, tell):
     wait in a collective. Rank 0 watches all, rank 1 watches rank 0.
     """
     name = f"process {os.getpid()} on {platform.node()}"
-    watched = {
-        other: ("", time.monotonic())
-        for other in range(world)
-        if other != rank and rank <= (0 if other else 1)
-    }
+    watched = {0: range(1, world), 1: [0]}.get(rank, [])
+    now = time.monotonic()
+    last = dict.fromkeys(watched, ("", now))  # rank -> its last sign, since when
     silent = set()
+
     for beat in itertools.count():
         store.set(f"life{rank}", f"{beat} {name}")
         now = time.monotonic()
-        for other, (last, since) in watched.items():
-            seen = store.get(f"life{other}").decode() if store.check([f"life{other}"]) else ""
-            if seen != last:
-                watched[other] = seen, now
+        for other in watched:
+            sign = ""
+            if store.check([f"life{other}"]):
+                sign = store.get(f"life{other}").decode()
+            known, since = last[other]
+            if sign != known:
+                last[other] = (sign, now)
                 if other in silent:
                     silent.remove(other)
                     tell(f"notice: rank {other} is back")
             elif now - since > SILENCE and other not in silent:
                 silent.add(other)
+                process = known.partition(" ")[2] or "it has not begun"
                 tell(
-                    f"warning: no sign of life from rank {other} "
-                    f"({last.partition(' ')[2] or 'it has not begun'}) for "
+                    f"warning: no sign of life from rank {other} ({process}) for "
                     f"{now - since:.0f} s: the others wait for it, {TIMEOUT.seconds // 60} minutes "
-                    "at most; let it go on "
-                    "(kill -CONT), or stop the job and start it again with --resume_latest"
+                    "at most; let it go on (kill -CONT), or stop the job and start it again with "
+                    "--resume_latest"
                 )
         time.sleep(BEAT)
 
@@ -343,8 +348,9 @@ def show_life(store, rank, world, tell):
 def watch(rank, world):
     """Begin with show_life()."""
     store = dist.distributed_c10d._get_default_store()
-    store = store.clone() if hasattr(store, "clone") else store       # a connection of its own
-    stderr = sys.stderr                                               # before it is redirected
+    if hasattr(store, "clone"):
+        store = store.clone()  # a connection of its own
+    stderr = sys.stderr        # before it is redirected
 
     def tell(text):
         print(text, file=stderr, flush=True)
@@ -353,7 +359,8 @@ def watch(rank, world):
         # the store, or the terminal, is gone: the end
         with contextlib.suppress(RuntimeError, OSError, ValueError):
             show_life(store, rank, world, tell)
-    threading.Thread(target=work, name="signs of life", daemon=True).start()
+
+    threading.Thread(target=work, name=WATCHER, daemon=True).start()
 
 
 # ---- start and end -------------------------------------------------------------------------------
@@ -369,13 +376,13 @@ def choose_device(name, world, local):
             f"--device {name}: with torchrun use cuda (each process takes its own GPU) or cpu"
         )
     if name == "cuda":
-        if local >= torch.cuda.device_count():
+        devices = torch.cuda.device_count()
+        if local >= devices:
             raise UserError(
-                f"torchrun started more processes here than the {torch.cuda.device_count()} CUDA "
-                "devices that there "
-                f"are: use --nproc_per_node {max(1, torch.cuda.device_count())}, or --device cpu"
+                f"torchrun started more processes here than the {devices} CUDA devices that there "
+                f"are: use --nproc_per_node {max(1, devices)}, or --device cpu"
             )
-        torch.cuda.set_device(local)                             # from now on "cuda" is this one
+        torch.cuda.set_device(local)  # from now on "cuda" is this one
     return name
 
 
@@ -398,22 +405,18 @@ def process_group(args):
     rank, world, local = (int(os.environ[name]) for name in TORCHRUN[:3])
     args.device = choose_device(args.device, world, local)
     if not dist.is_initialized():  # a second run of one process goes on with the first one's
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=TIMEOUT
-        )
-    if world > 1 and not any(thread.name == "signs of life" for thread in threading.enumerate()):
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    if world > 1 and not any(thread.name == WATCHER for thread in threading.enumerate()):
         watch(rank, world)
+
     ranks = Ranks(rank, world, args.fsdp)
     try:
-        with contextlib.ExitStack() as quiet:
-            if rank:
-                nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
-                quiet.enter_context(contextlib.redirect_stdout(nowhere))
-                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+        with contextlib.nullcontext() if ranks.main else no_output():
             yield ranks
             ranks.broadcast_object(None)
     except UserError as error:
-        if not rank:
+        if ranks.main:
             raise
         time.sleep(PATIENCE)  # most likely rank 0 has the same to say
         raise UserError(f"rank {rank}: {error}", error.code) from None
@@ -424,11 +427,28 @@ def process_group(args):
             time.sleep(PATIENCE)  # rank 0, or if it is gone rank 1, says it for all
         raise UserError(
             f"rank {rank} of {world}: another process of this run has ended or does not answer; "
-            "what was saved is "
-            f"whole: start again with --resume ({str(error).splitlines()[0][-120:]})",
+            "what was saved is whole: start again with --resume "
+            f"({str(error).splitlines()[0][-120:]})",
             code=1,
         ) from None
+
+    def leave():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ranks.code)
+
     # gloo's threads can outlive even destroy_process_group, and the end of the interpreter now and
-    # then aborts on them, which
-    # torchrun would take for a failure: after the last flush, nothing is left to take apart
-    atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(ranks.code)))
+    # then aborts on them, which torchrun would take for a failure: after the last flush, nothing
+    # is left to take apart
+    atexit.register(leave)
+
+
+@contextlib.contextmanager
+def no_output():
+    """Inside, this process prints nothing."""
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield

@@ -1,11 +1,10 @@
 """A second home for a run: --drive DIR, such as a mounted Google Drive, which outlives the machine.
 
-    drive.open_folder(dir)                       at the start: a usage error in the path is told
-        before the first step
-    drive.store(checkpoint_folder, dir, say)     after each save; never raises: a failing drive
-        costs the copy, not the training
-    drive.restore(run_dir, dir, say)             on a fresh machine: the newest whole checkpoint
-        comes back
+    drive.open_folder(dir)                     at the start: a wrong path is refused at once
+    drive.store(checkpoint_folder, dir, say)   after each save; never raises: a drive that fails
+                                               costs the copy, not the training
+    drive.restore(run_dir, dir, say)           on a fresh machine: the newest whole checkpoint
+                                               comes back
 
 Only what was verified here goes there (MANIFEST.json); it is written aside, verified again where it
 lies, and renamed. In DIR: <run>/step_000500/ with its pointers and train.jsonl (the newest KEPT and
@@ -38,7 +37,7 @@ def open_folder(folder):
 
 
 def copy_folder(source, target, check):
-    """Aside, synced, check(copy), renamed: what bears the name is whole. What bore it before is
+    """Copy aside, sync, check(copy), rename: what bears the name is whole. What bore it before is
     replaced.
     """
     aside = target.with_name(f".tmp-{target.name}-{os.getpid()}")
@@ -68,26 +67,28 @@ def same(folder, other):
 
 
 def store(folder, drive, say):
-    """Copy one checkpoint, then the pointers that name it and the log -> whether it is there now.
+    """Copy one checkpoint, then the pointers that name it and the log. Returns whether it is there
+    now.
     """
-    folder, there = Path(folder), Path(drive) / Path(folder).parent.name
+    folder = Path(folder)
+    run = folder.parent
+    there = Path(drive) / run.name
     try:
         checkpoint.verify(folder)
         there.mkdir(exist_ok=True)  # one level: the drive itself has to be there
         checkpoint.sweep(there)
         if not same(folder, there / folder.name):
             copy_folder(folder, there / folder.name, checkpoint.verify)
+
+        # a pointer goes there as soon as what it names is there
         copies = checkpoint.list_steps(there)
-        mine = {
-            name: checkpoint.read_pointer(folder.parent, name)[0] for name in ("latest", "best")
-        }
-        copy_files(
-            folder.parent,
-            there,
-            (*BESIDE, *(name for name, step in mine.items() if step in copies)),
-        )
-        for old in sorted(set(copies) - set(mine.values()))[:-(KEPT - 1)]:
-            checkpoint.discard(copies[old])
+        pointed = {name: checkpoint.read_pointer(run, name)[0] for name in ("latest", "best")}
+        pointers = [name for name, step in pointed.items() if step in copies]
+        copy_files(run, there, (*BESIDE, *pointers))
+
+        spare = sorted(set(copies) - set(pointed.values()))
+        for step in spare[:-(KEPT - 1)]:
+            checkpoint.discard(copies[step])
     except (OSError, UserError) as error:
         say(
             f"warning: {folder.name} could not be copied to --drive {drive}: {error}; the next "
@@ -101,7 +102,8 @@ def restore(run_dir, drive, say):
     """If run_dir holds no run and DIR has one of its name: its newest whole checkpoint (and its
     best) comes back.
     """
-    run, there = Path(run_dir), Path(drive) / Path(run_dir).name
+    run = Path(run_dir)
+    there = Path(drive) / run.name
     if checkpoint.is_run(run) or not checkpoint.is_run(there):
         return
 
@@ -110,14 +112,16 @@ def restore(run_dir, drive, say):
         run.mkdir(parents=True, exist_ok=True)
         copy_folder(folder, run / name, checkpoint.verify)
         return name
+
     try:
         name = checkpoint.first_good(there, bring)
         best = checkpoint.read_pointer(there, "best")[0]
         with contextlib.suppress(checkpoint.Damage):
             if best in checkpoint.list_steps(there) and checkpoint.step_name(best) != name:
                 bring(checkpoint.list_steps(there)[best])
-        copy_files(there, run, (*BESIDE, *(["best"] if best in checkpoint.list_steps(run) else [])))
-        replace_file(run / "latest", f"{name}\n\n".encode())
+        pointers = ["best"] if best in checkpoint.list_steps(run) else []
+        copy_files(there, run, (*BESIDE, *pointers))
+        replace_file(run / "latest", f"{name}\n\n".encode(), run)
     except OSError as error:
         raise UserError(
             f"the run in {there} cannot be read ({error}): mend the drive, or leave --drive out",
@@ -128,7 +132,8 @@ def restore(run_dir, drive, say):
 
 def check_text(folder):
     """Every hash of a prepared folder that carries its own tokenizer."""
-    data = [TokenData(folder, split, verify=True) for split in ("train", "val")][0]
+    data = TokenData(folder, "train", verify=True)
+    TokenData(folder, "val", verify=True)
     tokenizer = folder / Path(data.meta["tokenizer"]).name
     if not tokenizer.is_file() or file_sha256(tokenizer) != data.meta["tokenizer_sha256"]:
         raise UserError(f"{tokenizer} is not the tokenizer of this text")
@@ -139,7 +144,8 @@ def store_text(data_dir, drive, say):
     """The prepared text with its tokenizer, once: a run goes on only with the very tokens that it
     began with.
     """
-    folder, there = Path(data_dir), Path(drive) / "text" / Path(data_dir).name
+    folder = Path(data_dir)
+    there = Path(drive) / "text" / folder.name
     try:
         meta = read_json(folder / "meta.json")
         if (there / "meta.json").exists() and read_json(there / "meta.json") == meta:
@@ -149,6 +155,7 @@ def store_text(data_dir, drive, say):
         def finish(copy):
             shutil.copyfile(TokenData(folder).tokenizer_path, copy / Path(meta["tokenizer"]).name)
             check_text(copy)
+
         copy_folder(folder, there, finish)
     except (OSError, UserError) as error:
         say(f"warning: the text of {folder} could not be copied to --drive {drive}: {error}")
@@ -156,7 +163,8 @@ def store_text(data_dir, drive, say):
 
 def restore_text(data_dir, drive, say):
     """The prepared text and its tokenizer, if this machine lacks them and DIR has them."""
-    folder, there = Path(data_dir), Path(drive) / "text" / Path(data_dir).name
+    folder = Path(data_dir)
+    there = Path(drive) / "text" / folder.name
     if (folder / "meta.json").exists() or not (there / "meta.json").exists():
         return
     try:

@@ -7,16 +7,15 @@ import contextlib
 import json
 import math
 import re
-from datetime import datetime, timezone
 from pathlib import Path
 
 import checkpoint
 from common.console import Damage, UserError, say
 from common.files import rename, replace_file, sync
 from config import TrainArgs
-from training import drive
+from training import drive, optim
 
-# two figures of a run compare while these stay
+# settings: two validation figures of a run compare while these stay
 VALIDATION = ("train_block_sizes", "batch_size", "eval_batches")
 # what a training writes into its run folder, next to the folders of its checkpoints
 FILES = {
@@ -30,11 +29,23 @@ FILES = {
     "analysis.npz",
 }
 FOLDERS = re.compile(r"step_[0-9]{6,12}|previous_[0-9]+|\.(tmp|trash|old|corrupt)-.+")
-COUNTERS = {  # what a run resumes from in state.json -> the smallest value of a number, or a type
-    "position": 0, "tokens_seen": 0, "skipped": 0, "ema_updates": 0, "rollbacks": 0, "eval_due": 0,
-    "data_sha256": str, "precision": str, "val_sha256": (str, type(None)),
-    "losses": (dict, list), "wandb_id": (str, type(None)), "scaler": (dict, type(None)),
-    **dict.fromkeys(("best", "kept"), (float, int, type(None)))}
+# what a run resumes from in state.json -> the smallest value of a whole number, or a type
+COUNTERS = {
+    "position": 0,
+    "tokens_seen": 0,
+    "skipped": 0,
+    "ema_updates": 0,
+    "rollbacks": 0,
+    "eval_due": 0,
+    "best": (float, int, type(None)),
+    "kept": (float, int, type(None)),
+    "data_sha256": str,
+    "val_sha256": (str, type(None)),
+    "precision": str,
+    "losses": (dict, list),
+    "scaler": (dict, type(None)),
+    "wandb_id": (str, type(None)),
+}
 SCALER = {
     "scale",
     "growth_factor",
@@ -43,7 +54,17 @@ SCALER = {
     "_growth_tracker",
     "overflows",
 }
+OLDER = {  # what the runs meant that lack these keys
+    "rollbacks": 0,
+    "eval_due": 0,
+    "losses": {},
+    "scaler": None,
+    "wandb_id": None,
+    "val_sha256": None,
+}
 
+
+# ---- which folder, and from which checkpoint -----------------------------------------------------
 
 def choose(args, origins):
     """-> (run folder or None to skip, checkpoint to start from or None, whether it is a resume).
@@ -55,44 +76,58 @@ def choose(args, origins):
             drive.restore(args.run_dir, args.drive, say)
     if args.resume_latest and not checkpoint.is_run(args.run_dir):
         args.resume_latest = False               # nothing there yet: a fresh start
+
     resuming = bool(args.resume or args.resume_latest)
     source = args.ckpt
     if resuming:
-        source = (
-            args.resume if args.resume not in (None, "latest") else args.ckpt or str(args.run_dir)
-        )
-    fork = any(origins[name] == "flag" for name in ("output_dir", "run_name"))
-    if resuming:
-        found = checkpoint.candidates(source, guess=False)
-        home = found[0].parent
-        if home.resolve() not in (Path(source).resolve(), Path(source).resolve().parent):
-            # the name of a run one level below: another one may be the newest by the time that the
-            # weights are read
-            exact = str(home) if len(found) > 1 else str(found[0])
-            say(f"checkpoint: {source} -> {exact}")
-            source = exact
+        if args.resume not in (None, "latest"):
+            source = args.resume
+        elif not source:
+            source = str(args.run_dir)
+        source, home = find_source(source)
+        fork = origins["output_dir"] == "flag" or origins["run_name"] == "flag"
         if not fork or home.resolve() == args.run_dir.resolve():
             return str(home), source, True
+
     run_dir = args.run_dir
-    if is_used(run_dir):
-        if args.if_exists != "suffix" and not is_ours(run_dir):
-            raise UserError(
-                f"{run_dir} is no run folder, and nothing in it is moved or changed: choose "
-                "another --output_dir"
-            )
-        if args.if_exists == "error":
-            raise UserError(
-                f"{run_dir} already holds a run: add --resume to continue it, or choose another "
-                "--output_dir"
-            )
-        if args.if_exists == "skip":
-            return None, source, resuming
-        if args.if_exists == "suffix":
-            number = 2
-            while Path(f"{run_dir}_v{number}").exists():
-                number += 1
-            run_dir = Path(f"{run_dir}_v{number}")
-    return str(run_dir), source, resuming
+    if not is_used(run_dir):
+        return str(run_dir), source, resuming
+    if args.if_exists == "suffix":
+        return str(next_suffix(run_dir)), source, resuming
+    if not is_ours(run_dir):
+        raise UserError(
+            f"{run_dir} is no run folder, and nothing in it is moved or changed: choose "
+            "another --output_dir"
+        )
+    if args.if_exists == "error":
+        raise UserError(
+            f"{run_dir} already holds a run: add --resume to continue it, or choose another "
+            "--output_dir"
+        )
+    if args.if_exists == "skip":
+        return None, source, resuming
+    return str(run_dir), source, resuming  # archive: not before the arguments have proved sound
+
+
+def find_source(source):
+    """What a resume names -> (the same, exact; its run folder)."""
+    found = checkpoint.candidates(source, guess=False)
+    home = found[0].parent
+    if home.resolve() not in (Path(source).resolve(), Path(source).resolve().parent):
+        # the name of a run one level below: another one may be the newest by the time that the
+        # weights are read
+        exact = str(home) if len(found) > 1 else str(found[0])
+        say(f"checkpoint: {source} -> {exact}")
+        source = exact
+    return source, home
+
+
+def next_suffix(run_dir):
+    """The first of RUN_v2, RUN_v3, ... that is free."""
+    number = 2
+    while Path(f"{run_dir}_v{number}").exists():
+        number += 1
+    return Path(f"{run_dir}_v{number}")
 
 
 @contextlib.contextmanager
@@ -133,9 +168,10 @@ def what_is_there(run_dir):
 
 def is_used(run_dir):
     unused = {"LOCK", *checkpoint.STRAY}
-    return any(
-        p.name not in unused and not p.name.startswith("previous_") for p in Path(run_dir).glob("*")
-    )
+    for path in Path(run_dir).glob("*"):
+        if path.name not in unused and not path.name.startswith("previous_"):
+            return True
+    return False
 
 
 def is_ours(run_dir):
@@ -146,16 +182,15 @@ def is_ours(run_dir):
         with contextlib.suppress(UserError):
             checkpoint.read_manifest(folder)
             return True
-    with (
-        contextlib.suppress(OSError, ValueError),
-        open(Path(run_dir) / "train.jsonl", encoding="utf-8") as f,
-    ):
-        first = json.loads(f.readline(1 << 20))
-        return (
-            isinstance(first, dict) and first.get("event") == "meta" and "planned_tokens" in first
-        )
+    log = Path(run_dir) / "train.jsonl"
+    with contextlib.suppress(OSError, ValueError), open(log, encoding="utf-8") as file:
+        first = json.loads(file.readline(1 << 20))
+        if isinstance(first, dict):
+            return first.get("event") == "meta" and "planned_tokens" in first
     return False
 
+
+# ---- what was there before: archived, compared, rewound ------------------------------------------
 
 def next_previous(run_dir):
     """A new folder previous_N inside the run folder."""
@@ -172,10 +207,10 @@ def archive(run_dir):
     stay where they are.
     """
     aside = next_previous(run_dir)
-    for p in run_dir.glob("*"):
-        ours = p.name in FILES or FOLDERS.fullmatch(p.name)
-        if ours and p.name != "LOCK" and not p.name.startswith("previous_"):
-            p.rename(aside / p.name)
+    for path in run_dir.glob("*"):
+        ours = path.name in FILES or FOLDERS.fullmatch(path.name)
+        if ours and path.name != "LOCK" and not path.name.startswith("previous_"):
+            path.rename(aside / path.name)
     say(f"notice: the earlier run in {run_dir} was moved to {aside}")
 
 
@@ -195,9 +230,8 @@ def best_score(steps, args, meta):
     found = (math.inf, None)
     for step, folder in steps.items():
         with contextlib.suppress(UserError):
-            state, config = (
-                checkpoint.read_json(folder / name) for name in ("state.json", "config.json")
-            )
+            state = checkpoint.read_json(folder / "state.json")
+            config = checkpoint.read_json(folder / "config.json")
             score = state.get("score")
             if type(score) is float and same_validation(config, state, args, meta):
                 found = min(found, (score, step))
@@ -214,25 +248,23 @@ def rewind(run_dir, saved, kept, args, meta):
     later = {step: folder for step, folder in steps.items() if step > saved.step}
     if not later:
         return kept
+
     aside = next_previous(run_dir)
     best = checkpoint.read_pointer(run_dir, "best")[0]
     for name in ("best", "latest"):
         if checkpoint.read_pointer(run_dir, name)[0] in later:
-            replace_file(aside / name, (run_dir / name).read_bytes())
+            replace_file(aside / name, (run_dir / name).read_bytes(), aside)
 
     # the pointers first: after a kill in between, the run goes on from this step all the same
-    def point(name, step):
-        text = f"{checkpoint.step_name(step)}\n{datetime.now(timezone.utc).isoformat()}\n"
-        replace_file(run_dir / name, text.encode())
-    point("latest", saved.step)
+    checkpoint.write_pointer(run_dir, "latest", saved.step)
     if best in later:
-        kept, best = best_score(
-            {step: steps[step] for step in steps if step <= saved.step}, args, meta
-        )
+        earlier = {step: folder for step, folder in steps.items() if step <= saved.step}
+        kept, best = best_score(earlier, args, meta)
         if best is None:
             (run_dir / "best").unlink()
         else:
-            point("best", best)
+            checkpoint.write_pointer(run_dir, "best", best)
+
     for step, folder in later.items():
         rename(folder, aside / checkpoint.step_name(step))
     sync(aside)
@@ -245,71 +277,65 @@ def rewind(run_dir, saved, kept, args, meta):
     return kept
 
 
+# ---- where a run goes on -------------------------------------------------------------------------
+
 def rate_jump(saved, args, step):
     """[a sentence], if the rate of the next update is another one than the run before this resume
     would have taken.
     """
-    from training import optim
-
-    old = TrainArgs(
-        **{
-            key: value
-            for key, value in saved.config["args"].items()
-            if key in TrainArgs.__dataclass_fields__
-        }
-    )
-
-    def rate(a):
-        return optim.lr_at(step, a.max_steps, a.lr, a.warmup, a.lr_schedule, a.min_lr_ratio)
-    before, now = rate(old), rate(args)
+    settings = {}
+    for name, value in saved.config["args"].items():
+        if name in TrainArgs.__dataclass_fields__:
+            settings[name] = value
+    old = TrainArgs(**settings)
+    before = rate_of(old, step)
+    now = rate_of(args, step)
     if abs(now - before) <= 0.01 * before:
         return []
     return [
         f"the learning rate at step {step + 1} is {now:.2e}, where the run had {before:.2e} "
-        "before: it follows "
-        f"--max_steps ({old.max_steps} -> {args.max_steps}), --lr ({old.lr:g} -> {args.lr:g}) and "
-        "the schedule"
+        f"before: it follows --max_steps ({old.max_steps} -> {args.max_steps}), --lr "
+        f"({old.lr:g} -> {args.lr:g}) and the schedule"
     ]
+
+
+def rate_of(args, step):
+    return optim.lr_at(
+        step, args.max_steps, args.lr, args.warmup, args.lr_schedule, args.min_lr_ratio
+    )
 
 
 def counters(saved):
     """state.json as train needs it; the keys that older runs lack get what those runs meant."""
-    older = {
-        "rollbacks": 0,
-        "eval_due": 0,
-        "losses": {},
-        "scaler": None,
-        "wandb_id": None,
-        "val_sha256": None,
-    }
-    state = older | {"kept": saved.state.get("best")} | saved.state
+    where = saved.path / "state.json"
+    state = OLDER | {"kept": saved.state.get("best")} | saved.state
     for key, rule in COUNTERS.items():
         value = state.get(key, ...)
-        fits = (
-            type(value) is int and rule <= value < 2**63
-            if isinstance(rule, int)
-            else isinstance(value, rule)
-        )
-        if not fits or isinstance(value, bool):
-            raise Damage(
-                f"{saved.path / 'state.json'}: {key} is {str(value)[:60]!r}, from which nothing "
-                "can go on"
-            )
+        if not fits(value, rule):
+            raise Damage(f"{where}: {key} is {str(value)[:60]!r}, from which nothing can go on")
+
+    if isinstance(state["losses"], dict):
+        state["losses"] = dict(state["losses"])
+    else:
+        state["losses"] = {"0": state["losses"]}  # once of all block rules in one
     scaler = state["scaler"] or dict.fromkeys(SCALER, 1)
-    losses = state["losses"]
-    # once of all block rules in one
-    losses = state["losses"] = losses if isinstance(losses, dict) else {"0": losses}
-    if (
-        set(scaler) != SCALER
-        or not all(re.fullmatch("[0-9]{1,9}", block) for block in losses)
-        or not all(
-            isinstance(some, list)
-            and all(type(n) in (int, float) and 0 <= n < 2**128 for n in some)
-            for some in (list(scaler.values()), *losses.values())
-        )
-    ):
-        raise Damage(
-            f"{saved.path / 'state.json'}: losses or scaler are no numbers, from which nothing can "
-            "go on"
-        )
+    blocks_fit = all(re.fullmatch("[0-9]{1,9}", block) for block in state["losses"])
+    numbers_fit = all(map(are_numbers, (list(scaler.values()), *state["losses"].values())))
+    if set(scaler) != SCALER or not blocks_fit or not numbers_fit:
+        raise Damage(f"{where}: losses or scaler are no numbers, from which nothing can go on")
     return state
+
+
+def fits(value, rule):
+    """Whether a value of state.json is what COUNTERS asks for."""
+    if isinstance(value, bool):
+        return False
+    if isinstance(rule, int):
+        return type(value) is int and rule <= value < 2**63
+    return isinstance(value, rule)
+
+
+def are_numbers(values):
+    if not isinstance(values, list):
+        return False
+    return all(type(value) in (int, float) and 0 <= value < 2**128 for value in values)
