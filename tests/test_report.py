@@ -296,7 +296,7 @@ def test_a_run_without_a_checkpoint_names_no_command(tmp_path):
         data,
         math.inf,
         None,
-        SimpleNamespace(warm=[], elapsed=1.0),
+        SimpleNamespace(speeds=[], elapsed=1.0),
         0,
         0,
     )

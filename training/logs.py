@@ -1,16 +1,13 @@
-"""Where the events of a run go besides train.jsonl: TensorBoard and Weights & Biases, neither of
-which can stop the training.
+"""The log of a run: train.jsonl, TensorBoard and Weights & Biases, the progress, the summary.
 
-    log = logs.Events(json_lines, logs.open_sinks(args, run_dir, run_id, first_step))
-    log.write("train", step=1, loss=8.9)              # train.jsonl at once, the others in threads
-        of their own
-    tensorboard --logdir logs                         # --tensorboard auto: whenever that package is
-        installed
-    python -m train --wandb --wandb_mode offline      # nothing is sent unless --wandb says so
+    log = logs.Events(logs.JsonLines(path), logs.open_sinks(args, run_dir, run_id, first_step))
+    log.write("train", step=1, loss=8.9)    # train.jsonl at once, the sinks in threads of their own
+    tensorboard --logdir logs                       # --tensorboard auto: wherever it is installed
+    python -m train --wandb --wandb_mode offline    # nothing is sent unless --wandb says so
 
-Used by train.py. A sink that raises, hangs or falls behind is named once and dropped: the training
-only puts into its queue. Both packages are imported when a sink opens, in its thread; the numbers
-of an event become EVENT/KEY.
+Used by the other files of training/. No sink can stop the training: one that raises, hangs or falls
+behind is named once and dropped, as the training only puts into its queue. Both packages are
+imported when a sink opens, in its thread; the numbers of an event become EVENT/KEY.
 """
 import errno
 import html
@@ -38,6 +35,82 @@ PATIENCE = 30            # seconds that W&B may take to begin, and to end
 HURRY = 3                # seconds that all sinks have together when the run was told to stop
 
 
+# ---- the log file --------------------------------------------------------------------------------
+
+def finite(value):
+    """JSON has no NaN: a number that is not finite is logged as null, inside lists and objects too.
+    """
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class JsonLines:
+    """train.jsonl: one object per line, whole or not there, the source of every plot. A full disk
+    costs lines, not the run.
+
+    Without a path nothing is written: of several processes only one keeps the log.
+    """
+
+    def __init__(self, path):
+        self.file = None
+        self.told = False  # that lines are lost
+        if path is not None:
+            self.file = open(path, "ab+", buffering=0)
+            self.drop_torn_line()
+
+    def drop_torn_line(self):
+        """What a power cut has left of the last line."""
+        size = os.fstat(self.file.fileno()).st_size
+        self.file.seek(max(0, size - 2 ** 20))
+        tail = self.file.read()
+        self.file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+    def write(self, event, **values):
+        if self.file is None:
+            return
+        line = (json_text(finite({"event": event, **values})) + "\n").encode()
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.file.truncate(size)
+            if not self.told:
+                say(f"warning: {self.file.name}: lines are lost: {error.strerror}")
+            self.told = True
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
+
+
+class Events:
+    """The log of a run: train.jsonl, then every sink."""
+
+    def __init__(self, file, sinks):
+        self.file = file
+        self.sinks = sinks
+
+    def write(self, event, **values):
+        self.file.write(event, **values)
+        for sink in self.sinks:
+            sink.put((event, values))
+
+    def close(self, hurry=False):
+        self.file.close()
+        patience = HURRY if hurry else PATIENCE + HURRY
+        until = time.monotonic() + patience
+        for sink in self.sinks:
+            sink.finish(max(0, until - time.monotonic()))
+
+
+# ---- the sinks -----------------------------------------------------------------------------------
+
 def numbers(event, values):
     """The figures of an event as {"train/loss": 8.9}; an object inside, such as by_block, one level
     deeper.
@@ -60,12 +133,10 @@ class TensorBoard:
         from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self.event, self.summary, self.tensor, self.shape = (
-            event_pb2,
-            summary_pb2,
-            tensor_pb2,
-            tensor_shape_pb2,
-        )
+        self.event = event_pb2
+        self.summary = summary_pb2
+        self.tensor = tensor_pb2
+        self.shape = tensor_shape_pb2
         self.writer = EventFileWriter(str(folder))
         self.begin(step)
 
@@ -75,36 +146,37 @@ class TensorBoard:
 
     def text(self, tag, words):
         plugin = self.summary.SummaryMetadata.PluginData(plugin_name="text")
+        metadata = self.summary.SummaryMetadata(plugin_data=plugin)
+        one = self.shape.TensorShapeProto.Dim(size=1)
         tensor = self.tensor.TensorProto(
             dtype="DT_STRING",
             string_val=[words.encode()],
-            tensor_shape=self.shape.TensorShapeProto(dim=[self.shape.TensorShapeProto.Dim(size=1)]),
+            tensor_shape=self.shape.TensorShapeProto(dim=[one]),
         )
-        return self.summary.Summary.Value(
-            tag=tag, metadata=self.summary.SummaryMetadata(plugin_data=plugin), tensor=tensor
-        )
+        return self.summary.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
 
     def write(self, event, values):
         if event == "rollback":
             self.begin(values["to"] + 1)
-        rows = [
-            self.summary.Summary.Value(tag=tag, simple_value=value)
-            for tag, value in numbers(event, values).items()
-        ]
+        rows = []
+        for tag, value in numbers(event, values).items():
+            rows.append(self.summary.Summary.Value(tag=tag, simple_value=value))
         if event == "sample":
             rows.append(self.text(f"sample/{values['prompt']}", values["prompt"] + values["text"]))
         if rows and "step" in values:
-            self.writer.add_event(self.event.Event(wall_time=time.time(), step=values["step"],
-                                                   summary=self.summary.Summary(value=rows)))
-            self.writer.flush()                                   # a full disk shows here
+            summary = self.summary.Summary(value=rows)
+            self.writer.add_event(
+                self.event.Event(wall_time=time.time(), step=values["step"], summary=summary)
+            )
+            self.writer.flush()  # a full disk shows here
 
     def close(self):
         self.writer.close()
 
 
 class WandB:
-    """One run of Weights & Biases, gone on with by its id; its figures count our steps, so that a
-    rewound run may repeat some.
+    """One run of Weights & Biases; a resume goes on with it by its id. Its figures count our steps,
+    so that a rewound run may repeat some.
     """
 
     def __init__(self, args, run_dir, run_id):
@@ -138,8 +210,10 @@ class WandB:
         if event == "meta":
             self.run.config.update(values["config"], allow_val_change=True)
         elif event == "sample":
-            text = f'<p lang="hi"><b>{html.escape(values["prompt"])}</b>{html.escape(values["text"])}</p>'
-            self.run.log({f"sample/{values['prompt']}": self.html(text), "step": values["step"]})
+            prompt = html.escape(values["prompt"])
+            answer = html.escape(values["text"])
+            page = self.html(f'<p lang="hi"><b>{prompt}</b>{answer}</p>')
+            self.run.log({f"sample/{values['prompt']}": page, "step": values["step"]})
         elif "step" in values:
             self.run.log({**numbers(event, values), "step": values["step"]})
 
@@ -152,13 +226,15 @@ class Sink(threading.Thread):
 
     def __init__(self, name, make, room=ROOM):
         super().__init__(name=name, daemon=True)
-        self.make, self.waiting, self.dead = make, queue.Queue(room), False
+        self.make = make
+        self.waiting = queue.Queue(room)
+        self.dead = False
         self.start()
 
     def run(self):
         try:
             target = self.make()
-            while (item := self.waiting.get()) is not None:
+            for item in iter(self.waiting.get, None):
                 target.write(*item)
             target.close()
         except (Exception, SystemExit) as error:  # whatever another package's code may raise
@@ -184,26 +260,6 @@ class Sink(threading.Thread):
                 self.drop(f"not done after {seconds:.0f} s")
 
 
-class Events:
-    """The log of a run: train.jsonl, then every sink."""
-
-    def __init__(self, file, sinks):
-        self.file, self.sinks = file, sinks
-
-    def write(self, event, **values):
-        self.file.write(event, **values)
-        for sink in self.sinks:
-            sink.put((event, values))
-
-    def close(self, hurry=False):
-        self.file.close()
-        until = time.monotonic() + (HURRY if hurry else PATIENCE + HURRY)
-        for sink in self.sinks:
-            sink.finish(max(0, until - time.monotonic()))
-
-
-# ---- what the flags ask for ----------------------------------------------------------------------
-
 def check_sinks(args):
     """Before anything is loaded: a package or an account that a flag asks for is there, or exit 3.
     """
@@ -211,7 +267,8 @@ def check_sinks(args):
         need("tensorboard", "for --tensorboard on")
     if args.wandb:
         need("wandb", "for --wandb")
-        if (args.wandb_mode or os.environ.get("WANDB_MODE", "online")) == "online":
+        mode = args.wandb_mode or os.environ.get("WANDB_MODE", "online")
+        if mode == "online":
             import wandb
             # a network that is down now may be back later
             if not wandb.login(prompt=False, verify=False):
@@ -225,43 +282,33 @@ def wandb_id(args, before):
     """The id that this run has at W&B: the one asked for, that of the run it goes on with, or a new
     one.
     """
-    return args.wandb_id or before or os.urandom(4).hex() if args.wandb else before
+    if not args.wandb:
+        return before
+    return args.wandb_id or before or os.urandom(4).hex()
 
 
 def open_sinks(args, run_dir, run_id, step):
     """The sinks that are asked for. auto: TensorBoard if it is installed and the tests have not
     turned it off.
     """
-    wanted = (
-        args.tensorboard == "on"
-        or args.tensorboard == "auto"
-        and os.environ.get("ARIA_TENSORBOARD") != "off"
-    )
+    wanted = args.tensorboard == "on"
+    if args.tensorboard == "auto":
+        wanted = os.environ.get("ARIA_TENSORBOARD") != "off"
     sinks = []
     if wanted and importlib.util.find_spec("tensorboard") is None:
         say(
             "notice: TensorBoard is not installed, so no event files are written (train.jsonl and "
-            "the report are): "
-            "python -m pip install tensorboard, or --tensorboard off"
+            "the report are): python -m pip install tensorboard, or --tensorboard off"
         )
     elif wanted:
-        sinks.append(
-            Sink("TensorBoard", lambda: TensorBoard(Path(args.log_dir, run_dir.name), step))
-        )
+        folder = Path(args.log_dir, run_dir.name)
+        sinks.append(Sink("TensorBoard", lambda: TensorBoard(folder, step)))
     if args.wandb:
         sinks.append(Sink("Weights & Biases", lambda: WandB(args, run_dir, run_id)))
     return sinks
 
 
-def finite(x):
-    """JSON has no NaN: a number that is not finite is logged as null, inside lists and objects too.
-    """
-    if isinstance(x, dict):
-        return {key: finite(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
+# ---- the progress --------------------------------------------------------------------------------
 
 def duration(seconds):
     """Seconds -> "4:05", "2:04:05" or from a day on "26 d 20 h"."""
@@ -282,13 +329,17 @@ class Progress:
     """
 
     def __init__(self, args, start):
-        self.live = (
-            args.live == "basic" or args.live == "auto" and sys.stderr.isatty() and not args.quiet
-        )
-        self.total, self.done, self.first = args.max_steps, start, start
+        self.live = args.live == "basic"
+        if args.live == "auto":
+            self.live = sys.stderr.isatty() and not args.quiet
+        self.measure = args.measure
+        self.total = args.max_steps
+        self.first = start
+        self.done = start
+        self.began = time.perf_counter()
         self.seconds = deque(maxlen=50)      # of the last steps
-        self.began, self.mean_tok_s, self.warm = time.perf_counter(), 0.0, []
-        self.bar, self.measure = None, args.measure
+        self.speeds = []                     # tokens per second of every step
+        self.bar = None
 
     def __enter__(self):
         if self.live:
@@ -310,21 +361,22 @@ class Progress:
         if done == self.first + 11:
             self.seconds.clear()
         self.seconds.append(seconds)
-        self.warm.append(tokens / seconds)
+        self.speeds.append(tokens / seconds)
         self.tok_s = tokens / statistics.median(self.seconds)
-        if self.bar is not None:
-            self.bar.set_postfix_str(
-                f"loss {loss:.3f}, "
-                f"{f'{self.measure} {bound:.3f}, ' if bound is not None else ''}{self.tok_s:,.0f} "
-                "tok/s, "
-                f"ETA {self.eta}, MFU {mfu:.0%}, gnorm {gnorm:.2f}, mask {mask:.2f}, "
-                f"{memory / 1024:.1f} GB",
-                refresh=False,
-            )
-            try:
-                self.bar.update(done - self.bar.n)               # less than 0 after a rollback
-            except OSError:
-                mute(sys.stderr)
+        if self.bar is None:
+            return
+        scored = ""
+        if bound is not None:
+            scored = f"{self.measure} {bound:.3f}, "
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, {scored}{self.tok_s:,.0f} tok/s, ETA {self.eta}, MFU {mfu:.0%}, "
+            f"gnorm {gnorm:.2f}, mask {mask:.2f}, {memory / 1024:.1f} GB",
+            refresh=False,
+        )
+        try:
+            self.bar.update(done - self.bar.n)               # less than 0 after a rollback
+        except OSError:
+            mute(sys.stderr)
 
     @property
     def eta(self):
@@ -338,69 +390,34 @@ class Progress:
         say(text)
 
 
+# ---- the summary ---------------------------------------------------------------------------------
+
 def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step):
     """summary.md: what was trained, how it went, how to go on."""
-    tok_s = (
-        statistics.median(progress.warm[10:] or progress.warm) if progress.warm else float("nan")
-    )
-    bound = f"{best:.4f} nats/token" if math.isfinite(best) else "not measured"
-    bound += "" if bits is None else f", {bits:.4f} bits/byte"
-    saved = Path(run_dir, "latest").is_file()
-    commands = next_commands(run_dir, step, args.max_steps) if saved else []
-    synthetic = (
-        " (synthetic: written by a program, not real text)"
-        if data.meta["source"] == "builtin"
-        else ""
-    )
-    return "\n".join(
-        (
-            f"# {run_dir}: step {step} of {args.max_steps}",
-            "",
-            f"- model: {args.model}, {params:,} parameters, d_model {args.d_model}, "
-            f"{args.n_layers} layers, d_ff {args.d_ff}",
-            f"- text: {args.data_dir}, source {data.meta['source']}{synthetic}, "
-            f"{data.meta['train_tokens']:,} tokens; "
-            f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
-            f"- best held-out {args.measure}: {bound}",
-            f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory "
-            f"{peak_memory_mb():.0f} MB",
-            *(f"- {what}: {command}" for what, command in commands),
-            "",
-        )
-    )
+    source = data.meta["source"]
+    if source == "builtin":
+        source += " (synthetic: written by a program, not real text)"
+    bound = "not measured"
+    if math.isfinite(best):
+        bound = f"{best:.4f} nats/token"
+    if bits is not None:
+        bound += f", {bits:.4f} bits/byte"
+    tok_s = math.nan
+    if progress.speeds:
+        tok_s = statistics.median(progress.speeds[10:] or progress.speeds)
 
-
-class JsonLines:
-    """train.jsonl: one object per line, whole or not there, the source of every plot. A full disk
-    costs lines, not the run.
-
-    Without a path nothing is written: of several processes only one keeps the log.
-    """
-
-    def __init__(self, path):
-        self.file, self.told = None, False
-        if path is not None:
-            self.file = open(path, "ab+", buffering=0)
-            size = os.fstat(self.file.fileno()).st_size
-            self.file.seek(max(0, size - 2 ** 20))
-            tail = self.file.read()
-            # a line that a power cut tore
-            self.file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
-
-    def write(self, event, **values):
-        if self.file is None:
-            return
-        line = (json_text(finite({"event": event, **values})) + "\n").encode()
-        size = os.fstat(self.file.fileno()).st_size
-        try:
-            if self.file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self.file.truncate(size)
-            if not self.told:
-                say(f"warning: {self.file.name}: lines are lost: {error.strerror}")
-            self.told = True
-
-    def close(self):
-        if self.file is not None:
-            self.file.close()
+    lines = [
+        f"# {run_dir}: step {step} of {args.max_steps}",
+        "",
+        f"- model: {args.model}, {params:,} parameters, d_model {args.d_model}, "
+        f"{args.n_layers} layers, d_ff {args.d_ff}",
+        f"- text: {args.data_dir}, source {source}, {data.meta['train_tokens']:,} tokens; "
+        f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
+        f"- best held-out {args.measure}: {bound}",
+        f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory "
+        f"{peak_memory_mb():.0f} MB",
+    ]
+    if Path(run_dir, "latest").is_file():
+        for what, command in next_commands(run_dir, step, args.max_steps):
+            lines.append(f"- {what}: {command}")
+    return "\n".join(lines) + "\n"

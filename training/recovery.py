@@ -1,8 +1,11 @@
-"""Bad numbers, contained: loss spikes, and the likely cause of steps that are not finite.
+"""What goes wrong in a training, contained: loss spikes, steps that are not finite, memory that
+runs out.
 
-Used by train.py; nothing here runs by itself. A step whose loss or gradient is not finite is never
-taken, so the weights stay as they were, and what is wrong can be asked of them: likely_cause()
-does.
+Used by the other files of training/; nothing here runs by itself. Notable:
+* a step whose loss or gradient is not finite is never taken, so the weights stay as they were, and
+  likely_cause() can ask them what is wrong;
+* with --auto_batch a step that runs out of memory is done again with fewer rows per forward: the
+  same rows, the same gradients.
 """
 import contextlib
 import gc
@@ -18,10 +21,13 @@ from common.console import UserError
 from model_config import count_params
 
 WINDOW = 50      # losses whose median says what is usual
-HUGE = 1e6  # no weight of a sound model is as large; far below, products in half precision overflow
 ENOUGH = 10      # below so many, nothing is called a spike
 ROLLBACKS = 3    # times that a run goes back at most; later spikes are only logged
+HUGE = 1e6  # no weight of a sound model is as large; far below, products in half precision overflow
+SPARE = 0.95     # of the memory that is there: the allocator's own losses need the rest
 
+
+# ---- loss spikes ---------------------------------------------------------------------------------
 
 class SpikeWatch:
     """A loss above factor x the median of the last finite ones of its block rule is a spike; factor
@@ -32,21 +38,29 @@ class SpikeWatch:
     """
 
     def __init__(self, factor):
-        self.factor, self.losses = factor, {}
+        self.factor = factor
+        self.losses = {}  # block rule -> its last losses
 
     def spike(self, loss, block):
         """-> the median that this loss is far above, or None; remembers the loss."""
         losses = self.losses.setdefault(block, deque(maxlen=WINDOW))
-        usual = statistics.median(losses) if len(losses) >= ENOUGH else math.inf
+        known = len(losses) >= ENOUGH
+        usual = statistics.median(losses) if known else math.inf
         losses.append(loss)
-        return usual if self.factor and loss > self.factor * usual else None
+        if self.factor and loss > self.factor * usual:
+            return usual
+        return None
 
     def state(self):
         return {str(block): list(losses) for block, losses in self.losses.items()}
 
     def load(self, state):
-        self.losses = {int(block): deque(losses, maxlen=WINDOW) for block, losses in state.items()}
+        self.losses = {}
+        for block, losses in state.items():
+            self.losses[int(block)] = deque(losses, maxlen=WINDOW)
 
+
+# ---- steps that are not finite -------------------------------------------------------------------
 
 @torch.no_grad()
 def sound(model, rows, block, context):
@@ -77,7 +91,7 @@ def can_learn(model, rows, block, context):
         loss = masking.denoising_loss(model, rows, asked, "elbo", rows.numel()).loss
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    norms = [g.norm() for g in gradients if g is not None]
+    norms = [gradient.norm() for gradient in gradients if gradient is not None]
     model.train(training)
     return math.isfinite(loss.detach()) and math.isfinite(torch.stack(norms).norm())
 
@@ -109,21 +123,107 @@ def likely_cause(model, rows, block, autocast, loss, gnorm, windows, lr, saved=T
         if largest > HUGE:
             return f"the learning rate: the weight {name} has grown to {largest:.0e}; {slower}"
     if not sound_half:
-        return "overflow in half precision: held-out text has a finite loss only in float32; --amp_dtype bf16 or --no_amp"
+        return (
+            "overflow in half precision: held-out text has a finite loss only in float32; "
+            "--amp_dtype bf16 or --no_amp"
+        )
     if not math.isfinite(loss):
         return (
             f"the data: held-out text has a finite loss, windows {windows.start} to "
-            f"{windows.stop - 1} do not; "
-            f"look at that text, or {slower}"
+            f"{windows.stop - 1} do not; look at that text, or {slower}"
         )
-    return f"the gradient (norm {gnorm}) of a finite loss: --detect_anomaly names the operation; --no_amp, or {slower}"
+    return (
+        f"the gradient (norm {gnorm}) of a finite loss: --detect_anomaly names the operation; "
+        f"--no_amp, or {slower}"
+    )
 
 
-SPARE = 0.95          # of the memory that is there: the allocator's own losses need the rest
+# ---- out of memory: before the run ---------------------------------------------------------------
 
+def usable_memory(device):
+    """Bytes that this process may fill: known on CUDA, elsewhere only found by hitting the limit.
+    """
+    if device.type != "cuda":
+        return float("inf")
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def free_memory(device):
+    """Bytes that are free for a run; None where nobody says: of a CPU what Linux calls available,
+    within a cgroup's limit.
+    """
+    if device.type == "cuda":
+        return usable_memory(device)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = [line for line in file if line.startswith("MemAvailable")]
+        free = int(lines[0].split()[1]) * 1024
+    except (OSError, LookupError, ValueError):
+        return None
+    try:
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
+        ):
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):      # no such file, or "max"
+        pass
+    return max(0, free)
+
+
+def memory_needed(model_config, args, micro, world=1):
+    """Bytes, from shapes alone: (weights, gradients and optimizer; the least that micro rows per
+    forward keep for backward).
+
+    The second is a lower bound: the input of each layer, its wide activations once, one chunk of
+    logits.
+    """
+    # bytes of a parameter: weight and gradient, optimizer (8 in Muon's embedding), average
+    each = 8 + {"adamw": 8, "muon": 4, "lion": 4}[args.optimizer]
+    if args.ema:
+        each += 4
+    fixed = count_params(model_config) * each
+    if args.fsdp:
+        fixed //= world
+
+    tokens = micro * args.seq_len
+    width = 4 * model_config.d_model
+    if not args.activation_checkpointing:
+        width += 2 * 3 * model_config.d_ff  # gate, up and their product in 2 bytes
+    streams = 2 if min(args.block_choices) < args.seq_len else 1
+    activations = streams * tokens * model_config.n_layers * width
+    logits = 4 * min(512, tokens) * model_config.rows
+    return fixed, activations + logits
+
+
+def check_memory(model_config, args, micro, device, world=1):
+    """Before anything is built: one line about memory; what cannot fit is a UserError."""
+    fixed, least = memory_needed(model_config, args, micro, world)
+    if args.auto_batch:
+        least //= micro                                                # it goes down to one row
+    free = free_memory(device)
+    if free is not None and fixed + least > free:
+        raise UserError(
+            f"this run cannot fit: {count_params(model_config):,} parameters need "
+            f"{fixed / 1e9:,.1f} GB with gradients and optimizer, {micro} x {args.seq_len} tokens "
+            f"at least {least / 1e9:,.1f} GB more, and {free / 1e9:,.1f} GB are free: give a "
+            "smaller --d_model, --n_layers, --batch_size or --seq_len, or --preset starter"
+        )
+    line = (
+        f"{fixed / 1e9:.2f} GB for weights, gradients and optimizer, at least "
+        f"{least / 1e9:.2f} GB for activations"
+    )
+    if free is not None:
+        line += f"; {free / 1e9:.1f} GB free"
+    return line
+
+
+# ---- out of memory: in a step --------------------------------------------------------------------
 
 def is_oom(error):
     """The allocators of CUDA, MPS, the CPU and oneDNN each say it in their own way."""
+    if isinstance(error, MemoryError):
+        return True
     words = (
         "out of memory",
         "can't allocate memory",
@@ -131,38 +231,34 @@ def is_oom(error):
         "bad_alloc",
         "could not create a memory",
     )
-    return (
-        isinstance(error, MemoryError)
-        or isinstance(error, RuntimeError)
-        and any(w in str(error).lower() for w in words)
-    )
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
 def fewer_rows(micro, rows):
     """The most rows per forward that are at most half of micro and divide the step's rows evenly;
     None below one.
     """
-    return next((n for n in range(micro // 2, 0, -1) if rows % n == 0), None)
+    for fewer in range(micro // 2, 0, -1):
+        if rows % fewer == 0:
+            return fewer
+    return None
 
 
 def memory_advice(args, micro):
-    """The runbook's order: seq_len, then batch_size, then d_model or n_layers; each with a value
-    that is allowed.
+    """What to reduce, in this order: seq_len, then batch_size, then d_model or n_layers; each with
+    a value that is allowed.
     """
-    batch = (
-        f"--batch_size {max(1, micro // 2)} or --auto_batch"
-        if micro > 1
-        else "(--batch_size is at 1 already)"
-    )
+    length = max(16, args.seq_len // 2)
+    batch = "(--batch_size is at 1 already)"
+    if micro > 1:
+        batch = f"--batch_size {max(1, micro // 2)} or --auto_batch"
     unit = 2 * args.n_heads
-    width, layers = (
-        max(unit, args.d_model * 3 // 4 // unit * unit),
-        max(1, args.n_layers - max(1, args.n_layers // 5)),
-    )
+    width = max(unit, args.d_model * 3 // 4 // unit * unit)
+    layers = max(1, args.n_layers - max(1, args.n_layers // 5))
     return (
         f"out of memory with {micro} x {args.seq_len} tokens per forward: reduce --seq_len first "
-        f"(--seq_len {max(16, args.seq_len // 2)}), then {batch}, then --d_model {width} or "
-        f"--n_layers {layers}"
+        f"(--seq_len {length}), then {batch}, then --d_model {width} or --n_layers {layers}"
     )
 
 
@@ -175,7 +271,8 @@ def attempt(work, micro):
     except (MemoryError, RuntimeError) as error:
         if not is_oom(error):
             raise
-        return None, (str(error).splitlines() or [type(error).__name__])[0][:200]
+        lines = str(error).splitlines() or [type(error).__name__]
+        return None, lines[0][:200]
 
 
 def backing_off(work, micro, rows, args, undo, say, alone=True):
@@ -189,88 +286,20 @@ def backing_off(work, micro, rows, args, undo, say, alone=True):
         result, trouble = attempt(work, micro)
         if not trouble:
             return result, micro
+
         undo()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        less = fewer_rows(micro, rows) if args.auto_batch and alone else None
-        if less is None:
+        fewer = fewer_rows(micro, rows) if args.auto_batch and alone else None
+        if fewer is None:
             raise UserError(f"{memory_advice(args, micro)}\n  ({trouble})", code=1)
         say(
             f"notice: out of memory with {micro} x {args.seq_len} tokens per forward: from here on "
-            f"{less} rows, {rows // less} "
-            f"forwards per step, the same {rows * args.seq_len:,} tokens ({trouble})"
+            f"{fewer} rows, {rows // fewer} forwards per step, the same "
+            f"{rows * args.seq_len:,} tokens ({trouble})"
         )
-        micro = less
-
-
-def free_memory(device):
-    """Bytes that are free for a run; None where nobody says: of a CPU what Linux calls available,
-    within a cgroup's limit.
-    """
-    if device.type == "cuda":
-        return usable_memory(device)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            free = next(
-                int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")
-            )
-    except (OSError, StopIteration, ValueError):
-        return None
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, \
-             open("/sys/fs/cgroup/memory.current", encoding="ascii") as used:
-            free = min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):      # no such file, or "max"
-        pass
-    return max(0, free)
-
-
-def memory_needed(cfg, args, micro, world=1):
-    """Bytes, from shapes alone: (weights, gradients and optimizer; the least that micro rows per
-    forward keep for backward).
-
-    The second is a lower bound: the input of each layer, its wide activations once, one chunk of
-    logits.
-    """
-    params = count_params(cfg)
-    # bytes a parameter; Muon's embedding has twice as many
-    states = {"adamw": 8, "muon": 4, "lion": 4}[args.optimizer]
-    kept = params * (8 + states + (4 if args.ema else 0)) // (world if args.fsdp else 1)
-    tokens = micro * args.seq_len
-    # gate, up and their product in 2 bytes
-    wide = 0 if args.activation_checkpointing else 2 * 3 * cfg.d_ff
-    streams = 2 if min(args.block_choices) < args.seq_len else 1
-    return kept, streams * tokens * cfg.n_layers * (4 * cfg.d_model + wide) + 4 * min(
-        512, tokens
-    ) * cfg.rows
-
-
-def check_memory(cfg, args, micro, device, world=1):
-    """Before anything is built: one line about memory; what cannot fit is a UserError."""
-    kept, least = memory_needed(cfg, args, micro, world)
-    if args.auto_batch:
-        least //= micro                                                # it goes down to one row
-    free = free_memory(device)
-    if free is not None and kept + least > free:
-        raise UserError(
-            f"this run cannot fit: {count_params(cfg):,} parameters need {kept / 1e9:,.1f} GB with "
-            "gradients and "
-            f"optimizer, {micro} x {args.seq_len} tokens at least {least / 1e9:,.1f} GB more, and "
-            f"{free / 1e9:,.1f} "
-            "GB are free: give a smaller --d_model, --n_layers, --batch_size or --seq_len, or "
-            "--preset starter"
-        )
-    beside = "" if free is None else f"; {free / 1e9:.1f} GB free"
-    return f"{kept / 1e9:.2f} GB for weights, gradients and optimizer, at least {least / 1e9:.2f} GB for activations{beside}"
-
-
-def usable_memory(device):
-    """Bytes that this process may fill: known on CUDA, elsewhere only found by hitting the limit.
-    """
-    if device.type != "cuda":
-        return float("inf")
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        micro = fewer
 
 
 def measure_rows(probe, micro, rows, args, device, later, undo, say):
@@ -292,9 +321,11 @@ def measure_rows(probe, micro, rows, args, device, later, undo, say):
 
     need, micro = backing_off(work, micro, rows, args, undo, say)
     undo()
+    limits = ", all of this process"
+    if limit < float("inf"):
+        limits = f" of {limit / 1e9:.1f} GB"
     say(
         f"memory: {micro} x {args.seq_len} tokens per forward, {rows // micro} forwards per step: "
-        f"{need / 1e9:.2f} GB at most"
-        + (f" of {limit / 1e9:.1f} GB" if limit < float("inf") else ", all of this process")
+        f"{need / 1e9:.2f} GB at most{limits}"
     )
     return micro
