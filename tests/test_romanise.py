@@ -215,10 +215,10 @@ def test_schwas():
 
 
 def test_the_command(tmp_path):
-    done = conftest.aria("romanise", "मैं कल", "आऊँगा।", cwd=tmp_path, check=0)
+    done = conftest.aria("text.romanise", "मैं कल", "आऊँगा।", cwd=tmp_path, check=0)
     assert done.stdout == "main kal aaunga.\n"
     lines = subprocess.run(
-        [sys.executable, "-m", "romanise", "--style", "3"],
+        [sys.executable, "-m", "text.romanise", "--style", "3"],
         input="नमस्ते\n\nok यार",
         capture_output=True,
         text=True,

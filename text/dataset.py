@@ -271,7 +271,7 @@ class TokenData:
         """Windows from these positions on, (B, T) int64; the text is a ring, its end continues at
         its beginning.
         """
-        import torch                                             # (prepare does without)
+        import torch                                             # late: prepare does without it
 
         rows = np.empty((len(starts), seq_len), np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
