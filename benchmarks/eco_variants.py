@@ -76,7 +76,7 @@ FIXED = (
     "report",
     "architectures",
     "show_samples",
-    *list(run_experiments.OURS)[:5],
+    *run_experiments.OURS_IN_STUDIES,
 )
 UNCAPPED = 40.0       # of uncapped_write: exp(40) only keeps a float32 sum finite
 WAVES = 8             # of time_conditioning

@@ -134,8 +134,9 @@ def with_error(value, error):
 
 def show(rule, estimate, found):
     """A line of the table for all documents, and one for each script if there are several."""
-    scripts = found if len(found) > 2 else {"all": found["all"]}
-    for script, figures in scripts.items():
+    if len(found) == 2:         # one script: its figures are those of all
+        found = {"all": found["all"]}
+    for script, figures in found.items():
         cells = []
         for name, error in (
             ("nats", "se"),
@@ -182,9 +183,10 @@ def score(model, documents, tokenizer, blocks, args, length, batch):
         result["bound"][key] = {**found["all"], "masked_mean": plain, "scripts": found}
         result["curve"][key] = curve
         result["documents"]["nats"][key] = nats.tolist()
-        show(rule, "NLL" if model.cfg.causal else "bound", found)
-
-        if not model.cfg.causal:
+        if model.cfg.causal:
+            show(rule, "NLL", found)
+        else:
+            show(rule, "bound", found)
             found = by_script(estimators.chain_rule(model, few.pieces, block, batch), few)
             same = by_script(bound(model, few.pieces, block)[0], few)["all"]
             result["chain_rule"][key] = {

@@ -37,6 +37,11 @@ def words(text):
     return [word for word in bare if word]
 
 
+def share(part, whole):
+    """part / whole; None of nothing."""
+    return part / whole if whole else None
+
+
 def ngrams(row, n):
     shifted = [row[i:] for i in range(n)]
     return list(zip(*shifted, strict=False))
@@ -47,7 +52,7 @@ def distinct(rows, n):
     grams = []
     for row in rows:
         grams += ngrams(row, n)
-    return len(set(grams)) / len(grams) if grams else None
+    return share(len(set(grams)), len(grams))
 
 
 def repeat_rate(rows, n=4):
@@ -58,7 +63,7 @@ def repeat_rate(rows, n=4):
         grams = ngrams(row, n)
         count += len(grams)
         repeated += len(grams) - len(set(grams))
-    return repeated / count if count else 0.0
+    return share(repeated, count) or 0.0
 
 
 def unigram_entropy(rows):
@@ -92,7 +97,7 @@ def quality(texts, script_of, known, scorers):
     for text in texts:
         new_words += text.new_words()
     real = sum(word in known for word in new_words)
-    figures["real_words"] = real / len(new_words) if new_words else None
+    figures["real_words"] = share(real, len(new_words))
     kept = sum(script_of(text.prompt) == script_of(text.new) for text in texts)
     figures["script_kept"] = kept / len(texts)
 

@@ -103,8 +103,11 @@ def mean_mask_rate(train_args):
 
 
 def vocabulary(data_dir):
+    """The size of the prepared text's vocabulary; 0 without a prepared text."""
     meta = Path(data_dir, "meta.json")
-    return read_json(meta).get("vocab_size", 0) if meta.exists() else 0
+    if not meta.exists():
+        return 0
+    return read_json(meta).get("vocab_size", 0)
 
 
 def flops(shape, train_args):

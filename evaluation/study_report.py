@@ -118,7 +118,9 @@ def value(line, rules=()):
     """The figure that variants are compared by, over these block rules or all: bits/byte, where no
     bytes are known nats/token.
     """
-    key = "bits_per_byte" if "bits_per_byte" in line else "nats"
+    key = "nats"
+    if "bits_per_byte" in line:
+        key = "bits_per_byte"
     return statistics.fmean(line["bound"][rule][key] for rule in rules or line["bound"])
 
 
@@ -179,7 +181,9 @@ def nats_of_documents(line, rules):
     """The nats of each document, the mean over these block rules; None if they are not known."""
     found = line["documents"]["nats"]
     if isinstance(found, list):                  # of an older line: the mean over its rules
-        return found if rules == list(line["bound"]) else None
+        if rules == list(line["bound"]):
+            return found
+        return None
     by_rule = [found[rule] for rule in rules or found]
     return [statistics.fmean(several) for several in zip(*by_rule, strict=True)]
 
@@ -201,7 +205,9 @@ def difference(own, reference):
     else:
         error = paired(*pairs[0])
     mean = f"{statistics.fmean(gaps):+.4f}"
-    return mean if error is None else f"{mean} ± {error:.4f}"
+    if error is None:
+        return mean
+    return f"{mean} ± {error:.4f}"
 
 
 def rows(lines):
