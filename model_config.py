@@ -1,11 +1,12 @@
-"""The shape of a model: what build_model needs, its parameters and arithmetic in closed form, and
-equal sizes.
+"""The shape of a model: what build_model needs, and its parameters and FLOPs in closed form.
 
-    cfg = shapes.model_config(args, vocab_size=8000)
-    shapes.count_params(cfg)                             # before anything is built
-    shapes.train_flops(cfg, 512, 64, 0.5)                # of a training token
-    shapes.match_d_ff(cfg, target)                       # the primary's d_ff that gives it the
-        backup's size
+    shape = model_config(args, vocab_size=8000)
+    count_params(shape)                     # before anything is built
+    train_flops(shape, 512, 64, 0.5)        # of a training token
+    match_d_ff(shape, target)               # the primary's d_ff that gives it the backup's size
+
+Used by config.py and cli.py, by model.py and checkpoint.py, and by studies for runs of equal cost.
+In the formulas d is d_model, ff is d_ff and dm is d_mem.
 """
 import dataclasses
 import re
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from common.console import UserError
 from common.flags import again, checked, flag
 
-# a field of ModelConfig that came later -> what older checkpoints mean
+# fields of ModelConfig that older checkpoints lack -> the value that those models had
 ADDED = dict(causal=False, exits=False)
 OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffusion="backup")
 
@@ -22,7 +23,6 @@ OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffus
 @dataclass
 class ModelFlags:
     "Model"
-
     model: str = flag(
         "primary", "which denoiser", "must", choices=("primary", "backup"), values=OLD_MODELS
     )
@@ -74,67 +74,108 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "d_mem", self.d_mem or self.d_model // 2)
-        if problems := list(shape_problems(self)):
+        problems = list(shape_problems(self))
+        if problems:
             raise UserError("\n  ".join(problems))
 
-    rows = property(lambda self: self.vocab_size + 1)
-    mask_id = property(lambda self: self.vocab_size)
-    pad_id = property(lambda self: 0)
+    @property
+    def rows(self):
+        """Rows of the embedding: the pieces and the mask."""
+        return self.vocab_size + 1
+
+    @property
+    def mask_id(self):
+        return self.vocab_size
+
+    @property
+    def pad_id(self):
+        return 0
 
     def to_dict(self):
+        """The "model" section of a run's config.json."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, saved):
         """Strict: every key, no other key, each of its own type."""
-        names, saved = {f.name for f in dataclasses.fields(cls)}, ADDED | saved
-        if missing := names - set(saved):
+        names = {field.name for field in dataclasses.fields(cls)}
+        saved = ADDED | saved
+        missing = names - set(saved)
+        if missing:
             raise UserError(f"model configuration without {', '.join(sorted(missing))}")
         return cls(**checked(cls, {"args": saved}, "model configuration"))
 
 
 def model_config(args, vocab_size):
     """The ModelConfig that these training arguments and this many base pieces ask for."""
-    names = {f.name for f in dataclasses.fields(ModelConfig)} - {"vocab_size", "exits"}
-    return ModelConfig(
-        vocab_size=vocab_size,
-        exits=args.exit_loss_weight > 0,
-        **{name: getattr(args, name) for name in names},
-    )
+    settings = {}
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in ("vocab_size", "exits"):
+            settings[field.name] = getattr(args, field.name)
+    return ModelConfig(vocab_size=vocab_size, exits=args.exit_loss_weight > 0, **settings)
 
 
-def shape_problems(c):
+def shape_problems(shape):
     """Relations between the widths, of training arguments and of a ModelConfig alike."""
-    d_mem = c.d_mem or c.d_model // 2
-    if c.d_model % c.n_heads:
-        yield f"--d_model {c.d_model} is not divisible by --n_heads {c.n_heads}"
-    elif c.model == "backup" and c.d_model // c.n_heads % 2:
-        yield f"--d_model {c.d_model} / --n_heads {c.n_heads}: the head size {c.d_model // c.n_heads} must be even"
-    elif c.model == "primary" and d_mem % c.n_heads:
-        yield f"--d_mem {d_mem} is not divisible by --n_heads {c.n_heads}"
-    if c.causal and c.model != "backup":
-        yield "--objective ar needs --model backup: the primary's convolution and memory look both ways"
-    if c.conv_kernel % 2 == 0:
-        yield f"--conv_kernel {c.conv_kernel}: must be odd"
+    d_model, n_heads = shape.d_model, shape.n_heads
+    d_mem = shape.d_mem or d_model // 2
+    head_size = d_model // n_heads
+    if d_model % n_heads:
+        yield f"--d_model {d_model} is not divisible by --n_heads {n_heads}"
+    elif shape.model == "backup" and head_size % 2:
+        yield (
+            f"--d_model {d_model} / --n_heads {n_heads}: the head size {head_size} must be even"
+        )
+    elif shape.model == "primary" and d_mem % n_heads:
+        yield f"--d_mem {d_mem} is not divisible by --n_heads {n_heads}"
+    if shape.causal and shape.model != "backup":
+        yield (
+            "--objective ar needs --model backup: the primary's convolution and memory look both "
+            "ways"
+        )
+    if shape.conv_kernel % 2 == 0:
+        yield f"--conv_kernel {shape.conv_kernel}: must be odd"
 
 
-def block_params(c):
+# --------------------------------------------------------------------------------------------------
+# parameters
+
+def block_params(shape):
     """Parameters of all layers in closed form (a test compares it with the real models)."""
-    d, ff, dm, slots = c.d_model, c.d_ff, c.d_mem or c.d_model // 2, c.n_heads * c.memory_slots
-    if c.model == "backup":               # attention, gated feed-forward, two norms
-        return c.n_layers * (4 * d * d + 3 * d * ff + 2 * d)
-    # gated feed-forward; memory query, value and output; slot scores, names and decays; convolution
-    # and norm
-    return c.n_layers * (
-        3 * d * ff + 3 * d * dm + d * slots + c.memory_slots * dm + slots + d * c.conv_kernel + d
+    d, ff = shape.d_model, shape.d_ff
+    if shape.model == "backup":
+        attention = 4 * d * d
+        feed_forward = 3 * d * ff
+        norms = 2 * d
+        return shape.n_layers * (attention + feed_forward + norms)
+
+    dm = shape.d_mem or d // 2
+    slots = shape.n_heads * shape.memory_slots
+    feed_forward = 3 * d * ff
+    memory = 3 * d * dm                                     # query, value and output
+    scores = d * slots
+    names_and_decays = shape.memory_slots * dm + slots
+    convolution_and_norm = d * shape.conv_kernel + d
+    return shape.n_layers * (
+        feed_forward + memory + scores + names_and_decays + convolution_and_norm
     )
 
 
-def count_params(c):
+def count_params(shape):
     """The true number of parameters: tied embedding with the mask's row, layers, a norm for each
     exit.
     """
-    return c.rows * c.d_model + block_params(c) + c.d_model * (c.n_layers if c.exits else 1)
+    norms = shape.n_layers if shape.exits else 1
+    return shape.rows * shape.d_model + block_params(shape) + shape.d_model * norms
+
+
+def match_d_ff(shape, target, cost=count_params):
+    """The d_ff, a multiple of 8, that brings this shape's cost, which grows evenly with it, closest
+    to a target.
+    """
+    rest = cost(dataclasses.replace(shape, d_ff=0))
+    per_d_ff = cost(dataclasses.replace(shape, d_ff=1)) - rest
+    return max(8, 8 * round((target - rest) / per_d_ff / 8))
 
 
 def weight_name(name):
@@ -144,70 +185,88 @@ def weight_name(name):
     return re.sub(r"(?<!exits\.)\bfinal_norm\.", "exits.final_norm.", name)
 
 
-def train_flops(c, length, block, masked_share):
+# --------------------------------------------------------------------------------------------------
+# arithmetic
+
+def train_flops(shape, length, block, masked):
     """FLOPs of forward and backward per token of a training row (a test compares them with torch's
-    counter).
+    counter). masked: the share of tokens that are predicted.
 
     A multiplication and an addition are two; backward is twice forward. Only products count
     (matrices, attention, convolution), as masked attention computes them, and nothing that is
     computed again. Below a block of the whole length there are two streams, noisy and clean, of
-    which the last layer only writes the clean one. masked_share: share of tokens that ask the head.
+    which the last layer only writes the clean one.
     """
-    d, ff, dm, two = c.d_model, c.d_ff, c.d_mem, block < length
-    if c.model == "backup":  # q, k, v, output, gated feed-forward; scores and values over the keys
-        stream, last, mix = 2 * (4 * d * d + 3 * d * ff), 2 * 3 * d * d, 4 * d * length
-        layers = c.n_layers * (stream + mix)
-        if two:  # the noisy stream sees clean and noisy keys, the clean one its own
-            layers += (c.n_layers - 1) * (stream + mix) + last + c.n_layers * mix
-    else:  # in and out; one product writes the slots and three read them
-        slots = 2 * c.memory_slots * dm
-        writes = 2 * d * (dm + c.n_heads * c.memory_slots) + 2 * d * c.conv_kernel + slots
-        stream = writes + 2 * d * (2 * ff + dm) + 2 * d * (ff + dm) + 3 * slots
-        layers = c.n_layers * stream
-        if two:                           # and the sums over earlier blocks
-            layers += (c.n_layers - 1) * stream + writes
-            sums = (
-                token_products(c, length)
-                if block == 1
-                else prefix_products(-(-length // block)) / length
-            )
-            layers += c.n_layers * slots * sums
-    return 3 * (layers + (2 if c.exits and c.n_layers > 1 else 1) * masked_share * 2 * d * c.rows)
+    if shape.model == "backup":
+        layers = transformer_flops(shape, length, block)
+    else:
+        layers = eco_flops(shape, length, block)
+    predictions = 2 if shape.exits and shape.n_layers > 1 else 1
+    return 3 * (layers + predictions * masked * 2 * shape.d_model * shape.rows)
 
 
-def prefix_products(n):
-    """Pairs of blocks, or of groups of blocks, that EcoLayer.prefix multiplies for n blocks."""
-    size = n if n <= 16 else round(n ** 0.5)
-    groups = -(-n // size)
-    return groups * size * (size + 1) + (prefix_products(groups) if n > size else 0)
+def transformer_flops(shape, length, block):
+    """Forward FLOPs per token in the transformer's layers."""
+    d, ff = shape.d_model, shape.d_ff
+    stream = 2 * (4 * d * d + 3 * d * ff)       # q, k, v, output, gated feed-forward
+    mix = 4 * d * length                        # scores and values over the keys
+    layers = shape.n_layers * (stream + mix)
+    if block < length:
+        # the noisy stream sees clean and noisy keys, the clean one its own
+        last = 2 * 3 * d * d
+        layers += (shape.n_layers - 1) * (stream + mix) + last + shape.n_layers * mix
+    return layers
 
 
-def token_products(c, length):
+def eco_flops(shape, length, block):
+    """Forward FLOPs per token in EcoHybrid's layers."""
+    d, ff, dm = shape.d_model, shape.d_ff, shape.d_mem
+    # one product writes the slots and three read them
+    slots = 2 * shape.memory_slots * dm
+    writes = 2 * d * (dm + shape.n_heads * shape.memory_slots) + 2 * d * shape.conv_kernel + slots
+    stream = writes + 2 * d * (2 * ff + dm) + 2 * d * (ff + dm) + 3 * slots
+    layers = shape.n_layers * stream
+    if block < length:
+        # the clean stream, and the sums over earlier blocks
+        if block == 1:
+            sums = token_products(shape, length)
+        else:
+            sums = prefix_products(-(-length // block)) / length
+        layers += (shape.n_layers - 1) * stream + writes
+        layers += shape.n_layers * slots * sums
+    return layers
+
+
+def prefix_products(blocks):
+    """Pairs of blocks, or of groups of blocks, that EcoLayer.prefix multiplies."""
+    if blocks <= 16:
+        return blocks * (blocks + 1)
+    size = round(blocks ** 0.5)
+    groups = -(-blocks // size)
+    return groups * size * (size + 1) + prefix_products(groups)
+
+
+def token_products(shape, length):
     """The same of EcoLayer.token_prefix, per token: its group, and a column for each slot of what
     came before.
     """
     groups = -(-length // 16)
-    return min(length, 16) + (groups > 1) * (c.memory_slots + 1 + prefix_products(groups) / length)
+    own_group = min(length, 16)
+    if groups == 1:
+        return own_group
+    before = shape.memory_slots + 1 + prefix_products(groups) / length
+    return own_group + before
 
 
-def flops_per_token(c, length, shares, asked, flops=None):
-    """The mean of train_flops, or of another formula, over a run's steps; shares: {block rule: its
-    share of them}.
+def flops_per_token(shape, length, shares, asked, flops=None):
+    """The mean of train_flops, or of another formula, over a run's steps.
 
-    asked: the share of tokens that are hidden; a small block has more, as one of its tokens always
-    is.
+    shares: {block rule: its share of the steps}. asked: the share of tokens that are masked; a
+    small block has more, as one of its tokens always is.
     """
-    def cost(block):
-        return (flops or train_flops)(
-            c, length, block, min(1.0, max(1 / block, asked + 1 / (2 * block)))
-        )
-
-    return round(sum(share * cost(block) for block, share in shares.items()))
-
-
-def match_d_ff(c, target, cost=count_params):
-    """The d_ff, a multiple of 8, that brings this shape's cost, which grows evenly with it, closest
-    to a target.
-    """
-    rest, more = (cost(dataclasses.replace(c, d_ff=d_ff)) for d_ff in (0, 1))
-    return max(8, 8 * round((target - rest) / (more - rest) / 8))
+    flops = flops or train_flops
+    parts = []
+    for block, share in shares.items():
+        masked = min(1.0, max(1 / block, asked + 1 / (2 * block)))
+        parts.append(share * flops(shape, length, block, masked))
+    return round(sum(parts))

@@ -1,12 +1,12 @@
-"""The named studies of run_experiments.py: what is asked, from where, and what changes, one thing
-at a time. And its flags.
+"""The named studies of run_experiments: what is asked, and what changes, one thing at a time.
 
     python -m run_experiments --study memory_slots            # the plan; --execute runs it
 
-A study is a base (settings of train just above the defaults; a preset or a flag beats them) and
-variants, each the settings that differ from the base. The first variant is the reference: sizes are
-matched to it and differences are against it. A variant that needs an option which no model has is
-not here. `before`: what has to be prepared first.
+Used by run_experiments.py and by config.py, for the flags at the end. A study is a base (settings
+of train just above the defaults; a preset or a flag beats them) and variants, each the settings
+that differ from the base. The first variant is the reference: sizes are matched to it and
+differences are against it. `before`: what has to be prepared first. Only what a model can do is
+here.
 """
 import re
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from typing import NamedTuple
 from common.flags import flag
 from model_config import OLD_MODELS
 
-# about 5M parameters in the layers. 3,000 steps of 4,096 tokens; evaluation is part of the curve,
-# so it comes often
+# About 5M parameters in the layers; 3,000 steps of 4,096 tokens. The validations are the curve, so
+# they come often.
 SMALL = dict(
     d_model=256,
     n_layers=6,
@@ -33,7 +33,7 @@ SMALL = dict(
     save_interval=500,
     show_samples=False,
 )
-# about 15M, for what matters
+# about 15M parameters in the layers, for what matters most
 LARGE = SMALL | dict(d_model=448, n_layers=8, n_heads=8, d_ff=1120, lr=1e-2)
 SEEDS = ("1337", "1338", "1339")
 
@@ -47,8 +47,8 @@ class Study(NamedTuple):
     seeds: tuple = SEEDS
 
 
-# each at the rate of Muon at which it learned best (study rates, docs/results.md); blocks of one
-# token are autoregression
+# What is compared in the studies of the objective, each at the rate of Muon at which it learned
+# best (study rates, docs/results.md). Blocks of one token are autoregression, with EcoHybrid, too.
 ARMS = dict(
     primary=dict(lr=2e-2),
     backup=dict(model="backup", lr=5e-3),
@@ -58,7 +58,18 @@ ARMS = dict(
 
 
 def rates(optimizer, *peaks):
+    """A variant for each peak rate of this optimizer."""
     return {f"{optimizer}_{peak:g}": dict(optimizer=optimizer, lr=peak) for peak in peaks}
+
+
+def rates_of_arms():
+    """A variant for each arm at each of three peak rates."""
+    variants = {}
+    for arm, settings in ARMS.items():
+        third = 4e-2 if arm == "primary" else 5e-3
+        for peak in (2e-2, 1e-2, third):
+            variants[f"{arm}_{peak:g}"] = settings | dict(lr=peak)
+    return variants
 
 
 VOCABULARIES = (8000, 2000, 4000, 16000)
@@ -79,10 +90,9 @@ STUDIES = {
             "no_fade": dict(ar_fade=0.0),
             "fade_1": dict(ar_fade=1.0),
             "fade_then_T_32_4": dict(
-                # 1 by itself without single tokens
                 train_block_sizes="T,32,4",
                 ar_fade=0.6,
-                max_mask_rate=0.8,
+                max_mask_rate=0.8,      # not given, it is 1 without blocks of one token
             ),
         }
         | {
@@ -105,7 +115,7 @@ STUDIES = {
     ),
     "conv_kernel": Study(
         "How far should the convolution reach?",
-        {"3": {}} | {f"{k}": dict(conv_kernel=k) for k in (5, 7, 11)},
+        {"3": {}, "5": dict(conv_kernel=5), "7": dict(conv_kernel=7), "11": dict(conv_kernel=11)},
     ),
     "optimizer": Study(
         "Which update rule, each at its own best rate?",
@@ -156,11 +166,7 @@ STUDIES = {
     ),
     "rates": Study(
         "At which rate does each arm learn best? Before the arms are compared, each at its own.",
-        {
-            f"{arm}_{peak:g}": diff | dict(lr=peak)
-            for arm, diff in ARMS.items()
-            for peak in (2e-2, 1e-2, 4e-2 if arm == "primary" else 5e-3)
-        },
+        rates_of_arms(),
     ),
     "objective": Study(
         "What does diffusion cost against left to right, and EcoHybrid against the transformer?",
@@ -243,6 +249,9 @@ class ExperimentFlags:
             if not re.fullmatch("[0-9]{1,18}", seed):
                 yield f"--seeds {seed}: must be whole numbers of at least 0"
         if self.halving and self.match == "time":
-            yield "--halving judges all at one step, --match time gives each its own number: give only one of them"
+            yield (
+                "--halving judges all at one step, --match time gives each its own number: "
+                "give only one of them"
+            )
         if self.report and (self.execute or self.study):
             yield "--report reads what has run: leave out --execute and --study"

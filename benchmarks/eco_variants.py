@@ -435,7 +435,7 @@ def layer_flops(name, c, length, block):
 
 
 def train_flops(name, c, length, block, masked_share):
-    """As shapes.train_flops, of a variant."""
+    """As model_config.train_flops, of a variant."""
     return layer_flops(name, c, length, block) + 3 * masked_share * 2 * c.d_model * c.rows
 
 

@@ -1,5 +1,10 @@
-"""The console: what a command says to people, errors that are sentences, exit codes."""
+"""The console: what a command says to people, errors that are sentences, exit codes.
+
+Every command uses it: run(main) calls it, say() prints for people, and a UserError ends it in one
+sentence. It knows nothing of models or text.
+"""
 import errno
+import importlib.util
 import os
 import re
 import subprocess
@@ -7,8 +12,8 @@ import sys
 
 
 class UserError(Exception):
-    """A usage error the user can mend: printed as one sentence, exit code 2 (3: something external
-    is missing).
+    """What the user can mend: printed as one sentence, exit code 2 (3: something outside of us is
+    missing).
     """
 
     def __init__(self, message, code=2):
@@ -20,13 +25,13 @@ class Damage(UserError):
     """A file that must not be used, as it is not what was written; the message names it."""
 
 
+# without these no command works
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 
 
-# --quiet: of the lines for people only those that begin with these words are printed
 SPEECH = {"quiet": False}
 
-
+# with --quiet, of the lines for people only those that begin with these words are printed
 ALWAYS = (
     "error",
     "warning",
@@ -40,7 +45,7 @@ ALWAYS = (
 
 
 def be_quiet(on):
-    """What say() prints from now on."""
+    """From now on say() prints everything, or only what begins with a word of ALWAYS."""
     SPEECH["quiet"] = on
 
 
@@ -48,7 +53,8 @@ def say(text):
     """A line for people, on stderr and above a progress bar if there is one."""
     if SPEECH["quiet"] and not text.lower().startswith(ALWAYS):
         return
-    from tqdm import tqdm
+    from tqdm import tqdm  # late: --help has to work without any package
+
     try:
         tqdm.write(printable(text), file=sys.stderr)
     except OSError:
@@ -63,15 +69,14 @@ def printable(text):
 
 
 def mute(stream):
-    """Nobody reads this any more (`| head`, a closed terminal): what comes goes nowhere, and the
-    work goes on.
+    """The reader of this stream has gone (`| head`, a closed terminal): send further output to
+    /dev/null, so that the work can go on.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def check_packages():
     """If something of requirements.txt is missing, say how to get it and leave with exit code 3."""
-    import importlib.util
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -85,8 +90,7 @@ def check_packages():
 
 
 def need(package, why):
-    """An optional package that a flag asks for; exit code 3 when it is not there."""
-    import importlib.util
+    """Dies with exit code 3 if an optional package that a flag asks for is not installed."""
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"the package {package} is needed {why}: python -m pip install {package}", code=3
@@ -96,14 +100,16 @@ def need(package, why):
 def commit_hash(folder):
     """The commit of the code in this folder, '+' when the tree is dirty; 'unknown' outside git."""
     def git(*words):
-        return subprocess.run(
+        done = subprocess.run(
             ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
+        )
+        return done.stdout.strip()
 
     try:
-        return (git("rev-parse", "--short", "HEAD") or "unknown") + (
-            "+" if git("status", "--porcelain") else ""
-        )
+        commit = git("rev-parse", "--short", "HEAD") or "unknown"
+        if git("status", "--porcelain"):
+            commit += "+"
+        return commit
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
 
@@ -116,20 +122,22 @@ def run(main, argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        code = main(argv) or 0
+        code = main(argv)
         if sys.stdout:
             sys.stdout.flush()
-        sys.exit(code)
+        sys.exit(code or 0)
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.code)
-    except BrokenPipeError:  # `| head` has read enough; the interpreter's last flush goes nowhere
+    except BrokenPipeError:  # `| head` has read enough: the interpreter flushes once more
         mute(sys.stdout)
         sys.exit(141)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        where = f": {printable(str(error.filename))}" if error.filename else ""
+        where = ""
+        if error.filename:
+            where = f": {printable(str(error.filename))}"
         print(
             f"error: {error.strerror}{where}: make room, then go on (train: --resume); finished "
             "files are intact",

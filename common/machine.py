@@ -1,7 +1,6 @@
-"""The machine: device, precision and why, allocator, threads, signals, the metrics file, peak
-speed, memory.
+"""The machine: device, precision and why, allocator, threads, signals, peak speed, memory.
 
-Used by the entry points. Nothing here knows a model.
+Used by every command that computes. Nothing here knows a model.
 """
 import contextlib
 import ctypes
@@ -19,6 +18,11 @@ import torch
 from common.console import UserError, commit_hash
 from common.files import ROOT
 
+try:
+    import resource
+except ImportError:  # Windows keeps no record of a process's memory
+    resource = None
+
 ECHO = 2.0          # seconds in which a second SIGINT under torchrun is the first one, passed on
 
 
@@ -27,13 +31,12 @@ def pick_device(name):
     user's usage error.
     """
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
     if name.startswith("cuda"):
         count = torch.cuda.device_count()
         if int(name.partition(":")[2] or 0) >= count:
@@ -60,10 +63,16 @@ def keep_freed_memory():
     if platform.libc_ver()[0] != "glibc":
         return "default"
     libc = ctypes.CDLL(None)
-    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8          # malloc.h
-    done = [libc.mallopt(m_mmap_max, 0), libc.mallopt(m_trim_threshold, 2 ** 31 - 1),
-            libc.mallopt(m_top_pad, 64 << 20), libc.mallopt(m_arena_max, 1)]
-    return "glibc, freed memory kept" if all(done) else "default (mallopt refused)"
+    settings = (             # the numbers of malloc.h
+        (-4, 0),             # M_MMAP_MAX: map nothing apart
+        (-1, 2 ** 31 - 1),   # M_TRIM_THRESHOLD: return nothing
+        (-2, 64 << 20),      # M_TOP_PAD: ask the kernel for 64 MiB at a time
+        (-8, 1),             # M_ARENA_MAX: one heap for all threads
+    )
+    done = [libc.mallopt(parameter, value) for parameter, value in settings]
+    if not all(done):
+        return "default (mallopt refused)"
+    return "glibc, freed memory kept"
 
 
 def start(threads):
@@ -80,16 +89,17 @@ def thread_times(rounds=5):
     """Seconds that a series of small products takes with all threads and with one, in turn: ([all],
     [one]).
     """
-    many, a = torch.get_num_threads(), torch.randn(192, 192)
+    many = torch.get_num_threads()
+    matrix = torch.randn(192, 192)
     taken = {many: [], 1: []}
     try:
         for _ in range(rounds):
             for threads, seconds in taken.items():
                 torch.set_num_threads(threads)
-                torch.mm(a, a)
+                torch.mm(matrix, matrix)
                 started = time.perf_counter()
                 for _ in range(20):
-                    torch.mm(a, a)
+                    torch.mm(matrix, matrix)
                 seconds.append(time.perf_counter() - started)
     finally:
         torch.set_num_threads(many)
@@ -103,12 +113,13 @@ def waiting_threads(many, one):
     until then.
     """
     times = statistics.median(many) / statistics.median(one)
-    return times if times > 1.5 else None
+    if times > 1.5:
+        return times
+    return None
 
 
 def advice_on_threads(device):
-    """What to add to a line about speed: a remedy when threads wait for each other, else nothing.
-    """
+    """A remedy to add to a line about speed, when threads wait for each other; else nothing."""
     if device.type != "cpu" or torch.get_num_threads() == 1:
         return ""
     times = waiting_threads(*thread_times())
@@ -133,9 +144,9 @@ def matmul_flops(dtypes, device="cpu", size=1024, runs=7, limit=math.inf):
     for i in range(runs):
         if i > 1 and time.perf_counter() - began > limit:
             break
-        for dtype, a in inputs.items():
+        for dtype, matrix in inputs.items():
             started = time.perf_counter()
-            torch.mm(a, a)
+            torch.mm(matrix, matrix)
             synchronise(device)
             best[dtype] = min(best[dtype], time.perf_counter() - started)
     return {dtype: 2 * size ** 3 / seconds for dtype, seconds in best.items()}
@@ -156,11 +167,13 @@ def cpu_bf16_units():
     cannot be asked for.
     """
     try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
-            flags = next((line for line in f if line.startswith(("flags", "Features"))), "")
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            for line in file:
+                if line.startswith(("flags", "Features")):
+                    return sorted({"avx512_bf16", "amx_bf16", "bf16"} & set(line.split()))
     except OSError:
-        return []
-    return sorted({"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()))
+        pass
+    return []
 
 
 def pick_precision(amp, amp_dtype, device, before=None):
@@ -172,42 +185,53 @@ def pick_precision(amp, amp_dtype, device, before=None):
     if amp == "off":
         return None, "float32 (--no_amp)"
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if amp_dtype != "fp16" and torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, f"bf16 ({name})"
-        return (
-            torch.float16,
-            f"fp16 with loss scaling ({name}{'' if amp_dtype == 'fp16' else ' has no bf16'})",
-        )
+        return gpu_precision(amp_dtype, device)
     if amp_dtype == "fp16":
         raise UserError("--amp_dtype fp16 needs a CUDA GPU; use bf16 here")
     if device.type == "mps":
         return None, "float32 (MPS)"
     if amp == "on":
         return torch.bfloat16, "bf16 (--amp)"
-    if before in ("torch.bfloat16", "None"):
-        return (
-            (torch.bfloat16, "bf16 (as before)")
-            if before == "torch.bfloat16"
-            else (None, "float32 (as before)")
-        )
+    if before == "torch.bfloat16":
+        return torch.bfloat16, "bf16 (as before)"
+    if before == "None":
+        return None, "float32 (as before)"
+    return cpu_precision()
+
+
+def gpu_precision(amp_dtype, device):
+    """-> (autocast dtype, reason) on a CUDA GPU."""
+    name = torch.cuda.get_device_name(device)
+    if amp_dtype == "fp16":
+        return torch.float16, f"fp16 with loss scaling ({name})"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, f"bf16 ({name})"
+    return torch.float16, f"fp16 with loss scaling ({name} has no bf16)"
+
+
+def cpu_precision():
+    """-> (autocast dtype or None, reason) on a CPU, from its instructions and a measurement."""
     units = cpu_bf16_units()
     speed = matmul_flops((torch.bfloat16, torch.float32))
-    fast, slow = (speed[d] / 1e9 for d in (torch.bfloat16, torch.float32))
-    measured = f"matmul {fast:.0f} GFLOP/s in bf16, {slow:.0f} in float32"
-    if units or fast > 1.5 * slow:
-        return (
-            torch.bfloat16,
-            f"bf16 ({'the CPU has ' + ', '.join(units) if units else 'faster here'}; {measured})",
-        )
+    bf16 = speed[torch.bfloat16] / 1e9
+    float32 = speed[torch.float32] / 1e9
+    measured = f"matmul {bf16:.0f} GFLOP/s in bf16, {float32:.0f} in float32"
+    if units:
+        return torch.bfloat16, f"bf16 (the CPU has {', '.join(units)}; {measured})"
+    if bf16 > 1.5 * float32:
+        return torch.bfloat16, f"bf16 (faster here; {measured})"
     return None, f"float32 (bf16 is not faster here; {measured})"
 
 
 def autocast(device, dtype):
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    """Mixed precision in this number type; None: none."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 def synchronise(device):
+    """Wait until the device has done what it was given."""
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
     elif str(device) == "mps":
@@ -215,8 +239,8 @@ def synchronise(device):
 
 
 def seed_everything(seed):
-    """Weight initialisation and dropout; data order and masks have their own counters and never
-    touch this state.
+    """Seeds what draws from PyTorch's own state: weight initialisation and dropout. The order of
+    the data and the masks have counters of their own and never touch it.
     """
     torch.manual_seed(seed % 2 ** 63)
 
@@ -225,29 +249,32 @@ def peak_memory_mb(device=None):
     """Peak resident memory of this process, or of the GPU."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    try:
-        import resource
-    except ImportError:
-        return 0.0                                       # Windows keeps no such record
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    if sys.platform == "darwin":  # in bytes there, in KiB elsewhere
+        return peak / 2 ** 20
+    return peak / 2 ** 10
 
 
 def environment(device):
     """What a reader needs to repeat a number."""
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    else:
+        device_name = platform.machine()
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine(),
+        "device_name": device_name,
         "threads": torch.get_num_threads(),
         "commit": commit_hash(ROOT),
     }
 
 
 def by_torchrun():
+    """Is this one of the processes that torchrun starts?"""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -268,37 +295,37 @@ class StopFlag:
 
     def __init__(self, ranks):
         self.ranks = ranks
-        self.signal, self.came = None, 0.0
+        self.signal = None                   # the number of the signal that came
+        self.came = 0.0                      # when the first one came
         self.open = False                    # whether a signal raises Stopped now
         self.answer = "saving, then leaving"
-        self.before = {}
+        self.before = {}                     # the handlers to put back
 
     def __enter__(self):
-        # Windows has none; nohup has said that it does not matter
-        hangup = getattr(signal, "SIGHUP", None)
-        for s in (
-            signal.SIGINT,
-            signal.SIGTERM,
-            *([hangup] if hangup and signal.getsignal(hangup) is signal.SIG_DFL else []),
-        ):
-            self.before[s] = signal.signal(s, self.catch)
+        caught = [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        # under nohup it is ignored, and stays so
+        if hangup and signal.getsignal(hangup) is signal.SIG_DFL:
+            caught.append(hangup)
+        for number in caught:
+            self.before[number] = signal.signal(number, self.catch)
         return self
 
     def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def catch(self, number, _frame):
+        """The handler of the signals."""
         if self.signal is not None and number == signal.SIGINT and not self.is_echo():
             raise KeyboardInterrupt
         if self.signal is None:  # a save may take a while: no silence until its end
             self.came = time.monotonic()
-            word = signal.Signals(number).name
+            answer = f"{signal.Signals(number).name}: {self.answer}"
+            if number == signal.SIGINT:
+                answer += ", once more leaves at once"
             with contextlib.suppress(OSError):  # of a terminal that is gone
-                os.write(
-                    2,
-                    f"\n{word}: {self.answer}{', once more leaves at once' * (word == 'SIGINT')}\n".encode(),
-                )
+                os.write(2, f"\n{answer}\n".encode())
         self.signal = number
         if self.open:
             self.open = False
@@ -341,5 +368,8 @@ class StopFlag:
 
     @property
     def name(self):
-        return None if self.signal is None else signal.Signals(self.signal).name
+        """The name of the signal that came, or None."""
+        if self.signal is None:
+            return None
+        return signal.Signals(self.signal).name
 
