@@ -1,4 +1,15 @@
-"""What a sampling is asked for: its settings, from flags, a profile and the checkpoint."""
+"""What a sampling is asked for: its settings, out of flags, a profile and the checkpoint.
+
+Used by sample.py, evaluate.py and edge_benchmark.py; imports no torch, so that a command can refuse
+what is wrong at once. sample.py goes this way:
+
+    args = suited(args, origins, saved, longest)                   # a value for what was not typed
+    settings = settings_of_sample(args, origins, saved, tokenizer)   # Settings, with its notices
+    say(in_words(settings, causal))
+
+The other two have modes instead of switches and call decode_settings themselves. `saved` is a
+checkpoint as checkpoint.load returns it; `origins` says where each argument's value comes from.
+"""
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -8,6 +19,31 @@ import config
 from common.console import UserError, say
 
 MODES = ("full", "block", "block_frozen")
+ADAPTIVE = ("threshold", "factor", "entropy")  # rules whose text decides how many forwards it takes
+SCHEDULERS = dict(ddim="confidence", ddpm="ancestral")
+GAP = re.compile(r"\[MASK\]|__+")
+
+# tokens that a forward may reveal while their words still fit (docs/experiments/decoding.md)
+AT_ONCE = dict(confidence=1.5, margin=1, random=1, ancestral=1)
+
+# flags that an autoregressive checkpoint does not read
+UNREAD_BY_AR = (
+    "blockwise", "frozen_context", "steps", "sampler", "threshold", "alg_temp", "remask",
+    "remask_rule", "reveal", "temperature_end", "guidance_scale", "block_size",
+    "min_decode_layers",
+)
+
+# flags that --text does not read
+UNREAD_BY_TEXT = (
+    "block_size", "blockwise", "frozen_context", "max_new_tokens", "ignore_eos", "stream",
+    "benchmark_runs", "warmup_runs", "guidance_scale",
+)
+
+# fields that Settings takes from the arguments as they are
+TAKEN_OVER = (
+    "max_new_tokens", "sampler", "reveal", "threshold", "alg_temp", "remask", "remask_rule",
+    "temperature", "temperature_end", "top_k", "top_p", "repetition_penalty", "guidance_scale",
+)
 
 
 @dataclass
@@ -21,7 +57,7 @@ class Settings:
     reveal: str = "linear"            # how many at each forward
     threshold: float = 0.9            # of the adaptive rules
     alg_temp: float = 0.0             # noise on the choice of positions
-    remask: float = 0.0  # chance of a revealed token to go back (ReMDM), bounded by the schedule
+    remask: float = 0.0               # chance of a decided token to become a mask again (ReMDM)
     remask_rule: str = "cap"          # cap, rescale, conf
     temperature: float = 1.0
     temperature_end: float = None
@@ -31,30 +67,43 @@ class Settings:
     guidance_scale: float = 1.0       # 1: plain conditional
     eos_id: int = None                # None: never stop early
     window: int = None                # positions that a growing cache keeps; None: all
-    # layers of a block's first forward, growing to all at its last; 0: always all
-    min_depth: int = 0
+    min_depth: int = 0                # layers of a block's first forward, all at its last; 0: all
 
 
-# tokens that a forward may reveal while their words still fit (docs/experiments/decoding.md)
-AT_ONCE = dict(confidence=1.5, margin=1, random=1, ancestral=1)
+# ---- what was asked for --------------------------------------------------------------------------
+
+def read_prompts(args):
+    """The prompts of --prompt and --prompts_file; without any, one empty prompt."""
+    prompts = list(args.prompt)
+    path = args.prompts_file
+    if path:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
+        except OSError as error:
+            raise UserError(f"--prompts_file {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--prompts_file {path} is not UTF-8 (byte {error.start}): save it as UTF-8"
+            ) from None
+        found = [line for line in lines if line.strip()]
+        if not found:
+            raise UserError(
+                f"--prompts_file {path} holds no prompt: write one on each line, or leave the flag "
+                "out"
+            )
+        prompts += found
+    return prompts or [""]
 
 
-SCHEDULERS = dict(ddim="confidence", ddpm="ancestral")
-
-
-UNREAD = (
-    "steps",
-    "sampler",
-    "threshold",
-    "alg_temp",
-    "remask",
-    "remask_rule",
-    "reveal",
-    "temperature_end",
-    "guidance_scale",
-    "block_size",
-    "min_decode_layers",
-)  # of an autoregressive checkpoint
+def masked_sampler(name):
+    """A sampler's name, which may be one of a Gaussian model (--scheduler ddim) -> the one that is
+    meant.
+    """
+    if name not in SCHEDULERS:
+        return name
+    meant = SCHEDULERS[name]
+    say(f"notice: --scheduler {name}: this is a masked model, so --sampler {meant} is used")
+    return meant
 
 
 def suited(args, origins, saved, longest):
@@ -72,7 +121,8 @@ def suited(args, origins, saved, longest):
     if args.max_new_tokens is None:
         trained = saved.config["args"]["seq_len"]
         found["max_new_tokens"] = min(config.LONGEST, max(trained - longest, trained // 2))
-    rest = dict(config.OLDER if said("steps") else config.NEWER)
+    usual = config.OLDER if said("steps") else config.NEWER
+    rest = dict(usual)
     if said("threshold"):
         rest["sampler"] = "threshold"
     elif said("reveal", "remask", "alg_temp") or args.text is not None:
@@ -86,149 +136,92 @@ def suited(args, origins, saved, longest):
     return dataclasses.replace(args, **found)
 
 
-def settings(args, origins, saved, tokenizer):
-    """`suited` arguments -> decode.Settings, with a notice for what cannot be had."""
-    mode = "full"
-    if saved.config["model"].get("causal"):
-        unread = [
-            name for name in ("blockwise", "frozen_context", *UNREAD) if origins[name] == "flag"
-        ]
-        if unread:
-            say(
-                f"notice: {saved.path} was trained with --objective ar: it writes one token at a "
-                "time over an exact cache, "
-                "without " + ", ".join(f"--{name}" for name in unread)
-            )
+# ---- from arguments to Settings ------------------------------------------------------------------
+
+def settings_of_sample(args, origins, saved, tokenizer):
+    """`suited` arguments of sample.py -> Settings, with a notice for what cannot be had."""
+    causal = saved.config["model"].get("causal")
+    if causal:
+        say_what_ar_leaves_unread(origins, saved)
         mode = "block_frozen"
-    elif args.text is not None:
-        mode = "full"                                # a gap needs what stands on both sides
-    elif args.blockwise:
-        mode = "block_frozen" if args.frozen_context else "block"
-        if args.frozen_context and (why := cannot_freeze(saved)):
-            say(f"warning: {why}: --blockwise alone is used")
-            mode = "block"
-    elif args.frozen_context:
-        say("notice: --frozen_context needs --blockwise; the whole text is decoded in one piece")
+    else:
+        mode = mode_of(args, saved)
     largest = max(trained_blocks(saved))
     if mode == "full" and largest < saved.config["args"]["seq_len"]:
         say(
             f"notice: {saved.path} never saw a whole text, only blocks of {largest} tokens and "
-            "their past: what is written in "
-            "one piece will be poor; --blockwise --frozen_context is what it learned"
+            "their past: what is written in one piece will be poor; --blockwise --frozen_context "
+            "is what it learned"
         )
-    s = decode_settings(args, saved, mode, None if args.ignore_eos else tokenizer.eos_id)
-    if not saved.config["model"].get("causal"):
-        for line in (*idle(args, origins, s), *(degenerate(s, saved) if args.text is None else ())):
+    eos_id = None if args.ignore_eos else tokenizer.eos_id
+    settings = decode_settings(args, saved, mode, eos_id)
+    if not causal:
+        for line in idle(args, origins, settings):
             say(line)
-    return s
+        if args.text is None:
+            for line in degenerate(settings, saved):
+                say(line)
+    return settings
 
 
-def told(s, causal):
-    """One line that says how the text is made."""
-    from sampling.unmasking import ADAPTIVE
-    where = {"full": "in one piece",
-             "block": f"in blocks of {s.block_size}, with all before them computed again",
-             "block_frozen": f"in blocks of {s.block_size} over the exact cache"}[s.mode]
-    rule = f"{s.sampler}, {s.steps} forwards at most"
-    if s.sampler in ADAPTIVE:
-        rule = f"{s.sampler} {s.threshold:g}"
-    if causal:
-        where, rule = "one token at a time", "left to right"
-    top_k = f", top_k {s.top_k}" if s.top_k else ""
-    return (f"text: up to {s.max_new_tokens} tokens {where}; {rule}, "
-            f"temperature {s.temperature:g}{top_k}")
-
-
-def idle(args, origins, s):
-    """A notice for every typed flag that changes nothing under these settings."""
-    from sampling.unmasking import ADAPTIVE
-    greedy = s.temperature == 0 and not s.temperature_end
-    rules = [
-        (("block_size",), s.mode == "full", "the text is decoded in one piece, not --blockwise"),
-        (("threshold",), s.sampler not in ADAPTIVE, f"--sampler {s.sampler} has no bound"),
-        (("alg_temp",), s.sampler not in ("confidence", "margin"),
-         f"--sampler {s.sampler} does not rank by chance"),
-        (("reveal",), s.sampler in ADAPTIVE, f"--sampler {s.sampler} has no schedule"),
-        (("remask_rule",), not s.remask, "--remask is 0"),
-        (("top_k", "top_p"), greedy, "temperature 0 takes the likeliest token")]
-    if getattr(args, "text", None) is not None:
-        names = (
-            "block_size",
-            "blockwise",
-            "frozen_context",
-            "max_new_tokens",
-            "ignore_eos",
-            "stream",
-            "benchmark_runs",
-            "warmup_runs",
-            "guidance_scale",
+def say_what_ar_leaves_unread(origins, saved):
+    unread = [f"--{name}" for name in UNREAD_BY_AR if origins[name] == "flag"]
+    if unread:
+        say(
+            f"notice: {saved.path} was trained with --objective ar: it writes one token at a time "
+            "over an exact cache, without " + ", ".join(unread)
         )
-        rules[0] = (
-            names,
-            True,
-            "--text fills gaps, with all of the text around them, in one piece",
-        )
-    off = dict(block_size=0, top_k=0, top_p=1.0, guidance_scale=1.0, alg_temp=0.0)
-    for names, holds, why in rules:
-        typed = []
-        for name in names if holds else ():
-            value = getattr(args, name)
-            if origins.get(name) == "flag" and value not in (False, None, off.get(name)):
-                typed.append(f"--{name}")
-        if typed:
-            yield f"notice: without effect: {', '.join(typed)} ({why})"
 
 
-def degenerate(s, saved):
-    """A warning for settings that make poor text of any model, or of this one."""
-    trained = parts_of_a_text(saved)
-    if s.mode == "block_frozen" and s.block_size not in trained:
-        sizes = ", ".join(map(str, trained))
-        yield (
-            f"warning: this checkpoint was not trained in blocks of {s.block_size} (but of "
-            f"{sizes}), "
-            "so the text will be poor: leave --block_size out"
-        )
-    tokens = s.max_new_tokens
-    if s.mode != "full":
-        tokens = min(s.block_size, tokens)
-    yield from too_few(s, tokens)
-
-
-def too_few(s, tokens):
-    """A warning if so many tokens are revealed in too few forwards."""
-    from sampling.unmasking import ADAPTIVE
-    at_once = tokens / s.steps
-    if s.sampler in ADAPTIVE:
-        if at_once > AT_ONCE["confidence"]:
-            yield (
-                f"warning: {s.steps} forwards for {tokens} tokens: the last one reveals all that "
-                "is "
-                "left, sure or not, so the text will be poor: leave --steps out"
+def mode_of(args, saved):
+    """The mode that the switches of sample.py ask for, with a notice for what cannot be had."""
+    if args.text is not None:
+        return "full"                                # a gap needs what stands on both sides
+    if not args.blockwise:
+        if args.frozen_context:
+            say(
+                "notice: --frozen_context needs --blockwise; the whole text is decoded in one piece"
             )
-    elif at_once > AT_ONCE[s.sampler]:
-        advice = "leave --steps and --sampler out"
-        if s.sampler in ("confidence", "margin"):  # the others are poor at one token a forward, too
-            advice += f", or --steps {tokens}"
-        yield (
-            f"warning: {s.steps} forwards for {tokens} tokens are {at_once:.1f} at once, and "
-            "--sampler "
-            f"{s.sampler} bears {AT_ONCE[s.sampler]:g}, so words will not fit together: {advice}"
-        )
+        return "full"
+    if not args.frozen_context:
+        return "block"
+    why_not = cannot_freeze(saved)
+    if why_not:
+        say(f"warning: {why_not}: --blockwise alone is used")
+        return "block"
+    return "block_frozen"
 
 
 def decode_settings(args, saved, mode, eos_id):
-    """Also for edge_benchmark and evaluate, whose command lines have modes instead of switches."""
-    from sampling.settings import Settings
-    from sampling.unmasking import ADAPTIVE
-    depth, layers = args.min_decode_layers, saved.config["model"]["n_layers"]
+    """Arguments of sample.py, evaluate.py or edge_benchmark.py, a mode -> Settings."""
+    depth = least_layers(args, saved)
+    if args.remask and args.sampler in ADAPTIVE:
+        raise UserError(
+            f"--remask {args.remask:g} needs a schedule, --sampler {args.sampler} has none: use "
+            "confidence, margin, random or ancestral"
+        )
+    block = args.block_size or usual_block(saved)
+    steps = args.steps
+    if not steps:
+        steps = saved.config["args"]["sample_steps"]
+        if args.sampler in ADAPTIVE:  # it stops by itself, after a forward a token at the latest
+            steps = args.max_new_tokens if mode == "full" else block
+    taken_over = {name: getattr(args, name) for name in TAKEN_OVER}
+    return Settings(
+        steps=steps, min_depth=depth, mode=mode, block_size=block, eos_id=eos_id, **taken_over
+    )
+
+
+def least_layers(args, saved):
+    """--min_decode_layers as Settings.min_depth has it, with a notice where it cannot be had."""
+    depth = args.min_decode_layers
+    layers = saved.config["model"]["n_layers"]
     if depth > layers:
         say(f"notice: --min_decode_layers {depth}: this model has {layers} layers, all are used")
     if depth and not saved.config["model"]["exits"]:
         say(
             "notice: --min_decode_layers needs exits that were trained (train --exit_loss_weight "
-            "0.1); this checkpoint has none, "
-            "all layers are used"
+            "0.1); this checkpoint has none, all layers are used"
         )
         depth = 0
     if depth and args.sampler in ADAPTIVE:
@@ -237,49 +230,14 @@ def decode_settings(args, saved, mode, eos_id):
             "full one: all layers are used"
         )
         depth = 0
-    if args.remask and args.sampler in ADAPTIVE:
-        raise UserError(
-            f"--remask {args.remask:g} needs a schedule, --sampler {args.sampler} has none: use "
-            "confidence, margin, "
-            "random or ancestral"
-        )
-    block = args.block_size or usual_block(saved)
-    longest = args.max_new_tokens if mode == "full" else block  # an adaptive rule stops by itself
-    steps = args.steps or (
-        longest if args.sampler in ADAPTIVE else saved.config["args"]["sample_steps"]
-    )
-    names = (
-        "max_new_tokens",
-        "sampler",
-        "reveal",
-        "threshold",
-        "alg_temp",
-        "remask",
-        "remask_rule",
-        "temperature",
-        "temperature_end",
-        "top_k",
-        "top_p",
-        "repetition_penalty",
-        "guidance_scale",
-    )
-    return Settings(
-        steps=steps,
-        min_depth=depth if depth < layers else 0,
-        mode=mode,
-        block_size=block,
-        eos_id=eos_id,
-        **{name: getattr(args, name) for name in names},
-    )
+    return depth if depth < layers else 0
 
 
-def usual_block(saved):
-    """The largest block that was trained, up to the size that the checkpoint stores for decoding.
-    """
-    stored, trained = saved.config["model"]["block_size"], parts_of_a_text(saved)
-    if not trained:  # no block was trained, so any will do
-        return min(stored, max(trained_blocks(saved)))
-    return max((size for size in trained if size <= stored), default=min(trained))
+# ---- what the checkpoint was trained for ---------------------------------------------------------
+
+def trained_blocks(saved):
+    trained = saved.config["args"]
+    return config.block_sizes(trained["train_block_sizes"], trained["seq_len"])
 
 
 def parts_of_a_text(saved):
@@ -290,9 +248,13 @@ def parts_of_a_text(saved):
     )
 
 
-def trained_blocks(saved):
-    trained = saved.config["args"]
-    return config.block_sizes(trained["train_block_sizes"], trained["seq_len"])
+def usual_block(saved):
+    """The largest block that was trained, up to the size that the checkpoint stores for decoding.
+    """
+    stored, trained = saved.config["model"]["block_size"], parts_of_a_text(saved)
+    if not trained:  # no block was trained, so any will do
+        return min(stored, max(trained_blocks(saved)))
+    return max((size for size in trained if size <= stored), default=min(trained))
 
 
 def cannot_freeze(saved):
@@ -307,42 +269,100 @@ def cannot_freeze(saved):
     )
 
 
-def read_prompts(args):
-    prompts = list(args.prompt)
-    if args.prompts_file:
-        try:
-            found = [
-                line
-                for line in Path(args.prompts_file).read_text(encoding="utf-8").split("\n")
-                if line.strip()
-            ]
-        except OSError as error:
-            raise UserError(f"--prompts_file {args.prompts_file}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"--prompts_file {args.prompts_file} is not UTF-8 (byte {error.start}): save it as "
-                "UTF-8"
-            ) from None
-        if not found:
-            raise UserError(
-                f"--prompts_file {args.prompts_file} holds no prompt: write one on each line, or "
-                "leave the flag out"
-            )
-        prompts += found
-    return prompts or [""]
+# ---- what is said about the settings -------------------------------------------------------------
 
-
-GAP = re.compile(r"\[MASK\]|__+")
-
-
-def masked_sampler(name):
-    """A sampler's name, which may be one of a Gaussian model (--scheduler ddim) -> the one that is
-    meant.
-    """
-    if name not in SCHEDULERS:
-        return name
-    say(
-        f"notice: --scheduler {name}: this is a masked model, so --sampler {SCHEDULERS[name]} is "
-        "used"
+def in_words(settings, causal):
+    """One line that says how the text is made."""
+    if causal:
+        where = "one token at a time"
+        rule = "left to right"
+    else:
+        where = {
+            "full": "in one piece",
+            "block": f"in blocks of {settings.block_size}, with all before them computed again",
+            "block_frozen": f"in blocks of {settings.block_size} over the exact cache",
+        }[settings.mode]
+        rule = f"{settings.sampler}, {settings.steps} forwards at most"
+        if settings.sampler in ADAPTIVE:
+            rule = f"{settings.sampler} {settings.threshold:g}"
+    line = (
+        f"text: up to {settings.max_new_tokens} tokens {where}; {rule}, "
+        f"temperature {settings.temperature:g}"
     )
-    return SCHEDULERS[name]
+    if settings.top_k:
+        line += f", top_k {settings.top_k}"
+    return line
+
+
+def idle(args, origins, settings):
+    """A notice for every typed flag that changes nothing under these settings."""
+    sampler = settings.sampler
+    greedy = settings.temperature == 0 and not settings.temperature_end
+    # (flags, are they without effect, why)
+    rules = [
+        (
+            ("block_size",),
+            settings.mode == "full",
+            "the text is decoded in one piece, not --blockwise",
+        ),
+        (("threshold",), sampler not in ADAPTIVE, f"--sampler {sampler} has no bound"),
+        (
+            ("alg_temp",),
+            sampler not in ("confidence", "margin"),
+            f"--sampler {sampler} does not rank by chance",
+        ),
+        (("reveal",), sampler in ADAPTIVE, f"--sampler {sampler} has no schedule"),
+        (("remask_rule",), not settings.remask, "--remask is 0"),
+        (("top_k", "top_p"), greedy, "temperature 0 takes the likeliest token"),
+    ]
+    if getattr(args, "text", None) is not None:
+        why = "--text fills gaps, with all of the text around them, in one piece"
+        rules[0] = (UNREAD_BY_TEXT, True, why)
+    off = dict(block_size=0, top_k=0, top_p=1.0, guidance_scale=1.0, alg_temp=0.0)
+    for names, without_effect, why in rules:
+        if not without_effect:
+            continue
+        typed = []
+        for name in names:
+            value = getattr(args, name)
+            if origins.get(name) == "flag" and value not in (False, None, off.get(name)):
+                typed.append(f"--{name}")
+        if typed:
+            yield f"notice: without effect: {', '.join(typed)} ({why})"
+
+
+def degenerate(settings, saved):
+    """A warning for settings that make poor text of any model, or of this one."""
+    trained = parts_of_a_text(saved)
+    if settings.mode == "block_frozen" and settings.block_size not in trained:
+        sizes = ", ".join(map(str, trained))
+        yield (
+            f"warning: this checkpoint was not trained in blocks of {settings.block_size} (but of "
+            f"{sizes}), so the text will be poor: leave --block_size out"
+        )
+    tokens = settings.max_new_tokens
+    if settings.mode != "full":
+        tokens = min(settings.block_size, tokens)
+    yield from too_few(settings, tokens)
+
+
+def too_few(settings, tokens):
+    """A warning if so many tokens are revealed in too few forwards."""
+    steps = settings.steps
+    sampler = settings.sampler
+    at_once = tokens / steps
+    if sampler in ADAPTIVE:
+        if at_once > AT_ONCE["confidence"]:
+            yield (
+                f"warning: {steps} forwards for {tokens} tokens: the last one reveals all that is "
+                "left, sure or not, so the text will be poor: leave --steps out"
+            )
+    elif at_once > AT_ONCE[sampler]:
+        advice = "leave --steps and --sampler out"
+        if sampler in ("confidence", "margin"):  # the others are poor at one token a forward, too
+            advice += f", or --steps {tokens}"
+        yield (
+            f"warning: {steps} forwards for {tokens} tokens are {at_once:.1f} at once, and "
+            f"--sampler {sampler} bears {AT_ONCE[sampler]:g}, so words will not fit together: "
+            f"{advice}"
+        )

@@ -107,7 +107,6 @@ def ancestral(size, stay, generator):
 
 LOOKING = {rule.__name__: rule for rule in (confidence, threshold, factor, entropy, margin)}
 NAMES = (*LOOKING, random.__name__, ancestral.__name__)
-ADAPTIVE = ("threshold", "factor", "entropy")  # the text decides how many forwards a block takes
 
 
 # ---- the schedule --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 from common.console import UserError
 from sampling import unmasking
 from sampling.decode import Canvas, generate, infill
-from sampling.settings import MODES, Settings
+from sampling.settings import ADAPTIVE, MODES, Settings
 from sampling.unmasking import LOOKING, NAMES, Look, distribution, reveal_count
 
 V, EOS = 17, 3
@@ -101,7 +101,7 @@ def check_case(rnd, longest):
     habit = rnd.choice(["plain", "mask_lover", "all_eos", "no_eos", "constant"])
     vocab = rnd.choice([V, V, 5])  # 5: pad, three specials and one real token
     s = random_settings(rnd, longest, guidance_scale=rnd.choice([1.0, 1.0, 2.0]))
-    if s.sampler in unmasking.ADAPTIVE:
+    if s.sampler in ADAPTIVE:
         s.remask = 0.0
     B = rnd.randint(1, 3)
     prompts = [
@@ -285,7 +285,7 @@ class RowWise(Fake):
 @pytest.mark.parametrize("sampler", NAMES)
 def test_same_seed_same_text_whatever_the_batch(sampler):
     """Neighbours of other lengths, other seeds and other progress change nothing."""
-    for remask in (0.0, 0.3) if sampler not in unmasking.ADAPTIVE else (0.0,):
+    for remask in (0.0, 0.3) if sampler not in ADAPTIVE else (0.0,):
         for eos in (None, EOS):
             s = Settings(
                 20,
@@ -382,7 +382,7 @@ def test_adaptive_rules_by_hand():
     assert unmasking.margin(look, 2, s, g).tolist() == [1, 3]
     certain = looked(1.0, 1.0, 1.0)
     # 0 * -inf is not a number
-    assert all(len(LOOKING[name](certain, 1, s, g)) == 3 for name in unmasking.ADAPTIVE)
+    assert all(len(LOOKING[name](certain, 1, s, g)) == 3 for name in ADAPTIVE)
 
 
 def test_alg_temp_moves_the_choice_from_the_surest_to_any():

@@ -216,6 +216,7 @@ def test_no_half_letter_at_the_end(here, capsys, monkeypatch):
         assert tokenizer.decode(out.rows[0]).endswith("\ufffd")
         return out
     monkeypatch.setattr(decode, "generate", cut)
+    monkeypatch.setattr(check_run, "generate", cut)
     for flags in ((), ("--stream",)):
         assert draw(capsys, "primary", "--prompt", "आज ", *flags)[0] == "आज कल "
     assert json.loads(draw(capsys, "primary", "--prompt", "आज ", "--json")[0])["text"] == "आज कल "
@@ -313,7 +314,7 @@ def resolved(line, blocks="T,8", length=32, stored=64, prompt=1):
             "args": dict(train_block_sizes=blocks, seq_len=length, sample_steps=12),
         },
     )
-    return settings.settings(
+    return settings.settings_of_sample(
         settings.suited(args, origins, saved, prompt), origins, saved, SimpleNamespace(eos_id=3)
     )
 
@@ -575,7 +576,7 @@ def test_a_checkpoint_is_decoded_as_it_was_trained(here, capsys, tmp_path, block
             ["--ckpt", str(run), "--blockwise", "--frozen_context", *given],
             "sample",
         )
-        s = settings.settings(
+        s = settings.settings_of_sample(
             settings.suited(args, origins, saved, 1), origins, saved, SimpleNamespace(eos_id=3)
         )
         assert (s.mode, s.block_size) == ("block_frozen", wanted)

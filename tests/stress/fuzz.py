@@ -36,12 +36,11 @@ import checkpoint
 import cli
 import config
 import model_config
-import sample
 import train
 from common.console import UserError
 from common.files import sealed, to_json
 from harness import arguments, tiny_text
-from sampling import settings
+from sampling import settings, written
 from text.dataset import TokenData, Windows
 from text.documents import read_documents
 from text.tokenizer import Tokenizer, normalise
@@ -272,7 +271,7 @@ def prompt(lab, data):
     if args.text is None:
         assert text.lower() == "none"  # the word for "no text", as with every flag of that default
         return
-    fixed, sizes = sample.with_gaps(args.text, tok)
+    fixed, sizes = written.with_gaps(args.text, tok)
     assert len(fixed) == len(sizes) + 1
 
 
