@@ -1,16 +1,14 @@
 """How fast is each decode mode, and what does the speed cost: full, block and block_frozen on the
 same prompts.
 
-    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --modes full block block_frozen
-    --runs_per_prompt 3
-    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --modes block_frozen --grid
-    steps=4,8,16,32 precision=fp32,bf16,int8
-    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --profiles balanced max    # what do
-        sample's profiles cost here?
+    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --runs_per_prompt 3
+    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --modes block_frozen \\
+        --grid steps=4,8,16,32 precision=fp32,bf16,int8
+    python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --profiles balanced max
 
---grid takes every combination of the named settings of sample, in every mode, and draws quality
-against speed. One line per variant for people; the last line on stdout, and
-benchmarks/edge_benchmark.json, hold everything. Notable:
+--profiles measures what sample's profiles cost and give here. --grid takes every combination of the
+named settings of sample, in every mode, and draws quality against speed. One line per variant for
+people; the last line on stdout, and benchmarks/edge_benchmark.json, hold everything. Notable:
 * the timed runs of all modes alternate, so that a slow minute of the machine hits each of them
   alike;
 * a run is timed from the prompt's text to the new ids; only new tokens before EOS count;
@@ -33,6 +31,7 @@ import math
 import statistics
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cli
@@ -42,6 +41,7 @@ from common.console import UserError, say
 from common.files import can_write, json_text, write_json
 from common.flags import convert, split_list, to_dict
 from evaluation import plots
+from sampling import settings
 
 HELD_OUT_ROWS = 64
 CAREFUL = " at one token a forward"
@@ -75,79 +75,99 @@ def agreement(row, reference):
 
 
 def measure(tokenizer, prompts, variants, reference, args, frozen, device):
-    """variants {name: (model, decode.Settings)} -> {name: the figures of COMMANDS 4.6 and more};
-    reference: a variant.
+    """variants {name: (model, Settings)} -> {name: its figures}; reference: the variant whose text
+    the others are compared with.
     """
     from evaluation.estimators import left_to_right
     from evaluation.sample_quality import distinct, repeat_rate
-    from sampling.decode import generate
 
-    def decode(variant, prompt):
-        model, settings = variant
-        started = time.perf_counter(), time.process_time()
-        result = generate(
-            model, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [args.seed]
-        )
-        # it ends with a copy to the CPU
-        return result, time.perf_counter() - started[0], time.process_time() - started[1]
-
-    model_rows = [decode(reference, prompt)[0].rows[0] for prompt in prompts]
+    contexts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    reference_rows = []
+    for prompt in prompts:
+        result, _, _ = timed(reference, prompt, tokenizer, args.seed)
+        reference_rows.append(result.rows[0])
     longest = max(prompts, key=lambda prompt: len(tokenizer.encode(prompt)))
-    memory = {
-        name: peak_rss(lambda v=v: decode(v, longest), device) for name, v in variants.items()
-    }
-    kept, seconds, cpu, tokens = (
-        {},
-        {n: [] for n in variants},
-        dict.fromkeys(variants, 0.0),
-        dict.fromkeys(variants, 0),
-    )
-    for index, prompt in enumerate(prompts):
-        for number in range(-args.warmup_runs, args.runs_per_prompt):
-            for name, variant in variants.items():
-                result, took, worked = decode(variant, prompt)
-                before = kept.setdefault((name, index), result)
-                if before.rows != result.rows or before.forwards != result.forwards:
-                    print(f"warning: {name} gave another text with the same seed", file=sys.stderr)
-                if number >= 0:
-                    seconds[name].append(took)
-                    cpu[name] += worked
-                    tokens[name] += len(result.rows[0])
-    contexts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
+    memory = {}
+    for name, variant in variants.items():
+        def write_longest(variant=variant):
+            return timed(variant, longest, tokenizer, args.seed)
+        memory[name] = peak_rss(write_longest, device)
+
     figures = {}
-    for name, times in seconds.items():
-        model, settings = variants[name]
-        results = [kept[name, index] for index in range(len(prompts))]
-        rows, ordered = [r.rows[0] for r in results], sorted(times)
+    runs = take_turns(tokenizer, prompts, variants, args)
+    for name, run in runs.items():
+        rows = [result.rows[0] for result in run.results]
         count = sum(map(len, rows))
-        scores = [
-            left_to_right(reference[0], context, row, frozen)
-            for context, row in zip(contexts, rows, strict=True)
-        ]
-        forwards = statistics.mean(r.forwards for r in results)
+        ordered = sorted(run.seconds)
+        nll = 0
+        for context, row in zip(contexts, rows, strict=True):
+            nll += left_to_right(reference[0], context, row, frozen)
+        forwards = statistics.mean(result.forwards for result in run.results)
         figures[name] = {
-            "mode": settings.mode,
-            "runs": len(times),
+            "mode": variants[name][1].mode,
+            "runs": len(ordered),
             "warmup_runs": args.warmup_runs * len(prompts),
-            "mean_latency_s": statistics.mean(times),
-            "p50_latency_s": statistics.median(times),
+            "mean_latency_s": statistics.mean(run.seconds),
+            "p50_latency_s": statistics.median(run.seconds),
             "p90_latency_s": ordered[math.ceil(0.9 * len(ordered)) - 1],
-            "mean_tok_s": tokens[name] / sum(times),
+            "mean_tok_s": run.tokens / sum(run.seconds),
             "mean_generated_tokens": count / len(rows),
             "mean_forwards": forwards,
-            "mean_layer_passes": statistics.mean(r.layer_passes for r in results),
+            "mean_layer_passes": statistics.mean(r.layer_passes for r in run.results),
             "tokens_per_forward": count / len(rows) / forwards if forwards else 0.0,
-            "mean_context_passes": statistics.mean(r.context_passes for r in results),
-            "cpu_s_per_token": cpu[name] / tokens[name] if tokens[name] else None,
-            "cache_bytes": max(r.cache_bytes for r in results),
+            "mean_context_passes": statistics.mean(r.context_passes for r in run.results),
+            "cpu_s_per_token": run.cpu_seconds / run.tokens if run.tokens else None,
+            "cache_bytes": max(r.cache_bytes for r in run.results),
             "peak_rss_mb": memory[name],
-            "nll_per_token": sum(scores) / count if count else None,
+            "nll_per_token": nll / count if count else None,
             "distinct_2": distinct(rows, 2),
             "repeat_rate": repeat_rate(rows),
-            "agree_with_full": statistics.mean(map(agreement, rows, model_rows)),
+            "agree_with_full": statistics.mean(map(agreement, rows, reference_rows)),
             "texts": [tokenizer.written(row) for row in rows],
         }
     return figures
+
+
+def timed(variant, prompt, tokenizer, seed):
+    """Write one text, from the prompt's text to the new ids -> (Result, seconds, processor seconds).
+    """
+    from sampling import decode
+    model, asked = variant
+    started = time.perf_counter()
+    cpu_started = time.process_time()
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    result = decode.generate(model, ids, asked, [seed])
+    # it ends with a copy to the CPU
+    return result, time.perf_counter() - started, time.process_time() - cpu_started
+
+
+@dataclass
+class Runs:
+    """What the timed runs of one variant took and gave."""
+    results: list = field(default_factory=list)     # one Result per prompt
+    seconds: list = field(default_factory=list)     # of every timed run
+    cpu_seconds: float = 0.0
+    tokens: int = 0
+
+
+def take_turns(tokenizer, prompts, variants, args):
+    """Every prompt as often as asked for, the variants by turns -> {name: Runs}."""
+    runs = {name: Runs() for name in variants}
+    for index, prompt in enumerate(prompts):
+        for number in range(-args.warmup_runs, args.runs_per_prompt):
+            for name, variant in variants.items():
+                result, seconds, cpu_seconds = timed(variant, prompt, tokenizer, args.seed)
+                run = runs[name]
+                if len(run.results) == index:
+                    run.results.append(result)
+                before = run.results[index]
+                if before.rows != result.rows or before.forwards != result.forwards:
+                    print(f"warning: {name} gave another text with the same seed", file=sys.stderr)
+                if number >= 0:
+                    run.seconds.append(seconds)
+                    run.cpu_seconds += cpu_seconds
+                    run.tokens += len(result.rows[0])
+    return runs
 
 
 def show(value, form):
@@ -309,77 +329,59 @@ def is_number(text):
 def main(argv=None):
     args, origins = cli.parse(config.BenchArgs, argv, "edge_benchmark")
     cli.announce(args, origins)
-    settings_of = profiles(args.profiles) if args.profiles else combinations(args.grid)
-    args.modes = ("block_frozen",) if args.profiles else args.modes
+    if args.profiles:
+        chosen = profiles(args.profiles)
+        args.modes = ("block_frozen",)
+    else:
+        chosen = combinations(args.grid)
+
+    # these import torch, which --help and a usage error do not wait for
     import torch
 
-    import checkpoint
     from common import machine
-    from sampling import fast, settings
+
     allocator = machine.start(args.threads)
     can_write(args, "out_json")
     device = machine.pick_device(args.device)
-    prompts = (
-        settings.read_prompts(args)
-        if args.prompt or args.prompts_file
-        else list(config.BENCH_PROMPTS)
-    )
+    prompts = list(config.BENCH_PROMPTS)
+    if args.prompt or args.prompts_file:
+        prompts = settings.read_prompts(args)
     args.sampler = settings.masked_sampler(args.sampler)
-    models, weights, precisions, saved = {}, {}, {}, None
-    for wanted in dict.fromkeys(s.get("precision", args.precision) for s in settings_of.values()):
-        precisions[wanted], why = fast.pick(wanted, device)
-        if precisions[wanted] not in models:
-            model, tokenizer, saved = checkpoint.load_model(
-                args.ckpt, device, config.check_saved, args.model, args.tokenizer
-            )
-            weights[precisions[wanted]] = fast.prepare(model, precisions[wanted])
-            models[precisions[wanted]] = model
-            say(
-                f"precision: {precisions[wanted]} ({why}), "
-                f"{weights[precisions[wanted]] / 2**20:.1f} MB of weights"
-            )
-    why_not = settings.cannot_freeze(saved)
-    if model.cfg.causal:
+
+    # A model for each precision, and what is compared
+    models, of_wanted, weights, tokenizer, saved = load_models(args, chosen, device)
+    model = next(reversed(models.values()))
+    causal = model.cfg.causal
+    if causal:
         print(
             "notice: an autoregressive checkpoint has one mode, left to right over its cache: "
             "block_frozen",
             file=sys.stderr,
         )
         args.modes = ("block_frozen",)
-    variants, skipped, without_effect = {}, {}, []
-    for named, chosen in settings_of.items():
-        if "sampler" in chosen:
-            chosen["sampler"] = settings.masked_sampler(chosen["sampler"])
-        for mode in dict.fromkeys(args.modes):
-            name = f"{mode} {named}".strip()
-            if mode == "block_frozen" and why_not:
-                skipped[name] = {"skipped": why_not}
-                continue
-            mine = dataclasses.replace(args, **chosen)
-            variants[name] = (
-                models[precisions[mine.precision]],
-                settings.decode_settings(mine, saved, mode, tokenizer.eos_id),
-            )
-            without_effect.append(set(settings.idle(mine, origins, variants[name][1])))
-    for line in (
-        sorted(set.intersection(*without_effect)) if without_effect and not model.cfg.causal else ()
-    ):
-        say(line)                                             # only what no variant heeds
-    judges = Judges(args.data_dir or saved.config["args"]["data_dir"], tokenizer, saved, device)
-    results = dict(skipped)
+    why_not_frozen = settings.cannot_freeze(saved)
+    variants, results, idle = variants_of(
+        args, origins, chosen, models, of_wanted, tokenizer, saved, why_not_frozen
+    )
+    if not causal:
+        for line in idle:
+            say(line)
+
+    # The measurements: speed, then quality beside it
+    data_dir = args.data_dir or saved.config["args"]["data_dir"]
+    judges = Judges(data_dir, tokenizer, saved, device)
     if variants:
-        model, s = next(iter(variants.values()))
-        reference = variants.get("full", (model, dataclasses.replace(s, mode="full")))
-        contexts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
+        first, first_settings = next(iter(variants.values()))
+        reference = (first, dataclasses.replace(first_settings, mode="full"))
+        reference = variants.get("full", reference)
         with torch.no_grad():
-            results |= measure(tokenizer, prompts, variants, reference, args, not why_not, device)
-            for name, (model, s) in variants.items():
-                r = results[name]
-                block = s.block_size if s.mode == "block_frozen" else 10 ** 9
-                r["precision"] = next(p for p, m in models.items() if m is model)
-                r["held_out_nats"] = judges.held_out(model, r["precision"], block)
-                rows = [tokenizer.encode(text) for text in r["texts"]]
-                r["judge_nats"] = judges.ngram and judges.ngram.nats(rows, contexts)
+            results |= measure(
+                tokenizer, prompts, variants, reference, args, not why_not_frozen, device
+            )
+            add_quality(results, variants, models, judges, tokenizer, prompts)
+
+    # The answer: cards for people, one document, a picture of a grid
+    real = judges.real()
     document = {
         "version": 1,
         "model": saved.config["model"]["model"],
@@ -393,20 +395,80 @@ def main(argv=None):
         "prompts": prompts,
         "params": model_config.count_params(model.cfg),
         "args": to_dict(args),
-        "judge_nats_of_held_out_text": judges.real(),
+        "judge_nats_of_held_out_text": real,
         "results": results,
     }
-    for name, r in results.items():
-        print(card(name, r, max(map(len, results))))
+    width = max(map(len, results))
+    for name, figures in results.items():
+        print(card(name, figures, width))
     if args.profiles:
         document["profiles"] = {name: price(name, results) for name in args.profiles}
     write_json(args.out_json, document)
     if args.grid:
-        picture = Path(args.out_json).with_suffix(".png")
         axis, lines = lines_of(results)
-        real = document["judge_nats_of_held_out_text"]
+        picture = Path(args.out_json).with_suffix(".png")
         plots.quality_against_speed(picture, axis, lines, real)
     print(json_text(document))
+
+
+def load_models(args, chosen, device):
+    """The checkpoint in every precision that is asked for -> (models by precision, precision by
+    what was asked for, bytes of weights by precision, tokenizer, the checkpoint).
+    """
+    import checkpoint
+    from sampling import fast
+    models = {}
+    weights = {}
+    of_wanted = {}
+    for wanted in dict.fromkeys(pairs.get("precision", args.precision) for pairs in chosen.values()):
+        precision, why = fast.pick(wanted, device)
+        of_wanted[wanted] = precision
+        if precision in models:
+            continue
+        model, tokenizer, saved = checkpoint.load_model(
+            args.ckpt, device, config.check_saved, args.model, args.tokenizer
+        )
+        weights[precision] = fast.prepare(model, precision)
+        models[precision] = model
+        say(f"precision: {precision} ({why}), {weights[precision] / 2**20:.1f} MB of weights")
+    return models, of_wanted, weights, tokenizer, saved
+
+
+def variants_of(args, origins, chosen, models, of_wanted, tokenizer, saved, why_not_frozen):
+    """Every mode with every choice of settings -> ({name: (model, Settings)}, {name: why it is
+    skipped}, notices about flags that no variant heeds).
+    """
+    variants = {}
+    skipped = {}
+    without_effect = []
+    for label, pairs in chosen.items():
+        if "sampler" in pairs:
+            pairs["sampler"] = settings.masked_sampler(pairs["sampler"])
+        for mode in dict.fromkeys(args.modes):
+            name = f"{mode} {label}".strip()
+            if mode == "block_frozen" and why_not_frozen:
+                skipped[name] = {"skipped": why_not_frozen}
+                continue
+            mine = dataclasses.replace(args, **pairs)
+            asked = settings.decode_settings(mine, saved, mode, tokenizer.eos_id)
+            variants[name] = (models[of_wanted[mine.precision]], asked)
+            without_effect.append(set(settings.idle(mine, origins, asked)))
+    if not without_effect:
+        return variants, skipped, []
+    return variants, skipped, sorted(set.intersection(*without_effect))
+
+
+def add_quality(results, variants, models, judges, tokenizer, prompts):
+    """The held-out bound and the judged text of every variant join its figures."""
+    contexts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    for name, (model, asked) in variants.items():
+        figures = results[name]
+        whole = 10**9
+        block = asked.block_size if asked.mode == "block_frozen" else whole
+        figures["precision"] = next(key for key, value in models.items() if value is model)
+        figures["held_out_nats"] = judges.held_out(model, figures["precision"], block)
+        rows = [tokenizer.encode(text) for text in figures["texts"]]
+        figures["judge_nats"] = judges.ngram and judges.ngram.nats(rows, contexts)
 
 
 if __name__ == "__main__":
