@@ -366,16 +366,8 @@ def test_a_shape_beyond_the_file_takes_no_memory(run, capsys):
         huge = {**saved, part: {**saved[part], "n_layers": 10 ** 9}}
         plant(step, "config.json", to_json(huge))
         if part == "args":
-            refused(
-                "--resume",
-                step,
-                "--max_steps",
-                4,
-                "--threads",
-                1,
-                capsys=capsys,
-                say=("does not fit", "parameters"),
-            )
+            words = ("--resume", step, "--max_steps", 4, "--threads", 1)
+            refused(*words, capsys=capsys, say=("cannot fit", "parameters"))
         else:
             with pytest.raises(UserError, match="does not fit"):
                 checkpoint.load_model(step, "cpu", config.check_saved)
