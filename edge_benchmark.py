@@ -129,7 +129,7 @@ def measure(tokenizer, prompts, variants, reference, args, frozen, device):
 
 
 def timed(variant, prompt, tokenizer, seed):
-    """Write one text, from the prompt's text to the new ids -> (Result, seconds, processor seconds).
+    """Write one text, from the prompt's text to new ids -> (Result, seconds, processor seconds).
     """
     from sampling import decode
     model, asked = variant
@@ -420,7 +420,8 @@ def load_models(args, chosen, device):
     models = {}
     weights = {}
     of_wanted = {}
-    for wanted in dict.fromkeys(pairs.get("precision", args.precision) for pairs in chosen.values()):
+    asked_for = [pairs.get("precision", args.precision) for pairs in chosen.values()]
+    for wanted in dict.fromkeys(asked_for):
         precision, why = fast.pick(wanted, device)
         of_wanted[wanted] = precision
         if precision in models:

@@ -45,15 +45,14 @@ def painted(ids, chance, tokenizer, mask_id, colour):
             words.append([[token], p])
     parts = []
     for tokens, p in words:
-        text = (
-            GAP if tokens == [mask_id] else printable(tokenizer.decode(tokens)).replace("\n", "⏎")
-        )
-        code = COLOURS[min(len(COLOURS) - 1, int(p * len(COLOURS)))]
-        parts.append(
-            f"\x1b[38;5;{code}m{text}\x1b[0m"
-            if colour and tokens != [mask_id] and text.strip()
-            else text
-        )
+        if tokens == [mask_id]:
+            parts.append(GAP)
+            continue
+        text = printable(tokenizer.decode(tokens)).replace("\n", "⏎")
+        if colour and text.strip():
+            code = COLOURS[min(len(COLOURS) - 1, int(p * len(COLOURS)))]
+            text = f"\x1b[38;5;{code}m{text}\x1b[0m"
+        parts.append(text)
     return "".join(parts)
 
 
