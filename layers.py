@@ -1,9 +1,9 @@
-"""Small parts that both denoisers are built from: norm, rotary positions, local convolution,
-blocks, the tied head.
+"""The parts that both denoisers are built from: norm, rotary positions, local convolution, matrix,
+tied embedding, exits, initial values.
 
-Used by model.py, eco_hybrid.py and model.py. Nothing here knows about masking or data.
-Legend for shapes: B batch, T positions, D width, H heads, E head size, V vocabulary rows, M slots,
-S block size, n blocks.
+Used by model.py and eco_hybrid.py. Nothing here knows about masking or data.
+Legend: B batch, N rows of any kind (sequences or blocks), T positions, S block, D width, E
+head size, V vocabulary rows, k the convolution's kernel, r = k // 2 its reach.
 """
 import math
 
@@ -15,23 +15,22 @@ from torch.utils.checkpoint import checkpoint
 
 def recomputed(on, layer, *args):
     """layer(*args). If on, autograd keeps the arguments alone, and the backward pass computes the
-    inside again, same dropout.
+    inside again, with the same dropout.
     """
     if not torch.is_grad_enabled():
         return layer(*args)
-    out = (
-        checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=True)
-        if on
-        else layer(*args)
-    )
+    if on:
+        out = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=True)
+    else:
+        out = layer(*args)
     if out.requires_grad:
         out.register_hook(let_signals_in)
     return out
 
 
 def let_signals_in(_):
-    """Does nothing, but in Python: the backward pass runs in C++, where signals wait, so each layer
-    of it ends in this.
+    """Does nothing, but in Python. The backward pass runs in C++, where Python's signal handlers
+    wait; this hook at each layer lets them run.
     """
 
 
@@ -47,8 +46,8 @@ class RMSNorm(nn.Module):
 
 
 def unit_rms(x):
-    """x / rms(x) over the last dimension, whatever the scale of x (float32): a sum is as good as a
-    mean. 0 stays 0.
+    """x / rms(x) over the last dimension (float32). The scale of x cancels, so a sum is as good as
+    a mean; 0 stays 0.
     """
     return F.rms_norm(x, x.shape[-1:], None, 1e-20)
 
@@ -57,10 +56,9 @@ def rotary_table(positions, head_size, base=10_000.0):
     """cos and sin for integer positions (T,) -> two float32 tensors (T, E/2). Never cast: bf16
     cannot tell 500 from 501.
     """
-    inverse = base ** (
-        -torch.arange(0, head_size, 2, dtype=torch.float64, device=positions.device) / head_size
-    )
-    angle = positions.double()[:, None] * inverse                                  # (T, E/2)
+    pair = torch.arange(0, head_size, 2, dtype=torch.float64, device=positions.device)
+    inverse = base ** (-pair / head_size)                                          # (E/2,)
+    angle = positions.double().unsqueeze(1) * inverse                              # (T, E/2)
     return angle.cos().float(), angle.sin().float()
 
 
@@ -68,8 +66,9 @@ def rotate(x, table):
     """Turn the pairs (x_i, x_{i+E/2}) of x (..., T, E) by their position's angle; keeps x's dtype.
     """
     cos, sin = table
-    a, b = x.float().chunk(2, dim=-1)  # (..., T, E/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    a, b = x.float().chunk(2, dim=-1)                                              # (..., T, E/2)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return turned.to(x.dtype)
 
 
 class LocalConv(nn.Module):
@@ -87,56 +86,61 @@ class LocalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, kernel))
 
     def forward(self, x, halo=None):
-        r = self.reach  # x (N, S, D), halo (N, r, D) or None
-        if halo is not None and x.shape[1] == 1:  # one token: r + 1 products, and no zeros
-            y = x.float() * self.weight[:, r]                                      # (N, 1, D)
-            for j in range(r):
-                y = torch.addcmul(y, halo[:, j:j + 1].float(), self.weight[:, j])
-            return y
+        """x (N, S, D), halo (N, r, D) or None: nothing stands to the left -> (N, S, D)."""
+        if halo is not None and x.shape[1] == 1:
+            return self.one_token(x, halo)
+        r = self.reach
+        padding = r
         if halo is not None:
-            x = torch.cat((halo, x, x.new_zeros(x.shape[0], r, x.shape[2])), dim=1)  # (N, r+S+r, D)
-        x = x.transpose(1, 2).unsqueeze(2)  # (N, D, 1, S+2r), channels last in memory
-        # float32: its bf16 backward is 2.5x slower on CPUs
+            right = x.new_zeros(x.shape[0], r, x.shape[2])
+            x = torch.cat((halo, x, right), dim=1)                                 # (N, r+S+r, D)
+            padding = 0
+        x = x.transpose(1, 2).unsqueeze(2)  # (N, D, 1, r+S+r), channels last in memory
+        kernel = self.weight[:, None, None, :]                                     # (D, 1, 1, k)
+        # in float32: the bf16 backward is 2.5x slower on CPUs
         with torch.autocast(x.device.type, enabled=False):
-            y = F.conv2d(
-                x,
-                self.weight[:, None, None, :],
-                groups=x.shape[1],
-                padding=(0, 0 if halo is not None else r),
-            )
+            y = F.conv2d(x, kernel, groups=x.shape[1], padding=(0, padding))
         return y.squeeze(2).transpose(1, 2)                                        # (N, S, D)
+
+    def one_token(self, x, halo):
+        """The same of blocks of one token, x (N, 1, D): r + 1 products and no zeros."""
+        y = x.float() * self.weight[:, self.reach]                                 # (N, 1, D)
+        for j in range(self.reach):
+            y = torch.addcmul(y, halo[:, j:j + 1].float(), self.weight[:, j])
+        return y
 
 
 class Linear(nn.Linear):
-    """A matrix without bias that may also be used by its last rows alone; sampling/fast.py puts
-    other layouts in its place.
+    """A matrix without bias. In decoding sampling/fast.py puts other layouts in its place.
+
+    used_alone: the numbers of last rows that are also multiplied without the others.
     """
 
-    def __init__(self, inputs, outputs, tails=()):
+    def __init__(self, inputs, outputs, used_alone=()):
         super().__init__(inputs, outputs, bias=False)
-        self.tails = tails
+        self.used_alone = used_alone
 
-    def onto(self, x, y, change):
-        """x + change(the product with y): the end of a residual branch, dropout being the change.
-        """
-        return x + change(self(y))
+    def residual_add(self, x, y, dropout):
+        """x + dropout(the product with y): the end of a residual branch."""
+        return x + dropout(self(y))
 
-    def tail(self, x, width):
-        return F.linear(x, self.weight[-width:])
+    def last_rows(self, x, count):
+        """The product with the last `count` rows alone."""
+        return F.linear(x, self.weight[-count:])
 
 
 class TiedEmbedding(nn.Module):
     """Embedding and head share one (V, D) matrix; V = pieces + 1, the last row is the mask.
 
-    The mask and the pad can never be an answer, so their logits are -inf everywhere: in the loss,
-    in scores, in decoding.
+    `never`: the rows that can never be an answer, those of the mask and the pad. Their logits are
+    -inf everywhere: in the loss, in scores, in decoding.
     """
 
     def __init__(self, rows, dim, never):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, dim))
         self.never = tuple(never)
-        self.product = None  # sampling/fast.py's, in decoding
+        self.product = None  # in decoding, the product with sampling/fast.py's layout
 
     def embed(self, ids):
         return F.embedding(ids, self.weight)                                       # (..., D)
@@ -159,17 +163,25 @@ class Exits(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.final_norm = RMSNorm(cfg.d_model)
-        self.early_norm = (
-            nn.Parameter(torch.ones(cfg.n_layers - 1, cfg.d_model))
-            if cfg.exits and cfg.n_layers > 1
-            else None
-        )
         self.depth = cfg.n_layers
+        self.early_norm = None
+        if cfg.exits and cfg.n_layers > 1:
+            self.early_norm = nn.Parameter(torch.ones(cfg.n_layers - 1, cfg.d_model))
 
     def forward(self, x, depth=None):
         if depth is None or depth == self.depth:
             return self.final_norm(x)
-        return F.rms_norm(x.float(), x.shape[-1:], self.early_norm[depth - 1], 1e-6)
+        weight = self.early_norm[depth - 1]
+        return F.rms_norm(x.float(), x.shape[-1:], weight, 1e-6)
+
+
+def last_and_early(found, early):
+    """The states at the exits, in the order of depth -> those behind the last layer (B, T, D), or
+    if `early` was asked for (2, B, T, D): last, early.
+    """
+    if early is None:
+        return found[0]
+    return torch.stack(found[::-1])
 
 
 def initialise(model, std=0.02, depth=1):

@@ -1,20 +1,21 @@
-"""Masked diffusion: what is hidden, and what the answer costs. The project's mathematics in one
-file.
+"""Masked diffusion: which tokens are masked, and what the answer costs. The project's mathematics
+in one file.
 
-Used by train.py and evaluate.py; knows no model (it calls model.block_states and reads model.head,
-no more).
+Used by training, evaluate.py and the benchmarks. It knows no model: it calls model.block_states and
+reads model.head, no more.
 
 A schedule is one function alpha(t), the share of tokens still visible at time t in [0, 1].
-Everything else is derived from it. Time t hides exactly k = ceil(L (1 - alpha(t))) of a block's L
-tokens, never none, and each hidden token weighs
+Everything else is derived from it. Time t masks exactly k = ceil(L (1 - alpha(t))) of a block's L
+tokens, never none, and each masked token weighs
         -alpha'(t) / (k / L),
 the familiar -alpha'/(1 - alpha) with the rate that was really used. Integrating over t gives every
 k the same total weight, so
-        E_t [ weight * sum of CE ] / L  =  mean over k = 1..L of (mean CE over k hidden tokens)
+        E_t [ weight * sum of CE ] / L  =  mean over k = 1..L of (mean CE over k masked tokens)
 the exact-count form of the bound on -log p for every schedule, neither clipped nor biased
 (docs/DIFFUSION_MODEL_DETAILED.md). With --time_mode discrete the counts are even only under the
 linear schedule with a multiple of L levels; cosine's are uneven. Legend: R rows of the whole
-optimizer step, T positions, S block, n blocks, D width, V vocabulary rows, N hidden positions.
+optimizer step, R' rows of a micro-batch, T positions, S block, n blocks, D width, V vocabulary
+rows, N masked positions.
 """
 import contextlib
 import hashlib
@@ -47,7 +48,7 @@ def alpha_slope(t, schedule="linear", low=0.0, high=1.0):
 
 
 def weight(t, *bounds):
-    """-alpha'(t) / (1 - alpha(t)): what a hidden token weighs in the bound when tokens are hidden
+    """-alpha'(t) / (1 - alpha(t)): what a masked token weighs in the bound when tokens are masked
     independently.
     """
     return -alpha_slope(t, *bounds) / (1 - alpha(t.double(), *bounds))
@@ -57,13 +58,12 @@ def folded(seed):
     """A seed of any size -> the 32 bits that PyTorch's generator on a CPU takes; a small seed is
     its own.
 
-    Cut off, s and s + 2^32 would be one seed.
+    If the upper bits were cut off instead, a seed and the seed + 2^32 would be the same.
     """
-    return (
-        seed
-        if 0 <= seed < 2**32
-        else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
-    )
+    if 0 <= seed < 2**32:
+        return seed
+    digest = hashlib.sha256(str(seed).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
 
 
 def step_generator(seed, step, purpose):
@@ -73,9 +73,10 @@ def step_generator(seed, step, purpose):
     Two purposes differ in their first four letters, as PyTorch's generator on a CPU takes 32 bits
     of a seed.
     """
-    mixed = (folded(seed) * 1_000_003 + step) * 1_000_003 + sum(
-        ord(c) << (8 * i) for i, c in enumerate(purpose[:4])
-    )
+    number = 0
+    for i, letter in enumerate(purpose[:4]):
+        number += ord(letter) << (8 * i)
+    mixed = (folded(seed) * 1_000_003 + step) * 1_000_003 + number
     return torch.Generator().manual_seed(mixed % (2 ** 63))
 
 
@@ -83,68 +84,92 @@ def strata(n, sampling, generator):
     """n numbers in [0, 1): one per n-th (a shared offset, then shuffled), or independent ones."""
     if sampling == "uniform":
         return torch.rand(n, generator=generator, dtype=torch.float64)
-    grid = (
-        torch.arange(n, dtype=torch.float64)
-        + torch.rand((), generator=generator, dtype=torch.float64)
-    ) / n
-    # shuffled: or the rate would follow the block's place in the row
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    grid = (torch.arange(n, dtype=torch.float64) + offset) / n
+    # shuffled, or the rate would follow the block's place in the row
     return grid[torch.randperm(n, generator=generator)]
 
 
 def hide(count, real, span, generator, part=slice(None)):
-    """Boolean masks (..., S) with exactly `count` (...) of the `real` (..., S) positions hidden.
+    """Boolean masks (..., S) with exactly `count` (...) of the `real` (..., S) positions masked.
 
     span = 1: any positions. span > 1: runs of that mean length (geometric), the last one cut to hit
     the count exactly. Every position gets a priority, shared inside a run; the first `count` by
-    priority are hidden. No loop over rows. part: only these rows are wanted; the numbers are drawn
-    for all of them, so that the others' masks do not matter.
+    priority are masked. No loop over rows. part: only these rows are wanted; the numbers are drawn
+    for all of them, so that the other ranks' masks do not matter.
     """
-    shape = (*count.shape, real.shape[-1])
-    # (..., S) run number, 0..S
-    run = (torch.rand(shape, generator=generator)[part] * span < 1.0).cumsum(-1)
-    priority = torch.rand(*count.shape, shape[-1] + 1, generator=generator)[part].gather(-1, run)
-    priority = priority.masked_fill(~real[part], math.inf)
-    rank = priority.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)  # (..., S)
-    return rank < count[part][..., None]
+    S = real.shape[-1]
+
+    # a run ends behind each position with the chance 1 / span: numbers of the runs, 0..S
+    ends = torch.rand((*count.shape, S), generator=generator)[part] * span < 1.0
+    run = ends.cumsum(-1)                                                          # (..., S)
+
+    # a priority for each run, and last the positions that are padding
+    priority = torch.rand((*count.shape, S + 1), generator=generator)[part]
+    priority = priority.gather(-1, run).masked_fill(~real[part], math.inf)         # (..., S)
+
+    # stable, so that the positions of one run stay beside each other
+    order = priority.argsort(dim=-1, stable=True)
+    rank = order.argsort(dim=-1, stable=True)                                      # (..., S)
+    return rank < count[part].unsqueeze(-1)
 
 
 class MaskSample(NamedTuple):
     """The corruption of one optimizer step: of all its rows, or in mask and weight of those of one
     rank.
     """
-    mask: torch.Tensor      # (R, T) bool, True = hidden
+    mask: torch.Tensor      # (R, T) bool, True = masked
     weight: torch.Tensor    # (R, T) float32, -alpha'(t) / (k / L) of the position's block
     t: torch.Tensor         # (R, n) time of each block
     block: int
     first: int              # length of block 0
-    masked_count: int = 0   # hidden tokens of the whole step
+    masked_count: int = 0   # masked tokens of the whole step
+
+
+def times(args, u):
+    """Numbers u in [0, 1) -> the times of --time_mode, and the slope of alpha at each."""
+    bounds = args.mask_schedule, args.min_mask_rate, args.most_hidden
+    if args.time_mode != "discrete":
+        t = 1 - u                                                                  # in (0, 1]
+        return t, alpha_slope(t, *bounds)
+    # levels 1..N; the slope is the step's own difference quotient
+    level = torch.floor(u * args.timesteps)
+    t = (level + 1) / args.timesteps
+    before = level / args.timesteps
+    return t, (alpha(t, *bounds) - alpha(before, *bounds)) * args.timesteps
 
 
 def corrupt(args, seed, step, rows, length, block, first=None, part=slice(None)):
     """Corruption for a whole optimizer step: rows x blocks share one stratified grid of times.
     part: only these rows' masks.
     """
-    g = step_generator(seed, step, "mask")
+    generator = step_generator(seed, step, "mask")
     block = min(block, length)
     first = min(first or block, block)
+
+    # n blocks of S places; the first and the last block may have fewer tokens than places
     n = 1 + math.ceil((length - first) / block)
-    at = torch.arange(n * block) - (block - first)  # position of each slot; outside: padding
-    real = ((at >= 0) & (at < length)).view(n, block)                    # (n, S)
-    size = real.sum(-1)  # (n,) tokens of each block
-    u = strata(rows * n, args.timestep_sampling, g).view(rows, n)            # (R, n)
-    bounds = args.mask_schedule, args.min_mask_rate, args.most_hidden
-    if args.time_mode == "discrete":  # levels 1..N; the slope is the step's own difference quotient
-        level = torch.floor(u * args.timesteps)
-        t, before = (level + 1) / args.timesteps, level / args.timesteps
-        slope = (alpha(t, *bounds) - alpha(before, *bounds)) * args.timesteps
-    else:
-        t = 1 - u                                       # in (0, 1]
-        slope = alpha_slope(t, *bounds)
-    count = torch.ceil((1 - alpha(t, *bounds)) * size - 1e-9).long().clamp(min=1)  # (R, n)
-    span = args.mean_span_length if args.masking_strategy == "span" else 1.0
-    mask = hide(count, real.expand(rows, n, block), span, g, part)                 # (R, n, S)
-    weight = -slope / (args.most_hidden - args.min_mask_rate) * size / count     # (R, n)
-    weight = weight.float()[part][..., None].expand(mask.shape)
+    position = torch.arange(n * block) - (block - first)
+    real = (position >= 0) & (position < length)
+    real = real.view(n, block)                                                     # (n, S)
+    size = real.sum(-1)                                                            # (n,) tokens
+
+    # the time of each block, and from it the exact count of masked tokens
+    u = strata(rows * n, args.timestep_sampling, generator).view(rows, n)          # (R, n)
+    t, slope = times(args, u)
+    rate = 1 - alpha(t, args.mask_schedule, args.min_mask_rate, args.most_hidden)
+    count = torch.ceil(rate * size - 1e-9).long().clamp(min=1)                     # (R, n)
+
+    # which ones
+    span = 1.0
+    if args.masking_strategy == "span":
+        span = args.mean_span_length
+    mask = hide(count, real.expand(rows, n, block), span, generator, part)         # (R, n, S)
+
+    # what each of them weighs: times drawn from a part of the range count for the whole of it
+    weight = -slope / (args.most_hidden - args.min_mask_rate) * size / count       # (R, n)
+    weight = weight.float()[part].unsqueeze(-1).expand(mask.shape)                 # (R, n, S)
+
     # (R, n, S)[:, real] -> (R, T)
     return MaskSample(mask[:, real], weight[:, real], t, block, first, int(count.sum()))
 
@@ -156,27 +181,33 @@ def pick_blocks(sizes, length, seed, step, single=0.0):
     A prompt rarely ends on a multiple of the block; the shorter first block makes that a trained
     case. single: the chance that, whatever the list says, the blocks have one token.
     """
-    if single and torch.rand((), generator=step_generator(seed, step, "single")) < single:
-        return 1, 1
-    g = step_generator(seed, step, "blocks")
-    block = min(sizes[int(torch.randint(len(sizes), (), generator=g))], length)
-    short = torch.rand((), generator=g) < 0.5 and block < length
-    return block, int(torch.randint(1, block + 1, (), generator=g)) if short else block
+    if single:
+        chance = torch.rand((), generator=step_generator(seed, step, "single"))
+        if chance < single:
+            return 1, 1
+    generator = step_generator(seed, step, "blocks")
+    choice = int(torch.randint(len(sizes), (), generator=generator))
+    block = min(sizes[choice], length)
+    short = torch.rand((), generator=generator) < 0.5
+    if short and block < length:
+        first = int(torch.randint(1, block + 1, (), generator=generator))
+        return block, first
+    return block, block
 
 
 def whole_rows(rows, length, part=slice(None)):
-    """The sample of --objective ar: every token is a question, and no question weighs more than
-    another.
-    """
+    """The sample of --objective ar: every token is asked for, and all weigh the same."""
     ones = torch.ones(rows, length)
-    return MaskSample(ones[part].bool(), ones[part], ones[:, :1], length, length, rows * length)
+    weight = ones[part]
+    return MaskSample(weight.bool(), weight, ones[:, :1], length, length, rows * length)
 
 
 def shifted(x0, start):
     """What a causal model reads so that position i answers for token i: `start` (the mask's id),
     then all but the last.
     """
-    return torch.cat((torch.full_like(x0[:, :1], start), x0[:, :-1]), dim=1)       # (B, T)
+    column = torch.full_like(x0[:, :1], start)                                     # (B, 1)
+    return torch.cat((column, x0[:, :-1]), dim=1)                                  # (B, T)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -185,44 +216,56 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The gradient is made in the forward pass, chunk by chunk, while the logits are there; backward
     only scales it. Each chunk is padded with rows of weight 0 to a multiple of ROWS. The number of
-    hidden tokens differs at every step, and oneDNN compiles and keeps a product for each shape that
+    masked tokens differs at every step, and oneDNN compiles and keeps a product for each shape that
     it meets: without the padding, memory grows with the steps.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, target, w, never, chunk, dtype):
+    def forward(ctx, states, weight, target, token_weight, never, chunk, dtype):
+        with_gradient = ctx.needs_input_grad[0]
         matrix = weight.to(dtype)                                                  # (V, D)
-        grads = ctx.needs_input_grad[0]
-        dh = torch.empty_like(h) if grads else None
-        dweight = torch.zeros_like(weight) if grads else None
-        ce = torch.empty(len(h), dtype=torch.float32, device=h.device)
-        for a in range(0, len(h), chunk):
-            n = min(chunk, len(h) - a)
-            more = -n % ROWS
-            rows = F.pad(h[a:a + n].to(dtype), (0, 0, 0, more))                    # (n + more, D)
-            y = F.pad(target[a:a + n], (0, more))[:, None]                         # (n + more, 1)
-            z = (rows @ matrix.T).float()                                          # (n + more, V)
+        ce = torch.empty(len(states), dtype=torch.float32, device=states.device)   # (N,)
+        d_states = None
+        d_weight = None
+        if with_gradient:
+            d_states = torch.empty_like(states)                                    # (N, D)
+            d_weight = torch.zeros_like(weight)                                    # (V, D)
+
+        for start in range(0, len(states), chunk):
+            n = min(chunk, len(states) - start)
+            part = slice(start, start + n)
+            padding = -n % ROWS
+            h = F.pad(states[part].to(dtype), (0, 0, 0, padding))                  # (n', D)
+            y = F.pad(target[part], (0, padding)).unsqueeze(1)                     # (n', 1)
+
+            # log-probabilities, in the place of the logits
+            z = (h @ matrix.T).float()                                             # (n', V)
             z[:, never] = -math.inf
             z -= z.logsumexp(-1, keepdim=True)
-            ce[a:a + n] = -z[:n].gather(1, y[:n])[:, 0]
-            if grads:  # d CE / d logits = softmax - one hot
-                z.exp_().scatter_add_(1, y, torch.full_like(z[:, :1], -1.0))
-                dz = z.mul_(F.pad(w[a:a + n], (0, more))[:, None]).to(dtype)       # (n + more, V)
-                dh[a:a + n] = (dz @ matrix)[:n]
-                dweight += dz.T @ rows
-        ctx.save_for_backward(dh, dweight)
+            ce[part] = -z[:n].gather(1, y[:n])[:, 0]
+            if not with_gradient:
+                continue
+
+            # d CE / d logits = softmax - one hot, in the same place again
+            z.exp_().scatter_add_(1, y, torch.full_like(z[:, :1], -1.0))
+            w = F.pad(token_weight[part], (0, padding)).unsqueeze(1)               # (n', 1)
+            d_logits = z.mul_(w).to(dtype)                                         # (n', V)
+            d_states[part] = (d_logits @ matrix)[:n]
+            d_weight += d_logits.T @ h
+
+        ctx.save_for_backward(d_states, d_weight)
         ctx.mark_non_differentiable(ce)
-        return (ce * w).sum(), ce
+        return (ce * token_weight).sum(), ce
 
     @staticmethod
-    def backward(ctx, dtotal, _):
-        dh, dweight = ctx.saved_tensors
-        return dh * dtotal, dweight * dtotal, None, None, None, None, None
+    def backward(ctx, d_total, _):
+        d_states, d_weight = ctx.saved_tensors
+        return d_states * d_total, d_weight * d_total, None, None, None, None, None
 
 
 class Loss(NamedTuple):
-    loss: torch.Tensor  # scalar to differentiate, already divided by the whole step's normaliser
-    nll: torch.Tensor       # (N,) CE of each hidden token, detached
+    loss: torch.Tensor      # scalar to differentiate, divided by the whole step's normaliser
+    nll: torch.Tensor       # (N,) CE of each masked token, detached
     masked: torch.Tensor    # (R', T) bool
 
 
@@ -234,37 +277,44 @@ def pick_exit(layers, seed, step):
 def denoising_loss(
     model, x0, masks, kind, normaliser, rows=slice(None), chunk=512, early=None, early_weight=0.0
 ):
-    """The loss of some rows of a step: x0 (R', T) are the rows `rows` of the sample.
+    """The loss of some rows of a step: x0 (R', T) are the rows `rows` of the sample `masks`.
 
-    1. hide the masked tokens (causal: shift by one instead)  2. run the denoiser  3. keep hidden
-        positions only
-    4. head + CE in chunks  5. weigh: "elbo" by `weight`, "masked_mean" by 1
-    6. divide by the step's count: tokens (elbo) or hidden tokens
+    1. put the mask in the place of the masked tokens (causal: shift by one instead)
+    2. run the denoiser
+    3. keep the masked positions only
+    4. head and CE, in chunks
+    5. weigh: "elbo" by `weight`, "masked_mean" by 1
+    6. divide by the step's count: tokens (elbo) or masked tokens
     """
-    mask = masks.mask[rows].to(x0.device)
-    xt = (
-        shifted(x0, model.cfg.mask_id)
-        if model.cfg.causal
-        else torch.where(mask, model.cfg.mask_id, x0)
-    )
-    h = model.block_states(xt, x0, masks.block, masks.first, **({"early": early} if early else {}))
-    h, h_early = h if early else (h, None)                                         # (R', T, D)
-    h, y = h[mask], x0[mask]  # (N, D), (N,)
-    w = (
-        masks.weight[rows].to(x0.device)[mask]
-        if kind == "elbo"
-        else torch.ones_like(y, dtype=torch.float32)
-    )
-    device = h.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+    mask = masks.mask[rows].to(x0.device)                                          # (R', T)
+    if model.cfg.causal:
+        xt = shifted(x0, model.cfg.mask_id)
+    else:
+        xt = torch.where(mask, model.cfg.mask_id, x0)
+
+    if early:
+        states, early_states = model.block_states(xt, x0, masks.block, masks.first, early=early)
+    else:
+        states = model.block_states(xt, x0, masks.block, masks.first)              # (R', T, D)
+    states = states[mask]                                                          # (N, D)
+    target = x0[mask]                                                              # (N,)
+
+    if kind == "elbo":
+        token_weight = masks.weight[rows].to(x0.device)[mask]                      # (N,)
+    else:
+        token_weight = torch.ones_like(target, dtype=torch.float32)
+
+    # the products run in autocast's type, the rest in float32
+    device = states.device.type
+    dtype = states.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    head = model.head
+    shared = (target, token_weight, list(head.never), chunk, dtype)
     with torch.autocast(device, enabled=False):
-        total, ce = LinearCrossEntropy.apply(
-            h, model.head.weight, y, w, list(model.head.never), chunk, dtype
-        )
+        total, ce = LinearCrossEntropy.apply(states, head.weight, *shared)
         if early:
-            extra, _ = LinearCrossEntropy.apply(
-                h_early[mask], model.head.weight, y, w, list(model.head.never), chunk, dtype
-            )
+            extra, _ = LinearCrossEntropy.apply(early_states[mask], head.weight, *shared)
             total = total + early_weight * extra
     return Loss(total / normaliser, ce.detach(), mask)
 
@@ -281,10 +331,12 @@ class DenoisingLoss(torch.nn.Module):
 
 
 def normaliser(kind, masks):
-    """What one optimizer step's sum is divided by: all its tokens for the bound, its hidden tokens
+    """What one optimizer step's sum is divided by: all its tokens for the bound, its masked tokens
     for the plain mean.
     """
-    return len(masks.t) * masks.mask.shape[1] if kind == "elbo" else masks.masked_count
+    if kind == "elbo":
+        return len(masks.t) * masks.mask.shape[1]
+    return masks.masked_count
 
 
 EXACT_COUNT = SimpleNamespace(
@@ -302,33 +354,34 @@ def row_bounds(
     model, x0, block, first=None, seed=0, batch=8, part=slice(None), piece=contextlib.nullcontext
 ):
     """What rows x0 (R, T) cost in nats, on the CPU: (R, 3), of each its bound per token, its plain
-    sum of CE, its hidden tokens.
+    sum of CE, its masked tokens.
 
     Linear time, so every count weighs the same; stratified over rows and blocks; masks fixed by the
     seed. Of a causal model: the exact NLL, whatever block and seed. part: only these rows, with the
     masks that they have among all. piece: a context for each batch, in which a signal may end it.
     """
     R, T = x0.shape
-    d = (
-        whole_rows(R, T, part)
-        if model.cfg.causal
-        else corrupt(EXACT_COUNT, seed, 0, R, T, block, first, part)
-    )
-    x0, found = x0[part], []
-    for a in range(0, len(x0), batch):
-        rows = slice(a, a + batch)
+    if model.cfg.causal:
+        masks = whole_rows(R, T, part)
+    else:
+        masks = corrupt(EXACT_COUNT, seed, 0, R, T, block, first, part)
+    x0 = x0[part]
+    found = []
+    for start in range(0, len(x0), batch):
+        rows = slice(start, start + batch)
         with piece():
-            out = denoising_loss(model, x0[rows], d, "elbo", 1, rows)
-        scored = torch.zeros(out.masked.shape, device=x0.device)
-        scored[out.masked] = out.nll
-        nats = (scored * d.weight[rows].to(x0.device)).sum(1) / T
-        found.append(torch.stack((nats, scored.sum(1), out.masked.sum(1)), dim=1).cpu().double())
+            out = denoising_loss(model, x0[rows], masks, "elbo", 1, rows)
+        ce = torch.zeros(out.masked.shape, device=x0.device)                       # (R', T)
+        ce[out.masked] = out.nll
+        nats = (ce * masks.weight[rows].to(x0.device)).sum(1) / T
+        figures = torch.stack((nats, ce.sum(1), out.masked.sum(1)), dim=1)         # (R', 3)
+        found.append(figures.cpu().double())
     return torch.cat(found)
 
 
 def bound(model, x0, block, first=None, seed=0, batch=8):
     """The exact-count bound in nats per token for rows x0 (R, T): (means per row (R,), mean CE of
-    hidden tokens).
+    masked tokens).
     """
     nats, plain, masked_count = row_bounds(model, x0, block, first, seed, batch).unbind(1)
     return nats.float(), float(plain.sum() / masked_count.sum())

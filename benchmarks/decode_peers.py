@@ -123,7 +123,7 @@ class PeerModel:
                 # (B, H, C + S, E)
                 k, v = (torch.cat(pair, dim=2) for pair in zip(past[i], (k, v), strict=True))
             kept.append((k, v))
-            h = layer.add_ff(h + layer.attn.join(attend(q, k, v, mask)))
+            h = layer.add(h, layer.attn.join(attend(q, k, v, mask)))
         return SimpleNamespace(
             logits=net.logits(net.exits(h)), past_key_values=kept if use_cache else None
         )

@@ -121,7 +121,7 @@ class Mixer(nn.Module):
             gate = self.conv(gate)
         else:
             gate = self.conv_blocks(gate, gate.new_zeros(x.shape[1], self.conv.reach, x.shape[-1]))
-        return self.out_proj.onto(x, F.silu(gate).to(up.dtype) * up, self.dropout)
+        return self.out_proj.residual_add(x, F.silu(gate).to(up.dtype) * up, self.dropout)
 
 
 class ConvSeparate(NoConv):
@@ -157,7 +157,7 @@ class NoMemory(EcoLayer):
         if last:
             x, h = x[:1], h[:1]
         gate, up = self.in_proj(h).chunk(2, dim=-1)
-        return self.out_proj.onto(x, F.silu(gate) * up, self.dropout) + y
+        return self.out_proj.residual_add(x, F.silu(gate) * up, self.dropout) + y
 
     def one_block(self, x):
         return (self.add(x, self.conv(self.norm(x))),)
@@ -283,7 +283,7 @@ class Cells(EcoLayer):
         own = self.write(v, s, valid)  # (K, B, n, m, H, M, E)
         # (B, n, H, M, E)
         before = self.prefix((clean if last else own[1]).flatten(1, 2), c)[:, ::m]
-        fade = torch.stack([self.keep(i * c) for i in range(m)])                   # (m, H, M, 1)
+        fade = torch.stack([self.decay_factor(i * c) for i in range(m)])                   # (m, H, M, 1)
         near = self.around(own.flatten(0, 2)).view(own.shape)
         total = near + before[:, :, None] * fade
         return self.mix(x, gate, up, self.read(q, total).flatten(-3, -2))

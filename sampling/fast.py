@@ -8,8 +8,8 @@ A block of 32 tokens is a short product against a large matrix. In float32 it is
 reorders the weights each time); with bf16 weights in oneDNN's own layout it runs near the machine's
 peak. int8 quantises each output row of the weights once and each token's activations on the fly,
 with the operators that torch.export's quantisation compiles to (torch's older quantised tensors are
-deprecated). Where an operator is missing (another CPU, another PyTorch), plain bf16 or an error
-says so.
+deprecated). Where an operator is missing (another CPU, another PyTorch), bf16 runs as an ordinary
+product, and int8 is refused. Legend: I inputs, O outputs of a matrix.
 """
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,12 @@ def pick(precision, device):
     not ignored.
     """
     if precision == "auto":
-        units = machine.cpu_bf16_units() if device.type == "cpu" else []
-        return (
-            ("bf16", f"the CPU has {', '.join(units)}")
-            if units
-            else ("fp32", f"no bf16 units known of this {device.type}")
-        )
+        units = []
+        if device.type == "cpu":
+            units = machine.cpu_bf16_units()
+        if units:
+            return "bf16", f"the CPU has {', '.join(units)}"
+        return "fp32", f"no bf16 units known of this {device.type}"
     if precision == "int8" and device.type != "cpu":
         raise UserError(f"--quantize_dynamic works on a CPU only, not on {device}: leave it out")
     return precision, "asked for"
@@ -44,21 +44,21 @@ class PackedBF16(nn.Module):
     def __init__(self, weight):
         super().__init__()
         self.nbytes = weight.numel() * 2
+        self.packed = None
+        self.plain = None
+        weight = weight.detach().bfloat16()
         try:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(
-                weight.detach().bfloat16().contiguous(), ROWS
-            )
-            self.plain = None
-        # a PyTorch or a CPU without oneDNN
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
         except (AttributeError, RuntimeError, NotImplementedError):
-            self.packed, self.plain = None, weight.detach().bfloat16()
+            self.plain = weight  # a PyTorch or a CPU without oneDNN
 
     def forward(self, x):
+        x = x.bfloat16()
         if self.plain is not None:
-            return F.linear(x.bfloat16(), self.plain)
-        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, None, "none", [], "")
+            return F.linear(x, self.plain)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
-    def onto(self, x, y):
+    def residual_add(self, x, y):
         return x + self(y)
 
 
@@ -73,67 +73,69 @@ class PackedInt8(nn.Module):
     def __init__(self, weight):
         super().__init__()
         self.nbytes = weight.numel()
-        w = weight.detach().float()
-        scale = (w.abs().amax(1) / 127).clamp(min=1e-12)                           # (outputs,)
-        self.scale, self.zero = scale / 127, torch.zeros(len(w), dtype=torch.int32)
+        weight = weight.detach().float()                                           # (O, I)
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)                      # (O,)
+        self.scale = scale / 127
+        self.zero = torch.zeros(len(weight), dtype=torch.int32)
+        rounded = (weight / scale.unsqueeze(1)).round().to(torch.int8)
         try:
-            self.packed = torch.ops.onednn.qlinear_prepack(
-                (w / scale[:, None]).round().to(torch.int8), None
-            )
+            self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
         except (AttributeError, RuntimeError, NotImplementedError) as error:
             raise UserError(
                 f"--quantize_dynamic: this PyTorch has no int8 product for this CPU ({error})"
             ) from None
 
     def rows(self, x):
-        """x (..., inputs) -> (product, largest value of each token): their product is the answer.
+        """x (..., I) -> (product, largest value of each token): one times the other is the answer.
         """
         x = x.float()
         top = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)                     # (..., 1)
         # 1 to 255; signed bytes have no fast product
         q = (x * (127 / top)).add_(128.5).to(torch.uint8)
-        return torch.ops.onednn.qlinear_pointwise(
+        product = torch.ops.onednn.qlinear_pointwise(
             q,
-            1.0,
+            1.0,                # the activations' scale and zero
             128,
             self.packed,
             self.scale,
             self.zero,
-            None,
-            1.0,
+            None,               # no bias
+            1.0,                # the output's scale and zero: unused, as it is float32
             0,
             torch.float32,
-            "none",
+            "none",             # no function behind the product
             [],
             "",
-        ), top
+        )
+        return product, top
 
     def forward(self, x):
         product, top = self.rows(x)
         return product.mul_(top)
 
-    def onto(self, x, y):
-        return torch.addcmul(x, *self.rows(y))
+    def residual_add(self, x, y):
+        product, top = self.rows(y)
+        return torch.addcmul(x, product, top)
 
 
 class Fast(nn.Module):
-    """In the place of a Linear: the whole product, and the product with its last rows alone
-    (Linear.tail).
-    """
+    """In the place of a Linear: the whole product, and the products with last rows alone."""
 
     def __init__(self, kind, linear):
         super().__init__()
         self.whole = kind(linear.weight)
-        self.tails = nn.ModuleDict({str(n): kind(linear.weight[-n:]) for n in linear.tails})
+        self.alone = nn.ModuleDict()
+        for count in linear.used_alone:
+            self.alone[str(count)] = kind(linear.weight[-count:])
 
     def forward(self, x):
         return self.whole(x)
 
-    def tail(self, x, width):
-        return self.tails[str(width)](x)
+    def last_rows(self, x, count):
+        return self.alone[str(count)](x)
 
-    def onto(self, x, y, change):
-        return self.whole.onto(x, y)                                               # no dropout here
+    def residual_add(self, x, y, dropout):
+        return self.whole.residual_add(x, y)    # decoding has no dropout
 
 
 def prepare(model, precision):
@@ -145,7 +147,8 @@ def prepare(model, precision):
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear):
-                setattr(parent, name, Fast(kind, child))
-                total += getattr(parent, name).whole.nbytes
+                fast = Fast(kind, child)
+                setattr(parent, name, fast)
+                total += fast.whole.nbytes
     model.head.product = kind(model.head.weight)
     return total + model.head.product.nbytes

@@ -178,7 +178,7 @@ def test_cells_differ_by_what_their_slots_forget(block, first):
     around = cells.around(torch.eye(5).view(5, 5, 1, 1, 1).expand(5, 5, 4, 4, 4))[2, :, 0, 0, 0]
     assert (
         around[2] == around[1] == around[3] == 1
-        and around[0] == around[4] == float(cells.keep(8)[0, 0, 0]) < 1
+        and around[0] == around[4] == float(cells.decay_factor(8)[0, 0, 0]) < 1
     )
 
 
