@@ -213,7 +213,8 @@ class EcoLayer(nn.Module):
         scale = (E / square.clamp(min=1e-20)) ** 0.5
 
         # the shares of the slots: a softmax by hand, as torch's is slow over few numbers
-        name = torch.matmul(q.flatten(3, 4), self.slot_key.to(q.dtype).mT).view(w.shape)
+        name = torch.matmul(q.flatten(3, 4), self.slot_key.to(q.dtype).mT)
+        name = name.view(w.shape)                                                  # (..., K, M)
         score = ((q_past + w * q_own) * scale + name) * E ** -0.5
         share = torch.exp(score - score.amax(-1, keepdim=True).detach())
         share = share / share.sum(-1, keepdim=True) * scale                        # (..., K, M)
