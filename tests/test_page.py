@@ -6,10 +6,10 @@ import readability
 
 FILES = readability.source_files([])
 FIGURES = readability.measure(FILES)
-# The goals are 8, 0, 20, 30 and 100 lines: a bar stands where the code stands until it is there.
+# The goals are 8, 0, 20, 30 and 100 lines: a bar stands where the code stands, and falls with it.
 BARS = {
     "tokens_per_line": 8,
-    "long_lines": 5,
+    "long_lines": 0,
     "conditional_expressions_per_1000": 22,
     "late_imports": 60,
 }

@@ -45,7 +45,7 @@ class Run:
     cfg model loss_of params             the network, and the module whose forward is its loss
     optimizer ema scaler spikes          what a checkpoint holds besides the weights
     state                                the counters (training/state.py)
-    rows mine step_tokens micro          sequences of a step, this rank's, its tokens, rows a forward
+    rows mine step_tokens micro         sequences of a step, this rank's, its tokens, rows a forward
     held blocks                          the held-out windows, the block rules that are scored
     stop log progress                    signals, train.jsonl and its sinks, the console
     """
