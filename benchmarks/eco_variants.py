@@ -283,7 +283,7 @@ class Cells(EcoLayer):
         own = self.write(v, s, valid)  # (K, B, n, m, H, M, E)
         # (B, n, H, M, E)
         before = self.prefix((clean if last else own[1]).flatten(1, 2), c)[:, ::m]
-        fade = torch.stack([self.decay_factor(i * c) for i in range(m)])                   # (m, H, M, 1)
+        fade = torch.stack([self.decay_factor(i * c) for i in range(m)])  # (m, H, M, 1)
         near = self.around(own.flatten(0, 2)).view(own.shape)
         total = near + before[:, :, None] * fade
         return self.mix(x, gate, up, self.read(q, total).flatten(-3, -2))
