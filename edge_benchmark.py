@@ -23,15 +23,9 @@ people; the last line on stdout, and benchmarks/edge_benchmark.json, hold everyt
 * peak_rss_mb is taken in an extra untimed run per mode, after memory that is only kept was given
   back.
 """
-import contextlib
-import ctypes
 import dataclasses
 import itertools
-import math
-import statistics
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import cli
@@ -43,131 +37,8 @@ from common.flags import convert, split_list, to_dict
 from evaluation import plots
 from sampling import settings
 
-HELD_OUT_ROWS = 64
 CAREFUL = " at one token a forward"
 LIMIT = 0.05              # of judged quality, that a profile may cost
-
-
-def peak_rss(run, device):
-    """Peak memory in MB while run() works: resident memory where Linux lets us reset its record,
-    else of the process.
-    """
-    import torch
-
-    from common import machine
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")              # VmHWM starts again from here
-    run()
-    if device.type != "cuda":
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/self/status").read_text().split("\n")
-            return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-    return machine.peak_memory_mb(device)
-
-
-def agreement(row, reference):
-    """Share of positions with the same token; a missing one differs."""
-    longest = max(len(row), len(reference))
-    return sum(a == b for a, b in zip(row, reference, strict=False)) / longest if longest else 1.0
-
-
-def measure(tokenizer, prompts, variants, reference, args, frozen, device):
-    """variants {name: (model, Settings)} -> {name: its figures}; reference: the variant whose text
-    the others are compared with.
-    """
-    from evaluation.estimators import left_to_right
-    from evaluation.sample_quality import distinct, repeat_rate
-
-    contexts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    reference_rows = []
-    for prompt in prompts:
-        result, _, _ = timed(reference, prompt, tokenizer, args.seed)
-        reference_rows.append(result.rows[0])
-    longest = max(prompts, key=lambda prompt: len(tokenizer.encode(prompt)))
-    memory = {}
-    for name, variant in variants.items():
-        def write_longest(variant=variant):
-            return timed(variant, longest, tokenizer, args.seed)
-        memory[name] = peak_rss(write_longest, device)
-
-    figures = {}
-    runs = take_turns(tokenizer, prompts, variants, args)
-    for name, run in runs.items():
-        rows = [result.rows[0] for result in run.results]
-        count = sum(map(len, rows))
-        ordered = sorted(run.seconds)
-        nll = 0
-        for context, row in zip(contexts, rows, strict=True):
-            nll += left_to_right(reference[0], context, row, frozen)
-        forwards = statistics.mean(result.forwards for result in run.results)
-        figures[name] = {
-            "mode": variants[name][1].mode,
-            "runs": len(ordered),
-            "warmup_runs": args.warmup_runs * len(prompts),
-            "mean_latency_s": statistics.mean(run.seconds),
-            "p50_latency_s": statistics.median(run.seconds),
-            "p90_latency_s": ordered[math.ceil(0.9 * len(ordered)) - 1],
-            "mean_tok_s": run.tokens / sum(run.seconds),
-            "mean_generated_tokens": count / len(rows),
-            "mean_forwards": forwards,
-            "mean_layer_passes": statistics.mean(r.layer_passes for r in run.results),
-            "tokens_per_forward": count / len(rows) / forwards if forwards else 0.0,
-            "mean_context_passes": statistics.mean(r.context_passes for r in run.results),
-            "cpu_s_per_token": run.cpu_seconds / run.tokens if run.tokens else None,
-            "cache_bytes": max(r.cache_bytes for r in run.results),
-            "peak_rss_mb": memory[name],
-            "nll_per_token": nll / count if count else None,
-            "distinct_2": distinct(rows, 2),
-            "repeat_rate": repeat_rate(rows),
-            "agree_with_full": statistics.mean(map(agreement, rows, reference_rows)),
-            "texts": [tokenizer.written(row) for row in rows],
-        }
-    return figures
-
-
-def timed(variant, prompt, tokenizer, seed):
-    """Write one text, from the prompt's text to new ids -> (Result, seconds, processor seconds).
-    """
-    from sampling import decode
-    model, asked = variant
-    started = time.perf_counter()
-    cpu_started = time.process_time()
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    result = decode.generate(model, ids, asked, [seed])
-    # it ends with a copy to the CPU
-    return result, time.perf_counter() - started, time.process_time() - cpu_started
-
-
-@dataclass
-class Runs:
-    """What the timed runs of one variant took and gave."""
-    results: list = field(default_factory=list)     # one Result per prompt
-    seconds: list = field(default_factory=list)     # of every timed run
-    cpu_seconds: float = 0.0
-    tokens: int = 0
-
-
-def take_turns(tokenizer, prompts, variants, args):
-    """Every prompt as often as asked for, the variants by turns -> {name: Runs}."""
-    runs = {name: Runs() for name in variants}
-    for index, prompt in enumerate(prompts):
-        for number in range(-args.warmup_runs, args.runs_per_prompt):
-            for name, variant in variants.items():
-                result, seconds, cpu_seconds = timed(variant, prompt, tokenizer, args.seed)
-                run = runs[name]
-                if len(run.results) == index:
-                    run.results.append(result)
-                before = run.results[index]
-                if before.rows != result.rows or before.forwards != result.forwards:
-                    print(f"warning: {name} gave another text with the same seed", file=sys.stderr)
-                if number >= 0:
-                    run.seconds.append(seconds)
-                    run.cpu_seconds += cpu_seconds
-                    run.tokens += len(result.rows[0])
-    return runs
 
 
 def show(value, form):
@@ -187,42 +58,6 @@ def card(name, r, width):
         f"{r['repeat_rate']:.1%} | "
         f"as full {r['agree_with_full']:.0%}"
     )
-
-
-class Judges:
-    """What stands beside speed and needs the prepared text: the n-gram judge and the held-out
-    bound, each made once.
-    """
-
-    def __init__(self, data_dir, tokenizer, saved, device):
-        from evaluation.ngram import NGram
-        from text.dataset import TokenData
-        self.args, self.device, self.ngram, self.known = saved.config["args"], device, None, {}
-        try:
-            train, self.val = TokenData(data_dir, "train"), TokenData(data_dir, "val")
-            if train.meta["tokenizer_sha256"] != tokenizer.sha256:
-                raise UserError(f"{data_dir} was made with another tokenizer than the checkpoint")
-        except UserError as error:
-            print(
-                f"notice: no judge and no held-out bound: {str(error).partition(';')[0]}",
-                file=sys.stderr,
-            )
-            return
-        self.ngram = NGram(train.tokens, train.vocab_size)
-        self.rows = self.val.val_windows(HELD_OUT_ROWS, self.args["seq_len"]).to(device)
-
-    def real(self):
-        """The judge's value of held-out text: what a perfect writer scores."""
-        return None if self.ngram is None else self.ngram.nats(self.rows.tolist())
-
-    def held_out(self, model, precision, block):
-        if self.ngram is None:
-            return None
-        from evaluation.estimators import held_out
-        key = precision, min(block, self.rows.shape[1])
-        if key not in self.known:
-            self.known[key] = held_out(model, self.rows, [key[1]], 0, 16, 1)[key[1]]["nats"]
-        return self.known[key]
 
 
 def combinations(grid):
@@ -336,9 +171,8 @@ def main(argv=None):
         chosen = combinations(args.grid)
 
     # these import torch, which --help and a usage error do not wait for
-    import torch
-
     from common import machine
+    from evaluation.decode_modes import Judges, add_quality, load_models, measure
 
     allocator = machine.start(args.threads)
     can_write(args, "out_json")
@@ -374,11 +208,10 @@ def main(argv=None):
         first, first_settings = next(iter(variants.values()))
         reference = (first, dataclasses.replace(first_settings, mode="full"))
         reference = variants.get("full", reference)
-        with torch.no_grad():
-            results |= measure(
-                tokenizer, prompts, variants, reference, args, not why_not_frozen, device
-            )
-            add_quality(results, variants, models, judges, tokenizer, prompts)
+        results |= measure(
+            tokenizer, prompts, variants, reference, args, not why_not_frozen, device
+        )
+        add_quality(results, variants, models, judges, tokenizer, prompts)
 
     # The answer: cards for people, one document, a picture of a grid
     real = judges.real()
@@ -411,30 +244,6 @@ def main(argv=None):
     print(json_text(document))
 
 
-def load_models(args, chosen, device):
-    """The checkpoint in every precision that is asked for -> (models by precision, precision by
-    what was asked for, bytes of weights by precision, tokenizer, the checkpoint).
-    """
-    import checkpoint
-    from sampling import fast
-    models = {}
-    weights = {}
-    of_wanted = {}
-    asked_for = [pairs.get("precision", args.precision) for pairs in chosen.values()]
-    for wanted in dict.fromkeys(asked_for):
-        precision, why = fast.pick(wanted, device)
-        of_wanted[wanted] = precision
-        if precision in models:
-            continue
-        model, tokenizer, saved = checkpoint.load_model(
-            args.ckpt, device, config.check_saved, args.model, args.tokenizer
-        )
-        weights[precision] = fast.prepare(model, precision)
-        models[precision] = model
-        say(f"precision: {precision} ({why}), {weights[precision] / 2**20:.1f} MB of weights")
-    return models, of_wanted, weights, tokenizer, saved
-
-
 def variants_of(args, origins, chosen, models, of_wanted, tokenizer, saved, why_not_frozen):
     """Every mode with every choice of settings -> ({name: (model, Settings)}, {name: why it is
     skipped}, notices about flags that no variant heeds).
@@ -457,19 +266,6 @@ def variants_of(args, origins, chosen, models, of_wanted, tokenizer, saved, why_
     if not without_effect:
         return variants, skipped, []
     return variants, skipped, sorted(set.intersection(*without_effect))
-
-
-def add_quality(results, variants, models, judges, tokenizer, prompts):
-    """The held-out bound and the judged text of every variant join its figures."""
-    contexts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    for name, (model, asked) in variants.items():
-        figures = results[name]
-        whole = 10**9
-        block = asked.block_size if asked.mode == "block_frozen" else whole
-        figures["precision"] = next(key for key, value in models.items() if value is model)
-        figures["held_out_nats"] = judges.held_out(model, figures["precision"], block)
-        rows = [tokenizer.encode(text) for text in figures["texts"]]
-        figures["judge_nats"] = judges.ngram and judges.ngram.nats(rows, contexts)
 
 
 if __name__ == "__main__":

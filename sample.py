@@ -33,8 +33,7 @@ def main(argv=None, pinned=None):
     # these import torch, which --help and a usage error do not wait for
     import checkpoint
     from common import machine
-    from sampling import fast, written
-    from sampling.terminal import Watch
+    from sampling import fast, terminal, written
 
     # What is asked for, before anything is loaded
     machine.start(args.threads)
@@ -73,7 +72,7 @@ def main(argv=None, pinned=None):
             say_too_long(model, settings, length, trained_length)
 
     # The texts, each with its statistics
-    watch = Watch(tokenizer) if args.show_steps else None
+    watch = terminal.Watch(tokenizer) if args.show_steps else None
     if args.text:
         records = written.fill_text(args, model, tokenizer, settings, watch)
     else:

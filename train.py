@@ -102,7 +102,6 @@ def loop(run):
     """Evaluate? save? stop? step, log: one turn more than steps, so that the last evaluation and
     the last save are ordinary -> exit code.
     """
-    from common.machine import Stopped
     from training import ending, saving, step, validation
 
     args, state, ranks = run.args, run.state, run.ranks
@@ -117,8 +116,7 @@ def loop(run):
         on_schedule = args.eval_interval and (last or state.step % args.eval_interval == 0)
         state.eval_due = bool(new and on_schedule)
         if state.eval_due and not state.scored:
-            with contextlib.suppress(Stopped):                # then the resume evaluates this step
-                validation.evaluate(run)
+            validation.evaluate(run)                          # or a signal gives it up
 
         # ---- save? one rank's clock and one rank's signal are everybody's
         late = args.save_minutes and ranks.broadcast_object(

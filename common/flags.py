@@ -13,6 +13,7 @@ import operator
 import re
 import textwrap
 from collections import deque
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from common.console import UserError
@@ -142,11 +143,10 @@ def suggestion(name, names, others=()):
     """A hint for an unknown name: the command it belongs to, or the nearest name. others: command
     -> its flags.
     """
-    import difflib  # costs 10 ms, and only a mistake needs it
     for other, cls in dict(others).items():
         if name in flag_names(cls):
             return f" (it belongs to {other})"
-    near = difflib.get_close_matches(name, names, 1)
+    near = get_close_matches(name, names, 1)
     if not near:
         return ""
     return f", did you mean --{near[0]}?"

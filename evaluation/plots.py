@@ -22,9 +22,8 @@ COLOURS = 10        # of matplotlib's cycle; then the line style changes
 def pyplot(notice=NO_PICTURE):
     """matplotlib's pyplot, drawing into files; without matplotlib None, and the notice is said."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
         from matplotlib import pyplot
+        pyplot.switch_backend("Agg")             # into files, whatever the machine shows
     except ImportError:
         say(notice)
         return None

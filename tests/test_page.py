@@ -6,12 +6,11 @@ import readability
 
 FILES = readability.source_files([])
 FIGURES = readability.measure(FILES)
-# The goals are 8, 0, 20, 30 and 100 lines: a bar stands where the code stands, and falls with it.
 BARS = {
     "tokens_per_line": 8,
     "long_lines": 0,
     "conditional_expressions_per_1000": 20,
-    "late_imports": 45,
+    "late_imports": 30,
 }
 LONGEST_FUNCTION = 100
 

@@ -19,7 +19,7 @@ import evaluate
 import sample
 import train
 from conftest import RUNS, TINY, aria, call
-from evaluation import check_run, estimators, plots, sample_quality
+from evaluation import check_run, decode_modes, estimators, plots, sample_quality
 from sampling import decode, settings
 
 MODES = {"full": (), "block": ("--blockwise",), "block_frozen": ("--blockwise", "--frozen_context")}
@@ -540,8 +540,8 @@ def test_nll_is_the_exact_chain_rule(here, kind):
 
 def test_figures_by_hand():
     assert (
-        edge_benchmark.agreement([1, 2, 3], [1, 5, 3, 4]) == 0.5
-        and edge_benchmark.agreement([], []) == 1
+        decode_modes.agreement([1, 2, 3], [1, 5, 3, 4]) == 0.5
+        and decode_modes.agreement([], []) == 1
     )
     assert (
         sample_quality.distinct([[1, 2, 1, 2], [2, 1]], 2) == 0.5

@@ -174,13 +174,19 @@ class TensorBoard:
         self.writer.close()
 
 
+def wandb_package():
+    """Weights & Biases, imported when it is asked for: 27 MB with all it needs."""
+    import wandb
+    return wandb
+
+
 class WandB:
     """One run of Weights & Biases; a resume goes on with it by its id. Its figures count our steps,
     so that a rewound run may repeat some.
     """
 
     def __init__(self, args, run_dir, run_id):
-        import wandb
+        wandb = wandb_package()
         Path(args.log_dir).mkdir(parents=True, exist_ok=True)
         self.html = wandb.Html
         self.run = wandb.init(
@@ -269,9 +275,8 @@ def check_sinks(args):
         need("wandb", "for --wandb")
         mode = args.wandb_mode or os.environ.get("WANDB_MODE", "online")
         if mode == "online":
-            import wandb
             # a network that is down now may be back later
-            if not wandb.login(prompt=False, verify=False):
+            if not wandb_package().login(prompt=False, verify=False):
                 raise UserError(
                     "--wandb: nobody is logged in here: wandb login, or --wandb_mode offline",
                     code=3,

@@ -17,7 +17,10 @@ from training import recovery
 
 
 def evaluate(run):
-    """Score the held-out windows in every block rule; the mean becomes run.state.nats."""
+    """Score the held-out windows in every block rule; the mean becomes run.state.nats.
+
+    A signal gives it up; the resume of such a run evaluates this step.
+    """
     args, state = run.args, run.state
     run.model.eval()
     try:
@@ -25,6 +28,8 @@ def evaluate(run):
             scores = held_out(
                 run.model, run.held, run.blocks, 0, run.micro, 1, run.ranks, run.stop.piece
             )
+    except machine.Stopped:
+        return
     finally:
         run.ranks.reshard(run.model)
     nats = sum(score["nats"] for score in scores.values()) / len(scores)
