@@ -638,7 +638,9 @@ class Moved(Exception):
 
 def manifest_bytes(folder):
     with contextlib.suppress(OSError):
-        return (folder / MANIFEST).read_bytes()
+        path = folder / MANIFEST
+        if regular(path).st_size <= LARGEST_MANIFEST:
+            return path.read_bytes()
     return None
 
 

@@ -33,7 +33,6 @@ from common.console import UserError
 from common.flags import to_dict
 from conftest import ROOT, RUNS, log
 from evaluation import check_run
-from sampling import decode
 from text import starter
 from training import drive, recovery
 
@@ -285,7 +284,7 @@ def test_special_tokens_of_a_text_are_counted(here, monkeypatch):
     ordinary, mask = tokenizer.vocab_size - 1, model.cfg.mask_id
     assert mask == tokenizer.vocab_size
     rows = iter([[ordinary, ordinary], [ordinary, mask], [tokenizer.unk_id], [tokenizer.pad_id]])
-    monkeypatch.setattr(decode, "generate", lambda *_: SimpleNamespace(rows=[next(rows)]))
+    monkeypatch.setattr(check_run, "generate", lambda *_: SimpleNamespace(rows=[next(rows)]))
     monkeypatch.setattr(type(tokenizer), "written", lambda self, ids: "")
     samples, _ = check_run.write_samples(RUNS["primary"], device)
     assert [s["special"] for s in samples] == [0, 1, 1, 1]
@@ -787,7 +786,8 @@ def test_the_notebook_runs(corpus_dir, tmp_path, monkeypatch):
     shutil.copytree(corpus_dir / "data", home / "data")
     for path in [*ROOT.glob("*.py"), ROOT / "requirements_runtime.txt"]:
         shutil.copy(path, home)
-    shutil.copytree(ROOT / "starter", home / "starter")
+    for room in ("common", "text", "training", "sampling", "evaluation"):
+        shutil.copytree(ROOT / room, home / room)
     for words in (
         ("init", "-q"),
         ("add", "-A"),

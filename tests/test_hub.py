@@ -222,7 +222,10 @@ def started(folder, server, *argv, code="", port=None):
         NO_PROXY="127.0.0.1",
     )
     run = (
-        "if True:\n import sys, time, prepare\n from common import console\n from text import "
+        "if True:\n import signal, sys, time, prepare\n"
+        # a background job of a shell ignores SIGINT, and its children inherit that
+        " signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        " from common import console\n from text import "
         f"hub\n{FASTER}\n"
         f"{code}\n console.run(prepare.main)"
     )

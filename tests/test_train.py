@@ -30,7 +30,7 @@ from common import machine
 from common.files import read_json, sealed
 from conftest import ROOT, aria, log, tree
 from sampling import decode
-from training import logs, optim, recovery, setup
+from training import logs, optim, recovery, setup, validation
 
 SHAPE = (
     "--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 32, "--memory_slots", 2,
@@ -391,7 +391,7 @@ def test_a_signal_during_the_samples_leaves_them_out(text, tmp_path, monkeypatch
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(model, *args)
-    monkeypatch.setattr(decode, "generate", signalled)
+    monkeypatch.setattr(validation, "generate", signalled)
     words = ("--max_steps", 4, "--eval_interval", 2, "--show_samples")
     number = 4                                                       # two at each evaluation
     assert fresh(text, tmp_path / "a", *words) == 0
@@ -1125,14 +1125,13 @@ def test_a_cpu_without_text_trains_the_starter_preset_unless_a_size_is_typed(
 
 
 def test_samples_of_ruined_weights_end_in_a_sentence(text, tmp_path, monkeypatch, capsys):
-    from sampling import decode
 
     def ruined(*_args, **_more):
         raise FloatingPointError(
             "the denoiser returned NaN at forward 1; the checkpoint is damaged"
         )
 
-    monkeypatch.setattr(decode, "generate", ruined)
+    monkeypatch.setattr(validation, "generate", ruined)
     assert fresh(text, tmp_path / "run", "--max_steps", 2, "--show_samples", "--lr", 1e3) == 1
     error = capsys.readouterr().err
     assert "--lr 1000 is too high" in error and "damaged" not in error.split("step 2/2")[1]
@@ -1198,7 +1197,7 @@ def test_each_rank_has_its_own_dropout(text, tmp_path, monkeypatch):
         ranks, taken = distributed.Ranks(), seeds.setdefault(rank, [])
         ranks.rank, ranks.share = rank, lambda batch, accum: slice(0, batch * accum)
         monkeypatch.setattr(
-            distributed, "joined", lambda args, ranks=ranks: contextlib.nullcontext(ranks)
+            distributed, "process_group", lambda args, ranks=ranks: contextlib.nullcontext(ranks)
         )
         monkeypatch.setattr(
             torch, "manual_seed", lambda seed, taken=taken: taken.append(seed) or real(seed)

@@ -366,9 +366,11 @@ def compile_step(model, args, shape, device):
     started = time.perf_counter()
     try:
         ids = torch.zeros(shape, dtype=torch.long, device=device)
-        forms = [
-            (block, first) for block in args.block_rules for first in {block, max(1, block - 1)}
-        ]
+        forms = []
+        for block in args.block_rules:
+            forms.append((block, block))
+            if 1 < block < args.seq_len:                # a whole row has no shorter first block
+                forms.append((block, block - 1))
         say(
             f"compile: {len(forms)} forms of a step; on a CPU that takes minutes (each is kept for "
             "the next run)"
