@@ -105,8 +105,10 @@ def child(run, command, words, lock, enough=None):
                 if enough and not told and enough():
                     process.send_signal(signal.SIGTERM)
                     told = True
-        # Ctrl-C reached the training as well: it saves, which is worth the wait
+        # The training is told: Ctrl-C in a terminal reaches it, `kill -INT` does not. It saves,
+        # which is worth the wait.
         except BaseException:
+            process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=PATIENCE)
             raise

@@ -511,6 +511,30 @@ def test_a_training_that_somebody_stopped_is_not_finished(folder):
     assert read_lines(run / "train.jsonl")[-1]["stopped"] == "SIGTERM"
 
 
+def test_an_interrupted_study_stops_its_training(folder):
+    """`kill -INT` reaches run_experiments alone: it tells the training, which saves at once."""
+    words = [
+        sys.executable, "-m", "run_experiments", *WORDS[:-1], "interrupted",
+        "--architectures", "backup", "--execute", "--max_steps", "50000",
+    ]
+    run = folder / "interrupted/backup_continuous_token"
+    with subprocess.Popen(
+        words,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # a background job of a shell ignores SIGINT, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        end = time.monotonic() + 100
+        while not (run / "latest").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=50) == 130
+    assert read_lines(run / "train.jsonl")[-1]["stopped"] == "SIGTERM"
+
+
 def test_the_advice_about_missing_text_makes_it(tmp_path, monkeypatch):
     import prepare
     monkeypatch.chdir(tmp_path)
