@@ -1229,7 +1229,7 @@ def test_compile_shows_how_far_it_is_and_names_its_cache(monkeypatch, capsys, br
     setup.compile_step(net, args, (2, 16), torch.device("cpu"))
     said = capsys.readouterr().err
     assert (
-        ("form 4 of 4" in said and "failed" not in said)
+        ("form 3 of 3" in said and "failed" not in said)
         if not broken
         else "file too short" in said and ": delete /" in said
     )
