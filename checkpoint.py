@@ -35,7 +35,7 @@ from model import build_model
 from model_config import ModelConfig, count_params, weight_name
 from text.tokenizer import Tokenizer
 
-FORMAT = "aria-checkpoint-1"
+FORMAT = "aria-checkpoint-2"
 PARTS = ("model", "ema", "optimizer")  # the tensors, a file each, or one of each process
 SMALL = {"state.json", "config.json", "tokenizer.model"}
 MANIFEST = "MANIFEST.json"
@@ -330,6 +330,11 @@ def read_manifest(folder):
     if not whole:
         raise Damage(f"{path} was changed after it was written")
 
+    if manifest.get("format") == "aria-checkpoint-1":
+        raise UserError(
+            f"{path.parent} was trained by an older Aria, whose weights answer another question "
+            "(the token at a place, not the next one): train it again, or use that version"
+        )
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{path} has the format {manifest.get('format')!r}, but this Aria reads {FORMAT}"

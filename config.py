@@ -223,18 +223,12 @@ class DataFlags:
     data_dir: str = flag("data/processed", "folder with train.bin, val.bin and meta.json")
 
 
-# what -1 of --ar_fade and of --max_mask_rate means where single tokens are among the blocks; both
-# were measured (docs/experiments/quality.md)
-AR_FADE = 0.6
-MOST_HIDDEN = 0.8
-
-
 @dataclass
 class MaskFlags:
     "Objective"
     objective: str = flag(
         "masked",
-        "masked diffusion, or its control: ar, autoregressive, left to right; backup only",
+        "masked diffusion beside left to right, or its control: ar, left to right alone",
         "must",
         choices=("masked", "ar"),
     )
@@ -247,14 +241,7 @@ class MaskFlags:
         "linear", "mask rate as a function of time", choices=("cosine", "linear")
     )
     min_mask_rate: float = flag(0.0, "lowest mask rate", at_least=0, at_most=1, rare=True)
-    max_mask_rate: float = flag(
-        -1.0,
-        "highest mask rate; -1 = 1, or 0.8 of masked_mean with single tokens among the blocks, "
-        "which are hidden whole",
-        at_least=-1,
-        at_most=1,
-        rare=True,
-    )
+    max_mask_rate: float = flag(1.0, "highest mask rate", at_least=0, at_most=1, rare=True)
     time_mode: str = flag(
         "continuous", "times: any, or levels", choices=("continuous", "discrete"), rare=True
     )
@@ -266,16 +253,20 @@ class MaskFlags:
     mean_span_length: float = flag(3.0, "tokens per span", above=0, rare=True)
     sample_steps: int = flag(12, "stored default of sample --steps", at_least=1, rare=True)
     train_block_sizes: str = flag(
-        "T,32,4,1", "block rules drawn per step: T (whole sequence) or numbers"
+        "T,32,16,4",
+        "blocks of the noisy stream, drawn per step: T (whole sequence) or numbers; 1: none, left "
+        "to right alone",
     )
     ar_fade: float = flag(
-        -1.0,
-        "begin autoregressive, with blocks of one token, which over this share of the steps give "
-        "way to "
-        "--train_block_sizes; 0 = off, -1 = 0.6 if 1 is among them",
-        at_least=-1,
+        0.6,
+        "begin left to right alone, which over this share of the steps gives way to both streams; "
+        "0 = off",
+        at_least=0,
         at_most=1,
         rare=True,
+    )
+    noisy_weight: float = flag(
+        1.0, "weight of the noisy stream's loss; left to right has 1", above=0, rare=True
     )
 
     @property
@@ -292,42 +283,20 @@ class MaskFlags:
     def block_choices(self):
         """The numbers of --train_block_sizes, from which each step draws one."""
         if self.causal:
-            return [self.seq_len]
+            return [1]
         return block_sizes(self.train_block_sizes, self.seq_len)
 
-    @property
-    def fade(self):
-        """The share of the steps that --ar_fade takes."""
-        if self.causal:
-            return 0.0
-        if self.ar_fade >= 0:
-            return self.ar_fade
-        choices = set(self.block_choices)
-        return AR_FADE if 1 in choices and len(choices) > 1 else 0.0
-
     def single_chance(self, step):
-        """How likely this step has blocks of one token, whatever --train_block_sizes says."""
-        if not self.fade:
+        """How likely this step is left to right alone, whatever --train_block_sizes says."""
+        if not self.ar_fade:
             return 0.0
-        return max(0.0, 1 - step / (self.fade * self.max_steps))
-
-    @property
-    def most_hidden(self):
-        """The highest mask rate. Decoding starts at 1: that is learned from whole rows, or from
-        blocks of one token, which are hidden whole.
-        """
-        if self.max_mask_rate >= 0:
-            return self.max_mask_rate
-        mixed = self.loss == "masked_mean" and 1 in self.block_choices
-        if mixed and self.min_mask_rate < MOST_HIDDEN:
-            return MOST_HIDDEN
-        return 1.0
+        return max(0.0, 1 - step / (self.ar_fade * self.max_steps))
 
     @property
     def rule_shares(self):
         """{block rule: the share of a run's steps that have it}, the largest first."""
         choices = self.block_choices
-        single = self.fade / 2          # the chance falls evenly from 1 to 0 over the fade
+        single = self.ar_fade / 2       # the chance falls evenly from 1 to 0 over the fade
         rules = {*choices, 1} if single else set(choices)
         shares = {}
         for block in sorted(rules, reverse=True):
@@ -338,22 +307,22 @@ class MaskFlags:
 
     @property
     def block_rules(self):
-        """All block rules that a run may see, the largest first."""
-        return list(self.rule_shares)
+        """All block rules that a run learns, the largest first. 1 is left to right, which all steps
+        learn but those of whole rows.
+        """
+        rules = set(self.rule_shares)
+        if min(rules) < self.seq_len:
+            rules.add(1)
+        return sorted(rules, reverse=True)
 
 
 def mask_problems(args):
     """What is wrong with the flags of the objective, in sentences."""
-    blocks = list(block_problems("train_block_sizes", args.train_block_sizes))
-    yield from blocks
-    if -1 < args.ar_fade < 0:
-        yield f"--ar_fade {args.ar_fade:g}: must be -1 or 0 to 1"
-    if -1 < args.max_mask_rate < 0:
-        yield f"--max_mask_rate {args.max_mask_rate:g}: must be -1 or 0 to 1"
-    elif not blocks and args.min_mask_rate >= args.most_hidden:
+    yield from block_problems("train_block_sizes", args.train_block_sizes)
+    if args.min_mask_rate >= args.max_mask_rate:
         yield (
             f"--min_mask_rate {args.min_mask_rate:g} must be below "
-            f"--max_mask_rate {args.most_hidden:g}"
+            f"--max_mask_rate {args.max_mask_rate:g}"
         )
 
 
@@ -800,6 +769,7 @@ class TrainArgs(
             "mean_span_length",
             "train_block_sizes",
             "ar_fade",
+            "noisy_weight",
             "block_size",
             "sample_steps",
         )
@@ -1240,7 +1210,6 @@ ADDED = dict(
     fsdp=False,
     exit_loss_weight=0.0,
     activation_checkpointing=False,
-    ar_fade=0.0,
     **{field.name: field.default for field in dataclasses.fields(SinkFlags)},
 )
 

@@ -4,62 +4,66 @@ memory in the context.
     from model import build_model; build_model(cfg)        # cfg.model == "primary"
 
 One layer reads its input through a norm and a short depthwise convolution, then does two things in
-parallel: a gated feed-forward, and a slim memory. The memory's M slots per head hold running sums
+parallel: a gated feed-forward, and a slim memory. The memory's M slots per head hold decaying sums
 over tokens,
-    N = sum_j w_j v_j      w_j = exp(bounded score of token j for this slot),
+    N = sum_j keep(j) w_j v_j      w_j = exp(bounded score of token j for this slot),
 and a token reads the slot values N / rms(N) by attention: a weighted mean's direction, whatever the
-sum of the weights. Sums are what make the block rule cheap: the context of block b is a (decayed)
-prefix sum over blocks, computed for all blocks at once in training and kept as one small state in
-decoding.
+sum of the weights. Sums are what make the context cheap: all that was read is one small state.
 
-The block rule: noisy block b sees the *clean* blocks before it, as prefix(<b), and its own tokens;
-clean block b sees prefix(<=b). The convolution's left neighbours come from the clean block before
-(the halo), its right ones end with the block. So a frozen context is exactly (N, halo) per layer: a
-theorem, tested in float32 to 1e-5 of the logits' size. The context takes the same memory whatever
-its length.
+Two streams, both shifted: the row that reads token i - 1 answers for token i.
 
-Legend: B batch, T positions, S block, n blocks, D width, H heads, E memory head size, M slots, F
-feed-forward width, r the convolution's reach, K streams (noisy first, clean last), c blocks of a
-group and g groups, where prefix sums are made in groups.
+    clean   [start, x_0, x_1, ...] one row a token. A row sees the rows before it: convolution taps
+            of the past, and N faded token by token. It is an autoregressive model with a constant
+            state; the start is the mask's row.
+    noisy   one block: [x_{p-1}, xt_p .. xt_{p+S-1}], behind the state of the clean stream at
+            x_{p-1}. It sees itself on both sides. Its front row x_{p-1} writes nothing, as the
+            state holds it.
+
+So a frozen context is exactly (N, halo) per layer, one function of the text: a theorem, tested in
+float32 to 1e-5 of the logits' size. It takes the same memory whatever its length.
+
+Legend: B batch, T clean rows, p a block's first token, S block, n blocks, D width, H heads, E
+memory head size, M slots, F feed-forward width, r the convolution's reach, c tokens of a chunk and
+g chunks, R rows of both streams.
 """
 import copy
-import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from layers import (
-    Exits,
+    Denoiser,
     Linear,
     LocalConv,
     RMSNorm,
-    TiedEmbedding,
-    initialise,
-    last_and_early,
     recomputed,
+    shifted,
     unit_rms,
 )
 
 FEW_BLOCKS = 16  # up to so many, one product adds up all pairs of blocks
+CHUNK = 16       # tokens of the clean stream that see each other in one product
 SCORE_CAP = 8.0  # |score| of a write: exp(8) = 3,000 to 1 is as selective as a write may be
 # Added to all scores. It multiplies N and rms(N) by the same number, so it cancels in N / rms(N);
-# and a float16 sum over thousands of tokens stays finite.
+# and sums over thousands of tokens stay small.
 SHARED = -6.0
+FASTEST = 4.0    # a slot keeps at least exp(-4) from one token to the next
 
 
 class EcoCache:
-    """The frozen context: per layer N (B,H,M,E) and the halo (B,r,D). Constant in the context's
-    length.
+    """The frozen context: per layer N (B,H,M,E) and the halo, the convolution's input at the last
+    r + 1 rows (B,r+1,D). Constant in the context's length.
     """
 
     def __init__(self, cfg, batch, device, dtype):
         rows = (cfg.n_layers, batch)
         sums = (cfg.n_heads, cfg.memory_slots, cfg.d_mem // cfg.n_heads)           # (H, M, E)
-        last = (cfg.conv_kernel // 2, cfg.d_model)                                 # (r, D)
+        last = (cfg.conv_kernel // 2 + 1, cfg.d_model)                             # (r + 1, D)
         self.num = torch.zeros(*rows, *sums, device=device, dtype=dtype)
         self.halo = torch.zeros(*rows, *last, device=device, dtype=dtype)
-        self.length = 0
+        self.front = None               # the last token that was read (B, 1)
+        self.length = 0                 # rows that were read, the start included
 
     @property
     def nbytes(self):
@@ -69,20 +73,80 @@ class EcoCache:
         """Keep only these rows of the batch."""
         self.num = self.num[:, rows]
         self.halo = self.halo[:, rows]
+        self.front = self.front[rows]
 
-    def beside_empty(self):
-        """A cache of 2B rows, the second half of which has no context: both sides of guidance in
-        one batch.
-        """
+    def beside(self, other):
+        """A cache of the rows of both: the two sides of guidance in one batch."""
         both = copy.copy(self)
-        both.num = torch.cat((self.num, torch.zeros_like(self.num)), dim=1)
-        both.halo = torch.cat((self.halo, torch.zeros_like(self.halo)), dim=1)
+        both.num = torch.cat((self.num, other.num), dim=1)
+        both.halo = torch.cat((self.halo, other.halo), dim=1)
+        both.front = torch.cat((self.front, other.front))
         return both
 
-    def reset(self):
-        self.length = 0
-        self.num.zero_()
-        self.halo.zero_()
+
+class Rows:
+    """The rows of a layer's input (R, D): T clean ones of each sequence, then n noisy blocks of
+    S + 1. Block b opens behind the clean row opens[b], and its front row repeats that row's token.
+
+    All blocks have S places. `real` (n, S): which of them hold a token; the others write nothing,
+    and to a convolution they are zero.
+    """
+
+    def __init__(self, batch, clean, opens=None, block=0, reach=0, real=None, before=0):
+        self.batch = batch
+        self.clean = clean                                                         # T
+        self.before = before                  # places of block 0 in front of its first token
+        self.block = block                                                         # S
+        self.opens = opens                                                         # (n,)
+        self.count = 0 if opens is None else len(opens)                            # n
+        if not self.count:
+            return
+        device = opens.device
+        # the r clean rows before each front row, among all that the clean stream has seen
+        self.halo = (opens[:, None] + torch.arange(1, reach + 1, device=device)).flatten()
+        # the tokens between two openings, by their clean rows; there are none below row 1
+        places = torch.arange(1 - block, 1, device=device)
+        self.between = opens[1:, None] + places                                    # (n - 1, S)
+
+        writes = torch.ones(self.count, block, device=device)
+        if real is not None:
+            writes = real.float()
+        self.writes = F.pad(writes, (1, 0)).view(1, self.count, block + 1, 1)
+        self.valid = None
+        if real is not None:  # the front row stands right before the first token
+            front = F.one_hot(real.long().argmax(-1), block + 1).float()
+            self.valid = self.writes + front.view(self.writes.shape)
+
+    @classmethod
+    def of_training(cls, batch, length, block, first, clean, reach, device):
+        """All blocks of sequences of so many tokens, the first one of `first`. clean: with the
+        whole clean stream; else with what the blocks need of it.
+        """
+        before = block - first
+        count = -(-(before + length) // block)
+        opens = (torch.arange(count, device=device) * block - before).clamp(min=0)
+        real = None
+        if (before + length) % block or before:
+            position = torch.arange(count * block, device=device) - before
+            real = ((position >= 0) & (position < length)).view(count, block)
+        rows = length if clean else (count - 1) * block - before * (count > 1) + 1
+        return cls(batch, rows, opens, block, reach, real, before)
+
+    @classmethod
+    def behind(cls, batch, clean, block, reach, device):
+        """One block behind so many clean rows, which stand behind a frozen state."""
+        return cls(batch, clean, torch.tensor([clean - 1], device=device), block, reach)
+
+    def split(self, x):
+        """x (R, X) -> the clean rows (B, T, X), the noisy ones (B, n, S + 1, X)."""
+        clean = self.batch * self.clean
+        noisy = x[clean:].view(self.batch, self.count, self.block + 1, x.shape[-1])
+        return x[:clean].view(self.batch, self.clean, x.shape[-1]), noisy
+
+    @staticmethod
+    def join(parts):
+        """What split gives -> (R, X); without the streams that are not there."""
+        return torch.cat([part.flatten(0, -2) for part in parts])
 
 
 def write_weights(scores):
@@ -92,22 +156,6 @@ def write_weights(scores):
     """
     gate = torch.sigmoid(scores.float() * (2 / SCORE_CAP))
     return torch.exp(2 * SCORE_CAP * gate - SCORE_CAP + SHARED)
-
-
-class SquaredNorm(torch.autograd.Function):
-    """|x|^2 over the last dimension, float32. The backward that torch derives moves twice as much.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, = ctx.saved_tensors
-        twice = (2 * grad).unsqueeze(-1)
-        return (x.float() * twice).to(x.dtype)
 
 
 class EcoLayer(nn.Module):
@@ -129,8 +177,7 @@ class EcoLayer(nn.Module):
         self.conv = LocalConv(D, cfg.conv_kernel)
         # one matrix in, one out: two big products keep a CPU (or a GPU) busier than seven small
         # ones
-        writes = self.dm + self.H * self.M
-        self.in_proj = Linear(D, 2 * self.ff + self.dm + writes, used_alone=(writes,))
+        self.in_proj = Linear(D, 2 * self.ff + 2 * self.dm + self.H * self.M)
         self.out_proj = Linear(self.ff + self.dm, D)
         # a slot's own name
         self.slot_key = nn.Parameter(torch.randn(self.H, self.M, self.dm // self.H) * 0.5)
@@ -143,15 +190,18 @@ class EcoLayer(nn.Module):
         """(..., S, H*X) -> (..., H, S, X)."""
         return x.unflatten(-1, (self.H, -1)).transpose(-3, -2)
 
-    # ---- the memory: writing, reading ------------------------------------------------------------
+    # ---- the memory of a block: writing, reading -------------------------------------------------
 
     def write(self, v, s, valid=None):
         """The sums of one block: v (..., S, H*E), s (..., S, H*M) -> N (..., H, M, E), float32."""
         w = write_weights(s)                                                       # (..., S, H*M)
         if valid is not None:
             w = w * valid
-        w = w.to(v.dtype).unflatten(-1, (self.H, self.M)).movedim(-3, -1)          # (..., H, M, S)
-        return torch.matmul(w, self.heads(v)).float()
+        return self.add_up(w, v)
+
+    def add_up(self, w, v):
+        """Weights (..., S, H*M), values (..., S, H*E) -> their sums (..., H, M, E), float32."""
+        return torch.matmul(self.heads(w).mT.to(v.dtype), self.heads(v)).float()
 
     def read(self, q, num):
         """q (..., S, H*E) attends over the M slot values N / rms(N) -> (..., S, H*E).
@@ -169,103 +219,149 @@ class EcoLayer(nn.Module):
         norm = torch.linalg.vector_norm(num, dim=-1, dtype=torch.float32)          # (..., H, M)
         scale = (E ** 0.5 / norm.clamp(min=1e-10)).unsqueeze(-2)
 
-        # attention over the slots: by what they hold, and by their names
-        name = torch.matmul(q, self.slot_key.to(q.dtype).mT)                       # (..., H, S, M)
-        score = torch.matmul(q, num.mT) * scale + name
-        share = (score * E ** -0.5).softmax(-1) * scale                            # (..., H, S, M)
+        share = self.slot_shares(q, torch.matmul(q, num.mT), scale)                # (..., H, S, M)
         y = torch.matmul(share.to(q.dtype), num)                                   # (..., H, S, E)
         return y.transpose(-3, -2).flatten(-2)                                     # (..., S, H*E)
 
-    def read_tokens(self, q, v, s, v_clean, s_clean):
-        """read(q, own + prefix) for blocks of one token: q, v, s (K, B, n, 1, .), the clean
-        stream's v, s (B, n, 1, .) -> (K, B, n, 1, H*E). read_tokens_plainly says the same in a few
-        lines.
+    def slot_shares(self, q, products, scale):
+        """The products q.N (..., S, M), 1 / rms(N) -> what multiplies each slot's N in the answer.
 
-        There a token's N = P + w v is made, P being the prefix, w and v what the token itself
-        writes. As M*E numbers for each token and stream, N would be moved about a dozen times. Here
-        only P is made, which all K streams share, and everything that N is used for follows from
-        products with P and from numbers:
-            q.N    =  q.P + w (q.v)
-            |N|^2  =  |P|^2 + w (2 v.P + w v.v)
-            sum_m share_m N_m  =  sum_m share_m P_m  +  (sum_m share_m w_m) v
+        Attention over the slots: by what they hold, and by their names. The softmax is made by
+        hand, as torch's is slow over few numbers.
         """
-        K, n = q.shape[0], q.shape[2]
-        c = min(n, FEW_BLOCKS)
-
-        # P of each token, (B, g, H, c, M, E)
-        w_clean = write_weights(self.grouped(s_clean, c)).to(v.dtype)              # (B, g, H, c, M)
-        past = self.token_prefix(w_clean, self.grouped(v_clean, c))
-
-        # the streams as rows beside each other, so that one product serves them all
-        both = self.grouped(torch.cat((q, v)), c).movedim(0, -2).contiguous()      # (..., 2K, E)
-        q, v = both.split(K, dim=-2)                                               # (..., K, E)
-        w = write_weights(self.grouped(s, c).movedim(0, -2))                       # (..., K, M)
-        E = both.shape[-1]
-
-        # q.P and v.P, (B, g, H, c, K, M); q.v and v.v, (B, g, H, c, K, 1)
-        products = torch.matmul(past, both.mT).mT.float().contiguous()
-        q_past, v_past = products.split(K, dim=-2)
-        q_own = (q * v).sum(-1, keepdim=True, dtype=torch.float32)
-        v_own = (v * v).sum(-1, keepdim=True, dtype=torch.float32)
-
-        # 1 / rms(N), (B, g, H, c, K, M)
-        square = SquaredNorm.apply(past).unsqueeze(-2) + w * (2 * v_past + w * v_own)
-        scale = (E / square.clamp(min=1e-20)) ** 0.5
-
-        # the shares of the slots: a softmax by hand, as torch's is slow over few numbers
-        name = torch.matmul(q.flatten(3, 4), self.slot_key.to(q.dtype).mT)
-        name = name.view(w.shape)                                                  # (..., K, M)
-        score = ((q_past + w * q_own) * scale + name) * E ** -0.5
+        name = torch.matmul(q, self.slot_key.to(q.dtype).mT)                       # (..., S, M)
+        score = (products * scale + name) * q.shape[-1] ** -0.5
         share = torch.exp(score - score.amax(-1, keepdim=True).detach())
-        share = share / share.sum(-1, keepdim=True) * scale                        # (..., K, M)
+        return share / share.sum(-1, keepdim=True) * scale
 
-        # the answer, (B, g, H, c, K, E), and back to the order of the tokens
-        own_share = (share * w).sum(-1, keepdim=True)
-        y = torch.matmul(share.to(past.dtype), past) + own_share * v
-        y = y.movedim(-2, 0).transpose(-3, -2).flatten(2, 3)[:, :, :n]             # (K, B, n, H, E)
-        return y.flatten(-2).unsqueeze(-2)
+    # ---- the memory of the clean stream ----------------------------------------------------------
 
-    def read_tokens_plainly(self, q, v, s, v_clean, s_clean):
-        """What read_tokens computes, by its definition, token by token: the tests' reference."""
+    def read_causal(self, q, v, s, num=None):
+        """Every token reads the state behind itself: q, v (B, T, H*E), s (B, T, H*M), all behind
+        the state num (B, H, M, E) -> (B, T, H*E), the state behind the last token.
+
+        read_one_by_one says the same in a few lines. Here no token's state is made. In a chunk of
+        c tokens, behind its half, take of the state N_i of token i
+            U_i = N_i / keep(i - half) = U + sum_{j <= i} a_j v_j,    a_j = w_j / keep(j - half),
+        the state up to a factor, which a read does not feel. All that a read uses of it follows
+        from products of the chunk's q and v with its v and with U:
+            q_i.U_i = q_i.U + sum_{j <= i} (q_i.v_j) a_j             as in linear attention
+            |U_i|^2 = |U|^2 + sum_{j <= i} (2 a_j v_j.U_{j-1} + a_j^2 v_j.v_j)
+            sum_m share_m U_im = share.U + sum_{j <= i} (share.a_j) v_j
+        """
+        T = q.shape[1]
+        if T == 1:
+            state = self.write(v, s)                                               # (B, H, M, E)
+            if num is not None:
+                state = num * self.decay_factor(1) + state
+            return self.read(q, state), state
+        if q.dtype is torch.float16:  # whose range the sums leave
+            with torch.autocast(q.device.type, enabled=False):
+                return self.read_causal(q.float(), v.float(), s, num)
+
+        # the chunks, and what their tokens write
+        c = min(T, CHUNK)
+        half = c // 2
+        q, v, s = (self.chunks(x, c) for x in (q, v, s))                           # (B, g, H, c, .)
+        place = torch.arange(c, device=q.device)
+        grown = self.decay_factors(half - place, signed=True).transpose(1, 2)      # (H, c, M)
+        a = write_weights(s) * grown                                               # (B, g, H, c, M)
+        a_low = a.to(v.dtype)
+        sums = torch.matmul(a_low.mT, v).float()                                   # (B, g, H, M, E)
+
+        # U of each chunk, from the states before the chunks
+        own = sums * self.decay_factor(c - 1 - half)
+        if num is None:
+            before = self.prefix(own, c)
+        else:
+            before = self.prefix(torch.cat((num[:, None], own), dim=1), c)[:, 1:]
+        start = before * self.decay_factor(half + 1)                               # (B, g, H, M, E)
+        start_low = start.to(v.dtype)
+        last = (T - 1) % c                                                         # its place
+        after = (start[:, -1] + sums[:, -1]) * self.decay_factor(last - half)
+
+        # q.U and v.U of each token, (B, g, H, c, M)
+        earlier = (place[:, None] > place).to(v.dtype)                             # (c, c)
+        up_to = (place[:, None] >= place).to(v.dtype)
+        both = torch.cat((q, v), dim=-2)                                           # (..., 2c, E)
+        pairs = torch.matmul(both, v.mT) * torch.cat((up_to, earlier))             # (..., 2c, c)
+        products = torch.matmul(pairs, a_low).float() + torch.matmul(both, start_low.mT).float()
+        q_state, v_state = products.split(c, dim=-2)
+
+        # 1 / rms(U); where the terms cancel, |U|^2 is not below their rounding
+        length = torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=torch.float32)
+        first = start.square().sum(-1).unsqueeze(-2)                               # (B, g, H, 1, M)
+        terms = first + (a * length).square().cumsum(-2)
+        square = terms + 2 * (a * v_state).cumsum(-2)
+        least = terms.detach() * torch.finfo(v.dtype).eps + 1e-20
+        scale = (q.shape[-1] / torch.maximum(square, least)) ** 0.5
+
+        # the answer, (B, g, H, c, E), and back to the order of the tokens
+        share = self.slot_shares(q, q_state, scale).to(v.dtype)                    # (..., c, M)
+        pairs = torch.matmul(share, a_low.mT) * up_to                              # (..., c, c)
+        y = torch.matmul(pairs, v) + torch.matmul(share, start_low)
+        return y.transpose(2, 3).flatten(-2).flatten(1, 2)[:, :T], after
+
+    def read_one_by_one(self, q, v, s, num):
+        """What read_causal computes, by its definition, token by token: the tests' reference."""
         answers = []
-        for i in range(q.shape[2]):
-            N = self.write(v[:, :, i], s[:, :, i])                                 # (K, B, H, M, E)
-            for j in range(i):
-                earlier = self.write(v_clean[:, j], s_clean[:, j])                 # (B, H, M, E)
-                N = N + self.decay_factor(i - 1 - j) * earlier
-            value = unit_rms(N)                                                    # (K, B, H, M, E)
-            query = self.heads(q[:, :, i])                                         # (K, B, H, 1, E)
-            score = query @ (value + self.slot_key).mT                             # (K, B, H, 1, M)
-            share = (score * query.shape[-1] ** -0.5).softmax(-1)
-            answer = share @ value                                                 # (K, B, H, 1, E)
-            answers.append(answer.transpose(-3, -2).flatten(-2))                   # (K, B, 1, H*E)
-        return torch.stack(answers, dim=2)
+        for i in range(q.shape[1]):
+            here = slice(i, i + 1)
+            num = num * self.decay_factor(1) + self.write(v[:, here], s[:, here])
+            answers.append(self.read(q[:, here], num))
+        return torch.cat(answers, dim=1), num
 
-    def grouped(self, x, c):
-        """One token a block in groups of c: (..., B, n, 1, H*X) -> (..., B, g, H, c, X)."""
-        x = x.squeeze(-2)
-        x = F.pad(x, (0, 0, 0, -x.shape[-2] % c))  # (..., B, g*c, H*X)
-        return x.unflatten(-1, (self.H, -1)).unflatten(-3, (-1, c)).transpose(-3, -2)
+    def chunks(self, x, c):
+        """(B, T, H*X) -> (B, g, H, c, X), zero behind the last token."""
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % c))
+        return self.heads(x.unflatten(1, (-1, c)))
 
-    # ---- the memory: decay and sums over earlier blocks ------------------------------------------
+    def states_at(self, v, s, rows):
+        """The clean stream's state at each opening, from what its rows write: v (B, T, H*E),
+        s (B, T, H*M) -> (B, n, H, M, E).
+        """
+        # the start
+        own = self.write(v[:, :1], s[:, :1])[:, None]                              # (B, 1, H, M, E)
+        fade = self.decay_factors(rows.opens).movedim(-1, 0).unsqueeze(-1)         # (n, H, M, 1)
+        start = fade * own
+        if rows.count == 1:
+            return start
+
+        # the tokens, in groups of S that end where the next block opens
+        row = rows.between.clamp(min=0).flatten()
+        w = write_weights(s.index_select(1, row)).unflatten(1, rows.between.shape)
+        place = torch.arange(rows.block, device=v.device)
+        fade = self.decay_factors(rows.block - 1 - place).flatten(0, 1).mT         # (S, H*M)
+        w = w * fade * (rows.between >= 1).unsqueeze(-1)                           # (B, n-1, S, .)
+        v = v.index_select(1, row).unflatten(1, rows.between.shape)
+        groups = F.pad(self.add_up(w, v), (0, 0) * 3 + (0, 1))                     # (B, n, H, M, E)
+        return start + self.prefix(groups, rows.block)
+
+    # ---- decay and sums over earlier groups ------------------------------------------------------
+
+    def decay_rate(self):
+        return torch.exp(-self.decay.float()).clamp(max=FASTEST)                   # (H, M)
 
     def decay_factor(self, tokens):
         """What a slot still holds after so many further tokens: exp(-tokens / length) -> (H, M, 1).
         """
-        return torch.exp(-tokens * torch.exp(-self.decay.float())).unsqueeze(-1)
+        return torch.exp(-tokens * self.decay_rate()).unsqueeze(-1)
 
-    def decay_factors(self, tokens):
-        """The same for a tensor of numbers, 0 where one is negative -> (H, M, *its shape)."""
-        rate = torch.exp(-self.decay.float())
-        rate = rate.view(self.H, self.M, *(1,) * tokens.dim())                     # (H, M, 1, ...)
+    def decay_factors(self, tokens, signed=False):
+        """The same for a tensor of numbers -> (H, M, *its shape): 0 where one is negative, if it is
+        not signed.
+        """
+        rate = self.decay_rate().view(self.H, self.M, *(1,) * tokens.dim())        # (H, M, 1, ...)
+        if signed:
+            return torch.exp(-tokens * rate)
         return torch.exp(-tokens.clamp(min=0) * rate) * (tokens >= 0)
 
     def prefix(self, own, block):
-        """Sums over earlier blocks: own (B, n, H, M, E) -> same shape, block b holds the decayed
-        total of blocks < b.
+        """Sums over earlier groups of `block` tokens: own (B, n, H, M, E), each faded to its
+        group's end -> same shape, at b the total of groups < b, faded to the end of b - 1.
 
-        Many blocks are added up in groups of c, then the groups: n c + (n / c)^2 products instead
-        of n^2.
+        Many groups are added up in groups of c, then those: n c + (n / c)^2 products instead of
+        n^2.
         """
         n = own.shape[1]
         c = n
@@ -286,36 +382,10 @@ class EcoLayer(nn.Module):
             total = total + decay * before[:, :, None]
         return total.flatten(1, 2)[:, :n]
 
-    def token_prefix(self, w, v):
-        """prefix() of blocks of one token, whose own sums are never made: w, v (B, g, H, c, M or E)
-        -> (B, g, H, c, M, E).
-
-        The c tokens of a group see each other and what came before the group: one product, of (c M,
-        c + M) with (c + M, E).
-        """
-        c = w.shape[3]
-        start = torch.arange(c + 1, device=w.device)
-        decay = self.decay_factors(start[:, None] - start[1:]).transpose(1, 2)  # (H, c + 1, M, c)
-        decay, to_end = decay.split([c, 1], dim=1)
-        w = w.mT.unsqueeze(3)  # (B, g, H, 1, M, c)
-
-        # what came before the group enters as M more tokens, one for each slot, with weight 1
-        if w.shape[1] > 1:
-            at_end = (to_end.to(w.dtype) * w).squeeze(3)                           # (B, g, H, M, c)
-            before = self.prefix(torch.matmul(at_end, v), c)                       # (B, g, H, M, E)
-            own_slot = torch.eye(self.M, device=w.device)
-            fade = self.decay_factors(start[:c]).mT.unsqueeze(-1) * own_slot       # (H, c, M, M)
-            decay = torch.cat((decay, fade), dim=-1)  # (H, c, M, c + M)
-            one = w.new_ones(()).expand(*w.shape[:-1], self.M)
-            w = torch.cat((w, one), dim=-1)  # (B, g, H, 1, M, c + M)
-            v = torch.cat((v, before.to(v.dtype)), dim=-2)  # (B, g, H, c + M, E)
-        weight = (decay.to(w.dtype) * w).flatten(3, 4)  # (B, g, H, c*M, ...)
-        return torch.matmul(weight, v).unflatten(3, (c, self.M))
-
     # ---- a layer's way in and out ----------------------------------------------------------------
 
-    def split(self, h):
-        """h (..., S, D) -> gate, up, q, v, s."""
+    def project(self, h):
+        """h (R, D) -> gate, up, q, v, s."""
         sizes = [2 * self.ff, 2 * self.dm + self.H * self.M]
         feed_forward, memory = self.in_proj(h).split(sizes, dim=-1)
         # decoding with bf16 weights: small bf16 products are slow on CPUs
@@ -325,229 +395,151 @@ class EcoLayer(nn.Module):
         q, v, s = memory.split([self.dm, self.dm, self.H * self.M], dim=-1)
         return gate, up, q, v, s
 
-    def split_write(self, h):
-        """Only what a token writes: v and s."""
-        sizes = [self.dm, self.H * self.M]
-        return self.in_proj.last_rows(h, sum(sizes)).split(sizes, dim=-1)
-
     def mix(self, x, gate, up, memory):
         """Both branches' results into one product, added to x."""
         feed_forward = F.silu(gate) * up
-        y = torch.cat((feed_forward, memory.to(up.dtype)), dim=-1)  # (..., S, F + H*E)
+        y = torch.cat((feed_forward, memory.to(up.dtype)), dim=-1)                 # (R, F + H*E)
         return self.out_proj.residual_add(x, y, self.dropout)
 
-    def one_block(self, x, num=None, halo=None):
-        """One block x (B, S, D) against a frozen state; returns (x, own N, its normed input)."""
-        h = self.norm(x)
-        gate, up, q, v, s = self.split(self.conv(h, halo))
-        own = self.write(v, s)                                                     # (B, H, M, E)
-        total = own
-        if num is not None:
-            total = own + num
-        return self.mix(x, gate, up, self.read(q, total)), own, h
+    def convolve(self, h, rows, halo):
+        """h (R, D) behind a halo (B, r + 1, D) -> (R, D), the halo behind the clean rows."""
+        clean, noisy = rows.split(h)
+        seen = torch.cat((halo.to(h.dtype), clean), dim=1)                         # (B, r+1+T, D)
+        parts = []
+        if rows.clean:
+            parts.append(self.conv.causal(seen[:, 1:]))                            # (B, T, D)
+        if rows.count:
+            if rows.valid is not None:
+                noisy = noisy * rows.valid
+            halos = seen.index_select(1, rows.halo)                                # (B, n*r, D)
+            halos = halos.view(-1, self.conv.reach, h.shape[-1])
+            parts.append(self.conv(noisy.flatten(0, 1), halos))                    # (B*n, S + 1, D)
+        return rows.join(parts), seen[:, -halo.shape[1]:]
 
-    def all_blocks(self, x, valid=None, last=False):
-        """x (2, B, n, S, D): noisy and clean stream at once, each block seeing exactly what the
-        block rule allows.
-
-        Nobody reads the clean stream behind the last layer: there it only writes, and (1, B, n, S,
-        D) comes back.
+    def streams(self, x, rows, num=None, halo=None):
+        """Both streams, x (R, D), behind a frozen state, or at the beginning of a training row ->
+        x, and the state behind the clean rows.
         """
         h = self.norm(x)
-        if valid is not None:
-            h = h * valid
-        nothing = h.new_zeros(x.shape[1], self.conv.reach, x.shape[-1])            # (B, r, D)
-        h = self.conv_blocks(h, nothing)                                           # (2, B, n, S, D)
+        if halo is None:
+            halo = h.new_zeros(rows.batch, self.conv.reach + 1, h.shape[-1])
+        h, halo_after = self.convolve(h, rows, halo)
+        gate, up, q, v, s = self.project(h)
+        q_clean, q_noisy = rows.split(q)
+        v_clean, v_noisy = rows.split(v)
+        s_clean, s_noisy = rows.split(s)
 
-        # what the clean stream writes
-        if last:
-            v_clean, s_clean = self.split_write(h[1])
-            x = x[:1]
-            h = h[:1]
-        gate, up, q, v, s = self.split(h)
-        if not last:
-            v_clean = v[1]
-            s_clean = s[1]
+        num_after = num
+        answers = []
+        if rows.clean:
+            y, num_after = self.read_causal(q_clean, v_clean, s_clean, num)        # (B, T, H*E)
+            answers.append(y)
+        if rows.count:
+            if num is None:
+                context = self.states_at(v_clean, s_clean, rows)                   # (B, n, H, M, E)
+            else:
+                context = num_after[:, None]
+            own = self.write(v_noisy, s_noisy, rows.writes)                        # (B, n, H, M, E)
+            answers.append(self.read(q_noisy, own + context))                      # (B, n, S+1, .)
+        return self.mix(x, gate, up, rows.join(answers)), num_after, halo_after
 
-        # single tokens: not in float16, whose range P leaves; below 3 numbers |N|^2 cancels
-        exact = q.dtype is not torch.float16 and self.dm // self.H > 2
-        if x.shape[-2] == 1 and exact:
-            return self.mix(x, gate, up, self.read_tokens(q, v, s, v_clean, s_clean))
-
-        # both streams read their own sums and the same context
-        own = self.write(v, s, valid)  # (K, B, n, H, M, E)
-        if last:
-            clean = self.write(v_clean, s_clean, valid)                            # (B, n, H, M, E)
-        else:
-            clean = own[1]
-        context = self.prefix(clean, x.shape[-2])
-        return self.mix(x, gate, up, self.read(q, own + context))
-
-    def forward(self, x, valid=None, last=False):
-        """One block (B, T, D), or both streams as in all_blocks: what training calls, compiles and
-        recomputes.
-        """
-        if x.dim() == 3:
-            return self.one_block(x)[0]
-        return self.all_blocks(x, valid, last)
-
-    def clean_blocks(self, x, num, halo, last=False):
-        """The clean stream alone, n finished blocks x (B, n, S, D) behind a frozen state -> (x, the
-        new N, the new halo).
-
-        Behind the last layer nobody reads x: it comes back as it was.
-        """
-        S = x.shape[2]
-        h = self.norm(x)
-        halo_after = next_halo(halo, h.flatten(1, 2))                              # (B, r, D)
-        h = self.conv_blocks(h[None], halo)[0]                                     # (B, n, S, D)
-        if last:
-            v, s = self.split_write(h)
-        else:
-            gate, up, q, v, s = self.split(h)
-        own = self.write(v, s)                                                     # (B, n, H, M, E)
-
-        before = num[:, None]  # (B, 1, H, M, E): the state is block -1
-        if x.shape[1] > 1:
-            before = self.prefix(torch.cat((before, own), dim=1), S)[:, 1:]        # (B, n, H, M, E)
-        after = before[:, -1] * self.decay_factor(S) + own[:, -1]                  # (B, H, M, E)
-        if not last:
-            x = self.mix(x, gate, up, self.read(q, own + before))
-        return x, after, halo_after
-
-    def conv_blocks(self, h, halo):
-        """h (K, B, n, S, D), the clean stream last, behind a halo (B, r, D) -> same shape: each
-        block is convolved by itself.
-
-        The r clean positions before each block are its halo; if a block is shorter than r, they
-        reach into the blocks before it.
-        """
-        K, B, n, S, D = h.shape
-        r = self.conv.reach
-        clean = torch.cat((halo, h[-1].flatten(1, 2)), dim=1)                      # (B, r + n*S, D)
-        halos = clean.unfold(1, r, S)[:, :n].transpose(2, 3)                       # (B, n, r, D)
-        halos = halos.expand(K, B, n, r, D).flatten(0, 2)                          # (K*B*n, r, D)
-        y = self.conv(h.flatten(0, 2), halos)                                      # (K*B*n, S, D)
-        return y.view(h.shape)                                                     # (K, B, n, S, D)
+    def forward(self, x, rows):
+        """What training calls, compiles and recomputes."""
+        return self.streams(x, rows)[0]
 
 
-def next_halo(halo, h):
-    """The last r positions of halo (B, r, D), then h (B, S, D) -> (B, r, D)."""
-    r = halo.shape[1]
-    if h.shape[1] < r:
-        h = torch.cat((halo, h), dim=1)
-    return h[:, -r:]
-
-
-class EcoHybrid(nn.Module):
+class EcoHybrid(Denoiser):
     """The denoiser; its methods are the protocol at the top of model.py."""
 
     def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.head = TiedEmbedding(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
-        self.layers = nn.ModuleList(EcoLayer(cfg) for _ in range(cfg.n_layers))
-        self.exits = Exits(cfg)
-        self.recompute = False  # train.py's --activation_checkpointing
-        initialise(self, depth=cfg.n_layers)
+        super().__init__(cfg, [EcoLayer(cfg) for _ in range(cfg.n_layers)])
 
-    def states(self, xt, cache=None, depth=None):
-        """(B, S) ids, one noisy block, against the frozen cache -> (B, S, D). Without a cache: the
-        whole sequence, B = T.
-        """
-        x = self.head.embed(xt)                                                   # (B, S, D)
-        contexts = itertools.repeat((None, None))
-        if cache is not None:
-            contexts = zip(cache.num, cache.halo, strict=True)
-        for layer, (num, halo) in zip(self.layers[:depth], contexts, strict=False):
-            x = layer.one_block(x, num, halo)[0]
-        return self.exits(x, depth)
+    # ---- training --------------------------------------------------------------------------------
 
-    def block_states(self, xt, x0, block, first=None, early=None):
-        """Training form: xt, x0 (B, T) -> (B, T, D), noisy block b given clean blocks < b. Block 0
-        has `first` tokens.
+    def both_states(self, x0, xt=None, block=None, first=None, clean=True, early=None):
+        B, T = x0.shape
+        read = shifted(x0, self.cfg.mask_id)                                       # (B, T)
+        if xt is None:
+            rows = Rows(B, T)
+            ids = read.flatten()
+        else:
+            rows = self.rows_of_blocks(x0, block, first, clean)
+            noisy = self.noisy_ids(xt, read, rows)                                 # (B, n, S + 1)
+            ids = torch.cat((read[:, :rows.clean].flatten(), noisy.flatten()))     # (R,)
+        x = self.head.embed(ids)                                                   # (R, D)
+        found = []
+        for i, layer in enumerate(self.layers, 1):
+            x = recomputed(self.recompute, layer, x, rows)
+            if i in (early, len(self.layers)):  # the last layer's come first
+                found.insert(0, self.answers(self.exits(x, i), rows, T, clean))
+        return found
 
-        early: also leave behind that many layers; then the result is (1 + 1, B, T, D): last, early.
-        """
-        T = xt.shape[1]
+    def rows_of_blocks(self, x0, block, first, clean):
+        B, T = x0.shape
         block = min(block, T)
         first = min(first or block, block)
-        if first == T:
-            return self.whole_states(xt, early)
+        reach = self.layers[0].conv.reach
+        return Rows.of_training(B, T, block, first, clean, reach, x0.device)
 
-        # blocks of one length: padding completes block 0 and the last block
-        before = block - first
-        after = -(before + T) % block
-        ids = torch.stack((xt, x0))                                                # (2, B, T)
-        ids = F.pad(ids, (before, after), value=self.cfg.pad_id)                   # (2, B, n*S)
-        valid = None
-        if before or after:  # padding writes nothing, and to a convolution it is zero
-            position = torch.arange(ids.shape[2], device=xt.device) - before
-            valid = (position >= 0) & (position < T)
-            valid = valid.float().view(1, -1, block, 1)                            # (1, n, S, 1)
+    def noisy_ids(self, xt, read, rows):
+        """The ids of the noisy blocks, (B, n, S + 1): in front the token behind which each opens.
+        """
+        after = -(rows.before + xt.shape[1]) % rows.block
+        ids = F.pad(xt, (rows.before, after), value=self.cfg.pad_id)
+        ids = ids.unflatten(1, (-1, rows.block))                                   # (B, n, S)
+        ids = torch.cat((read[:, rows.opens].unsqueeze(-1), ids), dim=-1)
+        ids[:, 0, rows.before] = self.cfg.mask_id  # the start stands right before the first token
+        return ids
 
-        x = self.head.embed(ids.unflatten(2, (-1, block)))                         # (2, B, n, S, D)
-        found = []
-        for i, layer in enumerate(self.layers, 1):
-            x = recomputed(self.recompute, layer, x, valid, i == len(self.layers))
-            if i in (early, len(self.layers)):
-                noisy = x[0].flatten(1, 2)[:, before:before + T]                   # (B, T, D)
-                found.append(self.exits(noisy, i))
-        return last_and_early(found, early)
+    def answers(self, x, rows, length, clean):
+        """The rows behind a layer -> of both streams the states that answer for each token."""
+        read, noisy = rows.split(x)
+        if not rows.count:
+            return read, None
+        noisy = noisy[:, :, :-1].flatten(1, 2)
+        noisy = noisy[:, rows.before:rows.before + length]                         # (B, T, D)
+        return (read if clean else None), noisy
 
-    def whole_states(self, xt, early):
-        """block_states where one block is all there is: nobody needs the clean stream."""
-        x = self.head.embed(xt)                                                    # (B, T, D)
-        found = []
-        for i, layer in enumerate(self.layers, 1):
-            x = recomputed(self.recompute, layer, x)
-            if i in (early, len(self.layers)):
-                found.append(self.exits(x, i))
-        return last_and_early(found, early)
+    # ---- decoding --------------------------------------------------------------------------------
 
-    def logits(self, states):
-        return self.head.logits(states)
-
-    def forward(self, xt, cache=None):
-        return self.logits(self.states(xt, cache))
+    def states(self, xt, cache, depth=None):
+        B, S = xt.shape
+        rows = Rows.behind(B, 0, S, self.layers[0].conv.reach, xt.device)
+        x = self.head.embed(torch.cat((cache.front, xt), dim=1).flatten())         # (B*(S + 1), D)
+        for layer, num, halo in zip(self.layers[:depth], cache.num, cache.halo, strict=False):
+            x, _, _ = layer.streams(x, rows, num, halo)
+        return self.exits(rows.split(x)[1][:, 0, :-1], depth)                      # (B, S, D)
 
     def new_cache(self, batch, length=0):
-        return EcoCache(self.cfg, batch, self.head.weight.device, torch.float32)
+        device = self.head.weight.device
+        cache = EcoCache(self.cfg, batch, device, torch.float32)
+        self.step(torch.full((batch, 1), self.cfg.mask_id, device=device), cache)
+        return cache
 
-    def commit(self, x0, cache, block=None):
-        """Freeze finished clean tokens (B, n*S), n blocks of S or one: a pass through all layers,
-        then they are a few sums.
+    def step(self, x0, cache):
+        rows = Rows(*x0.shape)
+        x = self.read_on(x0.flatten(), x0, rows, cache)
+        return self.exits(rows.split(x)[0])
+
+    def step_and_states(self, x0, xt, cache):
+        B, S = xt.shape
+        rows = Rows.behind(B, x0.shape[1], S, self.layers[0].conv.reach, xt.device)
+        noisy = torch.cat((x0[:, -1:], xt), dim=1)                                 # (B, S + 1)
+        x = self.read_on(torch.cat((x0.flatten(), noisy.flatten())), x0, rows, cache)
+        return self.exits(rows.split(x)[1][:, 0, :-1])
+
+    def read_on(self, ids, x0, rows, cache):
+        """The rows of these ids (R,) behind the cache; the clean ones x0 (B, T) join it ->
+        (R, D).
         """
-        B, T = x0.shape
-        x = self.head.embed(x0.view(B, -1, block or T))                            # (B, n, S, D)
+        x = self.head.embed(ids)
         nums, halos = [], []
         for layer, num, halo in zip(self.layers, cache.num, cache.halo, strict=True):
-            x, num_after, halo_after = layer.clean_blocks(x, num, halo, layer is self.layers[-1])
+            x, num_after, halo_after = layer.streams(x, rows, num, halo)
             nums.append(num_after)
             halos.append(halo_after)
         cache.num = torch.stack(nums)
         cache.halo = torch.stack(halos)
-        cache.length += T
-
-    def commit_and_states(self, x0, xt, cache):
-        """commit(x0) and states(xt) of the block behind it in one pass: both (B, S) ids; the
-        weights are read once.
-        """
-        B, S = x0.shape
-        x = self.head.embed(torch.cat((x0, xt)))  # (2B, S, D), clean rows first
-        nums, halos = [], []
-        for layer, num, halo in zip(self.layers, cache.num, cache.halo, strict=True):
-            h = layer.norm(x)
-            halo_after = next_halo(halo, h[:B])                                    # (B, r, D)
-            h = layer.conv(h, torch.cat((halo, halo_after)))                       # (2B, S, D)
-            gate, up, q, v, s = layer.split(h)
-            own = layer.write(v, s)                                                # (2B, H, M, E)
-            num_after = num * layer.decay_factor(S) + own[:B]
-            context = torch.cat((num, num_after))                                  # (2B, H, M, E)
-            x = layer.mix(x, gate, up, layer.read(q, own + context))
-            nums.append(num_after)
-            halos.append(halo_after)
-        cache.num = torch.stack(nums)
-        cache.halo = torch.stack(halos)
-        cache.length += S
-        return self.exits(x[B:])
+        cache.front = x0[:, -1:]
+        cache.length += x0.shape[1]
+        return x

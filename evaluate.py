@@ -8,13 +8,13 @@
     python -m evaluate --check_run checkpoints/eco_hybrid_hi       # instead: does the run work?
                                                                    # (evaluation/check_run.py)
 
-bound       the exact-count bound on -log p in each block rule (for an autoregressive checkpoint:
-            NLL, the exact -log p)
-chain rule  -log p of writing left to right, one token at a time; of fewer documents (--chain_docs),
-            as it costs a forward per token of a block; "its bound" is the bound of the same fewer
-            documents
+NLL         the exact -log p of writing left to right (block 1), from one pass
+bound       the exact-count bound on -log p in each larger block rule
+chain rule  -log p of writing the blocks left to right, one token at a time; of fewer documents
+            (--chain_docs), as it costs a forward per token of a block; "its bound" is the bound of
+            the same fewer documents
 
-Both in nats/token, bits/byte (UTF-8 bytes of the normalised text) and bits/char, with standard
+All in nats/token, bits/byte (UTF-8 bytes of the normalised text) and bits/char, with standard
 errors over documents, per script. evaluation/estimators.py says how documents are cut. Masks are
 fixed by the seed, documents by the text and by how many windows --batches are, so two checkpoints
 of one --seq_len and --batch_size answer the same questions. A uniform guess scores ln V. Compare
@@ -74,10 +74,12 @@ def main(argv=None):
 
     # their figures
     if model.cfg.causal:
-        blocks = [length]
+        blocks = [1]
     else:
-        rules = config.block_sizes(args.blocks or trained["train_block_sizes"], length)
-        blocks = sorted(set(rules), reverse=True)
+        rules = {*config.block_sizes(args.blocks or trained["train_block_sizes"], length)}
+        if not args.blocks and min(rules) < length:
+            rules.add(1)
+        blocks = sorted(rules, reverse=True)
     tokens = sum(map(len, chosen))
     uniform = math.log(model.cfg.vocab_size - 1)
     say(

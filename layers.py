@@ -13,6 +13,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+def shifted(x0, start):
+    """What the clean stream reads so that its row i answers for token i: `start` (the mask's id),
+    then all but the last.
+    """
+    column = torch.full_like(x0[:, :1], start)                                     # (B, 1)
+    return torch.cat((column, x0[:, :-1]), dim=1)                                  # (B, T)
+
+
 def recomputed(on, layer, *args):
     """layer(*args). If on, autograd keeps the arguments alone, and the backward pass computes the
     inside again, with the same dropout.
@@ -87,8 +95,6 @@ class LocalConv(nn.Module):
 
     def forward(self, x, halo=None):
         """x (N, S, D), halo (N, r, D) or None: nothing stands to the left -> (N, S, D)."""
-        if halo is not None and x.shape[1] == 1:
-            return self.one_token(x, halo)
         r = self.reach
         padding = r
         if halo is not None:
@@ -102,11 +108,15 @@ class LocalConv(nn.Module):
             y = F.conv2d(x, kernel, groups=x.shape[1], padding=(0, padding))
         return y.squeeze(2).transpose(1, 2)                                        # (N, S, D)
 
-    def one_token(self, x, halo):
-        """The same of blocks of one token, x (N, 1, D): r + 1 products and no zeros."""
-        y = x.float() * self.weight[:, self.reach]                                 # (N, 1, D)
-        for j in range(self.reach):
-            y = torch.addcmul(y, halo[:, j:j + 1].float(), self.weight[:, j])
+    def causal(self, x):
+        """The same without what stands to the right, of the last S positions of x (N, r + S, D) ->
+        (N, S, D).
+        """
+        r = self.reach
+        S = x.shape[1] - r
+        y = x[:, r:] * self.weight[:, r]
+        for j in range(r):
+            y = torch.addcmul(y, x[:, j:j + S], self.weight[:, j])
         return y
 
 
@@ -175,13 +185,37 @@ class Exits(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], weight, 1e-6)
 
 
-def last_and_early(found, early):
-    """The states at the exits, in the order of depth -> those behind the last layer (B, T, D), or
-    if `early` was asked for (2, B, T, D): last, early.
+class Denoiser(nn.Module):
+    """What both denoisers have in common; a subclass has both_states, states, step and new_cache
+    (the protocol at the top of model.py).
     """
-    if early is None:
-        return found[0]
-    return torch.stack(found[::-1])
+
+    def __init__(self, cfg, layers):
+        super().__init__()
+        self.cfg = cfg
+        self.head = TiedEmbedding(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
+        self.layers = nn.ModuleList(layers)
+        self.exits = Exits(cfg)
+        self.recompute = False  # train.py's --activation_checkpointing
+        initialise(self, depth=cfg.n_layers)
+
+    def block_states(self, xt, x0, block, first=None):
+        """The noisy stream alone is asked."""
+        (_, noisy), = self.both_states(x0, xt, block, first, clean=False)
+        return noisy                                                               # (B, T, D)
+
+    def clean_states(self, x0):
+        """The clean stream alone."""
+        (clean, _), = self.both_states(x0)
+        return clean                                                               # (B, T, D)
+
+    def logits(self, states):
+        return self.head.logits(states)
+
+    def forward(self, xt, cache=None):
+        if cache is None:
+            cache = self.new_cache(*xt.shape)
+        return self.logits(self.states(xt, cache))
 
 
 def initialise(model, std=0.02, depth=1):

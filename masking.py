@@ -1,7 +1,7 @@
 """Masked diffusion: which tokens are masked, and what the answer costs. The project's mathematics
 in one file.
 
-Used by training, evaluate.py and the benchmarks. It knows no model: it calls model.block_states and
+Used by training, evaluate.py and the benchmarks. It knows no model: it calls model.both_states and
 reads model.head, no more.
 
 A schedule is one function alpha(t), the share of tokens still visible at time t in [0, 1].
@@ -115,8 +115,9 @@ def hide(count, real, span, generator, part=slice(None)):
 
 
 class MaskSample(NamedTuple):
-    """The corruption of one optimizer step: of all its rows, or in mask and weight of those of one
-    rank.
+    """What one optimizer step asks: of all its rows, or in mask and weight of those of one rank.
+
+    block 1: the clean stream alone is asked, for every token.
     """
     mask: torch.Tensor      # (R, T) bool, True = masked
     weight: torch.Tensor    # (R, T) float32, -alpha'(t) / (k / L) of the position's block
@@ -124,11 +125,12 @@ class MaskSample(NamedTuple):
     block: int
     first: int              # length of block 0
     masked_count: int = 0   # masked tokens of the whole step
+    clean: bool = False     # is the clean stream asked as well?
 
 
 def times(args, u):
     """Numbers u in [0, 1) -> the times of --time_mode, and the slope of alpha at each."""
-    bounds = args.mask_schedule, args.min_mask_rate, args.most_hidden
+    bounds = args.mask_schedule, args.min_mask_rate, args.max_mask_rate
     if args.time_mode != "discrete":
         t = 1 - u                                                                  # in (0, 1]
         return t, alpha_slope(t, *bounds)
@@ -157,7 +159,7 @@ def corrupt(args, seed, step, rows, length, block, first=None, part=slice(None))
     # the time of each block, and from it the exact count of masked tokens
     u = strata(rows * n, args.timestep_sampling, generator).view(rows, n)          # (R, n)
     t, slope = times(args, u)
-    rate = 1 - alpha(t, args.mask_schedule, args.min_mask_rate, args.most_hidden)
+    rate = 1 - alpha(t, args.mask_schedule, args.min_mask_rate, args.max_mask_rate)
     count = torch.ceil(rate * size - 1e-9).long().clamp(min=1)                     # (R, n)
 
     # which ones
@@ -167,7 +169,7 @@ def corrupt(args, seed, step, rows, length, block, first=None, part=slice(None))
     mask = hide(count, real.expand(rows, n, block), span, generator, part)         # (R, n, S)
 
     # what each of them weighs: times drawn from a part of the range count for the whole of it
-    weight = -slope / (args.most_hidden - args.min_mask_rate) * size / count       # (R, n)
+    weight = -slope / (args.max_mask_rate - args.min_mask_rate) * size / count       # (R, n)
     weight = weight.float()[part].unsqueeze(-1).expand(mask.shape)                 # (R, n, S)
 
     # (R, n, S)[:, real] -> (R, T)
@@ -179,7 +181,7 @@ def pick_blocks(sizes, length, seed, step, single=0.0):
     first block.
 
     A prompt rarely ends on a multiple of the block; the shorter first block makes that a trained
-    case. single: the chance that, whatever the list says, the blocks have one token.
+    case. single: the chance that, whatever the list says, the clean stream alone is asked.
     """
     if single:
         chance = torch.rand((), generator=step_generator(seed, step, "single"))
@@ -195,19 +197,11 @@ def pick_blocks(sizes, length, seed, step, single=0.0):
     return block, block
 
 
-def whole_rows(rows, length, part=slice(None)):
-    """The sample of --objective ar: every token is asked for, and all weigh the same."""
+def left_to_right(rows, length, part=slice(None)):
+    """The sample of the clean stream alone: every token is asked for, and all weigh the same."""
     ones = torch.ones(rows, length)
     weight = ones[part]
-    return MaskSample(weight.bool(), weight, ones[:, :1], length, length, rows * length)
-
-
-def shifted(x0, start):
-    """What a causal model reads so that position i answers for token i: `start` (the mask's id),
-    then all but the last.
-    """
-    column = torch.full_like(x0[:, :1], start)                                     # (B, 1)
-    return torch.cat((column, x0[:, :-1]), dim=1)                                  # (B, T)
+    return MaskSample(weight.bool(), weight, ones[:, :1], 1, 1, rows * length, clean=True)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -264,7 +258,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class Loss(NamedTuple):
-    loss: torch.Tensor      # scalar to differentiate, divided by the whole step's normaliser
+    loss: torch.Tensor      # scalar to differentiate, a part of the whole step's mean
     nll: torch.Tensor       # (N,) CE of each masked token, detached
     masked: torch.Tensor    # (R', T) bool
 
@@ -275,48 +269,70 @@ def pick_exit(layers, seed, step):
 
 
 def denoising_loss(
-    model, x0, masks, kind, normaliser, rows=slice(None), chunk=512, early=None, early_weight=0.0
+    model, x0, masks, kind, rows=slice(None), chunk=512, noisy_weight=1.0,
+    early=None, early_weight=0.0,
 ):
     """The loss of some rows of a step: x0 (R', T) are the rows `rows` of the sample `masks`.
 
-    1. put the mask in the place of the masked tokens (causal: shift by one instead)
-    2. run the denoiser
-    3. keep the masked positions only
-    4. head and CE, in chunks
-    5. weigh: "elbo" by `weight`, "masked_mean" by 1
-    6. divide by the step's count: tokens (elbo) or masked tokens
+    1. put the mask in the place of the masked tokens
+    2. run both streams, or the one that is asked
+    3. keep of the noisy stream the masked positions only
+    4. weigh: the clean stream's tokens by 1, the masked ones by `weight` ("elbo") or by 1
+       ("masked_mean"); each stream is divided by its count in the step
+    5. head and CE of all that is asked, in chunks
+    If both are asked, it is their mean, in which the noisy stream weighs noisy_weight to 1.
     """
     mask = masks.mask[rows].to(x0.device)                                          # (R', T)
-    if model.cfg.causal:
-        xt = shifted(x0, model.cfg.mask_id)
-    else:
+    noisy_asked = masks.block > 1
+    xt = None
+    share = 1.0                                                 # of the noisy stream in the loss
+    if noisy_asked:
         xt = torch.where(mask, model.cfg.mask_id, x0)
+        if masks.clean:
+            share = noisy_weight / (1 + noisy_weight)
+    found = model.both_states(x0, xt, masks.block, masks.first, masks.clean, early)
 
-    if early:
-        states, early_states = model.block_states(xt, x0, masks.block, masks.first, early=early)
-    else:
-        states = model.block_states(xt, x0, masks.block, masks.first)              # (R', T, D)
-    states = states[mask]                                                          # (N, D)
-    target = x0[mask]                                                              # (N,)
-
-    if kind == "elbo":
-        token_weight = masks.weight[rows].to(x0.device)[mask]                      # (N,)
-    else:
-        token_weight = torch.ones_like(target, dtype=torch.float32)
+    # the targets of both streams one after the other, and what each weighs
+    targets = []
+    weights = []
+    if masks.clean:
+        targets.append(x0.flatten())
+        tokens = len(masks.t) * x0.shape[1]
+        each = (1 - share * noisy_asked) / tokens
+        weights.append(torch.full((x0.numel(),), each, device=x0.device))
+    if noisy_asked:
+        targets.append(x0[mask])
+        weight = masks.weight[rows].to(x0.device)[mask]
+        if kind != "elbo":
+            weight = torch.ones_like(weight)
+        weights.append(weight * (share / normaliser(kind, masks)))
+    targets = torch.cat(targets)                                                   # (N,)
+    weights = torch.cat(weights)
 
     # the products run in autocast's type, the rest in float32
-    device = states.device.type
-    dtype = states.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    device = x0.device.type
     head = model.head
-    shared = (target, token_weight, list(head.never), chunk, dtype)
-    with torch.autocast(device, enabled=False):
-        total, ce = LinearCrossEntropy.apply(states, head.weight, *shared)
-        if early:
-            extra, _ = LinearCrossEntropy.apply(early_states[mask], head.weight, *shared)
-            total = total + early_weight * extra
-    return Loss(total / normaliser, ce.detach(), mask)
+    never = list(head.never)
+    totals = []
+    for clean, noisy in found:
+        asked = []
+        if masks.clean:
+            asked.append(clean.flatten(0, 1))
+        if noisy_asked:
+            asked.append(noisy[mask])
+        states = torch.cat(asked)                                                  # (N, D)
+        dtype = states.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            totals.append(LinearCrossEntropy.apply(
+                states, head.weight, targets, weights, never, chunk, dtype
+            ))
+    loss, ce = totals[0]
+    if early:
+        loss = loss + early_weight * totals[1][0]
+    nll = ce.detach()[-int(mask.sum()):]                        # the noisy stream's, if it is asked
+    return Loss(loss, nll, mask)
 
 
 class DenoisingLoss(torch.nn.Module):
@@ -331,8 +347,8 @@ class DenoisingLoss(torch.nn.Module):
 
 
 def normaliser(kind, masks):
-    """What one optimizer step's sum is divided by: all its tokens for the bound, its masked tokens
-    for the plain mean.
+    """What one optimizer step's sum over masked tokens is divided by: all its tokens for the bound,
+    its masked tokens for the plain mean.
     """
     if kind == "elbo":
         return len(masks.t) * masks.mask.shape[1]
@@ -342,7 +358,7 @@ def normaliser(kind, masks):
 EXACT_COUNT = SimpleNamespace(
     mask_schedule="linear",
     min_mask_rate=0.0,
-    most_hidden=1.0,
+    max_mask_rate=1.0,
     time_mode="continuous",
     timestep_sampling="stratified",
     masking_strategy="token",
@@ -357,12 +373,12 @@ def row_bounds(
     sum of CE, its masked tokens.
 
     Linear time, so every count weighs the same; stratified over rows and blocks; masks fixed by the
-    seed. Of a causal model: the exact NLL, whatever block and seed. part: only these rows, with the
+    seed. In blocks of one token it is the clean stream's exact NLL, whatever the seed. part: only these rows, with the
     masks that they have among all. piece: a context for each batch, in which a signal may end it.
     """
     R, T = x0.shape
-    if model.cfg.causal:
-        masks = whole_rows(R, T, part)
+    if block == 1:
+        masks = left_to_right(R, T, part)
     else:
         masks = corrupt(EXACT_COUNT, seed, 0, R, T, block, first, part)
     x0 = x0[part]
@@ -370,7 +386,7 @@ def row_bounds(
     for start in range(0, len(x0), batch):
         rows = slice(start, start + batch)
         with piece():
-            out = denoising_loss(model, x0[rows], masks, "elbo", 1, rows)
+            out = denoising_loss(model, x0[rows], masks, "elbo", rows)
         ce = torch.zeros(out.masked.shape, device=x0.device)                       # (R', T)
         ce[out.masked] = out.nll
         nats = (ce * masks.weight[rows].to(x0.device)).sum(1) / T

@@ -3,52 +3,56 @@
     from model import build_model
     model = build_model(cfg)            # cfg.model: "primary" (EcoHybrid) or "backup"
 
+Both read text in two streams, and both streams are shifted: the row that reads token i - 1 answers
+for token i.
+    clean   [start, x_0, x_1, ...], causal, one row a token: exact left to right. The start is the
+            mask's row.
+    noisy   a block [x_{p-1}, xt_p .. xt_{p+S-1}]: it sees the clean rows up to x_{p-1} and itself.
+            The front row x_{p-1} is seen by nobody, as it is among the clean rows.
+
 The denoiser protocol, which sampling/decode.py, masking.py and the tests' fake rely on:
     model.cfg                           ModelConfig
-    model.states(xt, cache=None, depth=None)
-                                        (B, S) ids of ONE noisy block, given the frozen cache ->
-                                        (B, S, D); depth: leave early
-    model.block_states(xt, x0, block, first=None, early=None)
-                                        (B, T), (B, T) -> (B, T, D): training; noisy block b sees
-                                        clean blocks < b and itself; block 0 may be shorter (`first`
-                                        tokens), and so may the last; early: also leave there
+    model.both_states(x0, xt=None, block=None, first=None, clean=True, early=None)
+                                        training: x0, xt (B, T) -> [(clean, noisy)], (B, T, D) each,
+                                        states about each token; None without xt, or if not clean.
+                                        Noisy blocks stand behind the clean text before them; block
+                                        0 may be shorter (`first` tokens), and so may the last.
+                                        early: also leave behind that many layers, a second pair
+    model.block_states(xt, x0, block, first=None), model.clean_states(x0)
+                                        one of the two, (B, T, D)
     model.head.weight, .never           the (V, D) head matrix, and the rows that are never an
                                         answer
     model.logits(states)                (..., D) -> (..., V) float32; the mask's and the pad's logit
                                         is -inf
-    model(xt, cache=None)               logits(states(xt, cache))
-    model.new_cache(batch, length)      frozen context; .length .nbytes .reset() .select(rows),
-                                        maybe .beside_empty()
-    model.commit(x0, cache, block=None)
-                                        freeze finished clean tokens, as one block of any length or
-                                        as several of `block`
-Only if cfg.causal (--objective ar), where a state is about the *next* token and the mask's row
-means "nothing before":
-    model.step(x, cache)                the next tokens (B, S) join the cache -> (B, S, D), in one
-                                        pass
-No loss, no shift, no knowledge of masking, no time input. Logits with the cache equal logits
-recomputed from clean text, in float32 up to its rounding: to 1e-5 of the logits' size.
+    model.new_cache(batch, length)      the frozen context of so many tokens at most; the start is
+                                        in it. .length .nbytes .select(rows), maybe .beside(other)
+    model.step(x0, cache)               the next tokens (B, T) join the context, however they are
+                                        cut -> (B, T, D), each about its successor
+    model.states(xt, cache, depth=None) (B, S) ids of a noisy block behind the context -> (B, S, D),
+                                        each about its own token; depth: leave early
+    model.step_and_states(x0, xt, cache)
+                                        maybe: both in one pass -> the block's states
+    model(xt, cache=None)               logits(states(xt, cache)); without a cache xt is all there
+                                        is
+No loss, no knowledge of masking, no time input. Logits with the cache equal logits recomputed from
+clean text, in float32 up to its rounding: to 1e-5 of the logits' size.
 
-Legend: B batch, N rows of any kind, T positions, S block, C positions of the frozen context, D
-width, H heads, E head size, V vocabulary rows.
+Legend: B batch, N rows of any kind, T clean rows, S block, n blocks, C positions of the frozen
+context, D width, H heads, E head size, V vocabulary rows.
 """
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from eco_hybrid import EcoHybrid
 from layers import (
-    Exits,
+    Denoiser,
     Linear,
     RMSNorm,
-    TiedEmbedding,
-    initialise,
-    last_and_early,
     recomputed,
     rotary_table,
     rotate,
+    shifted,
 )
 
 
@@ -67,14 +71,39 @@ def attend(q, k, v, mask=None, causal=False):
     )
 
 
-def block_masks(length, block, first, device):
-    """The block rule as two boolean masks: clean sees clean (T, T); noisy sees [clean, noisy] (T,
-    2T).
+class NoisyRows:
+    """The noisy rows of a training row of so many tokens, block after block, each with its front
+    row, (N,) = T + n: which token a row reads, its position, what it sees.
     """
-    number = (torch.arange(length, device=device) + block - first) // block        # (T,) its block
-    earlier = number[:, None] > number[None, :]                                    # (T, T)
-    own = number[:, None] == number[None, :]
-    return earlier | own, torch.cat((earlier, own), dim=1)
+
+    def __init__(self, length, block, first, device):
+        token = torch.arange(length, device=device)
+        number = (token + block - first) // block                                  # (T,) its block
+        opens = token[token == (number * block - block + first).clamp(min=0)]      # (n,)
+        self.clean = int(opens[-1]) + 1       # the clean rows that the blocks need
+        # the row that reads each token, and the one before it, which answers for it
+        self.tokens = token + number + 1                                           # (T,)
+        self.answers = self.tokens - 1
+        self.fronts = opens + torch.arange(len(opens), device=device)              # (n,)
+        self.opens = opens
+        self.position = torch.empty(length + len(opens), dtype=torch.long, device=device)
+        self.position[self.tokens] = token + 1
+        self.position[self.fronts] = opens
+
+    def mask(self, clean):
+        """What noisy rows see of [so many clean rows, noisy rows] (N, T + N); None: one block
+        behind one clean row, which sees all but its own front row.
+        """
+        if len(self.opens) == clean == 1:
+            return None
+        block = torch.zeros_like(self.position)
+        block[self.fronts] = 1
+        block = block.cumsum(0) - 1                                                # (N,)
+        row = torch.arange(clean, device=block.device)
+        before = row <= self.opens[block].unsqueeze(1)                             # (N, T)
+        own = block.unsqueeze(1) == block                                          # (N, N)
+        own[:, self.fronts] = False
+        return torch.cat((before, own), dim=1)
 
 
 class MultiHead(nn.Module):
@@ -85,7 +114,6 @@ class MultiHead(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.heads = cfg.n_heads
-        self.causal = cfg.causal
         self.qkv_proj = Linear(cfg.d_model, 3 * cfg.d_model)
         self.out_proj = Linear(cfg.d_model, cfg.d_model)
 
@@ -99,68 +127,68 @@ class MultiHead(nn.Module):
         """(N, H, T, E) -> (N, T, D)."""
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-    def one_block(self, x, table, context=None, mask=None):
-        """One block x (B, S, D), bidirectional inside unless causal, after a frozen context;
-        returns (output, its k, its v).
+    def next_rows(self, x, table, context=None):
+        """The next clean rows x (B, T, D) behind a frozen context -> (output, their k, their v)."""
+        q, k, v = self.project(x, table)
+        keys, values = self.behind(context, k, v)
+        return self.join(attend(q, keys, values, causal=True)), k, v
 
-        mask (S, C + S): x is several blocks.
+    def block(self, x, table, context):
+        """One noisy block with its front row x (B, S + 1, D) behind a frozen context -> output."""
+        q, k, v = self.project(x, table)
+        keys, values = self.behind(context, k[:, :, 1:], v[:, :, 1:])
+        return self.join(attend(q, keys, values))
+
+    @staticmethod
+    def behind(context, k, v):
+        """Old keys and values, then the new ones (B, H, C + S, E)."""
+        if context is None:
+            return k, v
+        old_k, old_v = context
+        return torch.cat((old_k.to(k.dtype), k), dim=2), torch.cat((old_v.to(k.dtype), v), dim=2)
+
+    def streams(self, x, table, clean, mask):
+        """Training: x (B, T + N, D), T clean rows, then the noisy ones, which see what mask says.
         """
         q, k, v = self.project(x, table)
-        keys = k
-        values = v
-        if context is not None:
-            old_k, old_v = context
-            keys = torch.cat((old_k.to(k.dtype), k), dim=2)                        # (B, H, C+S, E)
-            values = torch.cat((old_v.to(k.dtype), v), dim=2)
-        y = attend(q, keys, values, mask, self.causal)
-        return self.join(y), k, v
-
-    def all_blocks(self, x, table, masks, last=False):
-        """x (2B, T, D), noisy rows first: the clean stream block-causally, the noisy stream on
-        clean context + own block.
-
-        Nobody reads the clean stream behind the last layer: there only its keys count, and (B, T,
-        D) comes back.
-        """
-        q, k, v = self.project(x, table)
-        q_noisy, q_clean = q.chunk(2)                                              # (B, H, T, E)
-        k_noisy, k_clean = k.chunk(2)
-        v_noisy, v_clean = v.chunk(2)
-        clean_mask, noisy_mask = masks
-
-        keys = torch.cat((k_clean, k_noisy), dim=2)                                # (B, H, 2T, E)
-        values = torch.cat((v_clean, v_noisy), dim=2)
-        noisy = attend(q_noisy, keys, values, noisy_mask)                          # (B, H, T, E)
-        if last:
-            return self.join(noisy)                                                # (B, T, D)
-        clean = attend(q_clean, k_clean, v_clean, clean_mask)                      # (B, H, T, E)
-        return self.join(torch.cat((noisy, clean)))                                # (2B, T, D)
+        sizes = [clean, x.shape[1] - clean]
+        q_clean, q_noisy = q.split(sizes, dim=2)
+        k_clean, k_noisy = k.split(sizes, dim=2)
+        v_clean, v_noisy = v.split(sizes, dim=2)
+        y = attend(q_clean, k_clean, v_clean, causal=True)                         # (B, H, T, E)
+        if not sizes[1]:
+            return self.join(y)
+        if mask is None:  # one block: its front row leaves
+            k = torch.cat((k_clean, k_noisy[:, :, 1:]), dim=2)
+            v = torch.cat((v_clean, v_noisy[:, :, 1:]), dim=2)
+        noisy = attend(q_noisy, k, v, mask)                                        # (B, H, N, E)
+        return self.join(torch.cat((y, noisy), dim=2))
 
 
 class KVCache:
     """The frozen context, preallocated: keys and values (L, B, H, room, E) of L layers. A text that
     is longer than the room slides: the oldest positions leave. `held` counts the positions that are
-    there; `length` counts all that was ever committed, which is where rotary positions go on.
+    there; `length` counts all rows that were ever read, the start included, which is where rotary
+    positions go on.
     """
 
     def __init__(self, cfg, batch, room, device, dtype):
         shape = (cfg.n_layers, batch, cfg.n_heads, room, cfg.d_model // cfg.n_heads)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.reset()
+        self.front = None               # the last token that was read (B, 1)
+        self.length = 0
+        self.held = 0
 
     @property
     def nbytes(self):
         return sum(t.numel() * t.element_size() for t in (self.k, self.v))
 
-    def reset(self):
-        self.length = 0
-        self.held = 0
-
     def select(self, rows):
         """Keep only these rows of the batch."""
         self.k = self.k[:, rows]
         self.v = self.v[:, rows]
+        self.front = self.front[rows]
 
     def context(self, layer):
         """What a layer sees of it: keys and values (B, H, C, E), or None while nothing is held."""
@@ -168,11 +196,8 @@ class KVCache:
             return None
         return self.k[layer, :, :, :self.held], self.v[layer, :, :, :self.held]
 
-    def fits(self, tokens):
-        return self.held + tokens <= self.k.shape[3]
-
     def make_room(self, tokens):
-        """Before a commit of so many tokens: if they do not fit, the oldest leave."""
+        """Before so many tokens are read: if they do not fit, the oldest leave."""
         room = self.k.shape[3]
         if tokens > room:
             raise ValueError(f"the cache holds {room} positions, {tokens} come at once")
@@ -188,9 +213,10 @@ class KVCache:
         self.k[layer, :, :, self.held:end] = k
         self.v[layer, :, :, self.held:end] = v
 
-    def advance(self, tokens):
-        self.length += tokens
-        self.held += tokens
+    def advance(self, x0):
+        self.length += x0.shape[1]
+        self.held += x0.shape[1]
+        self.front = x0[:, -1:]
 
 
 class FeedForward(nn.Module):
@@ -222,133 +248,99 @@ class TransformerLayer(nn.Module):
         x = x + self.dropout(y)
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
-    def forward(self, x, table, masks=None, last=False):
-        """x (B, T, D), or with masks (2B, T, D) -> the same; (B, T, D) behind the last layer.
-        Training compiles it.
-        """
-        h = self.attn_norm(x)
-        if masks is None:
-            y, _, _ = self.attn.one_block(h, table)
-        else:
-            y = self.attn.all_blocks(h, table, masks, last)
-        return self.add(x[:len(y)], y)
+    def forward(self, x, table, clean, mask):
+        """x (B, T + N, D) -> the same: what training calls, compiles and recomputes."""
+        return self.add(x, self.attn.streams(self.attn_norm(x), table, clean, mask))
 
-    def read(self, x, table, context=None, mask=None):
-        """One block x (B, S, D) behind a frozen context -> the layer's output, its k, its v."""
-        y, k, v = self.attn.one_block(self.attn_norm(x), table, context, mask)
+    def read(self, x, table, context):
+        """The next clean rows x (B, T, D) -> the layer's output, its k, its v."""
+        y, k, v = self.attn.next_rows(self.attn_norm(x), table, context)
         return self.add(x, y), k, v
 
-    def keys_and_values(self, x, table):
-        """All that a frozen block needs of the last layer."""
-        _, k, v = self.attn.project(self.attn_norm(x), table)
-        return k, v
+    def read_block(self, x, table, context):
+        """One noisy block with its front row x (B, S + 1, D) -> the layer's output."""
+        return self.add(x, self.attn.block(self.attn_norm(x), table, context))
 
 
-class Transformer(nn.Module):
+class Transformer(Denoiser):
+    """The denoiser; its methods are the protocol at the top of this file."""
+
     def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.head = TiedEmbedding(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
-        self.layers = nn.ModuleList(TransformerLayer(cfg) for _ in range(cfg.n_layers))
-        self.exits = Exits(cfg)
-        self.recompute = False  # train.py's --activation_checkpointing
-        initialise(self, depth=cfg.n_layers)
+        super().__init__(cfg, [TransformerLayer(cfg) for _ in range(cfg.n_layers)])
 
-    def table(self, start, length):
-        """The rotary table of the positions start .. start + length - 1."""
-        positions = torch.arange(start, start + length, device=self.head.weight.device)
+    def table(self, positions):
+        """The rotary table of these positions."""
         return rotary_table(positions, self.cfg.d_model // self.cfg.n_heads)
 
-    def states(self, xt, cache=None, depth=None):
-        """(B, S) ids, one noisy block, against the frozen cache -> (B, S, D). Without a cache: the
-        whole sequence, S = T.
-        """
-        x = self.head.embed(xt)                                                    # (B, S, D)
-        start = 0
-        if cache is not None:
-            start = cache.length
-        table = self.table(start, xt.shape[1])
-        for i, layer in enumerate(itertools.islice(self.layers, depth)):
-            context = None
-            if cache is not None:
-                context = cache.context(i)
-            x, _, _ = layer.read(x, table, context)
-        return self.exits(x, depth)
+    def positions(self, start, length):
+        return torch.arange(start, start + length, device=self.head.weight.device)
 
-    def block_states(self, xt, x0, block, first=None, early=None):
-        """Training form: xt, x0 (B, T) -> (B, T, D), noisy block b given clean blocks < b. Block 0
-        has `first` tokens.
+    # ---- training --------------------------------------------------------------------------------
 
-        early: also leave behind that many layers; then the result is (1 + 1, B, T, D): last, early.
-        """
-        T = xt.shape[1]
-        first = min(first or block, block)
-        table = self.table(0, T)
-        if first >= T:  # one block is all there is: nobody needs the clean stream
-            masks = None
-            ids = xt
-        else:
-            masks = block_masks(T, block, first, xt.device)
-            ids = torch.cat((xt, x0))                                              # (2B, T)
-
-        x = self.head.embed(ids)                                                   # (B or 2B, T, D)
+    def both_states(self, x0, xt=None, block=None, first=None, clean=True, early=None):
+        T = x0.shape[1]
+        ids = shifted(x0, self.cfg.mask_id)                                        # (B, T)
+        positions = self.positions(0, T)
+        noisy = None
+        mask = None
+        if xt is not None:
+            block = min(block, T)
+            noisy = NoisyRows(T, block, min(first or block, block), x0.device)
+            if not clean:
+                T = noisy.clean
+            mask = noisy.mask(T)
+            positions = torch.cat((positions[:T], noisy.position))
+            ids = torch.cat((ids[:, :T], noisy_ids(xt, ids, noisy)), dim=1)
+        x = self.head.embed(ids)                                                   # (B, T + N, D)
+        table = self.table(positions)
         found = []
         for i, layer in enumerate(self.layers, 1):
-            x = recomputed(self.recompute, layer, x, table, masks, i == len(self.layers))
-            if i in (early, len(self.layers)):
-                noisy = x[:len(xt)]                                                # (B, T, D)
-                found.append(self.exits(noisy, i))
-        return last_and_early(found, early)
+            x = recomputed(self.recompute, layer, x, table, T, mask)
+            if i in (early, len(self.layers)):  # the last layer's come first
+                states = self.exits(x, i)
+                answers = states[:, :T] if clean else None
+                if noisy is None:
+                    found.insert(0, (answers, None))
+                else:
+                    found.insert(0, (answers, states[:, T:][:, noisy.answers]))
+        return found
 
-    def logits(self, states):
-        return self.head.logits(states)
+    # ---- decoding --------------------------------------------------------------------------------
 
-    def forward(self, xt, cache=None):
-        return self.logits(self.states(xt, cache))
+    def states(self, xt, cache, depth=None):
+        S = xt.shape[1]
+        x = self.head.embed(torch.cat((cache.front, xt), dim=1))                   # (B, S + 1, D)
+        table = self.table(self.positions(cache.length - 1, S + 1))
+        for i, layer in enumerate(self.layers[:depth]):
+            x = layer.read_block(x, table, cache.context(i))
+        return self.exits(x[:, :-1], depth)
 
     def new_cache(self, batch, length):
-        return KVCache(self.cfg, batch, length, self.head.weight.device, torch.float32)
-
-    def commit(self, x0, cache, block=None):
-        """Freeze finished clean tokens (B, S), one block or several of `block`: their keys and
-        values join the context.
-        """
-        S = x0.shape[1]
-        several = block and block < S
-        if several and not cache.fits(S):  # then each block sees another window
-            for part in x0.split(block, dim=1):                                    # (B, block)
-                self.commit(part, cache)
-            return
-        cache.make_room(S)
-        mask = None
-        if several:
-            clean, _ = block_masks(S, block, block, x0.device)                     # (S, S)
-            context = clean.new_ones(S, cache.held)                                # (S, C)
-            mask = torch.cat((context, clean), dim=1)                              # (S, C + S)
-
-        x = self.head.embed(x0)                                                    # (B, S, D)
-        table = self.table(cache.length, S)
-        for i, layer in enumerate(self.layers):
-            if i + 1 == len(self.layers):  # nobody reads x behind the last layer
-                k, v = layer.keys_and_values(x, table)
-            else:
-                x, k, v = layer.read(x, table, cache.context(i), mask)
-            cache.write(i, k, v)
-        cache.advance(S)
+        device = self.head.weight.device
+        cache = KVCache(self.cfg, batch, length + 1, device, torch.float32)
+        self.step(torch.full((batch, 1), self.cfg.mask_id, device=device), cache)
+        return cache
 
     def step(self, x0, cache):
-        """Causal: read the next tokens (B, S), keep their keys and values -> (B, S, D), each about
-        its successor.
-        """
         S = x0.shape[1]
         x = self.head.embed(x0)                                                    # (B, S, D)
         cache.make_room(S)
-        table = self.table(cache.length, S)
+        table = self.table(self.positions(cache.length, S))
         for i, layer in enumerate(self.layers):
             x, k, v = layer.read(x, table, cache.context(i))
             cache.write(i, k, v)
-        cache.advance(S)
+        cache.advance(x0)
         return self.exits(x)
+
+
+def noisy_ids(xt, read, rows):
+    """What the noisy rows read: the tokens of xt, and in front of each block the last one before
+    it, of `read` (B, T) -> (B, N).
+    """
+    ids = xt.new_empty(len(xt), len(rows.position))
+    ids[:, rows.tokens] = xt
+    ids[:, rows.fronts] = read[:, rows.opens]
+    return ids
 
 
 def build_model(cfg):

@@ -128,11 +128,6 @@ def shape_problems(shape):
         )
     elif shape.model == "primary" and d_mem % n_heads:
         yield f"--d_mem {d_mem} is not divisible by --n_heads {n_heads}"
-    if shape.causal and shape.model != "backup":
-        yield (
-            "--objective ar needs --model backup: the primary's convolution and memory look both "
-            "ways"
-        )
     if shape.conv_kernel % 2 == 0:
         yield f"--conv_kernel {shape.conv_kernel}: must be odd"
 

@@ -224,7 +224,7 @@ def masked_count(args, size, time):
         share_of_range = time
     else:
         share_of_range = math.sin(time * math.pi / 2)
-    rate = args.min_mask_rate + (args.most_hidden - args.min_mask_rate) * share_of_range
+    rate = args.min_mask_rate + (args.max_mask_rate - args.min_mask_rate) * share_of_range
     return max(1, math.ceil(rate * size - 1e-9))
 
 

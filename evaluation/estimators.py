@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 import masking
-from masking import LinearCrossEntropy, hide, shifted, step_generator, strata
+from masking import LinearCrossEntropy, hide, step_generator, strata
 
 BINS = 10                     # of the curve of CE by mask rate
 RATES = (0.15, 0.5, 0.85)     # of infilling
@@ -64,9 +64,14 @@ def held_out(model, rows, blocks, seed, batch, draws, ranks=None, piece=contextl
 def at_depth(model, depth):
     """The same model, leaving behind that many layers, as far as an estimator looks at it."""
     def early_states(xt, x0, block, first):
-        return model.block_states(xt, x0, block, first, depth)[1]
+        return model.both_states(x0, xt, block, first, clean=False, early=depth)[1][1]
 
-    return SimpleNamespace(cfg=model.cfg, head=model.head, block_states=early_states)
+    def early_clean_states(x0):
+        return model.both_states(x0, early=depth)[1][0]
+
+    return SimpleNamespace(
+        cfg=model.cfg, head=model.head, block_states=early_states, clean_states=early_clean_states
+    )
 
 
 def bits_per_byte(nats_per_token, meta):
@@ -146,7 +151,7 @@ def lay_out(piece, block):
 @torch.no_grad()
 def surprise(model, x0, masked, layout, score=None, batch=8):
     """CE (R, L) on the CPU at the scored positions (the masked ones, if none are named), 0
-    elsewhere.
+    elsewhere. In blocks of one token the clean stream is asked.
     """
     found = torch.zeros(x0.shape)
     if score is None:
@@ -155,11 +160,11 @@ def surprise(model, x0, masked, layout, score=None, batch=8):
         part = slice(start, start + batch)
         x = x0[part]
         at = score[part].to(x0.device)
-        if model.cfg.causal:
-            xt = shifted(x, model.cfg.mask_id)
+        if layout.block == 1:
+            states = model.clean_states(x)[at]                                    # (N, D)
         else:
             xt = torch.where(masked[part].to(x.device), model.cfg.mask_id, x)
-        states = model.block_states(xt, x, layout.block, layout.first)[at]        # (N, D)
+            states = model.block_states(xt, x, layout.block, layout.first)[at]
         if len(states):
             ones = torch.ones(len(states), device=states.device)
             never = list(model.head.never)
@@ -219,10 +224,10 @@ def bound(model, pieces, block, draws, seed=0, batch=8):
     masked tokens)], plain mean CE).
 
     Every token of a block weighs size / count, so the mean of the curve over the rates is the bound
-    again. Of a causal model: the exact NLL, and no curve.
+    again. In blocks of one token: the exact NLL, and no curve.
     """
     layouts = [lay_out(piece, block) for piece in pieces]
-    if model.cfg.causal:
+    if block == 1:
         total = exact_nll(model, pieces, layouts, batch)
         return total, [], float(total.sum()) / scored_tokens(pieces)
 
@@ -251,7 +256,7 @@ def bound(model, pieces, block, draws, seed=0, batch=8):
 
 
 def exact_nll(model, pieces, layouts, batch):
-    """-log p of a causal model -> nats of each document (D,)."""
+    """-log p left to right -> nats of each document (D,)."""
     values = []
     for piece, layout in zip(pieces, layouts, strict=True):
         fresh = torch.arange(piece.x0.shape[1]) >= piece.given
@@ -265,11 +270,11 @@ def chain_rule(model, pieces, block, batch=8):
     known and all after it in its block hidden; later blocks do not exist for it. One forward scores
     one token of every block, so it takes S of them.
 
-    A real probability: the model that writes one token at a time in this order. Of a causal model
-    it is the bound.
+    A real probability: the model that writes one token at a time in this order. In blocks of one
+    token it is the clean stream's, in one pass.
     """
-    if model.cfg.causal:
-        return bound(model, pieces, block, 1, batch=batch)[0]
+    if block == 1:
+        return bound(model, pieces, 1, 1, batch=batch)[0]
     values = []
     for piece in pieces:
         layout = lay_out(piece, block)
@@ -318,36 +323,25 @@ def infilling(model, pieces, seed=0, batch=8):
 
 @torch.no_grad()
 def left_to_right(model, prompt, new, frozen=True):
-    """-log p of the new tokens, summed: token i is a mask when it is scored, and everything before
-    it is known.
+    """-log p of the new tokens, summed, everything before each of them known: the clean stream, in
+    one pass.
 
-    A causal model reads all of them in one pass. frozen: against the cache, in blocks of one token.
-    Else (trained without blocks) the whole text is one block, and what comes after token i is
-    hidden too. chain_rule() is the same for many documents at once and blocks of any size.
+    Not frozen (trained without blocks): the whole text is one block of the noisy stream, and what
+    comes after token i is hidden.
     """
-    device, mask_id = model.head.weight.device, model.cfg.mask_id
-    ids = torch.tensor([[*prompt, *new]], device=device)           # (1, P + N)
-    length = ids.shape[1]
-    if model.cfg.causal:
-        states = model.step(shifted(ids, mask_id), model.new_cache(1, length))[0, len(prompt):]
-        logp = model.logits(states).double().log_softmax(-1)       # (N, V)
-        return -float(logp.gather(1, ids[0, len(prompt):, None]).sum())
-
-    canvas = ids.clone()
-    canvas[:, len(prompt):] = mask_id
-    cache = model.new_cache(1, length) if frozen else None
-    total = 0.0
-    for i in range(length):
-        if i >= len(prompt):
-            if frozen:
-                state = model.states(canvas[:, i:i + 1], cache)[:, 0]                  # (1, D)
-            else:
-                state = model.states(canvas)[:, i]
-            total -= float(model.logits(state).double().log_softmax(-1)[0, ids[0, i]])
-            canvas[:, i] = ids[:, i]
-        if frozen:
-            model.commit(ids[:, i:i + 1], cache)
-    return total
+    ids = torch.tensor([[*prompt, *new]], device=model.head.weight.device)         # (1, P + N)
+    P = len(prompt)
+    if frozen:
+        states = model.clean_states(ids)[0, P:]                                    # (N, D)
+    else:
+        canvas = ids.repeat(len(new), 1)
+        for i in range(len(new)):
+            canvas[i, P + i:] = model.cfg.mask_id
+        states = model.block_states(canvas, canvas, ids.shape[1])                  # (N, P + N, D)
+        at = torch.arange(len(new), device=ids.device)
+        states = states[at, P + at]
+    logp = model.logits(states).double().log_softmax(-1)                           # (N, V)
+    return -float(logp.gather(1, ids[0, P:, None]).sum())
 
 
 def scored_tokens(pieces):

@@ -183,7 +183,7 @@ def score(model, documents, tokenizer, blocks, args, length, batch):
         result["bound"][key] = {**found["all"], "masked_mean": plain, "scripts": found}
         result["curve"][key] = curve
         result["documents"]["nats"][key] = nats.tolist()
-        if model.cfg.causal:
+        if block == 1:
             show(rule, "NLL", found)
         else:
             show(rule, "bound", found)

@@ -99,7 +99,7 @@ def mean_mask_rate(train_args):
         return 1.0
     mean = {"linear": 1 / 2, "cosine": 2 / math.pi}[train_args.mask_schedule]
     lowest = train_args.min_mask_rate
-    return lowest + mean * (train_args.most_hidden - lowest)
+    return lowest + mean * (train_args.max_mask_rate - lowest)
 
 
 def vocabulary(data_dir):
@@ -221,8 +221,6 @@ def terms(train_args):
     for field in FIELDS:
         if field.metadata["resume"] != "ignore" and field.name not in LOOSE:
             kept[field.name] = getattr(train_args, field.name)
-    kept["ar_fade"] = train_args.fade
-    kept["max_mask_rate"] = train_args.most_hidden
     kept["warmup_steps"] = train_args.warmup
     return kept
 

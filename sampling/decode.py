@@ -12,8 +12,9 @@ in model.py's docstring. Settings.mode says what is a block, and what a block se
     block_frozen  left to right in blocks; finished text is frozen into the cache
                   (block rule B = block, exact)
 
-A causal model (--objective ar) has one mode, whatever was asked for: block_frozen with blocks of
-one token, whose only forward reads the token before it (exact).
+block_frozen in blocks of one token is the clean stream: its only forward reads the token before it
+into the cache (exact, one row a token). A causal model (--objective ar) has nothing else, whatever
+was asked for.
 
 Promises, tested with a fake denoiser on ten thousand cases: the prompt is untouched; no mask and no
 pad is ever an answer; a block ends within `steps` forwards; no forward runs when nothing is masked;
@@ -36,12 +37,12 @@ from typing import NamedTuple
 import torch
 
 from common.console import UserError
-from masking import folded, shifted
+from masking import folded
 from sampling import unmasking
 from sampling.settings import MODES
 from sampling.unmasking import LOOKING, Look
 
-PROMPT_TOKENS = 1024  # of a prompt that go through the network at once, in whole blocks
+PROMPT_TOKENS = 1024  # of a prompt that go through the network at once
 
 
 class NotFinite(UserError, FloatingPointError):
@@ -142,10 +143,15 @@ def write_group(model, group, prompts, settings, seeds, result, on_step, on_bloc
     # The cache, with the prompts in it
     cache = None
     if settings.mode == "block_frozen":
-        cache = model.new_cache(len(group), positions_in_cache(T, settings))
+        room = positions_in_cache(T, settings)
+        cache = model.new_cache(len(group), room)
         result.cache_bytes = max(result.cache_bytes, cache.nbytes)
-        freeze_prompt(model, cache, ids[:, :P], T, settings)
-        result.context_passes += 1  # one pass over the prompt, whatever its number of blocks
+        # left to right, the first forward reads the prompt's last token
+        known = P - 1 if left_to_right(settings) else P
+        for part in ids[:, :known].split(max(1, min(PROMPT_TOKENS, room // 2)), dim=1):
+            if part.numel():
+                model.step(part, cache)
+        result.context_passes += 1  # one pass over the prompt, whatever its number of parts
 
     # Block after block; a finished row leaves the batch
     alive = group                     # the numbers of the rows that the canvas still holds
@@ -184,23 +190,14 @@ def positions_in_cache(length, settings):
     return min(length, settings.window or length)
 
 
-def freeze_prompt(model, cache, prompt, length, settings):
-    """Fill the cache with the prompts (B, P) of texts of so many positions, a piece at a time."""
-    P = prompt.shape[1]
-    if model.cfg.causal:
-        # all but the prompt's last token, which the first forward reads
-        before = shifted(prompt, model.cfg.mask_id)
-        most = max(1, positions_in_cache(length, settings) // 2)
-        for lo in range(0, P, most):
-            model.step(before[:, lo:lo + most], cache)
-        return
-    # a context that is no multiple of the block starts with the shorter one
-    size = settings.block_size
-    first = P % size or size
-    model.commit(prompt[:, :first], cache)
-    most = max(1, PROMPT_TOKENS // size) * size
-    for lo in range(first, P, most):
-        model.commit(prompt[:, lo:lo + most], cache, size)
+def left_to_right(settings):
+    """Is the clean stream asked? Guidance and early exits are the noisy stream's."""
+    return (
+        settings.mode == "block_frozen"
+        and settings.block_size == 1
+        and settings.guidance_scale == 1
+        and not settings.min_depth
+    )
 
 
 def keep_answer(result, row, ids, prompt, settings, model):
@@ -286,20 +283,19 @@ def forward_of_block(model, cache, canvas, P, lo, hi, settings, result):
     """forward_of, and the block before [lo, hi) joins the cache: in a pass of its own now, or in
     the first forward where the model can do both at once.
     """
-    if cache is None or lo == P or model.cfg.causal:  # no block waits to join the cache
+    if cache is None or lo == P or left_to_right(settings):  # no block waits to join the cache
         return forward_of(model, cache, P, lo, hi, settings)
     size = block_length(settings)
     finished = canvas.ids[:, lo - size:lo]
     both_at_once = (
-        hasattr(model, "commit_and_states")
-        and hi - lo == size
+        hasattr(model, "step_and_states")
         and settings.guidance_scale == 1
         and not settings.min_depth
     )
     if both_at_once:
         forward = forward_of(model, cache, P, lo, hi, settings)
-        return commits_first(model, cache, finished, lo, hi, forward)
-    model.commit(finished, cache)
+        return joins_first(model, cache, finished, lo, hi, forward)
+    model.step(finished, cache)
     result.context_passes += 1
     return forward_of(model, cache, P, lo, hi, settings)
 
@@ -308,37 +304,45 @@ def forward_of(model, cache, P, lo, hi, settings):
     """The function (ids (B, T), depth) -> hidden states of [lo, hi); if guided, the same rows
     without their context follow.
     """
-    mask_id = model.cfg.mask_id
-    if model.cfg.causal:
+    if left_to_right(settings):
         return lambda ids, depth: model.step(ids[:, lo - 1:lo], cache)
+    guided = settings.guidance_scale != 1
     if cache is not None:
-        if settings.guidance_scale == 1:
+        if not guided:
             return lambda ids, depth: model.states(ids[:, lo:hi], cache, depth)
-        if hasattr(cache, "beside_empty"):      # both sides in one batch
-            both = cache.beside_empty()
-            return lambda ids, depth: model.states(ids[:, lo:hi].repeat(2, 1), both, depth)
-        return lambda ids, depth: torch.cat(
-            [model.states(ids[:, lo:hi], context, depth) for context in (cache, None)]
-        )
-    if settings.guidance_scale == 1:
-        return lambda ids, depth: model.states(ids[:, :hi], None, depth)[:, lo:hi]
+        return both_contexts(model, cache, lo, hi)
+
+    def alone(ids, depth):                      # nothing stands before the ids
+        return model.states(ids, model.new_cache(len(ids), 0), depth)[:, lo:hi]
 
     def both_sides(ids, depth):
         bare = ids[:, :hi].clone()
-        bare[:, 1:P] = mask_id                  # BOS stays: a text begins there, whatever it says
-        return model.states(torch.cat((ids[:, :hi], bare)), None, depth)[:, lo:hi]
-    return both_sides
+        bare[:, 1:P] = model.cfg.mask_id        # BOS stays: a text begins there, whatever it says
+        return alone(torch.cat((ids[:, :hi], bare)), depth)
+    return both_sides if guided else lambda ids, depth: alone(ids[:, :hi], depth)
 
 
-def commits_first(model, cache, finished, lo, hi, forward):
-    """The same function whose first call also commits the finished block before. A block always has
-    a forward, as something in it is masked.
+def both_contexts(model, cache, lo, hi):
+    """forward_of, guided, over a cache."""
+    rows = len(cache.front)
+    if hasattr(cache, "beside"):                # both sides in one batch
+        both = cache.beside(model.new_cache(rows, 0))
+        return lambda ids, depth: model.states(ids[:, lo:hi].repeat(2, 1), both, depth)
+    contexts = (cache, model.new_cache(rows, 0))
+    return lambda ids, depth: torch.cat(
+        [model.states(ids[:, lo:hi], context, depth) for context in contexts]
+    )
+
+
+def joins_first(model, cache, finished, lo, hi, forward):
+    """The same function whose first call also reads the finished block before it into the cache. A
+    block always has a forward, as something in it is masked.
     """
     waiting = [finished]
 
     def first_then(ids, depth):
         if waiting:
-            return model.commit_and_states(waiting.pop(), ids[:, lo:hi], cache)
+            return model.step_and_states(waiting.pop(), ids[:, lo:hi], cache)
         return forward(ids, depth)
     return first_then
 

@@ -260,7 +260,7 @@ def usual_block(saved):
 def cannot_freeze(saved):
     """Why this checkpoint's context cannot be frozen; empty if it can."""
     trained = saved.config["args"]
-    if min(trained_blocks(saved)) < trained["seq_len"] or saved.config["model"].get("causal"):
+    if min(trained_blocks(saved)) < trained["seq_len"] or saved.config["model"]["causal"]:
         return ""
     return (
         f"{saved.path} was not trained in blocks (--train_block_sizes "
@@ -273,7 +273,7 @@ def cannot_freeze(saved):
 
 def in_words(settings, causal):
     """One line that says how the text is made."""
-    if causal:
+    if causal or settings.mode == "block_frozen" and settings.block_size == 1:
         where = "one token at a time"
         rule = "left to right"
     else:
@@ -334,7 +334,7 @@ def idle(args, origins, settings):
 def degenerate(settings, saved):
     """A warning for settings that make poor text of any model, or of this one."""
     trained = parts_of_a_text(saved)
-    if settings.mode == "block_frozen" and settings.block_size not in trained:
+    if settings.mode == "block_frozen" and settings.block_size not in (1, *trained):
         sizes = ", ".join(map(str, trained))
         yield (
             f"warning: this checkpoint was not trained in blocks of {settings.block_size} (but of "

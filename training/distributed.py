@@ -297,7 +297,7 @@ def shard(model, device, dtype, world):
             if module.used_alone:  # it is also called by another name than forward
                 register_fsdp_forward_method(module, "last_rows")
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "block_states")
+    register_fsdp_forward_method(model, "both_states")
     for module in model.modules():
         if isinstance(module, FSDPModule):  # sums, not means: the loss has the whole step's divisor
             module.set_gradient_divide_factor(1.0)

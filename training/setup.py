@@ -289,10 +289,11 @@ def say_what_runs(run):
         f"{args.max_steps} steps of {run.rows} x {args.seq_len} = {run.planned / 1e6:.1f}M tokens, "
         f"{epochs:.2f} epochs; run folder {run.folder}"
     )
-    if run.state.first_step < args.fade * args.max_steps:
+    fade = round(args.ar_fade * args.max_steps)
+    if run.state.first_step < fade and not args.causal:
         say(
-            f"blocks: of one token at first, fading into {args.train_block_sizes} until step "
-            f"{round(args.fade * args.max_steps)}"
+            f"blocks: none at first, left to right alone, which until step {fade} gives way to "
+            f"{args.train_block_sizes}"
         )
     say(f"memory: {run.room}")
     if epochs > 2 * MANY_EPOCHS:
@@ -300,11 +301,6 @@ def say_what_runs(run):
         say(
             f"notice: {epochs:.0f} passes over this text are far too many: it is learned by heart; "
             f"advised is --max_steps {advised} ({MANY_EPOCHS} passes), or more text"
-        )
-    elif args.fade and epochs > MANY_EPOCHS:
-        say(
-            f"notice: {epochs:.0f} passes over this text: single tokens unlearn after some five, "
-            "--train_block_sizes T,64,32 learns on"
         )
 
 
@@ -316,7 +312,7 @@ def hold_out(run):
     else:
         held = run.windows.batch(0, args.batch_size)
     run.held = held.to(run.device)
-    run.blocks = sorted(set(args.block_choices), reverse=True)
+    run.blocks = args.block_rules
     # a sharded model cannot speak by itself
     run.speaks = args.show_samples and run.ranks.main and not args.fsdp
 
@@ -355,8 +351,7 @@ def claim_folder(run):
 def compile_step(model, args, shape, device):
     """Compile the layers' training form; if that fails, say why and go on uncompiled.
 
-    All layers share their graphs: one for each block rule, with and without a shorter first block,
-    the last layer apart. What changes from step to step (where block 0 ends, which early exit)
+    All layers share their graphs: one for each block rule, with and without a shorter first block. What changes from step to step (where block 0 ends, which early exit)
     stays outside, so that nothing is compiled in mid-run.
     """
     # beyond its own 8 graphs, PyTorch would go on in eager silently
@@ -376,7 +371,9 @@ def compile_step(model, args, shape, device):
             "the next run)"
         )
         for number, (block, first) in enumerate(forms, 1):
-            model.block_states(ids, ids, block, first).sum().backward()
+            noisy = ids if block > 1 else None
+            (states,) = model.both_states(ids, noisy, block, first, clean=block < args.seq_len)
+            sum(each.sum() for each in states if each is not None).backward()
             seconds = time.perf_counter() - started
             say(f"compile: form {number} of {len(forms)}, {seconds:.0f} s so far")
         model.zero_grad(set_to_none=True)

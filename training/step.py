@@ -38,12 +38,14 @@ class StepResult(NamedTuple):
 
 
 def mask_sample(run, step, block, first=None):
-    """What is hidden in this rank's rows; autoregression asks for every token."""
-    if run.args.causal:
-        return masking.whole_rows(run.rows, run.args.seq_len, run.mine)
-    return masking.corrupt(
-        run.args, run.args.seed, step, run.rows, run.args.seq_len, block, first, run.mine
+    """What is asked of this rank's rows; whole rows do without the clean stream."""
+    length = run.args.seq_len
+    if block == 1:
+        return masking.left_to_right(run.rows, length, run.mine)
+    masks = masking.corrupt(
+        run.args, run.args.seed, step, run.rows, length, block, first, run.mine
     )
+    return masks._replace(clean=block < length)
 
 
 def gradients(run, x0, masks, step, micro, last=True):
@@ -52,7 +54,6 @@ def gradients(run, x0, masks, step, micro, last=True):
     last: no further rows of this rank follow, so the ranks add up their gradients in the last part.
     """
     args = run.args
-    total = masking.normaliser(args.loss, masks)
     early = None
     if run.cfg.exits and args.n_layers > 1:
         early = masking.pick_exit(args.n_layers, args.seed, step)
@@ -66,7 +67,7 @@ def gradients(run, x0, masks, step, micro, last=True):
         with piece, alone:
             with run.autocast():
                 out = run.loss_of(
-                    x0[part], masks, args.loss, total, part,
+                    x0[part], masks, args.loss, part, noisy_weight=args.noisy_weight,
                     early=early, early_weight=args.exit_loss_weight,
                 )
             try:
