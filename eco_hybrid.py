@@ -111,16 +111,17 @@ class Rows:
         writes = torch.ones(self.count, block, device=device)
         if real is not None:
             writes = real.float()
-        self.writes = F.pad(writes, (1, 0)).view(1, self.count, block + 1, 1)
+        writes = F.pad(writes, (1, 0))                                             # (n, S + 1)
+        self.writes = writes[None, :, :, None]
         self.valid = None
         if real is not None:  # the front row stands right before the first token
             front = F.one_hot(real.long().argmax(-1), block + 1).float()
-            self.valid = self.writes + front.view(self.writes.shape)
+            self.valid = self.writes + front[None, :, :, None]
 
     @classmethod
-    def of_training(cls, batch, length, block, first, clean, reach, device):
-        """All blocks of sequences of so many tokens, the first one of `first`. clean: with the
-        whole clean stream; else with what the blocks need of it.
+    def of_training(cls, batch, length, block, first, with_clean, reach, device):
+        """All blocks of sequences of so many tokens, the first one of `first`, beside the whole
+        clean stream or what the blocks need of it.
         """
         before = block - first
         count = -(-(before + length) // block)
@@ -128,9 +129,11 @@ class Rows:
         real = None
         if (before + length) % block or before:
             position = torch.arange(count * block, device=device) - before
-            real = ((position >= 0) & (position < length)).view(count, block)
-        rows = length if clean else (count - 1) * block - before * (count > 1) + 1
-        return cls(batch, rows, opens, block, reach, real, before)
+            real = ((position >= 0) & (position < length)).view(count, block)      # (n, S)
+        clean = length
+        if not with_clean:
+            clean = max(0, (count - 1) * block - before) + 1
+        return cls(batch, clean, opens, block, reach, real, before)
 
     @classmethod
     def behind(cls, batch, clean, block, reach, device):
@@ -139,9 +142,11 @@ class Rows:
 
     def split(self, x):
         """x (R, X) -> the clean rows (B, T, X), the noisy ones (B, n, S + 1, X)."""
-        clean = self.batch * self.clean
-        noisy = x[clean:].view(self.batch, self.count, self.block + 1, x.shape[-1])
-        return x[:clean].view(self.batch, self.clean, x.shape[-1]), noisy
+        X = x.shape[-1]
+        end = self.batch * self.clean
+        clean = x[:end].view(self.batch, self.clean, X)                            # (B, T, X)
+        noisy = x[end:].view(self.batch, self.count, self.block + 1, X)  # (B, n, S + 1, X)
+        return clean, noisy
 
     @staticmethod
     def join(parts):
@@ -329,11 +334,12 @@ class EcoLayer(nn.Module):
 
         # the tokens, in groups of S that end where the next block opens
         row = rows.between.clamp(min=0).flatten()
-        w = write_weights(s.index_select(1, row)).unflatten(1, rows.between.shape)
+        w = write_weights(s.index_select(1, row))
+        w = w.unflatten(1, rows.between.shape)                                     # (B, n-1, S, .)
         place = torch.arange(rows.block, device=v.device)
         fade = self.decay_factors(rows.block - 1 - place).flatten(0, 1).mT         # (S, H*M)
         w = w * fade * (rows.between >= 1).unsqueeze(-1)                           # (B, n-1, S, .)
-        v = v.index_select(1, row).unflatten(1, rows.between.shape)
+        v = v.index_select(1, row).unflatten(1, rows.between.shape)                # (B, n-1, S, .)
         groups = F.pad(self.add_up(w, v), (0, 0) * 3 + (0, 1))                     # (B, n, H, M, E)
         return start + self.prefix(groups, rows.block)
 
@@ -456,14 +462,14 @@ class EcoHybrid(Denoiser):
 
     # ---- training --------------------------------------------------------------------------------
 
-    def both_states(self, x0, xt=None, block=None, first=None, clean=True, early=None):
+    def both_states(self, x0, xt=None, block=None, first=None, with_clean=True, early=None):
         B, T = x0.shape
         read = shifted(x0, self.cfg.mask_id)                                       # (B, T)
         if xt is None:
             rows = Rows(B, T)
             ids = read.flatten()
         else:
-            rows = self.rows_of_blocks(x0, block, first, clean)
+            rows = self.rows_of_blocks(x0, block, first, with_clean)
             noisy = self.noisy_ids(xt, read, rows)                                 # (B, n, S + 1)
             ids = torch.cat((read[:, :rows.clean].flatten(), noisy.flatten()))     # (R,)
         x = self.head.embed(ids)                                                   # (R, D)
@@ -471,15 +477,15 @@ class EcoHybrid(Denoiser):
         for i, layer in enumerate(self.layers, 1):
             x = recomputed(self.recompute, layer, x, rows)
             if i in (early, len(self.layers)):  # the last layer's come first
-                found.insert(0, self.answers(self.exits(x, i), rows, T, clean))
+                found.insert(0, self.answers(self.exits(x, i), rows, T, with_clean))
         return found
 
-    def rows_of_blocks(self, x0, block, first, clean):
+    def rows_of_blocks(self, x0, block, first, with_clean):
         B, T = x0.shape
         block = min(block, T)
         first = min(first or block, block)
         reach = self.layers[0].conv.reach
-        return Rows.of_training(B, T, block, first, clean, reach, x0.device)
+        return Rows.of_training(B, T, block, first, with_clean, reach, x0.device)
 
     def noisy_ids(self, xt, read, rows):
         """The ids of the noisy blocks, (B, n, S + 1): in front the token behind which each opens.
@@ -491,14 +497,14 @@ class EcoHybrid(Denoiser):
         ids[:, 0, rows.before] = self.cfg.mask_id  # the start stands right before the first token
         return ids
 
-    def answers(self, x, rows, length, clean):
+    def answers(self, x, rows, length, with_clean):
         """The rows behind a layer -> of both streams the states that answer for each token."""
         read, noisy = rows.split(x)
         if not rows.count:
             return read, None
         noisy = noisy[:, :, :-1].flatten(1, 2)
         noisy = noisy[:, rows.before:rows.before + length]                         # (B, T, D)
-        return (read if clean else None), noisy
+        return (read if with_clean else None), noisy
 
     # ---- decoding --------------------------------------------------------------------------------
 

@@ -201,7 +201,7 @@ class Denoiser(nn.Module):
 
     def block_states(self, xt, x0, block, first=None):
         """The noisy stream alone is asked."""
-        (_, noisy), = self.both_states(x0, xt, block, first, clean=False)
+        (_, noisy), = self.both_states(x0, xt, block, first, with_clean=False)
         return noisy                                                               # (B, T, D)
 
     def clean_states(self, x0):

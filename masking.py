@@ -117,7 +117,7 @@ def hide(count, real, span, generator, part=slice(None)):
 class MaskSample(NamedTuple):
     """What one optimizer step asks: of all its rows, or in mask and weight of those of one rank.
 
-    block 1: the clean stream alone is asked, for every token.
+    In blocks of one token the clean stream alone is asked, for every token.
     """
     mask: torch.Tensor      # (R, T) bool, True = masked
     weight: torch.Tensor    # (R, T) float32, -alpha'(t) / (k / L) of the position's block
@@ -125,7 +125,7 @@ class MaskSample(NamedTuple):
     block: int
     first: int              # length of block 0
     masked_count: int = 0   # masked tokens of the whole step
-    clean: bool = False     # is the clean stream asked as well?
+    clean_share: float = 0.0        # of the clean stream in the loss; 0: it is not asked
 
 
 def times(args, u):
@@ -201,7 +201,7 @@ def left_to_right(rows, length, part=slice(None)):
     """The sample of the clean stream alone: every token is asked for, and all weigh the same."""
     ones = torch.ones(rows, length)
     weight = ones[part]
-    return MaskSample(weight.bool(), weight, ones[:, :1], 1, 1, rows * length, clean=True)
+    return MaskSample(weight.bool(), weight, ones[:, :1], 1, 1, rows * length, 1.0)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -269,8 +269,7 @@ def pick_exit(layers, seed, step):
 
 
 def denoising_loss(
-    model, x0, masks, kind, rows=slice(None), chunk=512, noisy_weight=1.0,
-    early=None, early_weight=0.0,
+    model, x0, masks, kind, rows=slice(None), chunk=512, early=None, early_weight=0.0
 ):
     """The loss of some rows of a step: x0 (R', T) are the rows `rows` of the sample `masks`.
 
@@ -278,33 +277,30 @@ def denoising_loss(
     2. run both streams, or the one that is asked
     3. keep of the noisy stream the masked positions only
     4. weigh: the clean stream's tokens by 1, the masked ones by `weight` ("elbo") or by 1
-       ("masked_mean"); each stream is divided by its count in the step
+       ("masked_mean"); each stream is divided by its count in the step, times its share
     5. head and CE of all that is asked, in chunks
-    If both are asked, it is their mean, in which the noisy stream weighs noisy_weight to 1.
     """
     mask = masks.mask[rows].to(x0.device)                                          # (R', T)
-    noisy_asked = masks.block > 1
+    clean_asked = masks.clean_share > 0
+    noisy_asked = masks.clean_share < 1
     xt = None
-    share = 1.0                                                 # of the noisy stream in the loss
     if noisy_asked:
         xt = torch.where(mask, model.cfg.mask_id, x0)
-        if masks.clean:
-            share = noisy_weight / (1 + noisy_weight)
-    found = model.both_states(x0, xt, masks.block, masks.first, masks.clean, early)
+    found = model.both_states(x0, xt, masks.block, masks.first, clean_asked, early)
 
     # the targets of both streams one after the other, and what each weighs
     targets = []
     weights = []
-    if masks.clean:
+    if clean_asked:
         targets.append(x0.flatten())
-        tokens = len(masks.t) * x0.shape[1]
-        each = (1 - share * noisy_asked) / tokens
+        each = masks.clean_share / (len(masks.t) * x0.shape[1])
         weights.append(torch.full((x0.numel(),), each, device=x0.device))
     if noisy_asked:
         targets.append(x0[mask])
         weight = masks.weight[rows].to(x0.device)[mask]
         if kind != "elbo":
             weight = torch.ones_like(weight)
+        share = 1 - masks.clean_share
         weights.append(weight * (share / normaliser(kind, masks)))
     targets = torch.cat(targets)                                                   # (N,)
     weights = torch.cat(weights)
@@ -316,7 +312,7 @@ def denoising_loss(
     totals = []
     for clean, noisy in found:
         asked = []
-        if masks.clean:
+        if clean_asked:
             asked.append(clean.flatten(0, 1))
         if noisy_asked:
             asked.append(noisy[mask])
@@ -373,8 +369,9 @@ def row_bounds(
     sum of CE, its masked tokens.
 
     Linear time, so every count weighs the same; stratified over rows and blocks; masks fixed by the
-    seed. In blocks of one token it is the clean stream's exact NLL, whatever the seed. part: only these rows, with the
-    masks that they have among all. piece: a context for each batch, in which a signal may end it.
+    seed. In blocks of one token it is the clean stream's exact NLL, whatever the seed. part: only
+    these rows, with the masks that they have among all. piece: a context for each batch, in which a
+    signal may end it.
     """
     R, T = x0.shape
     if block == 1:

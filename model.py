@@ -12,9 +12,9 @@ for token i.
 
 The denoiser protocol, which sampling/decode.py, masking.py and the tests' fake rely on:
     model.cfg                           ModelConfig
-    model.both_states(x0, xt=None, block=None, first=None, clean=True, early=None)
+    model.both_states(x0, xt=None, block=None, first=None, with_clean=True, early=None)
                                         training: x0, xt (B, T) -> [(clean, noisy)], (B, T, D) each,
-                                        states about each token; None without xt, or if not clean.
+                                        states about each token, None of a stream not asked.
                                         Noisy blocks stand behind the clean text before them; block
                                         0 may be shorter (`first` tokens), and so may the last.
                                         early: also leave behind that many layers, a second pair
@@ -277,7 +277,7 @@ class Transformer(Denoiser):
 
     # ---- training --------------------------------------------------------------------------------
 
-    def both_states(self, x0, xt=None, block=None, first=None, clean=True, early=None):
+    def both_states(self, x0, xt=None, block=None, first=None, with_clean=True, early=None):
         T = x0.shape[1]
         ids = shifted(x0, self.cfg.mask_id)                                        # (B, T)
         positions = self.positions(0, T)
@@ -286,7 +286,7 @@ class Transformer(Denoiser):
         if xt is not None:
             block = min(block, T)
             noisy = NoisyRows(T, block, min(first or block, block), x0.device)
-            if not clean:
+            if not with_clean:
                 T = noisy.clean
             mask = noisy.mask(T)
             positions = torch.cat((positions[:T], noisy.position))
@@ -298,7 +298,7 @@ class Transformer(Denoiser):
             x = recomputed(self.recompute, layer, x, table, T, mask)
             if i in (early, len(self.layers)):  # the last layer's come first
                 states = self.exits(x, i)
-                answers = states[:, :T] if clean else None
+                answers = states[:, :T] if with_clean else None
                 if noisy is None:
                     found.insert(0, (answers, None))
                 else:

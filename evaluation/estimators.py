@@ -64,7 +64,7 @@ def held_out(model, rows, blocks, seed, batch, draws, ranks=None, piece=contextl
 def at_depth(model, depth):
     """The same model, leaving behind that many layers, as far as an estimator looks at it."""
     def early_states(xt, x0, block, first):
-        return model.both_states(x0, xt, block, first, clean=False, early=depth)[1][1]
+        return model.both_states(x0, xt, block, first, with_clean=False, early=depth)[1][1]
 
     def early_clean_states(x0):
         return model.both_states(x0, early=depth)[1][0]

@@ -351,8 +351,9 @@ def claim_folder(run):
 def compile_step(model, args, shape, device):
     """Compile the layers' training form; if that fails, say why and go on uncompiled.
 
-    All layers share their graphs: one for each block rule, with and without a shorter first block. What changes from step to step (where block 0 ends, which early exit)
-    stays outside, so that nothing is compiled in mid-run.
+    All layers share their graphs: one for each block rule, with and without a shorter first block.
+    What changes from step to step (where block 0 ends, which early exit) stays outside, so that
+    nothing is compiled in mid-run.
     """
     # beyond its own 8 graphs, PyTorch would go on in eager silently
     torch._dynamo.config.recompile_limit = 64
@@ -372,7 +373,7 @@ def compile_step(model, args, shape, device):
         )
         for number, (block, first) in enumerate(forms, 1):
             noisy = ids if block > 1 else None
-            (states,) = model.both_states(ids, noisy, block, first, clean=block < args.seq_len)
+            (states,) = model.both_states(ids, noisy, block, first, with_clean=block < args.seq_len)
             sum(each.sum() for each in states if each is not None).backward()
             seconds = time.perf_counter() - started
             say(f"compile: form {number} of {len(forms)}, {seconds:.0f} s so far")

@@ -45,7 +45,9 @@ def mask_sample(run, step, block, first=None):
     masks = masking.corrupt(
         run.args, run.args.seed, step, run.rows, length, block, first, run.mine
     )
-    return masks._replace(clean=block < length)
+    if block < length:
+        return masks._replace(clean_share=1 / (1 + run.args.noisy_weight))
+    return masks
 
 
 def gradients(run, x0, masks, step, micro, last=True):
@@ -67,7 +69,7 @@ def gradients(run, x0, masks, step, micro, last=True):
         with piece, alone:
             with run.autocast():
                 out = run.loss_of(
-                    x0[part], masks, args.loss, part, noisy_weight=args.noisy_weight,
+                    x0[part], masks, args.loss, part,
                     early=early, early_weight=args.exit_loss_weight,
                 )
             try:
