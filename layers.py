@@ -121,22 +121,14 @@ class LocalConv(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A matrix without bias. In decoding sampling/fast.py puts other layouts in its place.
+    """A matrix without bias. In decoding sampling/fast.py puts other layouts in its place."""
 
-    used_alone: the numbers of last rows that are also multiplied without the others.
-    """
-
-    def __init__(self, inputs, outputs, used_alone=()):
+    def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
-        self.used_alone = used_alone
 
     def residual_add(self, x, y, dropout):
         """x + dropout(the product with y): the end of a residual branch."""
         return x + dropout(self(y))
-
-    def last_rows(self, x, count):
-        """The product with the last `count` rows alone."""
-        return F.linear(x, self.weight[-count:])
 
 
 class TiedEmbedding(nn.Module):

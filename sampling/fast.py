@@ -58,8 +58,8 @@ class PackedBF16(nn.Module):
             return F.linear(x, self.plain)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
-    def residual_add(self, x, y):
-        return x + self(y)
+    def residual_add(self, x, y, dropout):
+        return x + self(y)                      # decoding has no dropout
 
 
 class PackedInt8(nn.Module):
@@ -113,29 +113,9 @@ class PackedInt8(nn.Module):
         product, top = self.rows(x)
         return product.mul_(top)
 
-    def residual_add(self, x, y):
+    def residual_add(self, x, y, dropout):
         product, top = self.rows(y)
         return torch.addcmul(x, product, top)
-
-
-class Fast(nn.Module):
-    """In the place of a Linear: the whole product, and the products with last rows alone."""
-
-    def __init__(self, kind, linear):
-        super().__init__()
-        self.whole = kind(linear.weight)
-        self.alone = nn.ModuleDict()
-        for count in linear.used_alone:
-            self.alone[str(count)] = kind(linear.weight[-count:])
-
-    def forward(self, x):
-        return self.whole(x)
-
-    def last_rows(self, x, count):
-        return self.alone[str(count)](x)
-
-    def residual_add(self, x, y, dropout):
-        return self.whole.residual_add(x, y)    # decoding has no dropout
 
 
 def prepare(model, precision):
@@ -147,8 +127,8 @@ def prepare(model, precision):
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear):
-                fast = Fast(kind, child)
+                fast = kind(child.weight)
                 setattr(parent, name, fast)
-                total += fast.whole.nbytes
+                total += fast.nbytes
     model.head.product = kind(model.head.weight)
     return total + model.head.product.nbytes

@@ -6,9 +6,12 @@ import torch
 from tiny import tiny_model
 
 from common.console import UserError
+from layers import Linear
 from sampling import fast
 from sampling.decode import generate
 from sampling.settings import Settings
+
+KINDS = (fast.PackedBF16, fast.PackedInt8)
 
 
 def net(kind):
@@ -19,14 +22,16 @@ def net(kind):
 
 
 def answers(model, ids):
-    """Log-probabilities with a committed context, so that every product runs: the block's, the
-    commit's, the head's.
+    """Log-probabilities of the block behind a context, and of the token behind it, so that every
+    product runs: of one row and of several, of the block and of the head.
     """
     with torch.no_grad():
         cache = model.new_cache(2, 48)
-        model.commit(ids[:, :20], cache)
-        model.commit(ids[:, 20:32], cache)
-        return model(ids[:, 32:], cache)[..., 1:-1].log_softmax(-1)
+        model.step(ids[:, :20], cache)
+        model.step(ids[:, 20:31], cache)
+        behind = model.logits(model.step(ids[:, 31:32], cache))
+        logits = torch.cat((behind, model(ids[:, 32:], cache)), dim=1)
+        return logits[..., 1:-1].log_softmax(-1)
 
 
 @pytest.mark.parametrize("precision, limit", [("bf16", 2e-3), ("int8", 1e-2)])
@@ -35,23 +40,26 @@ def test_products_in_few_bits_are_close(kind, precision, limit):
     ids = torch.randint(4, 300, (2, 48), generator=torch.Generator().manual_seed(0))
     exact, model = answers(net(kind), ids), net(kind)
     whole = fast.prepare(net(kind), "fp32")
+    matrices = {name for name, m in model.named_modules() if isinstance(m, Linear)}
     few = fast.prepare(model, precision)
+    replaced = {name for name, m in model.named_modules() if type(m) in KINDS}
+    assert replaced == {*matrices, "head.product"}, "every matrix, and nothing else"
     got = answers(model, ids)
     divergence = (exact.exp() * (exact - got)).sum(-1)
     assert 0 < float(divergence.mean()) < limit  # 0 would mean that nothing was replaced
     assert few < whole * {"bf16": 0.52, "int8": 0.27}[precision]
-    assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_the_last_rows_alone_are_the_last_columns(precision):
+def test_the_end_of_a_branch_is_added_to_what_it_began_with(precision):
     model = net("primary")
+    width = model.layers[0].out_proj.in_features
     fast.prepare(model, precision)
-    product = model.layers[0].in_proj
-    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    width = int(next(iter(product.alone)))
-    a, b = product(x)[:, -width:].float(), product.last_rows(x, width).float()
-    assert float((a - b).abs().max()) < 0.03 * float(a.abs().max())
+    product = model.layers[0].out_proj
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(5, 64, generator=g), torch.randn(5, width, generator=g)
+    added = product.residual_add(x, y, None).float()
+    torch.testing.assert_close(added, x + product(y).float())
 
 
 def test_fp32_changes_nothing_and_int8_says_where_it_works():
@@ -70,9 +78,9 @@ def test_fp32_changes_nothing_and_int8_says_where_it_works():
 def test_whole_texts(kind, precision):
     model = net(kind)
     fast.prepare(model, precision)
-    for mode in ("full", "block", "block_frozen"):
+    for mode, size in (("full", 8), ("block", 8), ("block_frozen", 8), ("block_frozen", 1)):
         out = generate(
-            model, [2, 5, 7], Settings(20, 4, mode=mode, block_size=8, eos_id=None), [0, 1]
+            model, [2, 5, 7], Settings(20, 4, mode=mode, block_size=size, eos_id=None), [0, 1]
         )
         assert [len(row) for row in out.rows] == [20, 20]
 

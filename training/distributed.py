@@ -293,9 +293,6 @@ def shard(model, device, dtype, world):
     for layer in model.layers:
         matrices = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         fully_shard(matrices, mesh=mesh, mp_policy=policy)
-        for module in matrices:
-            if module.used_alone:  # it is also called by another name than forward
-                register_fsdp_forward_method(module, "last_rows")
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "both_states")
     for module in model.modules():
