@@ -11,6 +11,7 @@ In the formulas d is d_model, ff is d_ff and dm is d_mem.
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from common.console import UserError
 from common.flags import again, checked, flag
@@ -183,74 +184,93 @@ def weight_name(name):
 # --------------------------------------------------------------------------------------------------
 # arithmetic
 
+class StepRows(NamedTuple):
+    """The rows of a layer's input that one training row makes."""
+    clean: int          # of the clean stream
+    noisy: int          # of all noisy blocks, each with its front row
+    blocks: int
+    block: int          # places of a block
+
+
+def rows_of_step(shape, length, block):
+    """Left to right alone, whole rows behind the start alone, or both streams."""
+    if block == 1:
+        return StepRows(length, 0, 0, 0)
+    clean = length if block < length else 1
+    blocks = -(-length // block)
+    places = length
+    if shape.model == "primary":
+        places = blocks * block         # the last block is filled up
+    return StepRows(clean, places + blocks, blocks, block)
+
+
 def train_flops(shape, length, block, masked):
     """FLOPs of forward and backward per token of a training row (a test compares them with torch's
-    counter). masked: the share of tokens that are predicted.
+    counter). masked: the share of tokens that are predicted in noisy blocks; left to right, all
+    are.
 
     A multiplication and an addition are two; backward is twice forward. Only products count
     (matrices, attention, convolution), as masked attention computes them, and nothing that is
-    computed again. Below a block of the whole length there are two streams, noisy and clean, of
-    which the last layer only writes the clean one.
+    computed again.
     """
+    rows = rows_of_step(shape, length, block)
     if shape.model == "backup":
-        layers = transformer_flops(shape, length, block)
+        layers = transformer_flops(shape, rows)
     else:
-        layers = eco_flops(shape, length, block)
-    predictions = 2 if shape.exits and shape.n_layers > 1 else 1
-    return 3 * (layers + predictions * masked * 2 * shape.d_model * shape.rows)
+        layers = eco_flops(shape, rows)
+
+    asked = 0
+    if block < length:
+        asked += length
+    if block > 1:
+        asked += masked * length
+    if shape.exits and shape.n_layers > 1:
+        asked *= 2
+    head = asked * 2 * shape.d_model * shape.rows
+    return 3 * (shape.n_layers * layers + head) / length
 
 
-def transformer_flops(shape, length, block):
-    """Forward FLOPs per token in the transformer's layers."""
+def transformer_flops(shape, rows):
+    """Forward FLOPs of a training row in one of the transformer's layers."""
     d, ff = shape.d_model, shape.d_ff
-    stream = 2 * (4 * d * d + 3 * d * ff)       # q, k, v, output, gated feed-forward
-    mix = 4 * d * length                        # scores and values over the keys
-    layers = shape.n_layers * (stream + mix)
-    if block < length:
-        # the noisy stream sees clean and noisy keys, the clean one its own
-        last = 2 * 3 * d * d
-        layers += (shape.n_layers - 1) * (stream + mix) + last + shape.n_layers * mix
-    return layers
+    each = 2 * (4 * d * d + 3 * d * ff)         # q, k, v, output, gated feed-forward
+    # a clean row sees the clean ones, a noisy row all: scores and values
+    seen = rows.clean * rows.clean + rows.noisy * (rows.clean + rows.noisy)
+    return (rows.clean + rows.noisy) * each + 4 * d * seen
 
 
-def eco_flops(shape, length, block):
-    """Forward FLOPs per token in EcoHybrid's layers."""
+def eco_flops(shape, rows):
+    """Forward FLOPs of a training row in one of EcoHybrid's layers."""
     d, ff, dm = shape.d_model, shape.d_ff, shape.d_mem
-    # one product writes the slots and three read them
-    slots = 2 * shape.memory_slots * dm
-    writes = 2 * d * (dm + shape.n_heads * shape.memory_slots) + 2 * d * shape.conv_kernel + slots
-    stream = writes + 2 * d * (2 * ff + dm) + 2 * d * (ff + dm) + 3 * slots
-    layers = shape.n_layers * stream
-    if block < length:
-        # the clean stream, and the sums over earlier blocks
-        if block == 1:
-            sums = token_products(shape, length)
-        else:
-            sums = prefix_products(-(-length // block)) / length
-        layers += (shape.n_layers - 1) * stream + writes
-        layers += shape.n_layers * slots * sums
-    return layers
+    slots = shape.n_heads * shape.memory_slots
+    one = 2 * shape.memory_slots * dm           # one product of a token with all slots
+    each = 2 * d * (2 * ff + 2 * dm + slots) + 2 * d * (ff + dm)
+    layer = (rows.clean + rows.noisy) * each
+
+    # the clean stream, in chunks: a token's products with those of its chunk, as q, v and shares
+    # of slots, and with the slots
+    chunk = min(rows.clean, 16)
+    chunks = -(-rows.clean // chunk)
+    layer += rows.clean * 2 * d * (shape.conv_kernel // 2 + 1)
+    layer += chunks * chunk * (6 * chunk * (dm + slots) + 5 * one)
+    layer += prefix_products(chunks) * one
+
+    # the noisy blocks: one product writes the slots and three read them; the states behind which
+    # they open are summed from what the tokens before them write
+    layer += rows.noisy * (2 * d * shape.conv_kernel + 4 * one)
+    if rows.blocks > 1:
+        layer += (rows.blocks - 1) * rows.block * one
+        layer += prefix_products(rows.blocks) * one
+    return layer
 
 
-def prefix_products(blocks):
-    """Pairs of blocks, or of groups of blocks, that EcoLayer.prefix multiplies."""
-    if blocks <= 16:
-        return blocks * (blocks + 1)
-    size = round(blocks ** 0.5)
-    groups = -(-blocks // size)
-    return groups * size * (size + 1) + prefix_products(groups)
-
-
-def token_products(shape, length):
-    """The same of EcoLayer.token_prefix, per token: its group, and a column for each slot of what
-    came before.
-    """
-    groups = -(-length // 16)
-    own_group = min(length, 16)
-    if groups == 1:
-        return own_group
-    before = shape.memory_slots + 1 + prefix_products(groups) / length
-    return own_group + before
+def prefix_products(groups):
+    """Pairs of groups, or of groups of groups, that EcoLayer.prefix multiplies."""
+    if groups <= 16:
+        return groups * (groups + 1)
+    size = round(groups ** 0.5)
+    larger = -(-groups // size)
+    return larger * size * (size + 1) + prefix_products(larger)
 
 
 def flops_per_token(shape, length, shares, asked, flops=None):
