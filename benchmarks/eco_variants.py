@@ -21,12 +21,9 @@ results.md. None of this is an option of the product.
                        sum_j w_j R(j - i) v_j
     mean_read          slot values are weighted means N / sum w instead of N / rms(N)
     uncapped_write     w = exp(score), not exp(8 tanh(score / 8))
-    attn_every_1, 2, 3 each (second, third) layer has block-causal attention over everything in
-                       place of its memory: with 1 it is a transformer with the convolution
+    attn_every_1, 2, 3 each (second, third) layer has attention over all the text before in place of
+                       its memory: with 1 it is a transformer with the convolution
     untied             an output matrix of its own: equal layers, so more parameters in all
-    time_conditioning  the embeddings are told which share of their block is masked: half a sine and
-                       a cosine of it, projected
-    time_gently        ... a tenth as loud
 
 Every run is a process of its own that changes the model, then calls train or evaluate. The layers
 of all have equally many parameters, by d_ff; the numbers in the report are counted on the built
@@ -64,7 +61,7 @@ from layers import (
     rotate,
     unit_rms,
 )
-from model import MultiHead, block_masks
+from model import MultiHead
 from studies import SMALL, STUDIES, Study
 
 STUDY = "eco_variants"
@@ -79,48 +76,43 @@ FIXED = (
     *run_experiments.OURS_IN_STUDIES,
 )
 UNCAPPED = 40.0       # of uncapped_write: exp(40) only keeps a float32 sum finite
-WAVES = 8             # of time_conditioning
 
 
 # ---- layers: only the training form, which is all that train and evaluate ask for ----------------
 
-class Same(nn.Module):
-    """In a convolution's place."""
-    reach = 0
-
-    def forward(self, x, halo=None):
-        return x
-
-
 class NoConv(EcoLayer):
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.conv = Same()
+        self.conv = NoTaps(cfg)
 
-    def conv_blocks(self, h, halo):
-        return h
+    def convolve(self, h, rows, halo):
+        return h, halo
 
 
-class Mixer(nn.Module):
-    """x + out(silu(conv(gate)) * up): the gate is convolved under the block rule."""
-    conv_blocks = EcoLayer.conv_blocks
+class NoTaps(nn.Module):
+    """In a convolution's place, for those who ask how far it reaches."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.norm, self.conv = RMSNorm(cfg.d_model), LocalConv(cfg.d_model, cfg.conv_kernel)
-        self.in_proj, self.out_proj = (
-            Linear(cfg.d_model, 2 * cfg.d_model),
-            Linear(cfg.d_model, cfg.d_model),
-        )
+        self.reach = cfg.conv_kernel // 2
+
+
+class Mixer(nn.Module):
+    """x + out(silu(conv(gate)) * up): the gate is convolved as the layer's input else is."""
+    convolve = EcoLayer.convolve
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm = RMSNorm(cfg.d_model)
+        self.conv = LocalConv(cfg.d_model, cfg.conv_kernel)
+        self.in_proj = Linear(cfg.d_model, 2 * cfg.d_model)
+        self.out_proj = Linear(cfg.d_model, cfg.d_model)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, valid=None):
-        gate, up = self.in_proj(self.norm(x)).chunk(2, dim=-1)  # (..., S, D) each
-        gate = gate.float() if valid is None else gate.float() * valid
-        if x.dim() == 3:
-            gate = self.conv(gate)
-        else:
-            gate = self.conv_blocks(gate, gate.new_zeros(x.shape[1], self.conv.reach, x.shape[-1]))
+    def forward(self, x, rows):
+        gate, up = self.in_proj(self.norm(x)).chunk(2, dim=-1)                     # (R, D) each
+        gate = gate.float()
+        gate, _ = self.convolve(gate, rows, nothing_before(self, gate, rows))
         return self.out_proj.residual_add(x, F.silu(gate).to(up.dtype) * up, self.dropout)
 
 
@@ -129,73 +121,67 @@ class ConvSeparate(NoConv):
         super().__init__(cfg)
         self.mixer = Mixer(cfg)
 
-    def one_block(self, x):
-        return super().one_block(self.mixer(x))
+    def streams(self, x, rows):
+        return super().streams(self.mixer(x, rows), rows)
 
-    def all_blocks(self, x, valid=None, last=False):
-        return super().all_blocks(self.mixer(x, valid), valid, last)
+
+def nothing_before(layer, h, rows):
+    """The halo of a training row, (B, r + 1, D)."""
+    return h.new_zeros(rows.batch, layer.conv.reach + 1, h.shape[-1])
+
+
+def places(rows, device):
+    """The place in the text of the clean rows, (T,), and of the noisy blocks' rows, (n, S + 1)."""
+    clean = torch.arange(rows.clean, device=device)
+    opens = torch.arange(rows.count, device=device) * rows.block - rows.before
+    return clean, opens[:, None] + torch.arange(rows.block + 1, device=device)
 
 
 class NoMemory(EcoLayer):
-    """Convolution and gated feed-forward; context(h, valid, last) is what a subclass adds, h (2, B,
-    n, S, D) or (B, S, D).
-    """
+    """Convolution and gated feed-forward; context(h, rows) is what a subclass adds, h (R, D)."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
         del self.slot_key, self.decay
-        self.in_proj, self.out_proj = (
-            Linear(cfg.d_model, 2 * cfg.d_ff),
-            Linear(cfg.d_ff, cfg.d_model),
-        )
+        self.in_proj = Linear(cfg.d_model, 2 * cfg.d_ff)
+        self.out_proj = Linear(cfg.d_ff, cfg.d_model)
 
-    def context(self, h, valid, last):
+    def context(self, h, rows):
         return 0
 
-    def add(self, x, h, valid=None, last=False):
-        y = self.context(h, valid, last)
-        if last:
-            x, h = x[:1], h[:1]
-        gate, up = self.in_proj(h).chunk(2, dim=-1)
-        return self.out_proj.residual_add(x, F.silu(gate) * up, self.dropout) + y
-
-    def one_block(self, x):
-        return (self.add(x, self.conv(self.norm(x))),)
-
-    def all_blocks(self, x, valid=None, last=False):
+    def streams(self, x, rows):
         h = self.norm(x)
-        if valid is not None:
-            h = h * valid
-        return self.add(
-            x,
-            self.conv_blocks(h, h.new_zeros(x.shape[1], self.conv.reach, x.shape[-1])),
-            valid,
-            last,
-        )
+        h, _ = self.convolve(h, rows, nothing_before(self, h, rows))
+        gate, up = self.in_proj(h).chunk(2, dim=-1)
+        x = self.out_proj.residual_add(x, F.silu(gate) * up, self.dropout)
+        return (x + self.context(h, rows),)
 
 
 class Attention(NoMemory):
-    """Attention over the clean blocks before and the own one, in place of the memory: beside the
-    gated feed-forward.
+    """Attention in place of the memory, beside the gated feed-forward: causal in the clean stream;
+    a noisy block sees the clean rows before it and itself.
     """
 
     def __init__(self, cfg):
         super().__init__(cfg)
         self.attn = MultiHead(cfg)
 
-    def context(self, h, valid, last):
-        n, S = h.shape[-3:-1] if h.dim() == 5 else (1, h.shape[1])
-        E = h.shape[-1] // self.attn.heads
-        table = rotary_table(torch.arange(n * S, device=h.device), E)
-        if h.dim() == 3:
-            return self.dropout(self.attn.one_block(h, table)[0])
-        clean, noisy = block_masks(n * S, S, S, h.device)                          # (T, T), (T, 2T)
-        if valid is not None:  # nobody sees padding
-            real = valid.flatten() > 0                                             # (T,)
-            clean, noisy = clean & real, noisy & real.repeat(2)
-        # (2B, T, D), or (B, T, D)
-        y = self.attn.all_blocks(h.flatten(2, 3).flatten(0, 1), table, (clean, noisy), last)
-        return self.dropout(y.view(1 if last else 2, *h.shape[1:]))
+    def context(self, h, rows):
+        clean, noisy = rows.split(h)
+        row, place = places(rows, h.device)
+        mask = None
+        if rows.count:
+            before = row <= rows.opens[:, None]                                    # (n, T)
+            before = before.repeat_interleave(rows.block + 1, dim=0)               # (N, T)
+            block = torch.arange(rows.count, device=h.device)
+            block = block.repeat_interleave(rows.block + 1)                        # (N,)
+            own = (block[:, None] == block) & (rows.writes.flatten() > 0)          # (N, N)
+            mask = torch.cat((before, own), dim=1)
+        table = rotary_table(torch.cat((row, place.flatten())), h.shape[-1] // self.attn.heads)
+        x = torch.cat((clean, noisy.flatten(1, 2)), dim=1)                         # (B, T + N, D)
+        y = self.dropout(self.attn.streams(x, table, rows.clean, mask))
+        noisy = y[:, rows.clean:].view(noisy.shape)                                # (B, n, S+1, D)
+        return rows.join((y[:, :rows.clean], noisy))
 
 
 class NoDecay(EcoLayer):
@@ -203,127 +189,102 @@ class NoDecay(EcoLayer):
         super().__init__(cfg)
         del self.decay
 
-    def prefix(self, own, block):
-        return torch.einsum(
-            "bc,zchme->zbhme",
-            torch.ones(own.shape[1], own.shape[1], device=own.device).tril(-1),
-            own,
-        )
+    def decay_rate(self):
+        return torch.zeros(self.H, self.M, device=self.slot_key.device)
 
 
-class RotaryRead(EcoLayer):
+class EveryState(EcoLayer):
+    """The same layer in a few lines, which a variant can change: the state behind each clean token
+    is made.
+    """
+
+    def streams(self, x, rows):
+        h = self.norm(x)
+        h, _ = self.convolve(h, rows, nothing_before(self, h, rows))
+        gate, up, q, v, s = self.project(h)
+        q_clean, q_noisy = rows.split(q)
+        v_clean, v_noisy = rows.split(v)
+        s_clean, s_noisy = rows.split(s)
+        place, noisy_place = places(rows, h.device)
+
+        # each clean token is a group of its own
+        place = place[:, None]                                                     # (T, 1)
+        own = self.write_at(v_clean[:, :, None], s_clean[:, :, None], place)       # (B, T, H, M, E)
+        state = own + self.decay_factor(1) * self.prefix(own, 1)
+        answers = [self.read_at(q_clean[:, :, None], state, place)]                # (B, T, 1, H*E)
+
+        if rows.count:
+            own = self.write_at(v_noisy, s_noisy, noisy_place, rows.writes)        # (B, n, H, M, E)
+            total = own + state[:, rows.opens]
+            answers.append(self.read_at(q_noisy, total, noisy_place))              # (B, n, S+1, .)
+        return (self.mix(x, gate, up, rows.join(answers)),)
+
+    def write_at(self, v, s, place, valid=None):
+        """write, of tokens at these places (..., S) in the text."""
+        return self.write(v, s, valid)
+
+    def read_at(self, q, num, place):
+        return self.read(q, num)
+
+
+class RotaryRead(EveryState):
     """q_i (R(-i) N) = (R(i) q_i) N, so a sum over tokens can be read by relative place: only v, q
     and what is read are turned. rms(N) and the slots' names know no place. Nothing is learned, and
     the frozen context stays one sum.
     """
 
-    def turn(self, x, back=False):
-        """x (..., S, H*E), behind (B, n, S) or (B, S): turned by the place in the text, up to a
-        common start.
-        """
-        n, S = x.shape[-3:-1] if x.dim() > 3 else (1, x.shape[-2])
+    def turn(self, x, place, back=False):
+        """x (..., S, H*E) turned by its place (..., S) in the text."""
         E = x.shape[-1] // self.H
-        cos, sin = (
-            t.view(n, S, 1, E // 2) for t in rotary_table(torch.arange(n * S, device=x.device), E)
-        )
-        cos, sin = (cos, sin) if x.dim() > 3 else (cos[0], sin[0])
-        return rotate(x.unflatten(-1, (self.H, E)), (cos, -sin if back else sin)).flatten(-2)
+        cos, sin = rotary_table(place.flatten(), E)
+        cos = cos.view(*place.shape, 1, E // 2)
+        sin = sin.view(*place.shape, 1, E // 2)
+        if back:
+            sin = -sin
+        return rotate(x.unflatten(-1, (self.H, E)), (cos, sin)).flatten(-2)
 
-    def write(self, v, s, valid=None):
-        return super().write(self.turn(v), s, valid)
+    def write_at(self, v, s, place, valid=None):
+        return self.write(self.turn(v, place), s, valid)
 
-    def read(self, q, num):
-        value = unit_rms(num).to(q.dtype)           # (..., H, M, E)
-        # (..., H, S, E)
-        plain, turned = (z.unflatten(-1, (self.H, -1)).transpose(-3, -2) for z in (q, self.turn(q)))
-        # (..., H, S, M)
+    def read_at(self, q, num, place):
+        value = unit_rms(num).to(q.dtype)                                          # (..., H, M, E)
+        plain = self.heads(q)                                                      # (..., H, S, E)
+        turned = self.heads(self.turn(q, place))
         score = torch.matmul(turned, value.mT) + torch.matmul(plain, self.slot_key.to(q.dtype).mT)
-        share = (score * plain.shape[-1] ** -0.5).softmax(-1).to(q.dtype)
-        # (..., S, H*E)
-        return self.turn(torch.matmul(share, value).transpose(-3, -2).flatten(-2), back=True)
-
-
-class Cells(EcoLayer):
-    """Inside a block, too, slots forget with distance, to both sides, in cells of c tokens."""
-    c = 8
-
-    def around(self, own):
-        """own (N, m, H, M, E), sums of a block's cells -> same shape, what each cell has around it,
-        itself included.
-        """
-        ahead = self.prefix(own.flip(1), self.c).flip(1)
-        return own + self.prefix(own, self.c) + ahead
-
-    def cells(self, *parts):
-        return [part.unflatten(-2, (-1, self.c)) for part in parts]
-
-    def one_block(self, x):
-        if x.shape[1] <= self.c or x.shape[1] % self.c:
-            return super().one_block(x)
-        gate, up, q, v, s = self.split(self.conv(self.norm(x)))
-        q, v, s = self.cells(q, v, s)                                              # (B, m, c, ...)
-        return (self.mix(x, gate, up, self.read(q, self.around(self.write(v, s))).flatten(1, 2)),)
-
-    def all_blocks(self, x, valid=None, last=False):
-        S, c = x.shape[-2], self.c
-        if S <= c or S % c:
-            return super().all_blocks(x, valid, last)
-        m = S // c
-        h = self.norm(x)
-        if valid is not None:
-            h = h * valid
-            valid = valid.unflatten(-2, (-1, c))                                   # (1, n, m, c, 1)
-        # (2, B, n, S, D)
-        h = self.conv_blocks(h, h.new_zeros(x.shape[1], self.conv.reach, x.shape[-1]))
-        if last:
-            clean = self.write(*self.cells(*self.split_write(h[1])), valid)  # (B, n, m, H, M, E)
-            x, h = x[:1], h[:1]
-        gate, up, q, v, s = self.split(h)
-        q, v, s = self.cells(q, v, s)  # (K, B, n, m, c, ...)
-        own = self.write(v, s, valid)  # (K, B, n, m, H, M, E)
-        # (B, n, H, M, E)
-        before = self.prefix((clean if last else own[1]).flatten(1, 2), c)[:, ::m]
-        fade = torch.stack([self.decay_factor(i * c) for i in range(m)])  # (m, H, M, 1)
-        near = self.around(own.flatten(0, 2)).view(own.shape)
-        total = near + before[:, :, None] * fade
-        return self.mix(x, gate, up, self.read(q, total).flatten(-3, -2))
+        share = (score * plain.shape[-1] ** -0.5).softmax(-1).to(q.dtype)          # (..., H, S, M)
+        y = torch.matmul(share, value).transpose(-3, -2).flatten(-2)               # (..., S, H*E)
+        return self.turn(y, place, back=True)
 
 
 class NoConvRotary(RotaryRead, NoConv):
     pass
 
 
-class MeanRead(EcoLayer):
+class MeanRead(EveryState):
     """A last column of ones in v makes the sum of the weights part of the state."""
 
     def write(self, v, s, valid=None):
-        v = v.unflatten(-1, (self.H, -1))  # (..., S, H, E)
-        return super().write(
-            torch.cat((v, torch.ones_like(v[..., :1])), dim=-1).flatten(-2), s, valid
-        )
+        v = v.unflatten(-1, (self.H, -1))                                          # (..., S, H, E)
+        v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
+        return super().write(v.flatten(-2), s, valid)
 
     def read(self, q, num):
         value = (num[..., :-1] / num[..., -1:]).to(q.dtype)                        # (..., H, M, E)
-        q = q.unflatten(-1, (self.H, -1)).transpose(-3, -2)                        # (..., H, S, E)
+        q = self.heads(q)                                                          # (..., H, S, E)
         key = (value + self.slot_key.to(q.dtype)) * q.shape[-1] ** -0.5
         share = torch.matmul(q, key.mT).softmax(-1).to(q.dtype)                    # (..., H, S, M)
         return torch.matmul(share, value).transpose(-3, -2).flatten(-2)            # (..., S, H*E)
 
 
-class UncappedWrite(EcoLayer):
+class UncappedWrite(EveryState):
     def write(self, v, s, valid=None):
-        w = s.float().clamp(max=UNCAPPED).exp()  # (..., S, H*M)
-        w = (
-            (w if valid is None else w * valid)
-            .to(v.dtype)
-            .unflatten(-1, (self.H, self.M))
-            .movedim(-3, -1)
-        )
-        # (..., H, M, E)
-        return torch.matmul(w, v.unflatten(-1, (self.H, -1)).transpose(-3, -2)).float()
+        w = s.float().clamp(max=UNCAPPED).exp()                                    # (..., S, H*M)
+        if valid is not None:
+            w = w * valid
+        return self.add_up(w, v)
 
 
-# ---- heads ---------------------------------------------------------------------------------------
+# ---- head ----------------------------------------------------------------------------------------
 
 class Untied(TiedEmbedding):
     def __init__(self, cfg):
@@ -332,33 +293,6 @@ class Untied(TiedEmbedding):
 
     def embed(self, ids):
         return F.embedding(ids, self.inputs)
-
-
-class Timed(TiedEmbedding):
-    """Embeddings that know which share of their block is hidden: measured, so none of clean text,
-    and the cache needs no time.
-    """
-    loud = 1
-
-    def __init__(self, cfg):
-        super().__init__(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
-        self.pad, self.mask = cfg.pad_id, cfg.mask_id
-        self.time_proj = Linear(2 * WAVES, cfg.d_model)
-
-    def embed(self, ids):  # (..., S), a block
-        share = (ids == self.mask).sum(-1, keepdim=True) / (ids != self.pad).sum(
-            -1, keepdim=True
-        ).clamp(min=1)
-        angle = math.pi * share * torch.arange(1, WAVES + 1, device=ids.device)  # (..., WAVES)
-        return (
-            super().embed(ids)
-            + self.time_proj(torch.cat((angle.sin(), angle.cos()), dim=-1)).unsqueeze(-2)
-            * self.loud
-        )
-
-
-class TimedGently(Timed):
-    loud = 0.1
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -389,10 +323,7 @@ VARIANTS = {
     "attn_every_1": changed(Attention),
     "attn_every_2": changed(Attention, every=2),
     "attn_every_3": changed(Attention, every=3),
-    "cells_8": changed(Cells),
     "untied": changed(head=Untied),
-    "time_conditioning": changed(head=Timed),
-    "time_gently": changed(head=TimedGently),
 }
 
 
@@ -424,19 +355,26 @@ def layer_flops(name, c, length, block):
         return 2 * 2 * math.prod(grad) * math.prod(w[1:])
     with torch.random.fork_rng(devices=[]):  # a training in this process does not notice
         net, ids = VARIANTS[name](c), torch.zeros(1, length, dtype=torch.long)
+    noisy = ids if block > 1 else None
     with (
         FlopCounterMode(
             display=False, custom_mapping={torch.ops.aten.convolution_backward: depthwise}
         ) as counter,
         sdpa_kernel(SDPBackend.MATH),
     ):
-        net.block_states(ids, ids, block).sum().backward()
+        (states,) = net.both_states(ids, noisy, block, with_clean=block < length)
+        sum(each.sum() for each in states if each is not None).backward()
     return counter.get_total_flops() / length
 
 
 def train_flops(name, c, length, block, masked_share):
     """As model_config.train_flops, of a variant."""
-    return layer_flops(name, c, length, block) + 3 * masked_share * 2 * c.d_model * c.rows
+    asked = 0
+    if block < length:
+        asked += 1
+    if block > 1:
+        asked += masked_share
+    return layer_flops(name, c, length, block) + 3 * asked * 2 * c.d_model * c.rows
 
 
 def sizes(name, c, a):
