@@ -32,7 +32,7 @@ from common import files
 from common.console import Damage, UserError, say
 from common.files import file_sha256, lock, rename, replace_file, sync, to_json, write_file
 from model import build_model
-from model_config import ModelConfig, count_params, weight_name
+from model_config import ModelConfig, count_params
 from text.tokenizer import Tokenizer
 
 FORMAT = "aria-checkpoint-2"
@@ -423,11 +423,9 @@ def read_part(paths):
     processes.
     """
     if len(paths) == 1 and paths[0].stem in PARTS:
-        tensors = read_tensors(paths[0])
-    else:
-        import checkpoint_shards  # a second of imports that only the parts of --fsdp need
-        tensors = checkpoint_shards.read_whole(paths)
-    return {weight_name(name): tensor for name, tensor in tensors.items()}
+        return read_tensors(paths[0])
+    import checkpoint_shards  # a second of imports that only the parts of --fsdp need
+    return checkpoint_shards.read_whole(paths)
 
 
 def load(path, *, parts=("model",), quarantine=False):

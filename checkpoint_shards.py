@@ -25,7 +25,6 @@ from torch.distributed.tensor import zeros
 
 from common.console import Damage, UserError
 from common.files import file_sha256
-from model_config import weight_name
 
 # ---- save: every rank calls it -------------------------------------------------------------------
 
@@ -173,7 +172,7 @@ def read_whole(files):
     """{name: tensor}, put together on this one process."""
     whole = {name: blank(shape, dtype) for name, (shape, dtype) in contents(files).items()}
     read(files, whole, alone=True)
-    return {weight_name(name): tensor for name, tensor in whole.items()}
+    return whole
 
 
 def blank(shape, dtype):
@@ -187,18 +186,15 @@ def read_into(files, model):
     them. Every rank calls it.
     """
     own = model.state_dict()
-    found = {}  # today's name of a weight -> its name in the files, its shape
-    for name, (shape, _) in contents(files).items():
-        found[weight_name(name)] = (name, shape)
-
+    found = {name: shape for name, (shape, _) in contents(files).items()}
     for name in (*own, *found):
-        theirs = tuple(found[name][1]) if name in found else "missing"
+        theirs = tuple(found[name]) if name in found else "missing"
         ours = tuple(own[name].shape) if name in own else "missing"
         if theirs != ours:
             raise UserError(
                 f"the checkpoint does not fit the model: {name} is {theirs} there and {ours} here"
             )
-    targets = {found[name][0]: tensor.detach() for name, tensor in own.items()}
+    targets = {name: tensor.detach() for name, tensor in own.items()}
     read(files, targets, alone=False)
 
 
@@ -209,9 +205,8 @@ def read_beside(files, model):
     params = dict(model.named_parameters())
     targets = {}
     for name, (shape, dtype) in contents(files).items():
-        own = weight_name(name)
-        inner = own.partition(".")[2].rpartition(".")[0]  # adamw.<name>.exp_avg -> <name>
-        p = params.get(own, params.get(inner))
+        inner = name.partition(".")[2].rpartition(".")[0]  # adamw.<name>.exp_avg -> <name>
+        p = params.get(name, params.get(inner))
         if p is not None and p.shape == shape:
             targets[name] = zeros(
                 shape, dtype=dtype, device_mesh=p.device_mesh, placements=p.placements
@@ -219,4 +214,4 @@ def read_beside(files, model):
         else:
             targets[name] = blank(shape, dtype)
     read(files, targets, alone=False)
-    return {weight_name(name): tensor for name, tensor in targets.items()}
+    return targets

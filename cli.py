@@ -16,7 +16,6 @@ from common.console import UserError, be_quiet, commit_hash, printable, run, say
 from common.files import ROOT, read_json
 from common.flags import checked, problems_of, read_flags, show
 from config import (
-    ADDED,
     COMMANDS,
     PRESETS,
     RATES,
@@ -122,10 +121,8 @@ def read_config(cls, typed, problems):
         return path, {}
 
     saved = read_json(path)
-    is_whole_run = isinstance(saved.get("args"), dict) and cls is TrainArgs
-    older = ADDED if is_whole_run else {}
     values = {}
-    for name, value in (older | checked(cls, saved, path)).items():
+    for name, value in checked(cls, saved, path).items():
         if cls.__dataclass_fields__[name].metadata["resume"] != "ignore":
             values[name] = value
     return path, values
@@ -234,7 +231,7 @@ def resume_check(saved, args, origins):
     from another preset than the run's own, and differs is a UserError; "may" flags that differ are
     the changes. origins follows.
     """
-    old = ADDED | checked(TrainArgs, saved, "the checkpoint's config.json")
+    old = checked(TrainArgs, saved, "the checkpoint's config.json")
     rules = {field.name: field.metadata["resume"] for field in dataclasses.fields(TrainArgs)}
     missing = set(rules) - set(old)
     if missing:

@@ -14,7 +14,6 @@ common/flags.py has the words of a declaration and reads the flags; cli.py puts 
 flags together. The flags of a model's shape are in model_config.py, those of the studies in
 studies.py. No torch and no numpy here: --help has to be instant.
 """
-import dataclasses
 import re
 import shlex
 from dataclasses import dataclass
@@ -1194,25 +1193,6 @@ def next_commands(run, step, max_steps):
 
 # --------------------------------------------------------------------------------------------------
 # the settings in a checkpoint
-
-# Flags that older checkpoints lack -> the value that those runs had. It is written out here, as
-# today's default may be another one, now or later.
-ADDED = dict(
-    quiet=False,
-    version=False,
-    auto_batch=False,
-    save_minutes=0.0,
-    drive=None,
-    spike_factor=0.0,
-    spike_rollback=False,
-    detect_anomaly=False,
-    objective="masked",
-    fsdp=False,
-    exit_loss_weight=0.0,
-    activation_checkpointing=False,
-    **{field.name: field.default for field in dataclasses.fields(SinkFlags)},
-)
-
 
 # what the users of a trained model read from the settings of its training
 READ_LATER = ("seq_len", "batch_size", "train_block_sizes", "sample_steps", "data_dir")

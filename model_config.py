@@ -9,15 +9,12 @@ Used by config.py and cli.py, by model.py and checkpoint.py, and by studies for 
 In the formulas d is d_model, ff is d_ff and dm is d_mem.
 """
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.console import UserError
 from common.flags import again, checked, flag
 
-# fields of ModelConfig that older checkpoints lack -> the value that those models had
-ADDED = dict(causal=False, exits=False)
 OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffusion="backup")
 
 
@@ -100,7 +97,6 @@ class ModelConfig:
     def from_dict(cls, saved):
         """Strict: every key, no other key, each of its own type."""
         names = {field.name for field in dataclasses.fields(cls)}
-        saved = ADDED | saved
         missing = names - set(saved)
         if missing:
             raise UserError(f"model configuration without {', '.join(sorted(missing))}")
@@ -172,13 +168,6 @@ def match_d_ff(shape, target, cost=count_params):
     rest = cost(dataclasses.replace(shape, d_ff=0))
     per_d_ff = cost(dataclasses.replace(shape, d_ff=1)) - rest
     return max(8, 8 * round((target - rest) / per_d_ff / 8))
-
-
-def weight_name(name):
-    """What a weight, or a state of a weight, is called today: the last norm came to be one of
-    several exits.
-    """
-    return re.sub(r"(?<!exits\.)\bfinal_norm\.", "exits.final_norm.", name)
 
 
 # --------------------------------------------------------------------------------------------------

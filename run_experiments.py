@@ -160,10 +160,12 @@ def occupied(run):
     other = study_plan.unlike(study_plan.trained(meta[-1]["config"]["args"]), run.args)
     if not other:
         return None
-    differing = ", ".join(f"--{name} {value}" for name, value in other.items())
+    words = []
+    for name, value in other.items():
+        words.append(f"without --{name}" if value is None else f"with --{name} {value}")
     return failure(
         2,
-        f"{run.folder} holds a run with {differing}: move it away, or name another --output_root",
+        f"{run.folder} holds a run {', '.join(words)}: move it away, or name another --output_root",
     )
 
 

@@ -182,7 +182,7 @@ STUDIES = {
         | dict(
             ar_dropout=ARMS["ar"] | dict(dropout=0.1),
             backup=ARMS["backup"],
-            no_single=dict(lr=2e-2, train_block_sizes="T,64,32"),
+            whole_rows=dict(lr=2e-2, train_block_sizes="T", ar_fade=0.0),
         ),
         "the curve over the passes (tokens / tokens of the corpus), its lowest point and its end",
         base=SMALL | dict(data_dir="data/small", max_steps=4000),

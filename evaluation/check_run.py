@@ -11,7 +11,6 @@ exit code; soft ones (speed on a shared machine, the 20 % target) are told and d
 shorter run has not reached is neither passed nor failed. CRITERIA lists all of them, each with the
 function that decides it.
 """
-import dataclasses
 import math
 import statistics
 from collections import Counter
@@ -24,6 +23,7 @@ import config
 from common import machine
 from common.console import UserError, printable
 from common.files import write_json
+from common.flags import checked
 from evaluation import sample_quality
 from evaluation.run_report import read_log
 from sampling.decode import generate
@@ -116,9 +116,9 @@ def loss_finite(evidence):
 def mask_in_range(evidence):
     """Is as much hidden as the settings ask for?
 
-    A block of one token is hidden whole, and so is a row of an autoregressive run: their metric has
-    to be 1. The first MASK_STEPS steps with longer blocks, wherever in the run they are, show
-    whether the corruption works (masks_of_longer_blocks).
+    Left to right every token is asked for: the metric has to be 1. The first MASK_STEPS steps with
+    blocks, wherever in the run they are, show whether the corruption works
+    (masks_of_longer_blocks).
     """
     args = train_args({})
     settings = {}
@@ -128,8 +128,8 @@ def mask_in_range(evidence):
         elif event["event"] == "train":
             settings[event["step"]] = args
     single, longer = [], []
-    for step, event in sorted(evidence.train.items()):
-        if event.get("block") == 1 or settings[step].causal:
+    for _, event in sorted(evidence.train.items()):
+        if event.get("block") == 1:
             single.append(event)
         else:
             longer.append(event)
@@ -143,7 +143,7 @@ def mask_in_range(evidence):
         return within and not partly, told
     if partly:
         return False, alone
-    only_single = args.causal or args.block_rules == [1]
+    only_single = args.block_rules == [1]
     return (True if only_single else None), f"{alone}; none has longer blocks yet"
 
 
@@ -188,8 +188,7 @@ def train_args(meta):
     """The settings in a "meta" event of train.jsonl; what an older log lacks has today's default.
     """
     saved = meta.get("config", {}).get("args", {})
-    names = [field.name for field in dataclasses.fields(config.TrainArgs)]
-    return config.TrainArgs(**{name: saved[name] for name in names if name in saved})
+    return config.TrainArgs(**checked(config.TrainArgs, saved, "the settings in train.jsonl"))
 
 
 def expected_mask(args, event):

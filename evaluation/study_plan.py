@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import config
 import model_config
 from common.console import UserError, say
 from common.files import read_json
@@ -226,29 +225,30 @@ def terms(train_args):
 
 
 def unlike(found, train_args):
-    """Saved terms, perhaps of an older version, against what is asked for -> {flag: what was saved}
-    of those that differ.
+    """Saved terms against what is asked for -> {flag: what was saved} of those that differ; None
+    of a flag that the version lacks which saved them.
     """
-    old = {field.name: config.ADDED.get(field.name, field.default) for field in FIELDS} | found
     asked = terms(train_args)
-    return {name: old[name] for name, value in asked.items() if old[name] != value}
+    return {name: found.get(name) for name, value in asked.items() if found.get(name) != value}
 
 
 def trained(saved):
-    """The terms of a run from the args that its train.jsonl has."""
+    """The terms of a run from the args that its train.jsonl has, as far as it has them."""
     known = {field.name for field in FIELDS}
-    every = config.ADDED | saved
-    return terms(TrainArgs(**{name: every[name] for name in every if name in known}))
+    found = terms(TrainArgs(**{name: saved[name] for name in saved if name in known}))
+    return {name: value for name, value in found.items() if name in saved}
 
 
 def scoring(args, run):
-    """How a trained run is scored: by its base's block rules, unless it learned single tokens
+    """How a trained run is scored: by its base's block rules, unless it learned left to right
     alone.
     """
-    single = set(run.args.block_choices) == {1}
-    rules = "1" if single else args.train_block_sizes
+    rules = args.block_rules
+    if run.args.block_rules == [1]:
+        rules = [1]
+    names = ["T" if block == args.seq_len else str(block) for block in rules]
     return {
-        "blocks": rules,
+        "blocks": ",".join(names),
         "batches": args.batches,
         "draws": args.draws,
         "chain_docs": args.chain_docs,

@@ -378,7 +378,7 @@ def test_forged_json(pair):
         b"\xff",
         b'{"a": ' * 50_000,
         b'{"a": ' + b"9" * 10_000 + b"}",
-        b'{"format": "aria-checkpoint-1", "step": 21}',
+        b'{"format": "aria-checkpoint-2", "step": 21}',
     ):
         plant(folder, "state.json", data)
         with pytest.raises(ck.Damage, match=r"state\.json"):
@@ -413,9 +413,11 @@ def test_forged_json(pair):
             assert ck.load(run / "step_000010").step == 10
         except UserError:
             pass
-    reseal(folder, lambda m: m.update(format="aria-checkpoint-2"))
-    with pytest.raises(UserError, match="aria-checkpoint-2"):
-        ck.load(run)  # from a newer Aria: that is no damage, so no silent fallback
+    for other, said in (("aria-checkpoint-3", "aria-checkpoint-3"), ("aria-checkpoint-1", "older")):
+        reseal(folder, lambda m, other=other: m.update(format=other))
+        with pytest.raises(UserError, match=said) as caught:
+            ck.load(run)  # of another Aria: that is no damage, so no silent fallback
+        assert not isinstance(caught.value, ck.Damage)
 
 
 def test_pickles_are_refused_and_never_run(tmp_path, monkeypatch):

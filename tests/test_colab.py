@@ -35,6 +35,7 @@ from conftest import ROOT, RUNS, log
 from evaluation import check_run
 from text import starter
 from training import drive, recovery
+from training.step import mask_sample
 
 BASE = {"event": "train", "skipped": 0, "step_ms": 100.0, "mask": 0.5}
 
@@ -192,23 +193,21 @@ def test_a_short_run_is_neither_good_nor_bad():
 
 
 def corrupted(steps=500, **settings):
-    """The log of a run of which only the corruption is real: pick_blocks and draw, as training
-    calls them.
+    """The log of a run of which only the corruption is real: pick_blocks and mask_sample, as
+    training calls them.
     """
     args = config.TrainArgs(
         **{"seq_len": 64, "batch_size": 16, "grad_accum": 1, "max_steps": 500, **settings}
     )
     rows = args.batch_size * args.grad_accum
+    run = SimpleNamespace(args=args, rows=rows, mine=slice(None))
     log = [{"event": "meta", "config": {"args": to_dict(args, config.TrainArgs)}}]
     for step in range(steps):
         chance = args.single_chance(step)
         block, first = masking.pick_blocks(
             args.block_choices, args.seq_len, args.seed, step, chance
         )
-        if args.causal:
-            masks = masking.whole_rows(rows, args.seq_len)
-        else:
-            masks = masking.corrupt(args, args.seed, step, rows, args.seq_len, block, first)
+        masks = mask_sample(run, step, block, first)
         log.append(
             {
                 **BASE,
@@ -264,9 +263,7 @@ def test_the_mask_criterion_passes_the_real_corruption_and_no_other(what, monkey
 
 
 def test_the_mask_criterion_waits_for_a_step_that_can_tell():
-    """The default mixture begins with blocks of one token, all hidden: 20 such steps say nothing of
-    the corruption.
-    """
+    """The default mixture begins left to right: 20 such steps say nothing of the corruption."""
     log = corrupted(20)
     assert {e["block"] for e in log[1:]} == {1}
     assert mask_line(log).ok is None and "none has longer blocks yet" in mask_line(log).number
@@ -274,7 +271,8 @@ def test_the_mask_criterion_waits_for_a_step_that_can_tell():
     log[7]["mask"] = 0.5
     assert mask_line(log).ok is False
     assert mask_line(corrupted(20, train_block_sizes="1")).ok is True
-    assert mask_line(corrupted(20, model="backup", objective="ar")).ok is True
+    for model in ("primary", "backup"):
+        assert mask_line(corrupted(20, model=model, objective="ar")).ok is True
 
 
 def test_special_tokens_of_a_text_are_counted(here, monkeypatch):

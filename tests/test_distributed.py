@@ -36,8 +36,9 @@ from training import distributed, recovery
 # order moves a weight by lr/100.
 SHAPE = (
     "--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 24, "--memory_slots", 2,
-    "--seq_len", 16, "--batch_size", 4, "--grad_accum", 3, "--train_block_sizes", "T,8,4",
-    "--block_size", 4, "--lr", 3e-4, "--lr_schedule", "constant", "--warmup_steps", 2, "--ema", 0.9,
+    "--seq_len", 16, "--batch_size", 4, "--grad_accum", 3, "--train_block_sizes", "T,8,4,1",
+    "--ar_fade", 0, "--block_size", 4, "--lr", 3e-4, "--lr_schedule", "constant",
+    "--warmup_steps", 2, "--ema", 0.9,
     "--eval_batches", 1, "--eval_interval", 3, "--save_interval", 2, "--keep_full", 99,
     "--log_interval", 1, "--threads", 1, "--no_amp", "--no_show_samples", "--live", "off",
 )

@@ -131,11 +131,11 @@ def test_the_flags_of_a_run_mean_that_run(line):
 
 def test_what_makes_a_run_the_one_that_it_is():
     """What -1 means is written down, so that a default which changes later is another run; where
-    and how often is not.
+    and how often is not. A line that lacks a flag is of another version, and another run.
     """
     a = TrainArgs(max_steps=200)
     saved = json.loads(json.dumps(study_plan.terms(a)))
-    assert saved["max_mask_rate"] == 0.8 and saved["ar_fade"] == 0.6 and saved["warmup_steps"] == 10
+    assert saved["noisy_weight"] == 1 and saved["ar_fade"] == 0.6 and saved["warmup_steps"] == 10
     other = dataclasses.replace(
         a,
         output_dir="x",
@@ -151,25 +151,35 @@ def test_what_makes_a_run_the_one_that_it_is():
         == {}
         == study_plan.unlike(saved, dataclasses.replace(a, ar_fade=0.6))
     )
-    assert study_plan.unlike(saved | {"max_mask_rate": 1.0}, a) == {"max_mask_rate": 1.0}
+    assert study_plan.unlike(saved | {"max_mask_rate": 0.8}, a) == {"max_mask_rate": 0.8}
     assert study_plan.unlike(saved, dataclasses.replace(a, lr=0.5, train_block_sizes="T")) == {
-        "lr": 0.01, "train_block_sizes": "T,32,4,1", "ar_fade": 0.6, "max_mask_rate": 0.8}
-    old = {key: value for key, value in to_dict(a).items() if key not in ("ar_fade", "wandb")}
-    assert study_plan.unlike(study_plan.trained(old | {"max_mask_rate": 1.0}), a) == {
-        "ar_fade": 0.0,
-        "max_mask_rate": 1.0,
-    }
+        "lr": 0.01, "train_block_sizes": "T,32,16,4"}
+    old = {key: value for key, value in to_dict(a).items() if key not in ("noisy_weight", "wandb")}
+    trained = study_plan.trained(old | {"max_mask_rate": -1.0, "left_since": 1})
+    assert study_plan.unlike(trained, a) == {"noisy_weight": None, "max_mask_rate": -1.0}
+
+
+def test_a_run_of_an_older_version_is_named_and_left_alone(tmp_path):
+    """Its settings are in its log: what they lack and what they mean otherwise."""
+    own = TrainArgs(output_dir=str(tmp_path))
+    older = {key: value for key, value in to_dict(own).items() if key != "noisy_weight"}
+    meta = {"event": "meta", "config": {"args": older | {"ar_fade": -1.0}}}
+    (tmp_path / "train.jsonl").write_text(json.dumps(meta) + "\n")
+    wrong = experiments.occupied(study_plan.Run("a", "a", own))
+    assert wrong["code"] == 2
+    assert "holds a run with --ar_fade -1.0, without --noisy_weight: move it" in wrong["error"]
 
 
 def test_time_is_matched_by_every_block_rule_at_its_share(tmp_path, monkeypatch):
     """Each rule is measured by itself, so none is missing and none counts more than it will."""
     def train(probe, lock):
         cost, steps = (
-            {256: 10, 32: 20, 4: 40, 1: 80}[int(probe.args.train_block_sizes)],
+            {256: 10, 32: 20, 16: 30, 4: 40, 1: 80}[int(probe.args.train_block_sizes)],
             range(1, probe.args.max_steps + 1),
         )
         probe.folder.mkdir(parents=True)
-        assert probe.args.fade == 0 and probe.args.model == "primary"
+        assert probe.args.ar_fade == 0 and probe.args.model == "primary"
+        assert len(set(probe.args.block_choices)) == 1, "1 is left to right alone"
         (probe.folder / "train.jsonl").write_text(
             "".join(
                 json.dumps({"event": "train", "step": s, "step_ms": cost if s > 2 else 9e9}) + "\n"
@@ -181,7 +191,7 @@ def test_time_is_matched_by_every_block_rule_at_its_share(tmp_path, monkeypatch)
     _, runs = plan("--study conv_kernel --seeds 1")
     (tmp_path / "probe_3_256").mkdir()                    # of another day
     found = experiments.measure_speed(runs[:1], tmp_path, None)
-    assert found == {"3": pytest.approx(0.3 * 80 + 0.7 * (10 + 20 + 40 + 80) / 4)}
+    assert found == {"3": pytest.approx(0.3 * 80 + 0.7 * (10 + 20 + 30 + 40) / 4)}
 
 
 def line_of(variant, seed, **bound):
@@ -277,7 +287,6 @@ def test_a_seed_has_its_folder_whatever_else_is_asked():
         ("--ckpt x", "train itself"),
         ("--report x --execute", "--execute"),
         ("--halving --match time", "--match time"),
-        ("--objective ar", "--model backup"),
         ("--study losses", "loss"),
         ("--halving --max_steps 7", "--max_steps 7"),
         ("--report nowhere", "results.jsonl"),
@@ -313,16 +322,18 @@ def test_halving_keeps_the_better_half_and_whoever_is_within_the_noise(scores):
     )
 
 
-def test_who_learned_single_tokens_alone_is_asked_by_that_rule(monkeypatch):
-    """Its bound in other blocks says nothing, as it never saw them: its figure is its exact NLL, as
-    that of ar.
+def test_who_learned_left_to_right_alone_is_asked_by_that_rule(monkeypatch):
+    """Its bound in blocks says nothing, as it never saw them: its figure is its exact NLL, which
+    the others have, too.
     """
     asked = {}
     monkeypatch.setattr(experiments, "child", lambda run, command, words, lock: asked.update(
         {run.variant: words[words.index("--blocks") + 1]}) or 0)
     args, runs = plan("--study objective --seeds 1")
     assert [experiments.evaluate(args, run, None) for run in runs] == [None] * 4
-    assert asked == {"primary": "T,32,4,1", "backup": "T,32,4,1", "ar": "T,32,4,1", "eco_ar": "1"}
+    every = "T,32,16,4,1"
+    assert asked == {"primary": every, "backup": every, "ar": "1", "eco_ar": "1"}
+    assert runs[3].args.model == "primary" and runs[3].args.block_rules == [1]
 
 
 def test_a_curve_counts_a_repeated_step_once():
@@ -412,10 +423,8 @@ def test_without_halving_the_dropped_one_is_finished_from_where_it_stopped(folde
         assert line["params"] > line["params_blocks"] > 0 and line["tok_s"] * line[
             "seconds"
         ] == pytest.approx(40 * 64)
-        assert [row[0] for row in line["curve"]] == [0, 20, 40] and set(line["chain_rule"]) == {
-            "T",
-            "8",
-        }
+        assert [row[0] for row in line["curve"]] == [0, 20, 40]
+        assert set(line["bound"]) == {"T", "8", "1"}
     dropped, = set(lines) - {json.loads(before)["name"]}
     events = read_lines(folder / "out" / dropped / "train.jsonl")
     ends = [e["step"] for e in events if e["event"] == "end"]  # stopped at 20, or too fast for that

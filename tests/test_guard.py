@@ -13,14 +13,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from test_train import HARD, call, fresh, poison, weights
 from tiny import TINIER, tiny_model
 from torch import nn
 
 import masking
 from common import machine
-from config import ADDED, TrainArgs, check_saved
+from config import TrainArgs
 from conftest import log
 from training import logs, optim, recovery
 
@@ -482,50 +481,3 @@ def test_the_log_has_whole_lines_only(tmp_path, monkeypatch, capsys):
         {"event": "kept"},
     ]
     assert capsys.readouterr().err.count("lines are lost") == 1
-
-
-def test_an_older_checkpoint_without_these_flags_resumes(text, tmp_path):
-    """Really saved, then made what the first version wrote: no key that came later, hashes that
-    fit. It is read and resumes.
-    """
-    import checkpoint
-    from common.files import to_json
-    run = tmp_path / "run"
-    assert (
-        fresh(text, run, *HARD, "--max_steps", 3, "--save_interval", 2, "--eval_interval", 0) == 0
-    )
-    before, folder = weights(run / "step_000003"), run / "step_000002"
-    shutil.rmtree(run / "step_000003")
-    config, state = (
-        json.loads((folder / name).read_text()) for name in ("config.json", "state.json")
-    )
-    for part, later in (
-        (config["args"], {*ADDED, "exit_loss_weight"}),
-        (config["model"], {"causal", "exits"}),
-        (state, {"scaler", "losses", "rollbacks"}),
-    ):
-        for key in later:
-            del part[key]
-    for name, value in (("config.json", config), ("state.json", state)):
-        (folder / name).write_bytes(to_json(value))
-    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
-        tensors = {
-            key.replace("exits.final_norm", "final_norm"): t
-            for key, t in load_file(folder / name).items()
-        }
-        assert any("final_norm" in key for key in tensors)
-        save_file(tensors, folder / name)
-    manifest = json.loads((folder / "MANIFEST.json").read_text())
-    for name in manifest["files"]:
-        manifest["files"][name] = {
-            "size": (folder / name).stat().st_size,
-            "sha256": checkpoint.file_sha256(folder / name),
-        }
-    manifest["config_sha256"] = manifest["files"]["config.json"]["sha256"]
-    (folder / "MANIFEST.json").write_bytes(to_json(checkpoint.seal(manifest)))
-    model = checkpoint.load_model(run, torch.device("cpu"), check_saved)[0]
-    assert (model.cfg.causal, model.cfg.exits) == (False, False)
-    assert call("--resume", folder, "--threads", 1) == 0
-    assert weights(run / "step_000003") == before, (
-        "a name was lost, and with it a weight's average or moments"
-    )

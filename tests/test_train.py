@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,16 +31,20 @@ from common import machine
 from common.files import read_json, sealed
 from conftest import ROOT, aria, log, tree
 from sampling import decode
-from training import logs, optim, recovery, setup, validation
+from training import logs, optim, recovery, setup, step as training_step, validation
 
 SHAPE = (
     "--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 32, "--memory_slots", 2,
     "--seq_len", 16, "--batch_size", 4, "--grad_accum", 2, "--train_block_sizes", "T,8,4",
-    "--block_size", 4, "--lr", 3e-3, "--eval_batches", 1, "--threads", 1, "--no_amp",
-    "--no_show_samples", "--live", "off",
+    "--ar_fade", 0, "--block_size", 4, "--lr", 3e-3, "--eval_batches", 1, "--threads", 1,
+    "--no_amp", "--no_show_samples", "--live", "off",
 )
-# all that carries state
-HARD = ("--dropout", 0.1, "--ema", 0.9, "--masking_strategy", "span", "--keep_full", 9)
+# all that carries state, and every kind of step: whole rows, blocks beside left to right, that
+# alone
+HARD = (
+    "--dropout", 0.1, "--ema", 0.9, "--masking_strategy", "span", "--keep_full", 9,
+    "--train_block_sizes", "T,8,4,1", "--noisy_weight", 0.5, "--exit_loss_weight", 0.1,
+)
 
 
 def call(*words):
@@ -164,9 +169,9 @@ def test_one_layer_has_no_early_exit(text, tmp_path):
 
 
 def test_the_probe_for_memory_tries_every_block_rule(text, tmp_path, monkeypatch):
-    """Those of the fade, too: blocks of one token take the most, and come first."""
-    asked, real = [], masking.corrupt
-    monkeypatch.setattr(masking, "corrupt", lambda *a, **k: asked.append(a[5]) or real(*a, **k))
+    """Those of the fade, too."""
+    asked, real = [], training_step.mask_sample
+    monkeypatch.setattr(training_step, "mask_sample", lambda *a: asked.append(a[2]) or real(*a))
     words = ("--train_block_sizes", "T,8", "--ar_fade", 0.5, "--max_steps", 1, "--eval_interval", 0)
     assert fresh(text, tmp_path / "run", *words, "--auto_batch") == 0
     assert asked[:3] == [16, 8, 1]
@@ -174,11 +179,10 @@ def test_the_probe_for_memory_tries_every_block_rule(text, tmp_path, monkeypatch
 
 # ---- block rules ---------------------------------------------------------------------------------
 
-def test_single_tokens_come_first_and_fade_out(text, tmp_path, capsys, monkeypatch):
-    """A run's own log: at first every block is one token, after half of the steps none is; before
-    and after a resume.
+def test_left_to_right_alone_comes_first_and_fades_out(text, tmp_path, capsys):
+    """A run's own log: at first every step is left to right alone, after half of them none is;
+    before and after a resume.
     """
-    monkeypatch.setattr(setup, "MANY_EPOCHS", 1)  # these are one and a half
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = (
         "--max_steps", 60, "--eval_interval", 0, "--save_interval", 17, "--keep_full", 9,
@@ -189,34 +193,49 @@ def test_single_tokens_come_first_and_fade_out(text, tmp_path, capsys, monkeypat
     assert all(ones[:2]) and 11 <= sum(ones[:30]) <= 20 and not any(ones[30:]), (
         "evenly: half of 30, three deviations around"
     )
-    assert all(line["mask"] == 1 for line, one in zip(log(whole), ones, strict=True) if one)
+    assert all((line["mask"] == 1) == one for line, one in zip(log(whole), ones, strict=True))
     shutil.copytree(whole / "step_000017", cut / "step_000017")
     assert call("--resume", cut / "step_000017", "--no_show_samples") == 0
     assert curve(cut) == {step: value for step, value in curve(whole).items() if step > 17}
-    said = capsys.readouterr().err
-    assert (
-        "fading into T,8 until step 30" in said
-        and "2 passes over this text: single tokens unlearn" in said
-    )
-    assert fresh(text, tmp_path / "off", "--max_steps", 60, "--eval_interval", 0) == 0
-    assert not {"fading", "unlearn"} & set(re.findall(r"\w+", capsys.readouterr().err))
-    monkeypatch.setattr(setup, "MANY_EPOCHS", 8)
-    assert fresh(text, tmp_path / "few", *words) == 0 and "unlearn" not in capsys.readouterr().err
+    said = "left to right alone, which until step 30 gives way to T,8"
+    assert said in capsys.readouterr().err
+    assert fresh(text, tmp_path / "off", "--max_steps", 4, "--eval_interval", 0) == 0
+    assert "gives way" not in capsys.readouterr().err
+    assert not any(line["block"] == 1 for line in log(tmp_path / "off"))
 
 
-def test_who_fades():
-    def args(**changes):
-        return config.TrainArgs(max_steps=100, **changes)
+def test_which_block_rules_a_run_learns():
+    """Left to right is learned beside every block that is no whole row, so it is among the rules
+    without being drawn.
+    """
+    def args(sizes="T,32", **changes):
+        return config.TrainArgs(max_steps=100, train_block_sizes=sizes, **changes)
 
-    assert args().fade == config.AR_FADE
-    assert args(train_block_sizes="T,64,32").fade == 0 and args(train_block_sizes="1").fade == 0
-    assert args(ar_fade=0.0).fade == 0 and args(train_block_sizes="T", ar_fade=0.5).fade == 0.5
-    assert args(objective="ar", model="backup", ar_fade=0.5).fade == 0
-    assert args(train_block_sizes="T", ar_fade=0.5).block_rules == [512, 1]
+    assert config.TrainArgs().block_rules == [512, 32, 16, 4, 1]
+    assert args(ar_fade=0.0).block_rules == [512, 32, 1]
+    assert args("T").block_rules == [512, 1] and args("T", ar_fade=0.0).block_rules == [512]
+    assert args("1").block_rules == args(objective="ar").block_rules == [1]
+    assert args(objective="ar").block_choices == [1]
+    assert args(ar_fade=0.5).rule_shares == {512: 0.375, 32: 0.375, 1: 0.25}
+    assert args("T,1", ar_fade=0.0).rule_shares == {512: 0.5, 1: 0.5}
+    assert args(objective="ar").rule_shares == {1: pytest.approx(1)}
     assert [args(ar_fade=0.5).single_chance(step) for step in (0, 25, 50, 99)] == [1, 0.5, 0, 0]
     assert [masking.pick_blocks([512, 32], 512, 0, s) for s in range(50)] == [
         masking.pick_blocks([512, 32], 512, 0, s, 1e-9) for s in range(50)
     ], "the other draws stay what they were"
+
+
+def test_what_a_step_asks_of_the_clean_stream():
+    """Nothing beside whole rows, its share beside blocks, all of it left to right: then every token
+    is asked for.
+    """
+    args = config.TrainArgs(seq_len=16, noisy_weight=3.0)
+    run = SimpleNamespace(args=args, rows=4, mine=slice(1, 3))
+    asked = {block: training_step.mask_sample(run, 0, block) for block in (16, 4, 1)}
+    shares = {block: masks.clean_share for block, masks in asked.items()}
+    assert shares == {16: 0, 4: 0.25, 1: 1}
+    assert all(masks.mask.shape == (2, 16) for masks in asked.values())
+    assert asked[1].mask.all() and asked[1].masked_count == 4 * 16
 
 
 # ---- resume --------------------------------------------------------------------------------------
@@ -270,6 +289,7 @@ def test_n_and_n_steps_are_2n_steps_across_processes(text, tmp_path, kind, optim
         "--save_interval", 4, "--eval_interval", 5, *HARD,
     )
     assert fresh(text, tmp_path / "a", *more, "--max_steps", 18) == 0
+    assert {line["block"] for line in log(tmp_path / "a")} == {16, 8, 4, 1}
     # this process; the rest is another's
     assert fresh(text, tmp_path / "b", *more, "--max_steps", 9) == 0
     done = aria(
@@ -334,11 +354,11 @@ def many_parts(text, tmp_path_factory):
 @pytest.mark.parametrize(
     "place, number, at",
     [
-        ("forward", 6 * 3 + 8 * 2 + 5, 2),  # step 3, fifth of its eight forwards
+        ("forward", 6 * 4 + 8 * 2 + 5, 2),  # step 3, fifth of its eight forwards
         # step 4, in the middle of a backward pass; step 3 was evaluated
         ("backward", 8 * 2 * 3 + 7, 3),
-        ("forward", 6 * 3 + 8 * 3 + 7, 3),  # the evaluation of step 3
-        ("forward", 2 * 6 * 3 + 8 * 6 + 7, 6),  # the evaluation of the last step
+        ("forward", 6 * 4 + 8 * 3 + 7, 3),  # the evaluation of step 3, by four block rules
+        ("forward", 2 * 6 * 4 + 8 * 6 + 7, 6),  # the evaluation of the last step
         ("forward", 5, 0),
     ],
 )  # the evaluation before the first step: there is nothing to save
@@ -460,6 +480,38 @@ def change_state(folder, **values):
         "sha256": checkpoint.file_sha256(folder / "state.json"),
     }
     (folder / "MANIFEST.json").write_bytes(to_json(checkpoint.seal(manifest)))
+
+
+def test_a_checkpoint_of_an_older_aria_is_refused_in_one_sentence(text, tmp_path, capsys):
+    """Really saved, then sealed under the older format: every command that reads it says why it
+    does not, and it stays as it is. A new training moves it aside.
+    """
+    import checkpoint
+    import edge_benchmark
+    import evaluate
+    import sample
+    from common.files import to_json
+    run = tmp_path / "run"
+    assert fresh(text, run, *HARD, "--max_steps", 2, "--save_interval", 1) == 0
+    for folder in checkpoint.list_steps(run).values():
+        manifest = read_json(folder / "MANIFEST.json") | {"format": "aria-checkpoint-1"}
+        (folder / "MANIFEST.json").write_bytes(to_json(checkpoint.seal(manifest)))
+    before = tree(run)
+    capsys.readouterr()
+    for main, words in (
+        (sample.main, (run,)),
+        (evaluate.main, ("--ckpt", run)),
+        (evaluate.main, ("--check_run", run)),
+        (edge_benchmark.main, (run,)),
+        (train.main, ("--resume", run, "--max_steps", 4)),
+        (train.main, ("--ckpt", run, "--data_dir", text, "--run_name", "fork", *SHAPE)),
+    ):
+        assert conftest.call(main, *words) == 2
+        error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert len(error) == 1 and "step_000002 was trained by an older Aria" in error[0]
+    assert tree(run) == before
+    assert fresh(text, run, "--max_steps", 1, "--eval_interval", 0) == 0
+    assert (run / "previous_1/step_000002").exists() and checkpoint.load(run).step == 1
 
 
 def test_a_resume_compares_with_what_best_names(text, tmp_path):
@@ -825,10 +877,11 @@ def test_compile_compiles_the_step_that_runs(text, tmp_path, monkeypatch):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("kind, rules", [("backup", 3), ("primary", 5)])
-def test_nothing_is_compiled_in_mid_run(kind, rules, monkeypatch, capsys):
-    """The graphs before step 1 are those of 20 steps with first blocks of any length and early
-    exits; depth adds none.
+@pytest.mark.parametrize("length", [32, 20])
+@pytest.mark.parametrize("kind", ["backup", "primary"])
+def test_nothing_is_compiled_in_mid_run(kind, length, monkeypatch, capsys):
+    """The graphs before step 1 are those of every step, with first blocks of any length and early
+    exits, whether the block divides the row or not; depth adds none.
     """
     from torch._dynamo.utils import counters
     real = torch.compile  # graphs are counted, so nobody needs the C++ compiler
@@ -842,34 +895,30 @@ def test_nothing_is_compiled_in_mid_run(kind, rules, monkeypatch, capsys):
         n_heads=2,
         d_ff=24,
         memory_slots=2,
-        seq_len=32,
-        train_block_sizes="T,8",
+        seq_len=length,
+        train_block_sizes="T,8,1",
+        ar_fade=0.0,
         exit_loss_weight=0.1,
     )
     net = models.build_model(model_config.model_config(args, 50))
     torch.compiler.reset()
     counters.clear()
-    setup.compile_step(net, args, (2, 32), "cpu")
-    assert "failed" not in capsys.readouterr().err and counters["stats"]["unique_graphs"] == rules
-    seen = set()
-    for step in range(20):
-        block, first = masking.pick_blocks(args.block_choices, 32, 0, step)
-        seen.add(first)
-        masks = masking.corrupt(args, 0, step, 2, 32, block, first)
+    setup.compile_step(net, args, (2, length), "cpu")
+    assert "failed" not in capsys.readouterr().err
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == len(setup.forms_of_a_step(args)) == 4, "T, two of 8, left to right"
+    run = SimpleNamespace(args=args, rows=2, mine=slice(None))
+    short = [(8, first) for first in range(1, 9)]
+    for step, (block, first) in enumerate([(length, length), (1, 1), *short]):
         masking.denoising_loss(
             net,
-            torch.randint(4, 50, (2, 32)),
-            masks,
+            torch.randint(4, 50, (2, length)),
+            training_step.mask_sample(run, step, block, first),
             "elbo",
-            64,
             early=masking.pick_exit(3, 0, step),
             early_weight=0.1,
         ).loss.backward()
-    assert (
-        len(seen) >= 5
-        and counters["stats"]["unique_graphs"] == rules
-        and not counters["graph_break"]
-    )
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
     torch.compiler.reset()
 
 
@@ -1000,7 +1049,7 @@ def test_one_batch_is_learned_by_heart(kind):
     for step in range(200):
         block, first = masking.pick_blocks([16, 8], 16, 0, step)
         masks = masking.corrupt(args, 0, step, 2, 16, block, first)
-        masking.denoising_loss(net, x0, masks, "elbo", 32).loss.backward()
+        masking.denoising_loss(net, x0, masks, "elbo").loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert masking.bound(net, x0, 8)[1] < 0.5 * start
@@ -1181,8 +1230,8 @@ def test_validation_scores_the_averaged_weights(text, tmp_path):
     for part in ("model", "ema"):
         net = models.build_model(model_config.ModelConfig.from_dict(saved["model"]))
         net.load_state_dict(load_file(folder / f"{part}.safetensors"))
-        found = estimators.held_out(net.eval(), held, [16, 8, 4], 0, 4, 1)
-        scores[part] = sum(r["nats"] for r in found.values()) / 3
+        found = estimators.held_out(net.eval(), held, [16, 8, 4, 1], 0, 4, 1)
+        scores[part] = sum(r["nats"] for r in found.values()) / 4
     said = log(run, "eval")[-1]["val_nelbo"]
     assert said == pytest.approx(scores["ema"], abs=1e-5) and abs(said - scores["model"]) > 1e-3, (
         scores
@@ -1229,7 +1278,7 @@ def test_compile_shows_how_far_it_is_and_names_its_cache(monkeypatch, capsys, br
     setup.compile_step(net, args, (2, 16), torch.device("cpu"))
     said = capsys.readouterr().err
     assert (
-        ("form 3 of 3" in said and "failed" not in said)
+        ("form 4 of 4" in said and "failed" not in said)
         if not broken
         else "file too short" in said and ": delete /" in said
     )

@@ -42,7 +42,7 @@ COUNTERS = {
     "data_sha256": str,
     "val_sha256": (str, type(None)),
     "precision": str,
-    "losses": (dict, list),
+    "losses": dict,
     "scaler": (dict, type(None)),
     "wandb_id": (str, type(None)),
 }
@@ -53,14 +53,6 @@ SCALER = {
     "growth_interval",
     "_growth_tracker",
     "overflows",
-}
-OLDER = {  # what the runs meant that lack these keys
-    "rollbacks": 0,
-    "eval_due": 0,
-    "losses": {},
-    "scaler": None,
-    "wandb_id": None,
-    "val_sha256": None,
 }
 
 
@@ -306,18 +298,14 @@ def rate_of(args, step):
 
 
 def counters(saved):
-    """state.json as train needs it; the keys that older runs lack get what those runs meant."""
+    """state.json as train needs it."""
     where = saved.path / "state.json"
-    state = OLDER | {"kept": saved.state.get("best")} | saved.state
+    state = saved.state
     for key, rule in COUNTERS.items():
         value = state.get(key, ...)
         if not fits(value, rule):
             raise Damage(f"{where}: {key} is {str(value)[:60]!r}, from which nothing can go on")
 
-    if isinstance(state["losses"], dict):
-        state["losses"] = dict(state["losses"])
-    else:
-        state["losses"] = {"0": state["losses"]}  # once of all block rules in one
     scaler = state["scaler"] or dict.fromkeys(SCALER, 1)
     blocks_fit = all(re.fullmatch("[0-9]{1,9}", block) for block in state["losses"])
     numbers_fit = all(map(are_numbers, (list(scaler.values()), *state["losses"].values())))

@@ -348,12 +348,31 @@ def claim_folder(run):
         run.state.kept = run.ranks.broadcast_object(kept)
 
 
+def forms_of_a_step(args):
+    """[(block, first)]: each block rule with a first block for every shape that its tensors can
+    have, which are another number of blocks, and blocks with padding.
+    """
+    length = args.seq_len
+    forms = []
+    for block in args.block_rules:
+        if block in (1, length):                        # there is no shorter first block
+            forms.append((block, block))
+            continue
+        known = set()
+        for first in range(block, 0, -1):
+            places = block - first + length
+            form = (-(-places // block), places == length and length % block == 0)
+            if form not in known:
+                known.add(form)
+                forms.append((block, first))
+    return forms
+
+
 def compile_step(model, args, shape, device):
     """Compile the layers' training form; if that fails, say why and go on uncompiled.
 
-    All layers share their graphs: one for each block rule, with and without a shorter first block.
-    What changes from step to step (where block 0 ends, which early exit) stays outside, so that
-    nothing is compiled in mid-run.
+    All layers share their graphs: those of forms_of_a_step. What else changes from step to step
+    (where block 0 ends, which early exit) stays outside, so that nothing is compiled in mid-run.
     """
     # beyond its own 8 graphs, PyTorch would go on in eager silently
     torch._dynamo.config.recompile_limit = 64
@@ -362,11 +381,7 @@ def compile_step(model, args, shape, device):
     started = time.perf_counter()
     try:
         ids = torch.zeros(shape, dtype=torch.long, device=device)
-        forms = []
-        for block in args.block_rules:
-            forms.append((block, block))
-            if 1 < block < args.seq_len:                # a whole row has no shorter first block
-                forms.append((block, block - 1))
+        forms = forms_of_a_step(args)
         say(
             f"compile: {len(forms)} forms of a step; on a CPU that takes minutes (each is kept for "
             "the next run)"
