@@ -1,5 +1,5 @@
-"""The mathematics: schedules and their weights, exact counts, strata, the bound, normalisation over
-micro-batches.
+"""The mathematics: schedules and their weights, exact counts, strata, the bound, the loss of both
+streams and its normalisation over micro-batches.
 """
 import itertools
 import math
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import TINIER, tiny_model
+from tiny import TINIER, moved_away, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +18,7 @@ from config import TrainArgs
 BASE = dict(
     mask_schedule="linear",
     min_mask_rate=0.0,
-    most_hidden=1.0,
+    max_mask_rate=1.0,
     time_mode="continuous",
     timestep_sampling="stratified",
     timesteps=16,
@@ -43,8 +43,9 @@ class Uniform(nn.Module):
         self.cfg = SimpleNamespace(mask_id=vocab, pad_id=0, causal=False)
         self.head = SimpleNamespace(weight=torch.zeros(vocab + 1, 4), never=(0, vocab))
 
-    def block_states(self, xt, x0, block, first=None):
-        return torch.zeros(*xt.shape, 4)
+    def both_states(self, x0, xt=None, block=None, first=None, with_clean=True, early=None):
+        states = torch.zeros(*x0.shape, 4)
+        return [(states, states)]
 
 
 @pytest.mark.parametrize("schedule", masking.SCHEDULES)
@@ -83,16 +84,14 @@ def test_uniform_predictor_scores_ln_v(schedule, mode, strategy, low, high):
         time_mode=mode,
         masking_strategy=strategy,
         min_mask_rate=low,
-        most_hidden=high,
+        max_mask_rate=high,
     )
     x0 = torch.randint(1, vocab, (rows, 24))
     d = masking.corrupt(args, 7, 3, rows, 24, 24)
-    loss = masking.denoising_loss(net, x0, d, "elbo", masking.normaliser("elbo", d)).loss
+    loss = masking.denoising_loss(net, x0, d, "elbo").loss
     tolerance = 1e-6 if schedule == "linear" and mode == "continuous" else 0.01
     assert float(loss) == pytest.approx(math.log(vocab - 1), rel=tolerance)
-    plain = masking.denoising_loss(
-        net, x0, d, "masked_mean", masking.normaliser("masked_mean", d)
-    ).loss
+    plain = masking.denoising_loss(net, x0, d, "masked_mean").loss
     assert float(plain) == pytest.approx(math.log(vocab - 1), rel=1e-6)
 
 
@@ -130,7 +129,7 @@ def test_bound_agrees_with_brute_force(model):
             mask = torch.tensor([bits])
             weight = torch.full(mask.shape, L / k)
             d = masking.MaskSample(mask, weight, torch.tensor([[k / L]]), L, L)
-            loss = masking.denoising_loss(net, x0, d, "elbo", L).loss.detach()
+            loss = masking.denoising_loss(net, x0, d, "elbo").loss.detach()
             weighted += float(loss) / math.comb(L, k) / L
     assert weighted == pytest.approx(truth, abs=1e-6)
 
@@ -138,9 +137,7 @@ def test_bound_agrees_with_brute_force(model):
     for schedule in masking.SCHEDULES:
         d = masking.corrupt(flags(mask_schedule=schedule), 1, 0, draws, L, L)
         with torch.no_grad():
-            estimate = float(
-                masking.denoising_loss(net, x0.expand(draws, L), d, "elbo", draws * L).loss
-            )
+            estimate = float(masking.denoising_loss(net, x0.expand(draws, L), d, "elbo").loss)
         assert estimate == pytest.approx(truth, rel=0.01), schedule
 
 
@@ -243,27 +240,41 @@ def test_strata_cut_the_variance():
     assert spread("stratified") * 2 < spread("uniform")
 
 
-def test_fully_masked_rows_are_trained():
-    """Decoding starts from them. By default they come in blocks of one token; a mixture without
-    those hides whole rows.
+def test_single_steps_are_drawn_beside_the_list():
+    """pick_blocks: the clean stream alone with the chance `single`, and otherwise just what the
+    list would have given.
     """
-    full = sum(
-        int(masking.corrupt(flags(), 0, step, 16, 16, 16).mask.all(1).sum()) for step in range(100)
-    )
-    assert full > 50  # k = L is one of 16 equally likely counts
-    for changes, rules in (
-        ({}, {1}),
-        (dict(train_block_sizes="T,8"), {16}),
-        (dict(loss="elbo", ar_fade=0.0), {1, 16}),
-    ):
-        args, found = TrainArgs(seq_len=16, max_steps=1000, **changes), Counter()
-        for step in range(1000):
-            block, first = masking.pick_blocks(
-                args.block_choices, 16, 0, step, args.single_chance(step)
-            )
-            masks = masking.corrupt(args, 0, step, 2, 16, block, first)
-            found[block] += int(masks.mask.all(1).sum())
-        assert {block for block in found if found[block] > 5} >= rules and found.total() > 50, found
+    choices = [16, 8, 4]
+    steps = range(2000)
+    listed = [masking.pick_blocks(choices, 16, 3, step) for step in steps]
+    assert {block for block, _ in listed} == {16, 8, 4}
+    assert all(masking.pick_blocks(choices, 16, 3, step, 1.0) == (1, 1) for step in range(50))
+    drawn = [masking.pick_blocks(choices, 16, 3, step, 0.3) for step in steps]
+    assert drawn.count((1, 1)) / 2000 == pytest.approx(0.3, abs=0.03)
+    assert all(got in ((1, 1), want) for got, want in zip(drawn, listed, strict=True))
+    # who is drawn at a small chance is drawn at a larger one too
+    more = [masking.pick_blocks(choices, 16, 3, step, 0.6) for step in steps]
+    assert all(b == (1, 1) for a, b in zip(drawn, more, strict=True) if a == (1, 1))
+    assert masking.pick_blocks([1], 16, 3, 0) == (1, 1)
+
+
+def test_wholly_hidden_blocks_are_trained():
+    """Decoding starts from them: by default every rule of the noisy stream meets them."""
+    args = TrainArgs(seq_len=64, max_steps=1000)
+    found = Counter()
+    steps = Counter()
+    for step in range(1000):
+        block, first = masking.pick_blocks(
+            args.block_choices, 64, 0, step, args.single_chance(step)
+        )
+        steps[block] += 1
+        if block > 1:
+            masks = masking.corrupt(args, 0, step, 8, 64, block, first)
+            whole = masks.mask[:, first:first + block] if block < 64 else masks.mask
+            found[block] += int(whole.all(1).sum())
+    assert set(steps) == {64, 32, 16, 4, 1}
+    for block in (64, 32, 16, 4):  # k = L is one of L equally likely counts
+        assert found[block] / steps[block] / 8 == pytest.approx(1 / block, rel=0.5), found
 
 
 def test_corruption_is_a_function_of_seed_and_step():
@@ -275,31 +286,155 @@ def test_corruption_is_a_function_of_seed_and_step():
     assert torch.equal(one(1, 5), one(1, 5))
 
 
+def sample(rows, length, share, **changes):
+    """A step of 8 token blocks, first 5, whose clean stream weighs so much; 1: left to right alone.
+    """
+    if share == 1:
+        return masking.left_to_right(rows, length)
+    masks = masking.corrupt(flags(**changes), 2, 4, rows, length, 8, 5)
+    return masks._replace(clean_share=share)
+
+
+def gradient(net):
+    """All parameters' gradients as one vector, and none left for the next."""
+    found = []
+    for p in net.parameters():
+        found.append(torch.zeros(p.numel()) if p.grad is None else p.grad.flatten())
+    net.zero_grad()
+    return torch.cat(found)
+
+
+def plain_ce(net, states, targets):
+    """(N, D), (N,) -> (N,) without anything of the code's own loss."""
+    return nn.functional.cross_entropy(net.logits(states), targets, reduction="none")
+
+
 @pytest.mark.parametrize("model", ["primary", "backup"])
 @pytest.mark.parametrize("kind", ["elbo", "masked_mean"])
-def test_micro_batches_equal_one_big_batch(model, kind):
+@pytest.mark.parametrize("early", [None, 1])
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_loss_is_that_of_each_stream_times_its_share(model, kind, early, share):
+    """One head for both streams, against a forward and a plain cross-entropy for each: loss,
+    gradient and the NLL that is reported; the logits of an early exit count beside the last.
+    """
+    net = tiny(model, exits=True)
+    moved_away(net, 0.1)
+    x0 = torch.randint(1, 11, (6, 20))
+    masks = sample(6, 20, share)
+    mask = masks.mask
+    xt = torch.where(mask, net.cfg.mask_id, x0)
+    weight = masks.weight[mask] / (6 * 20)
+    if kind == "masked_mean":
+        weight = torch.full_like(weight, 1 / int(mask.sum()))
+
+    def loss_at(exit):
+        total = 0.0
+        ce = None
+        if share < 1:
+            found = net.both_states(x0, xt, 8, 5, with_clean=False, early=exit)
+            ce = plain_ce(net, found[-1][1][mask], x0[mask])
+            total = total + (1 - share) * (weight * ce).sum()
+        if share > 0:
+            clean, _ = net.both_states(x0, early=exit)[-1]
+            clean_ce = plain_ce(net, clean.flatten(0, 1), x0.flatten())
+            total = total + share * clean_ce.mean()
+            ce = clean_ce if ce is None else ce
+        return total, ce
+
+    expected, nll = loss_at(None)
+    if early:
+        expected = expected + 0.3 * loss_at(early)[0]
+    expected.backward()
+    wanted = gradient(net)
+    assert wanted.abs().max() > 0.01
+    for chunk in (512, 64):
+        out = masking.denoising_loss(
+            net, x0, masks, kind, chunk=chunk, early=early, early_weight=0.3
+        )
+        out.loss.backward()
+        assert float(out.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+        torch.testing.assert_close(gradient(net), wanted, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(out.nll, nll.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+@pytest.mark.parametrize("kind", ["elbo", "masked_mean"])
+@pytest.mark.parametrize("early", [None, 1])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_micro_batches_equal_one_big_batch(model, kind, early, share):
     """8 rows at once, 4 x 2 and 1 + 7 rows: the same loss and gradient, although their masked
     counts differ.
     """
-    net = tiny(model)
+    net = tiny(model, exits=early is not None)
     x0 = torch.randint(1, 11, (8, 20))
-    d = masking.corrupt(flags(masking_strategy="span"), 2, 4, 8, 20, 8, 5)
-    total = masking.normaliser(kind, d)
+    masks = sample(8, 20, share, masking_strategy="span")
 
     def run(parts):
-        net.zero_grad()
         loss = 0.0
         for part in parts:
-            out = masking.denoising_loss(net, x0[part], d, kind, total, part)
+            out = masking.denoising_loss(
+                net, x0[part], masks, kind, part, early=early, early_weight=0.5
+            )
             out.loss.backward()
             loss += float(out.loss.detach())
-        return loss, torch.cat([p.grad.flatten() for p in net.parameters()])
+        return loss, gradient(net)
 
     whole = run([slice(0, 8)])
     for parts in ([slice(a, a + 2) for a in range(0, 8, 2)], [slice(0, 1), slice(1, 8)]):
         split = run(parts)
         assert split[0] == pytest.approx(whole[0], rel=1e-6)
         torch.testing.assert_close(split[1], whole[1], atol=1e-6, rtol=1e-5)
+
+
+def test_ranks_share_the_clean_stream_as_they_share_the_masks():
+    """Each rank has a part of the rows of left_to_right and of corrupt, and divides by the whole
+    step: their losses add up to the step's.
+    """
+    net = tiny()
+    x0 = torch.randint(1, 11, (8, 20))
+    for make in (
+        lambda part: masking.left_to_right(8, 20, part),
+        lambda part: masking.corrupt(flags(), 2, 4, 8, 20, 8, 5, part)._replace(clean_share=0.5),
+    ):
+        whole = make(slice(None))
+        loss = float(masking.denoising_loss(net, x0, whole, "elbo").loss.detach())
+        total = 0.0
+        for part in (slice(0, 3), slice(3, 8)):
+            masks = make(part)
+            assert len(masks.mask) == part.stop - part.start
+            assert masks.masked_count == whole.masked_count
+            total += float(masking.denoising_loss(net, x0[part], masks, "elbo").loss.detach())
+        assert total == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("model", ["primary", "backup"])
+@torch.no_grad()
+def test_blocks_of_one_token_are_the_exact_nll(model, causal):
+    """masking.bound in blocks of one token, against decoding token by token: no mask, no seed, no
+    difference between bound and plain mean.
+    """
+    net = tiny(model, causal=causal)
+    moved_away(net, 0.1)
+    x0 = torch.randint(1, 11, (5, 37))
+    logp = nll_by_steps(net, x0)
+    nats, plain = masking.bound(net, x0, 1, batch=2)
+    torch.testing.assert_close(nats, logp.mean(1), atol=1e-5, rtol=1e-5)
+    assert plain == pytest.approx(float(logp.mean()), rel=1e-5)
+    again, _ = masking.bound(net, x0, 1, seed=9)
+    torch.testing.assert_close(again, nats, atol=1e-6, rtol=1e-6)
+    some = masking.row_bounds(net, x0, 1, part=slice(3, 5))[:, 0]
+    torch.testing.assert_close(some.float(), nats[3:], atol=1e-6, rtol=1e-6)
+
+
+def nll_by_steps(net, x0):
+    """-log p of every token (R, T), token by token behind the start."""
+    cache = net.new_cache(len(x0), x0.shape[1])
+    states = [net.clean_states(x0[:, :1])]      # what the start alone says
+    for i in range(x0.shape[1] - 1):
+        states.append(net.step(x0[:, i:i + 1], cache))
+    logp = net.logits(torch.cat(states, dim=1)).log_softmax(-1)
+    return -logp.gather(-1, x0[..., None])[..., 0]
 
 
 def test_chunked_cross_entropy_equals_the_plain_one():
@@ -347,17 +482,26 @@ def test_the_number_of_hidden_tokens_makes_no_new_product(model):
         train_block_sizes="T,16",
         max_steps=100,
     )
-    net, products, counts = tiny(model, vocab=52, n_layers=1), Products(), set()
+    net = tiny(model, vocab=52, n_layers=1)
+    counts = set()
+    of_loss = set()
+    forms = {}                                          # blocks of a row -> the other products
     for step in range(40):
         block, first = masking.pick_blocks(args.block_choices, 64, 1, step)
         masks = masking.corrupt(args, 1, step, 3, 64, block, first)
+        if block < 64:
+            masks = masks._replace(clean_share=0.5)
         counts.add(masks.masked_count)
+        products = Products()
         with products, torch.autocast("cpu", torch.bfloat16):
-            masking.denoising_loss(net, torch.full((3, 64), 5), masks, "elbo", 1.0).loss.backward()
+            masking.denoising_loss(net, torch.full((3, 64), 5), masks, "elbo").loss.backward()
+        of_head = {shapes for shapes in products.shapes if any(53 in s for s in shapes[1:])}
+        of_loss |= of_head
+        rest = products.shapes - of_head
+        assert forms.setdefault(masks.t.shape[1], rest) == rest
     assert len(counts) > 25, "too few different counts to prove anything"
-    of_loss = {shapes for shapes in products.shapes if any(53 in shape for shape in shapes[1:])}
-    assert len(of_loss) <= 3 * 3, of_loss  # three products of 64, 128 or 192 rows
-    assert len(products.shapes - of_loss) <= 45, len(products.shapes - of_loss)
+    assert len(of_loss) <= 3 * 6, of_loss  # three products of 64, 128, ... 384 rows
+    assert set(forms) == {1, 4, 5}
 
 
 @pytest.mark.parametrize("dtype,close", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
@@ -384,39 +528,53 @@ def test_rows_that_fill_up_a_product_change_nothing(dtype, close):
             assert (got - want).abs().max() <= close * max(1, want.abs().max()), (n, got.shape)
 
 
-def test_head_sees_masked_positions_only_and_never_the_mask_logit():
-    """Raising the mask's and the pad's row of the head by 100 changes no loss; the head gets
-    exactly the hidden rows.
+@pytest.mark.parametrize("share, of_clean", [(0.0, 0), (0.5, 64), (1.0, 0)])
+def test_the_head_sees_what_is_asked_and_never_the_mask_logit(monkeypatch, share, of_clean):
+    """The masked positions and, if the clean stream is asked, all its rows, in one call; raising
+    the mask's and the pad's row of the head by 100 changes no loss.
     """
     net = tiny()
     x0 = torch.randint(1, 11, (4, 16))
-    d = masking.corrupt(flags(), 0, 0, 4, 16, 16)
+    masks = sample(4, 16, share)
     seen = []
     real = masking.LinearCrossEntropy.apply
-    masking.LinearCrossEntropy.apply = staticmethod(
-        lambda h, *rest: (seen.append(len(h)), real(h, *rest))[1]
+
+    def counted(states, *rest):
+        seen.append(len(states))
+        return real(states, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(masking.LinearCrossEntropy, "apply", staticmethod(counted))
+        before = float(masking.denoising_loss(net, x0, masks, "elbo").loss.detach())
+    assert seen == [int(masks.mask.sum()) + of_clean]
+
+    raised = net.head.weight.detach().clone()
+    raised[[0, 11]] += 100
+    other = SimpleNamespace(
+        cfg=net.cfg,
+        head=SimpleNamespace(weight=raised, never=net.head.never),
+        both_states=net.both_states,
     )
-    try:
-        before = float(masking.denoising_loss(net, x0, d, "elbo", 1).loss)
-    finally:
-        masking.LinearCrossEntropy.apply = real
-    assert seen == [int(d.mask.sum())]
+    after = float(masking.denoising_loss(other, x0, masks, "elbo").loss.detach())
+    assert after == pytest.approx(before, rel=1e-6)
 
-    class Shifted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cfg, self.head = (
-                net.cfg,
-                SimpleNamespace(weight=net.head.weight.detach().clone(), never=net.head.never),
-            )
-            self.head.weight[[0, 11]] += 100
 
-        def block_states(self, *a, **k):
-            return net.block_states(*a, **k)
+@pytest.mark.parametrize("share, asked", [(0.0, "noisy"), (0.5, "both"), (1.0, "clean")])
+def test_a_stream_that_is_not_asked_is_not_run(share, asked):
+    """denoising_loss says so to the model: whole rows do without the clean stream's answers, and
+    left to right has no noisy rows.
+    """
+    net = Uniform(11)
+    said = []
 
-    assert float(masking.denoising_loss(Shifted(), x0, d, "elbo", 1).loss) == pytest.approx(
-        before, rel=1e-6
-    )
+    def both_states(x0, xt=None, block=None, first=None, with_clean=True, early=None):
+        said.append("clean" if xt is None else "both" if with_clean else "noisy")
+        states = torch.zeros(*x0.shape, 4)
+        return [(states if with_clean else None, None if xt is None else states)]
+
+    net.both_states = both_states
+    masking.denoising_loss(net, torch.ones(4, 16, dtype=torch.long), sample(4, 16, share), "elbo")
+    assert said == [asked]
 
 
 def test_training_seeds_beyond_32_bits_are_other_seeds():
