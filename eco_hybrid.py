@@ -44,11 +44,14 @@ from layers import (
 
 FEW_BLOCKS = 16  # up to so many, one product adds up all pairs of blocks
 CHUNK = 16       # tokens of the clean stream that see each other in one product
+SLIM = 4         # in heads of fewer numbers the sums nearly cancel now and then
 SCORE_CAP = 8.0  # |score| of a write: exp(8) = 3,000 to 1 is as selective as a write may be
 # Added to all scores. It multiplies N and rms(N) by the same number, so it cancels in N / rms(N);
 # and sums over thousands of tokens stay small.
 SHARED = -6.0
-FASTEST = 4.0    # a slot keeps at least exp(-4) from one token to the next
+# A slot keeps at least exp(-2) from one token to the next; the squares of a chunk's weights, which
+# are taken behind its half, stay within float32's range.
+FASTEST = 2.0
 
 
 class EcoCache:
@@ -260,6 +263,8 @@ class EcoLayer(nn.Module):
             if num is not None:
                 state = num * self.decay_factor(1) + state
             return self.read(q, state), state
+        if self.dm < SLIM * self.H:
+            return self.read_states(q, v, s, num)
         if q.dtype is torch.float16:  # whose range the sums leave
             with torch.autocast(q.device.type, enabled=False):
                 return self.read_causal(q.float(), v.float(), s, num)
@@ -293,19 +298,31 @@ class EcoLayer(nn.Module):
         products = torch.matmul(pairs, a_low).float() + torch.matmul(both, start_low.mT).float()
         q_state, v_state = products.split(c, dim=-2)
 
-        # 1 / rms(U); where the terms cancel, |U|^2 is not below their rounding
+        # 1 / rms(U); where the terms cancel, |U|^2 is not below their rounding, and |N| >= 1e-10
         length = torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=torch.float32)
         first = start.square().sum(-1).unsqueeze(-2)                               # (B, g, H, 1, M)
         terms = first + (a * length).square().cumsum(-2)
         square = terms + 2 * (a * v_state).cumsum(-2)
-        least = terms.detach() * torch.finfo(v.dtype).eps + 1e-20
-        scale = (q.shape[-1] / torch.maximum(square, least)) ** 0.5
+        least = terms * torch.finfo(v.dtype).eps + 1e-20 * grown.square()
+        # a quotient of roots, as the derivative of a root of the quotient may leave the range
+        scale = q.shape[-1] ** 0.5 / torch.maximum(square, least.detach()).sqrt()
 
         # the answer, (B, g, H, c, E), and back to the order of the tokens
         share = self.slot_shares(q, q_state, scale).to(v.dtype)                    # (..., c, M)
         pairs = torch.matmul(share, a_low.mT) * up_to                              # (..., c, c)
         y = torch.matmul(pairs, v) + torch.matmul(share, start_low)
         return y.transpose(2, 3).flatten(-2).flatten(1, 2)[:, :T], after
+
+    def read_states(self, q, v, s, num):
+        """The same, and every token's state is made: for slim heads. When the terms of a sum nearly
+        cancel, |U|^2 has lost twice as many digits as U.
+        """
+        own = self.write(v.unsqueeze(2), s.unsqueeze(2))                           # (B, T, H, M, E)
+        if num is None:
+            num = torch.zeros_like(own[:, 0])
+        own = torch.cat((num[:, None], own), dim=1)                                # (B, T + 1, ...)
+        states = own + self.decay_factor(1) * self.prefix(own, 1)
+        return self.read(q.unsqueeze(2), states[:, 1:]).squeeze(2), states[:, -1]
 
     def read_one_by_one(self, q, v, s, num):
         """What read_causal computes, by its definition, token by token: the tests' reference."""
