@@ -37,11 +37,12 @@ from training import distributed, recovery
 SHAPE = (
     "--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 24, "--memory_slots", 2,
     "--seq_len", 16, "--batch_size", 4, "--grad_accum", 3, "--train_block_sizes", "T,8,4,1",
-    "--ar_fade", 0, "--block_size", 4, "--lr", 3e-4, "--lr_schedule", "constant",
+    "--ar_fade", 0, "--seed", 3, "--block_size", 4, "--lr", 3e-4, "--lr_schedule", "constant",
     "--warmup_steps", 2, "--ema", 0.9,
     "--eval_batches", 1, "--eval_interval", 3, "--save_interval", 2, "--keep_full", 99,
     "--log_interval", 1, "--threads", 1, "--no_amp", "--no_show_samples", "--live", "off",
 )
+# With this seed the first five steps are of all block rules.
 # Ranks hide unequal numbers of tokens. Muon orthogonalises in bf16, where the order of a sum shows
 # more: a lower rate.
 PRIMARY = ("--model", "primary", "--optimizer", "muon", "--loss", "masked_mean", "--lr", 1e-4)
@@ -261,14 +262,12 @@ def test_four_ranks_and_a_signal_to_one_of_them(runs):
 
 
 def test_the_probe_of_auto_batch_leaves_the_first_step_alone(text, tmp_path):
-    """A first step by whole rows uses fewer weights than the probe did: DDP must not wait for the
-    gradients of the others.
-    """
+    """Its gradients are none of the first step's, which is one by whole rows."""
     words = (
-        "--data_dir", text, *SHAPE, *PRIMARY, "--ar_fade", 0, "--seed", 2, "--max_steps", 2,
+        "--data_dir", text, *SHAPE, *PRIMARY, "--seed", 4, "--max_steps", 2,
         "--eval_interval", 0,
     )
-    assert masking.pick_blocks((16, 8, 4), 16, 2, 0)[0] == 16, (
+    assert masking.pick_blocks((16, 8, 4, 1), 16, 4, 0)[0] == 16, (
         "the first step has to be one by whole rows"
     )
     codes, printed = forked(2, tmp_path, *words, "--auto_batch", "--output_dir", tmp_path / "two")
@@ -347,28 +346,27 @@ def test_the_parts_of_a_draw_are_the_draw(block, first, strategy):
         assert masking.normaliser("masked_mean", p) == int(whole.mask.sum())
 
 
-@pytest.mark.parametrize("kind", ["primary", "backup", "ar"])
+@pytest.mark.parametrize("kind", ["primary", "backup"])
 def test_an_evaluation_is_shared(kind, tmp_path):
     """10 held-out rows over 2 and 4 gloo processes: each one knows the figures of one process, for
     1/2 and 3/10 of its work.
     """
-    kind, causal = ("backup", True) if kind == "ar" else (kind, False)
-    net = tiny_model(kind, 50, seed=3, shape=TINIER, block_size=4, causal=causal)
-    rows, work, real = torch.randint(4, 50, (10, 16)), [], net.block_states
-    net.block_states = lambda xt, *more: work.append(len(xt)) or real(xt, *more)
+    net = tiny_model(kind, 50, seed=3, shape=TINIER, block_size=4)
+    rows, work, real = torch.randint(4, 50, (10, 16)), [], net.both_states
+    net.both_states = lambda x0, *more: work.append(len(x0)) or real(x0, *more)
 
     def score(rank=0, world=1):
         if world > 1:
             dist.init_process_group(
                 "gloo", init_method=f"file://{tmp_path}/store{world}", rank=rank, world_size=world
             )
-        found = estimators.held_out(net, rows, [16, 4], 0, 4, 2, distributed.Ranks(rank, world))
+        found = estimators.held_out(net, rows, [16, 4, 1], 0, 4, 2, distributed.Ranks(rank, world))
         (tmp_path / f"{world}.{rank}.json").write_text(json.dumps([found, work]))
         return json.loads(json.dumps(found))
 
     one, alone_work = score(), sum(work)
-    assert alone_work == 10 * 2 * 2 and all(r["se"] > 0 for r in one.values()), (
-        "10 rows, 2 draws, 2 block rules"
+    assert alone_work == 10 * 2 * 3 and all(r["se"] > 0 for r in one.values()), (
+        "10 rows, 2 draws, 3 block rules"
     )
     work.clear()
     for world, share in ((2, 5), (4, 3)):
@@ -382,7 +380,7 @@ def test_an_evaluation_is_shared(kind, tmp_path):
             child.join(60)
         for rank in range(world):
             found, theirs = json.loads((tmp_path / f"{world}.{rank}.json").read_text())
-            assert sum(theirs) == share * 2 * 2
+            assert sum(theirs) == share * 2 * 3
             for block in one:
                 assert found[block] == pytest.approx(one[block], rel=1e-6)
 

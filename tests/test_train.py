@@ -225,6 +225,22 @@ def test_which_block_rules_a_run_learns():
     ], "the other draws stay what they were"
 
 
+@pytest.mark.parametrize("early", [None, 1, 2])
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_every_kind_of_step_gives_every_weight_a_gradient(kind, early):
+    """DistributedDataParallel waits for all of them. With early exits both streams leave there."""
+    net = tiny_model(kind, 50, shape=TINIER | {"n_layers": 3}, exits=bool(early))
+    args = config.TrainArgs(seq_len=16)
+    run = SimpleNamespace(args=args, rows=2, mine=slice(None))
+    x0 = torch.randint(4, 50, (2, 16))
+    for block, first in ((16, 16), (8, 8), (8, 3), (1, 1)):
+        net.zero_grad(set_to_none=True)
+        masks = training_step.mask_sample(run, 0, block, first)
+        loss = masking.denoising_loss(net, x0, masks, "elbo", early=early, early_weight=0.1).loss
+        loss.backward()
+        assert all(p.grad is not None for p in net.parameters()), (block, first)
+
+
 def test_what_a_step_asks_of_the_clean_stream():
     """Nothing beside whole rows, its share beside blocks, all of it left to right: then every token
     is asked for.

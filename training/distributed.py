@@ -217,17 +217,13 @@ class Ranks:
         """The module whose forward is the loss -> the same, its gradients summed over the ranks
         while backward runs.
 
-        Each rank's gradients are already divided by the whole step's count. A step may leave some
-        weights without gradient (one block rule each), the same ones everywhere, and they stay
-        without. Call it after every backward pass that is not a training step (the probe of
-        --auto_batch, --compile): DDP would remember the weights that such a pass has used, and ask
-        for their gradients in the first step.
+        Each rank's gradients are already divided by the whole step's count, and every kind of step
+        gives every weight one. Call it after every backward pass that is not a training step (the
+        probe of --auto_batch, --compile): DDP would take its gradients for those of the first step.
         """
         if self.world == 1 or self.sharded:
             return loss
-        replica = nn.parallel.DistributedDataParallel(
-            loss, find_unused_parameters=True, gradient_as_bucket_view=True
-        )
+        replica = nn.parallel.DistributedDataParallel(loss, gradient_as_bucket_view=True)
         replica.register_comm_hook(None, sum_gradients)
         return replica
 
