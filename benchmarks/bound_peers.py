@@ -61,28 +61,27 @@ class Arm(NamedTuple):
     like: str = ""  # the arm whose best rate it takes, instead of asking for its own
 
 
-def ours(*how, rate=3e-4):
-    return Arm(rate, lambda folder, setting, rate: peer_models.ours(setting, rate, *how))
+def ours(model, rate=3e-4, **settings):
+    return Arm(rate, lambda folder, setting, rate: peer_models.ours(
+        setting, rate, model, **settings
+    ))
 
 
+MUON = dict(optimizer="muon", rate=config.PRESETS["starter"]["lr"])
 ARMS = {
     "aria primary": ours("primary"),
     "aria backup": ours("backup"),
-    "aria primary, blocks T 64 32": ours("primary", "T,64,32"),
-    "aria primary, Muon": ours("primary", None, "muon", rate=config.PRESETS["starter"]["lr"]),
-    "aria primary, blocks T 64 32, Muon": ours(
-        "primary", "T,64,32", "muon", rate=config.PRESETS["starter"]["lr"]
-    ),
-    "aria primary, blocks T 32 4 1, Muon": ours(
-        "primary", "T,32,4,1", "muon", rate=config.PRESETS["starter"]["lr"]
-    ),
+    "aria primary, both streams": ours("primary", **peer_models.MIXTURE),
+    "aria primary, Muon": ours("primary", **MUON),
+    "aria primary, both streams, Muon": ours("primary", **peer_models.MIXTURE, **MUON),
     "MDLM DiT": Arm(3e-4, peer_models.mdlm),
     "MDLM DiT, cosine": Arm(
         3e-4, functools.partial(peer_models.mdlm, schedule="cosine"), like="MDLM DiT"
     ),
     "slm388-torchdiff": Arm(2.5e-4, peer_models.torchdiff),
     "telos-ml": Arm(3e-4, peer_models.telos),
-    "aria ar": ours("ar"),
+    "aria ar": ours("backup", objective="ar"),
+    "aria primary ar": ours("primary", objective="ar"),
     "nanoGPT": Arm(6e-4, peer_models.nanogpt),
 }
 
@@ -99,13 +98,13 @@ def score(student, rows, vocab, seed=0, draws=1, batch=8):
     total, draws = torch.zeros(R), 1 if student.causal else draws
     for i in range(draws):
         masks = (
-            masking.whole_rows(R, T)
+            masking.left_to_right(R, T)
             if student.causal
             else masking.corrupt(masking.EXACT_COUNT, seed + i, 0, R, T, T)
         )
         for a in range(0, R, batch):
             x, masked = rows[a:a + batch], masks.mask[a:a + batch]
-            xt = masking.shifted(x, vocab) if student.causal else torch.where(masked, vocab, x)
+            xt = x if student.causal else torch.where(masked, vocab, x)
             z = student.logits(xt)[masked].float()  # (N, V) or (N, V + 1)
             z[:, vocab:] = -math.inf
             ce = torch.zeros(x.shape)

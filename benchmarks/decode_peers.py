@@ -85,11 +85,16 @@ class PeerModel:
         values they replace there
     attention_mask      (B, 1, S, C + S) bool is obeyed (dllm); (B, C + S) is all ones here, and not
         looked at
+
+    The row that reads a token answers for the next one. So the last entry of past_key_values is
+    what the rows said, (B, 1, C, D), kept and replaced as keys are; and the start, which answers
+    for the first token, is here.
     """
     device = torch.device("cpu")
 
     def __init__(self, net):
         self.net, self.mask_id = net, net.cfg.mask_id
+        self.start = net.new_cache(1, 0)
         self.tokenizer = SimpleNamespace(
             mask_token_id=self.mask_id,
             pad_token_id=net.cfg.pad_id,
@@ -107,26 +112,51 @@ class PeerModel:
         position_ids=None,
     ):
         net, past = self.net, past_key_values
-        start = past[0][0].shape[2] if past is not None else 0
-        at = torch.arange(start, start + x.shape[1])
+        first = past[0][0].shape[2] if past is not None else 0
+        at = torch.arange(first, first + x.shape[1])
         if replace_position is not None:
             at = replace_position[0].nonzero()[:, 0]
-        table = rotary_table(at, net.cfg.d_model // net.cfg.n_heads)
-        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None
-        h, kept = net.head.embed(x), []                                            # (B, S, D)
+        ids, position, mask = x, at + 1, None
+        if attention_mask is not None and attention_mask.dim() == 4:
+            # all see the start
+            mask = torch.nn.functional.pad(attention_mask, (1, 0), value=True)
+        if past is None:  # a row in front of the first token, which nobody sees
+            ids = torch.nn.functional.pad(x, (1, 0), value=self.mask_id)
+            position = torch.nn.functional.pad(position, (1, 0))
+            if mask is not None:
+                mask = torch.cat((mask[:, :, :1], mask), dim=2)
+
+        table = rotary_table(position, net.cfg.d_model // net.cfg.n_heads)
+        h, kept = net.head.embed(ids), []                                          # (B, S, D)
         for i, layer in enumerate(net.layers):
             q, k, v = layer.attn.project(layer.attn_norm(h), table)  # (B, H, S, E) each
-            if replace_position is not None:
-                past[i][0][:, :, at], past[i][1][:, :, at] = k, v  # in place, as theirs
-                k, v = past[i]
-            elif past is not None:
-                # (B, H, C + S, E)
-                k, v = (torch.cat(pair, dim=2) for pair in zip(past[i], (k, v), strict=True))
-            kept.append((k, v))
-            h = layer.add(h, layer.attn.join(attend(q, k, v, mask)))
+            if past is None:
+                k, v = k[:, :, 1:], v[:, :, 1:]
+            kept.append(self.keep((k, v), past and past[i], replace_position, at))
+            keys, values = layer.attn.behind(self.start.context(i), *kept[-1])
+            h = layer.add(h, layer.attn.join(attend(q, keys, values, mask)))
+        states = net.exits(h)
+
+        if past is None:
+            answers, states = states[:, :-1], states[:, 1:]
+            kept.append((states.unsqueeze(1),))
+        else:
+            kept.append(self.keep((states.unsqueeze(1),), past[-1], replace_position, at))
+            answers = kept[-1][0][:, 0, at - 1]
         return SimpleNamespace(
-            logits=net.logits(net.exits(h)), past_key_values=kept if use_cache else None
+            logits=net.logits(answers), past_key_values=kept if use_cache else None
         )
+
+    @staticmethod
+    def keep(new, old, replace_position, at):
+        """New tensors (B, H, S, E) in the place of old ones, as theirs, or behind them."""
+        if old is None:
+            return new
+        if replace_position is not None:
+            for there, here in zip(old, new, strict=True):
+                there[:, :, at] = here
+            return old
+        return tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
 
 
 class Forgetful(PeerModel):
@@ -147,6 +177,39 @@ class Forgetful(PeerModel):
             mask = torch.cat((torch.cat((before, unseen), dim=3), attention_mask), dim=2)
         logits = super().__call__(whole, attention_mask=mask).logits[:, -x.shape[1]:]
         return SimpleNamespace(logits=logits, past_key_values=(whole, mask) if use_cache else None)
+
+
+class Recomputing:
+    """Our model without a cache, for our own sampler: what it has read is kept as ids, and each
+    forward reads all of them again.
+    """
+
+    def __init__(self, net):
+        self.net, self.cfg = net, net.cfg
+        self.parameters, self.logits = net.parameters, net.logits
+
+    def new_cache(self, batch, length):
+        return Ids(torch.empty(batch, 0, dtype=torch.long))
+
+    def step(self, x0, cache):
+        cache.ids = torch.cat((cache.ids, x0), dim=1)
+
+    def states(self, xt, cache, depth=None):
+        size = xt.shape[1]
+        text = torch.cat((cache.ids, xt), dim=1)
+        first = text.shape[1] % size or size
+        return self.net.block_states(text, text, size, first)[:, -size:]
+
+
+class Ids:
+    """What Recomputing has in the place of a cache."""
+    nbytes = 0
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def select(self, rows):
+        self.ids = self.ids[rows]
 
 
 def llada(folder):
@@ -478,6 +541,8 @@ def agreement(args):
                 made["recomputed"] = sampled(run, Forgetful(net), prompt, args.new, forwards)
         pairs = {name: (made[name], made[other]) for name, other in WITHOUT.items() if name in made}
         if "recomputed" in made:
+            pairs["dllm BD3LMSampler"] = made["dllm BD3LMSampler"], made["recomputed"]
+        if "aria" in args.only:
             s = Settings(
                 args.new,
                 BLOCK // n,
@@ -486,10 +551,8 @@ def agreement(args):
                 temperature=0,
                 eos_id=None,
             )
-            pairs["dllm BD3LMSampler"] = made["dllm BD3LMSampler"], made["recomputed"]
-            pairs["aria backup block_frozen"] = (
-                generate(net, prompt, s, [0]).rows[0],
-                made["recomputed"],
+            pairs["aria backup block_frozen"] = tuple(
+                generate(model, prompt, s, [0]).rows[0] for model in (net, Recomputing(net))
             )
         for name, (a, b) in pairs.items():
             equal = [x == y for x, y in zip(a, b, strict=True)]

@@ -298,7 +298,7 @@ def every_mask(net, row):
     masked = torch.nn.functional.pad(masked, (1, 0))                               # (M, T)
     x = row.expand(len(masked), -1)
     # (M, T, V)
-    logp = net.logits(net.states(torch.where(masked, net.cfg.mask_id, x))).double().log_softmax(-1)
+    logp = net(torch.where(masked, net.cfg.mask_id, x)).double().log_softmax(-1)
     by_hand = -(logp.gather(-1, x[..., None])[..., 0] * masked).sum(1)
     ours = (
         estimators.surprise(net, x, masked, estimators.lay_out(as_piece(x), L + 1)).double().sum(1)

@@ -8,15 +8,15 @@ folder of peers.py.
     student = mdlm("peers", setting, rate=3e-4)
     student.step(x, 0)         # one whole optimizer step, number 0, on ids x (B, T)
     student.logits(xt)         # (B, T, V or V + 1): its answer for every position; a masked one has
-                               # the id V
+                               # the id V; a causal student is given the text itself
 
 Each has the width, depth and heads of the shape and is brought to our backup's number of parameters
 by its feed-forward width. A step: masks, forward, loss, backward, clipping to 1, update; under bf16
 autocast where this CPU has bf16 units, float32 otherwise; no dropout, nothing compiled. Warm-up is
 ours for all: 5 % of the steps, at most 300.
 
-    ours       AdamW or Muon, cosine to a tenth; masked over whole rows or a mixture of blocks (with
-               single tokens: fading); or autoregressive
+    ours       AdamW or Muon, cosine to a tenth; masked over whole rows; or both streams in a
+               mixture of blocks, left to right alone at first; or left to right alone
     nanogpt    GPT, configure_optimizers, its loss; cosine to a tenth, as its train.py. Reads a
                start symbol (the mask's id) and all but the last token, so that it answers for as
                many tokens as everybody
@@ -51,9 +51,10 @@ import masking
 import model_config
 from benchmarks import peers
 from common import machine
-from layers import rotate
+from layers import rotate, shifted
 from model import build_model
 from training import optim
+from training.step import mask_sample
 
 CPU = torch.device("cpu")
 DTYPE = machine.pick_precision("auto", "bf16", CPU)[0]
@@ -81,7 +82,8 @@ class Setting:
 class Student:
     net: nn.Module
     step: object                                   # (ids (B, T), number of the step)
-    logits: object                                 # ids (B, T) -> (B, T, V or V + 1)
+    # ids (B, T) -> (B, T, V or V + 1); causal: of each token, from those before it
+    logits: object
     causal: bool = False
     # inside, the net has the weights that its recipe is judged with
     averaged: object = contextlib.nullcontext
@@ -140,26 +142,28 @@ def rates(optimizer, setting, rate, schedule):
 # --------------------------------------------------------------------------------------------------
 # ours
 
-def ours(setting, rate, kind, blocks=None, optimizer="adamw"):
-    """kind: primary, backup or ar. blocks: --train_block_sizes; None: the whole row."""
-    s, causal, T = setting, kind == "ar", setting.length
+# both streams, left to right alone at first: the product's own way
+MIXTURE = {name: getattr(config.TrainArgs, name) for name in ("train_block_sizes", "ar_fade")}
+
+
+def ours(setting, rate, model, **more):
+    """model: primary or backup; more: settings of train. Without any: whole rows alone."""
+    whole_rows = dict(train_block_sizes="T", ar_fade=0.0, optimizer="adamw")
     args = config.TrainArgs(
-        model="backup" if causal else kind,
-        batch_size=s.rows,
+        model=model,
+        batch_size=setting.rows,
         grad_accum=1,
         lr=rate,
-        optimizer=optimizer,
-        objective="ar" if causal else "masked",
-        max_steps=s.steps,
-        seed=s.seed,
-        train_block_sizes=blocks or "T",
-        **s.shape,
+        max_steps=setting.steps,
+        seed=setting.seed,
+        **setting.shape | whole_rows | more,
     )
-    cfg = model_config.model_config(args, s.vocab)
-    if kind == "primary":
-        cfg = dataclasses.replace(cfg, d_ff=model_config.match_d_ff(cfg, target(s)))
+    cfg = model_config.model_config(args, setting.vocab)
+    if model == "primary":
+        cfg = dataclasses.replace(cfg, d_ff=model_config.match_d_ff(cfg, target(setting)))
     net = build_model(cfg)
     moving = optim.make_optimizer(net, args)
+    run = SimpleNamespace(args=args, rows=setting.rows, mine=slice(None))
 
     def step(x, n):
         moving.set_lr(
@@ -167,21 +171,22 @@ def ours(setting, rate, kind, blocks=None, optimizer="adamw"):
                 n, args.max_steps, args.lr, args.warmup, args.lr_schedule, args.min_lr_ratio
             )
         )
-        block, first = masking.pick_blocks(args.block_choices, T, s.seed, n, args.single_chance(n))
-        masks = (
-            masking.whole_rows(*x.shape)
-            if causal
-            else masking.corrupt(args, s.seed, n, len(x), T, block, first)
+        block, first = masking.pick_blocks(
+            args.block_choices, args.seq_len, args.seed, n, args.single_chance(n)
         )
+        masks = mask_sample(run, n, block, first)
         with machine.autocast(CPU, DTYPE):
-            out = masking.denoising_loss(
-                net, x, masks, args.loss, masking.normaliser(args.loss, masks)
-            )
+            out = masking.denoising_loss(net, x, masks, args.loss)
         out.loss.backward()
         optim.clip_grad_norm(net, args.grad_clip)
         moving.step()
         moving.zero_grad()
-    return Student(net, step, lambda ids: net.logits(net.block_states(ids, ids, T)), causal)
+
+    def logits(ids):
+        if args.causal:
+            return net.logits(net.clean_states(ids))
+        return net.logits(net.block_states(ids, ids, setting.length))
+    return Student(net, step, logits, args.causal)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,10 +219,15 @@ def nanogpt(folder, setting, rate):
     net = fitted(make, s)
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer = net.configure_optimizers(0.1, rate, (0.9, 0.95), "cpu")
-    return Student(net, stepper(net, optimizer, lambda x: net(masking.shifted(x, s.vocab), x)[1],
-                                rates(optimizer, s, rate, "cosine")),
-                   # without targets: the last position's only
-                   lambda ids: net(ids, ids)[0], causal=True)
+
+    def answers(ids):  # -> logits, loss; without targets: the last position's only
+        return net(shifted(ids, s.vocab), ids)
+    return Student(
+        net,
+        stepper(net, optimizer, lambda ids: answers(ids)[1], rates(optimizer, s, rate, "cosine")),
+        lambda ids: answers(ids)[0],
+        causal=True,
+    )
 
 
 def rotate_qkv(qkv, cos, sin):

@@ -6,8 +6,8 @@ r"""Training beside public peers: tokens/s at equal parameters, batch, precision
 
 The first command runs everything that lies in DIR (benchmarks/peers.py).
 
-    aria        primary and backup with the whole row as one block (what the peers train) and in
-                blocks of 64; and --objective ar
+    aria        primary and backup with the whole row as one block (what the peers train); in blocks
+                of 64 and left to right at once, the two streams; and left to right alone
     nanogpt, mdlm, torchdiff, telos
                 public trainers, with AdamW all of them (peer_models.py says what each is)
     hf_bert     Hugging Face Trainer (accelerate) on BertForMaskedLM
@@ -69,11 +69,12 @@ def timed(student, setting):
 # who
 
 OURS = {
-    "aria primary": ("primary", None),
-    "aria backup": ("backup", None),
-    "aria primary, blocks of 64": ("primary", "64"),
-    "aria backup, blocks of 64": ("backup", "64"),
-    "aria ar": ("ar", None),
+    "aria primary": dict(model="primary"),
+    "aria backup": dict(model="backup"),
+    "aria primary, blocks of 64": dict(model="primary", train_block_sizes="64"),
+    "aria backup, blocks of 64": dict(model="backup", train_block_sizes="64"),
+    "aria ar": dict(model="backup", objective="ar"),
+    "aria primary ar": dict(model="primary", objective="ar"),
 }
 
 
@@ -167,7 +168,7 @@ def compare(shape, args):
     setting = SHAPES[shape]
     sources = {
         "aria": lambda: {
-            name: timed(peer_models.ours(setting, 3e-4, *how), setting)
+            name: timed(peer_models.ours(setting, 3e-4, **how), setting)
             for name, how in OURS.items()
         },
         **{

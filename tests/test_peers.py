@@ -74,9 +74,7 @@ def test_dual_cache_replaces_in_place_and_prefix_does_not(net):
 
 
 def test_the_uncached_reference_of_the_block_rule(net):
-    """dllm's protocol (mask in, past out), with and without a cache, and our own frozen context:
-    one and the same logits.
-    """
+    """dllm's protocol (mask in, past out), with and without a cache: the same logits."""
     cached, uncached = decode_peers.PeerModel(net), decode_peers.Forgetful(net)
     block = torch.arange(40) // 8
     rule = (block[None] <= block[:, None])[None, None]                             # (1, 1, 40, 40)
@@ -90,10 +88,40 @@ def test_the_uncached_reference_of_the_block_rule(net):
                 IDS[:, 32:], past_key_values=copy.deepcopy(past), attention_mask=rule[..., 32:, :]
             ).logits
         )
-    cache = net.new_cache(1, 40)
-    for lo in range(0, 32, 8):
-        net.commit(IDS[:, lo:lo + 8], cache)
-    assert same(logits[0], logits[1]) and same(logits[0], net(IDS[:, 32:], cache))
+    assert same(logits[0], logits[1])
+    other = IDS.clone()
+    other[:, 8] = 9
+    past = uncached(
+        other[:, :32], attention_mask=rule[..., :32, :32], use_cache=True
+    ).past_key_values
+    moved = uncached(IDS[:, 32:], past_key_values=past, attention_mask=rule[..., 32:, :]).logits
+    assert not same(logits[1], moved)                           # the past is read
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_the_uncached_reference_of_ours(kind):
+    """Our frozen context, and the text behind it read again at each forward: the same states, also
+    behind a text that is no multiple of the block.
+    """
+    model = tiny_model(kind, 60, seed=1, n_layers=3, n_heads=4)
+    reference = decode_peers.Recomputing(model)
+    with torch.no_grad():
+        for known in (0, 5, 29):
+            found = []
+            for each in (model, reference):
+                cache = each.new_cache(1, 40)
+                for part in IDS[:, :known].split(3, dim=1):
+                    if part.numel():
+                        each.step(part, cache)
+                found.append(each.states(IDS[:, known:known + 8], cache))
+            torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    settings = decode_peers.Settings(
+        24, 2, mode="block_frozen", block_size=8, temperature=0, eos_id=None
+    )
+    texts = [
+        decode_peers.generate(each, [2, 7, 9], settings, [0]).rows for each in (model, reference)
+    ]
+    assert texts[0] == texts[1] and len(set(texts[0][0])) > 1
 
 
 def test_stand_ins_leave_nothing_behind():
@@ -163,19 +191,21 @@ TINY = peer_models.Setting(
 )
 
 
-@pytest.mark.parametrize("kind", ["primary", "backup", "ar"])
-def test_the_score_of_ours_is_the_bound_of_evaluate(kind):
+@pytest.mark.parametrize("model", ["primary", "backup"])
+@pytest.mark.parametrize("settings", [{}, peer_models.MIXTURE, dict(objective="ar")])
+def test_the_score_of_ours_is_the_bound_of_evaluate(model, settings):
     """Trained a little, so that the logits say something; an adapter that reads other ids than the
     masks' would score worse.
     """
     torch.manual_seed(3)
     rows = torch.randint(4, 50, (6, 24))
-    student = peer_models.ours(TINY, 1e-2, kind)
+    student = peer_models.ours(TINY, 1e-2, model, **settings)
+    block = 1 if student.causal else 24
     for n in range(3):
         student.step(rows[:4], n)
     student.net.eval()
     expected = torch.stack(
-        [masking.bound(student.net, rows, 24, seed=seed)[0] for seed in (5, 6)]
+        [masking.bound(student.net, rows, block, seed=seed)[0] for seed in (5, 6)]
     ).mean(0)
     found = bound_peers.score(student, rows, TINY.vocab, seed=5, draws=2, batch=4)
     assert (
@@ -183,7 +213,7 @@ def test_the_score_of_ours_is_the_bound_of_evaluate(kind):
         and abs(float(found.mean()) - math.log(50)) > 0.02
     )
     assert float(found.mean()) == pytest.approx(
-        estimators.held_out(student.net, rows, [24], 5, 4, 2)[24]["nats"], abs=1e-4
+        estimators.held_out(student.net, rows, [block], 5, 4, 2)[block]["nats"], abs=1e-4
     )
 
 
