@@ -43,7 +43,7 @@ from layers import (
 )
 
 FEW_BLOCKS = 16  # up to so many, one product adds up all pairs of blocks
-CHUNK = 16       # tokens of the clean stream that see each other in one product
+CHUNK = 32       # tokens of the clean stream that see each other in one product
 SLIM = 4         # in heads of fewer numbers the sums nearly cancel now and then
 SCORE_CAP = 8.0  # |score| of a write: exp(8) = 3,000 to 1 is as selective as a write may be
 # Added to all scores. It multiplies N and rms(N) by the same number, so it cancels in N / rms(N);
