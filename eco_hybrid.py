@@ -49,9 +49,9 @@ SCORE_CAP = 8.0  # |score| of a write: exp(8) = 3,000 to 1 is as selective as a 
 # Added to all scores. It multiplies N and rms(N) by the same number, so it cancels in N / rms(N);
 # and sums over thousands of tokens stay small.
 SHARED = -6.0
-# A slot keeps at least exp(-2) from one token to the next; the squares of a chunk's weights, which
+# A slot keeps at least exp(-1) from one token to the next; the squares of a chunk's weights, which
 # are taken behind its half, stay within float32's range.
-FASTEST = 2.0
+FASTEST = 1.0
 
 
 class EcoCache:
