@@ -14,6 +14,9 @@ chain rule  -log p of writing the blocks left to right, one token at a time; of 
             (--chain_docs), as it costs a forward per token of a block; "its bound" is the bound of
             the same fewer documents
 
+--out_json has the figures under their estimate and block: the NLL is bound["1"], with no curve, and
+chain_rule has no "1", as it would be the same.
+
 All in nats/token, bits/byte (UTF-8 bytes of the normalised text) and bits/char, with standard
 errors over documents, per script. evaluation/estimators.py says how documents are cut. Masks are
 fixed by the seed, documents by the text and by how many windows --batches are, so two checkpoints

@@ -1,6 +1,7 @@
 """Numbers one can trust: each estimator against enumeration by hand, errors over documents, the
 command as a user runs it.
 """
+import copy
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from tiny import TINIER, tiny_model
+from tiny import TINIER, nll_by_steps, tiny_model
 
 import checkpoint
 import config
@@ -28,19 +29,19 @@ V, T = 9, 6
 TEXT = torch.tensor([2, 5, 7, 4, 8, 5])
 
 
-def tiny(kind, scale=40):
+def tiny(kind, scale=40, **changes):
     """Far from uniform, so that the bound depends on which tokens are hidden."""
-    net = tiny_model(kind, V, shape=TINIER, memory_slots=3, conv_kernel=3)
+    net = tiny_model(kind, V, shape=TINIER, memory_slots=3, conv_kernel=3, **changes)
     with torch.no_grad():
         net.head.weight *= scale
     return net
 
 
-def frozen(net, x, upto, block):
-    """The exact cache of x[:upto], committed as it was finished: BOS, then block by block."""
+def frozen(net, x, upto):
+    """The exact cache of the start and x[:upto]."""
     cache = net.new_cache(1, T)
-    for a in [0, *range(1, upto, block)]:
-        net.commit(x[None, a:min(upto, max(1, a + (block if a else 1)))], cache)
+    if upto:
+        net.step(x[None, :upto], cache)
     return cache
 
 
@@ -67,7 +68,7 @@ def by_enumeration(net, x, block, weigh=exact_count):
     for a in [1] if block >= T else range(1, T, block):
         scored = range(a, min(T, a + block))
         start = 0 if block >= T else a  # the block alone, or all in one piece
-        cache = frozen(net, x, a, block) if start else None
+        cache = frozen(net, x, start)
         for masked in itertools.chain(
             *(itertools.combinations(scored, k) for k in range(1, len(scored) + 1))
         ):
@@ -117,7 +118,7 @@ def test_every_estimator_has_the_mean_that_enumeration_gives(kind, block):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["primary", "backup"])
-@pytest.mark.parametrize("block", [T, 2, 1])
+@pytest.mark.parametrize("block", [T, 3, 2])
 def test_chain_rule_by_hand(kind, block):
     """A real probability of the text: token by token, with what follows inside the block hidden and
     later blocks absent.
@@ -131,16 +132,101 @@ def test_chain_rule_by_hand(kind, block):
         )
         xt = TEXT[a:b].clone()
         xt[i - a:] = V
-        z = net.logits(net.states(xt[None], frozen(net, TEXT, a, block) if a else None))[
-            0
-        ].log_softmax(-1)
+        z = net.logits(net.states(xt[None], frozen(net, TEXT, a)))[0].log_softmax(-1)
         total -= float(z[i - a, TEXT[i]])
     found = estimators.chain_rule(net, cut([TEXT.tolist()], T), block)
     assert float(found[0]) == pytest.approx(total, rel=1e-5)
-    if block == 1:  # one token: nothing is left to average over
-        assert float(estimators.bound(net, cut([TEXT.tolist()], T), 1, 1)[0][0]) == pytest.approx(
-            total, rel=1e-5
-        )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_blocks_of_one_token_give_the_exact_nll(kind, causal):
+    """bound in blocks of one token, against decoding token by token: every window by itself, given
+    tokens are read and not scored; no draw, no seed, no curve; chain_rule says the same.
+    """
+    net = tiny(kind, causal=causal)
+    generator = torch.Generator().manual_seed(3)
+    documents = []
+    for n in (3, 8, 21, 17, 2):
+        documents.append([2, *torch.randint(4, V, (n - 1,), generator=generator).tolist()])
+    wanted = []
+    for ids in documents:
+        total = 0.0
+        for start, size, known in windows(len(ids), 8):
+            window = torch.tensor([ids[start:start + size]])
+            total += float(nll_by_steps(net, window)[0, known:].double().sum())
+        wanted.append(total)
+    wanted = torch.tensor(wanted, dtype=torch.float64)
+    pieces = cut(documents, 8)
+    assert {piece.given for piece in pieces} >= {0, 1}
+    for draws, seed in ((1, 0), (4, 7)):
+        nats, curve, plain = estimators.bound(net, pieces, 1, draws, seed, batch=2)
+        torch.testing.assert_close(nats, wanted, rtol=1e-5, atol=1e-5)
+        assert curve == []
+        tokens = sum(map(len, documents)) - len(documents)
+        assert plain == pytest.approx(float(wanted.sum()) / tokens, rel=1e-5)
+    torch.testing.assert_close(estimators.chain_rule(net, pieces, 1), nats, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_windows_of_one_stream_in_training(kind):
+    """held_out, which validates a run: blocks of one token are the exact NLL of all tokens, BOS
+    too, without an error from masks; a larger block is masking.bound.
+    """
+    net = tiny(kind)
+    rows = torch.randint(4, V, (6, 16), generator=torch.Generator().manual_seed(5))
+    found = estimators.held_out(net, rows, [16, 4, 1], 3, 4, 2)
+    exact = nll_by_steps(net, rows).mean(1)
+    assert found[1]["nats"] == pytest.approx(float(exact.mean()), rel=1e-5)
+    assert found[1]["masked_mean"] == pytest.approx(float(exact.mean()), rel=1e-5)
+    assert found[1]["se"] == pytest.approx(float(exact.std()) / 6 ** 0.5, rel=1e-4)
+    for block in (16, 4):
+        draws = [masking.bound(net, rows, block, seed=seed)[0] for seed in (3, 4)]
+        mean = float(torch.stack(draws).mean())
+        assert found[block]["nats"] == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_an_early_exit_is_scored_as_the_shorter_model_would_be(kind):
+    """at_depth, against a copy that has the first layers alone and that exit's norm: both streams.
+    """
+    net = tiny(kind, n_layers=3, exits=True)
+    with torch.no_grad():
+        net.exits.early_norm.add_(0.3 * torch.randn_like(net.exits.early_norm))
+    pieces = cut([TEXT.tolist(), [2, 4, 4, 6]], T)
+    seen = set()
+    for depth in (1, 2):
+        short = copy.deepcopy(net)
+        short.layers = short.layers[:depth]
+        short.exits.final_norm.weight.data.copy_(net.exits.early_norm[depth - 1])
+        for block in (T, 2, 1):
+            nats = estimators.bound(estimators.at_depth(net, depth), pieces, block, 2)[0]
+            wanted = estimators.bound(short, pieces, block, 2)[0]
+            torch.testing.assert_close(nats, wanted, rtol=1e-5, atol=1e-5)
+            seen.add(round(float(nats.sum()), 4))
+    assert len(seen) == 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_left_to_right_frozen_or_not(kind):
+    """Frozen: the clean stream's -log p of the new tokens. Not frozen: each token is the next one
+    in one block of the noisy stream in which it and all after it are hidden.
+    """
+    net = tiny(kind)
+    prompt, new = TEXT[:2].tolist(), TEXT[2:].tolist()
+    exact = float(nll_by_steps(net, TEXT[None])[0, 2:].sum())
+    assert estimators.left_to_right(net, prompt, new) == pytest.approx(exact, rel=1e-5)
+
+    total = 0.0
+    for i in range(2, T):
+        xt = TEXT.clone()
+        xt[i:] = V
+        logp = net.logits(net.states(xt[None], net.new_cache(1, T)))[0, i].log_softmax(-1)
+        total -= float(logp[TEXT[i]])
+    found = estimators.left_to_right(net, prompt, new, frozen=False)
+    assert found == pytest.approx(total, rel=1e-5)
+    assert abs(found - exact) > 1e-3
 
 
 @given(st.integers(2, 70), st.integers(2, 20))
@@ -153,7 +239,7 @@ def test_windows_score_every_token_once(tokens, length):
     assert scored == list(range(1, tokens))
 
 
-@pytest.mark.parametrize("block", [4, 8, 99])
+@pytest.mark.parametrize("block", [1, 4, 8, 99])
 def test_a_long_document_is_scored_whole_and_given_tokens_are_never_hidden(block):
     """A uniform guess costs ln V at each scored token, whatever the cut; so masks, weights and
     windows are right together.
@@ -161,6 +247,7 @@ def test_a_long_document_is_scored_whole_and_given_tokens_are_never_hidden(block
     net = SimpleNamespace(cfg=SimpleNamespace(mask_id=V, pad_id=0, causal=False),
                           head=SimpleNamespace(weight=torch.zeros(V + 1, 4), never=(0, V)))
     net.block_states = lambda xt, *_: torch.zeros(*xt.shape, 4)
+    net.clean_states = lambda x0: torch.zeros(*x0.shape, 4)
     documents = [[2] + [5] * (n - 1) for n in (3, 8, 20, 17, 24)]
     pieces = cut(documents, 8)
     expected = torch.tensor(
@@ -335,18 +422,17 @@ def test_a_loop_that_pleases_the_judge_is_caught():
 # ---- the command ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def control(trained):
-    """An autoregressive run beside the two diffusion runs, on the same text."""
+def controls(trained):
+    """A left-to-right run of each model beside the two that have both streams, on the same text."""
+    found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(trained)
-        assert (
-            call(
-                train.main, "--model", "backup", "--objective", "ar", *TINY, "--max_steps", 12,
-                "--eval_interval", 0, "--no_show_samples",
-            )
-            == 0
-        )
-    return "checkpoints/ar_hi"
+        for model in RUNS:
+            words = ("--model", model, "--objective", "ar", *TINY, "--max_steps", 12)
+            quiet = ("--eval_interval", 0, "--no_show_samples")
+            assert call(train.main, *words, *quiet, "--run_name", f"ar_{model}") == 0
+            found[model] = f"checkpoints/ar_{model}"
+    return found
 
 
 @pytest.mark.parametrize("blocks, compared", [("T,1", {"32"}), ("1", set())])
@@ -365,7 +451,7 @@ def test_blocks_of_one_token_leave_nothing_to_compare(here, capsys, tmp_path, bl
     assert set(found["compared"]) == compared and "1" in found["bound"]
 
 
-def test_the_whole_report(here, control, capsys, tmp_path):
+def test_the_whole_report(here, controls, capsys, tmp_path):
     out, unread = tmp_path / "e.json", tmp_path / "unread.txt"
     data, tokenizer = (
         TokenData("data/processed", "train"),
@@ -380,7 +466,8 @@ def test_the_whole_report(here, control, capsys, tmp_path):
         call(
             evaluate.main, RUNS["primary"], "--max_docs", 12, "--draws", 2, "--chain_docs", 4,
             "--repeats", 2, "--out_json", out, "--out_png", tmp_path / "e.png", "--samples", 3,
-            "--judge", control, "--judge_text", unread, "--max_new_tokens", 12, "--threads", 1,
+            "--judge", controls["backup"], "--judge_text", unread, "--max_new_tokens", 12,
+            "--threads", 1,
         )
         == 0
     )
@@ -388,7 +475,8 @@ def test_the_whole_report(here, control, capsys, tmp_path):
     assert "has learned from the same text" in said.err and "is not independent" in said.err
     printed, found = said.out, json.loads(out.read_text(encoding="utf-8"))
     assert (tmp_path / "e.png").read_bytes()[:4] == b"\x89PNG"
-    assert set(found["bound"]) == set(found["chain_rule"]) == set(found["compared"]) == {"32", "8"}
+    assert set(found["bound"]) == {"32", "8", "1"}
+    assert set(found["chain_rule"]) == set(found["compared"]) == {"32", "8"}
     for block, r in found["bound"].items():
         scripts = r["scripts"]
         each = found["documents"]
@@ -401,7 +489,11 @@ def test_the_whole_report(here, control, capsys, tmp_path):
         assert r["nats"] * r["tokens"] == pytest.approx(
             sum(s["nats"] * s["tokens"] for n, s in scripts.items() if n != "all")
         )
-        assert len(found["curve"][block]) >= 5 and found["chain_rule"][block]["documents"] == 4
+        if block == "1":
+            assert found["curve"][block] == [] and r["masked_mean"] == pytest.approx(r["nats"])
+        else:
+            assert len(found["curve"][block]) >= 5
+            assert found["chain_rule"][block]["documents"] == 4
     assert (
         "n-gram of --judge_text" in printed
         and 0 < found["samples"]["judge_text"]["in_training_text"] < 1
@@ -422,41 +514,53 @@ def test_the_whole_report(here, control, capsys, tmp_path):
         and len(found["samples"]["samples_texts"]) == 3
     )
     assert len(re.findall(r"^(?:T|8) +(?:bound|chain rule|its bound) +all", printed, re.M)) == 6
+    assert len(re.findall(r"^1 +NLL +all", printed, re.M)) == 1
 
 
-def test_the_control_arm_prints_its_exact_nll(here, control, capsys, tmp_path):
+@pytest.mark.parametrize("objective", ["masked", "ar"])
+@pytest.mark.parametrize("kind", list(RUNS))
+def test_the_exact_nll_is_printed(here, controls, capsys, tmp_path, kind, objective):
+    """Of all four checkpoints, from one pass: NLL in block 1, the same as token by token, and in
+    --out_json as bound["1"]; beside it the bounds of larger blocks, where there are such.
+    """
+    run = RUNS[kind] if objective == "masked" else controls[kind]
     lines = tmp_path / "t.txt"
     lines.write_text("मैं घर गया।\n\nmain ghar gaya tha aur wahan bahut log "
                      "the\n", encoding="utf-8")
     assert (
         call(
-            evaluate.main, control, "--text", lines, "--out_json", tmp_path / "e.json",
-            "--threads", 1,
+            evaluate.main, run, "--text", lines, "--out_json", tmp_path / "e.json", "--threads", 1,
+            "--draws", 1, "--repeats", 0,
         )
         == 0
     )
+    printed = capsys.readouterr().out
     found = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
-    assert found["objective"] == "ar" and "NLL" in capsys.readouterr().out
-    net, tokenizer, _ = checkpoint.load_model(control, torch.device("cpu"), config.check_saved)
+    assert found["objective"] == objective
+    larger = ["32", "8"] if objective == "masked" else []
+    assert list(found["bound"]) == [*larger, "1"] and list(found["chain_rule"]) == larger
+    told = re.findall(r"^(\w+) +(bound|chain rule|NLL) +all", printed, re.M)
+    wanted = []
+    for rule in ("T", "8"):
+        wanted += [(rule, "bound"), (rule, "chain rule")]
+    assert told == (wanted if larger else []) + [("1", "NLL")]
+
+    net, tokenizer, _ = checkpoint.load_model(run, torch.device("cpu"), config.check_saved)
     total, count = 0.0, 0
     for line in lines.read_text(encoding="utf-8").split("\n\n"):
         ids = [tokenizer.bos_id, *tokenizer.encode(line.strip()), tokenizer.eos_id]
-        read = torch.tensor([[net.cfg.mask_id, *ids[:-1]]])
-        with torch.no_grad():
-            logp = net.logits(net.block_states(read, read, len(ids))).log_softmax(-1)[0]
-        total, count = (
-            total - sum(float(logp[i, token]) for i, token in enumerate(ids) if i),
-            count + len(ids) - 1,
-        )
-    r = found["bound"]["32"]
+        assert len(ids) <= 32
+        total += float(nll_by_steps(net, torch.tensor([ids]))[0, 1:].sum())
+        count += len(ids) - 1
+    r = found["bound"]["1"]
     assert r["tokens"] == count and r["nats"] == pytest.approx(total / count, rel=1e-4)
     size = len(lines.read_text(encoding="utf-8").replace("\n", "").encode())
     assert r["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-4)
 
 
-def test_slips_of_evaluate(here, control, capsys, tmp_path):
+def test_slips_of_evaluate(here, controls, capsys, tmp_path):
     for words, said in (
-        (("--judge", control), "--samples 64"),
+        (("--judge", controls["backup"]), "--samples 64"),
         (("--judge_text", "t.txt"), "--samples 64"),
         (("--samples", 1, "--judge_text", "nowhere.txt"), "--judge_text nowhere.txt"),
         (("--text", "nowhere.txt"), "--text nowhere.txt"),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import TINIER, moved_away, tiny_model
+from tiny import TINIER, moved_away, nll_by_steps, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -425,16 +425,6 @@ def test_blocks_of_one_token_are_the_exact_nll(model, causal):
     torch.testing.assert_close(again, nats, atol=1e-6, rtol=1e-6)
     some = masking.row_bounds(net, x0, 1, part=slice(3, 5))[:, 0]
     torch.testing.assert_close(some.float(), nats[3:], atol=1e-6, rtol=1e-6)
-
-
-def nll_by_steps(net, x0):
-    """-log p of every token (R, T), token by token behind the start."""
-    cache = net.new_cache(len(x0), x0.shape[1])
-    states = [net.clean_states(x0[:, :1])]      # what the start alone says
-    for i in range(x0.shape[1] - 1):
-        states.append(net.step(x0[:, i:i + 1], cache))
-    logp = net.logits(torch.cat(states, dim=1)).log_softmax(-1)
-    return -logp.gather(-1, x0[..., None])[..., 0]
 
 
 def test_chunked_cross_entropy_equals_the_plain_one():

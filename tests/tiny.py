@@ -44,6 +44,17 @@ def half_masked(length, batch=2, vocab_size=40):
     return x0, torch.where(mask, vocab_size, x0)
 
 
+@torch.no_grad()
+def nll_by_steps(net, x0):
+    """-log p of every token (R, T) left to right, token by token behind the start."""
+    cache = net.new_cache(len(x0), x0.shape[1])
+    states = [net.clean_states(x0[:, :1])]      # what the start alone says
+    for i in range(x0.shape[1] - 1):
+        states.append(net.step(x0[:, i:i + 1], cache))
+    logp = net.logits(torch.cat(states, dim=1)).log_softmax(-1)
+    return -logp.gather(-1, x0[..., None])[..., 0]
+
+
 def scratch():
     """A temporary folder, in memory if there is such a thing: for what writes thousands of small
     files.
