@@ -1125,6 +1125,38 @@ def test_memory_comes_before_the_first_step_and_time_after_twenty(
     assert sum(line.startswith("notice") and "passes over this text" in line for line in lines) <= 1
 
 
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_the_memory_for_activations_is_a_lower_bound_of_what_a_step_keeps(kind):
+    """What autograd keeps of a forward in float32, less the weights, is never below the figure, nor
+    eight times as much. Blocks of 4 take the most, left to right alone and whole rows half.
+    """
+    shape = dict(model=kind, d_model=32, n_layers=3, n_heads=2, d_ff=64, memory_slots=2)
+    figures = {}
+    for sizes in ("T", "4", "1"):
+        args = config.TrainArgs(seq_len=64, train_block_sizes=sizes, ar_fade=0.0, **shape)
+        cfg = model_config.model_config(args, vocab_size=20)
+        net = models.build_model(cfg)
+        weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage
+            return tensor
+
+        run = SimpleNamespace(args=args, rows=2, mine=slice(None))
+        masks = training_step.mask_sample(run, 0, args.block_choices[0])
+        x0 = torch.randint(4, 20, (2, 64))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = masking.denoising_loss(net, x0, masks, "elbo").loss
+        found = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
+        logits = 4 * 2 * 64 * cfg.rows
+        figures[sizes] = recovery.memory_needed(cfg, args, 2)[1] - logits
+        assert figures[sizes] < found < 8 * figures[sizes], sizes
+        loss.backward()
+    assert figures["4"] > 2.1 * figures["1"] and figures["T"] < 1.05 * figures["1"]
+
+
 def test_threads_that_wait_are_told_from_threads_that_help():
     """Recorded on two cores, seconds of the same products with two threads and with one: alone,
     then beside two busy loops.

@@ -186,14 +186,25 @@ def memory_needed(model_config, args, micro, world=1):
     if args.fsdp:
         fixed //= world
 
-    tokens = micro * args.seq_len
     width = 4 * model_config.d_model
     if not args.activation_checkpointing:
         width += 2 * 3 * model_config.d_ff  # gate, up and their product in 2 bytes
-    streams = 2 if min(args.block_choices) < args.seq_len else 1
-    activations = streams * tokens * model_config.n_layers * width
-    logits = 4 * min(512, tokens) * model_config.rows
+    rows = max(rows_of_streams(args.seq_len, block) for block in args.block_rules)
+    activations = micro * rows * model_config.n_layers * width
+    logits = 4 * min(512, micro * args.seq_len) * model_config.rows
     return fixed, activations + logits
+
+
+def rows_of_streams(length, block):
+    """The rows that a layer sees of a training row by this block rule, at least: the clean stream,
+    and the noisy one with a front row for each block.
+    """
+    if block == 1:
+        return length
+    noisy = length + -(-length // block)
+    if block >= length:
+        return noisy + 1                # of the clean stream the start alone
+    return noisy + length
 
 
 def check_memory(model_config, args, micro, device, world=1):
