@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import config
 import masking
 import model_config
-from eco_hybrid import CHUNK, Rows
+from eco_hybrid import CHUNK, FASTEST, Rows
 from layers import LocalConv, initialise, rotary_table
 from model import build_model
 
@@ -583,7 +583,7 @@ def test_the_state_at_an_opening_is_faded_token_by_token(length, block, first):
     found = layer.states_at(v, s, rows)                                        # (B, n, H, M, E)
     openings = [lo for lo, _ in edges(length, block, first)]
     assert rows.opens.tolist() == openings
-    rate = torch.exp(-layer.decay).clamp(max=2.0)                              # (H, M)
+    rate = torch.exp(-layer.decay).clamp(max=FASTEST)                          # (H, M)
     w = torch.exp(8 * torch.tanh(s / 8) - 6).unflatten(-1, (4, 4))             # (B, T, H, M)
     v = v.unflatten(-1, (4, 4))                                                # (B, T, H, E)
     for number, p in enumerate(openings):
