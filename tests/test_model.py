@@ -144,15 +144,15 @@ def test_the_context_does_not_know_how_it_was_cut(model, kernel):
     and the same cache.
     """
     net = tiny(model, conv_kernel=kernel)
-    x0, xt = texts(71)
+    x0, xt = texts(135)
     wanted = net.clean_states(x0)[:, 1:]                # each piece answers about the next token
     caches = []
-    for cut in pieces(71):
-        cache = net.new_cache(2, 71)
+    for cut in pieces(135):
+        cache = net.new_cache(2, 135)
         assert cache.length == 1, "the start is read"
         answers = [net.step(part, cache) for part in x0.split(cut, dim=1)]
         assert_same(torch.cat(answers, dim=1)[:, :-1], wanted)
-        assert cache.length == 72
+        assert cache.length == 136
         caches.append(cache)
     for cache in caches[1:]:
         assert_same_cache(cache, caches[0])
