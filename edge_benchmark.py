@@ -12,14 +12,14 @@ people; the last line on stdout, and benchmarks/edge_benchmark.json, hold everyt
 * the timed runs of all modes alternate, so that a slow minute of the machine hits each of them
   alike;
 * a run is timed from the prompt's text to the new ids; only new tokens before EOS count;
-* quality stands beside speed: nll_per_token is the checkpoint's own -log p of what the mode wrote,
-  each token scored while it is hidden, left to right over the frozen text before it (the block rule
-  with blocks of one token: a chain rule, no bound). judge is -log p under an n-gram model of the
-  training text, which no network can flatter. A low value is no proof of good text, as repetition
-  scores well too: read both together with distinct_2 and repeat_rate;
+* quality stands beside speed: nll_per_token is the checkpoint's own exact -log p of what the mode
+  wrote, left to right by its clean stream in one pass, whatever the mode (a checkpoint without
+  blocks scores each token as a mask with all behind it hidden). judge is -log p under an n-gram
+  model of the training text, which no network can flatter. A low value is no proof of good text, as
+  repetition scores well too: read both together with distinct_2 and repeat_rate;
 * held_out is the held-out bound of the same weights in the same precision under the mode's block
-  rule, so what int8 costs stands beside what it gives; cpu_s_per_token, processor seconds, stands
-  in for energy;
+  rule (in blocks of one token the exact -log p), so what int8 costs stands beside what it gives;
+  cpu_s_per_token, processor seconds, stands in for energy;
 * peak_rss_mb is taken in an extra untimed run per mode, after memory that is only kept was given
   back.
 """

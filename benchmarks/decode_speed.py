@@ -2,16 +2,17 @@
 
     python benchmarks/decode_speed.py
 
-1. tokens/s of full and block_frozen for 128 new tokens at equal forwards per token, batch 1, behind
-   prompts of 64, 256 and 1,024 tokens: what the block rule is worth.
-2. Milliseconds of one block (forwards and commit) after 256, 1,024 and 4,096 tokens of context:
-   whether its cost grows.
-3. Milliseconds of a prompt of 1,024 tokens committed block by block and in one pass.
-4. Milliseconds of one forward, head included, of blocks of 1 to 128 tokens, beside two limits:
-   reading every weight once at the measured memory speed, and 2 x parameters x block at the
-   measured speed of a product. What lies above both is small operators.
-5. Operators that one block's forward calls from Python, and all that those call: figures that no
-   busy machine can blur.
+1. tokens/s of full, block and block_frozen for 128 new tokens at equal forwards per token, batch 1,
+   behind prompts of 64, 256 and 1,024 tokens: what the block rule is worth. Beside them
+   left_to_right, a forward of one row for each token.
+2. Milliseconds of one block (its forwards, and reading it into the cache) after 256, 1,024 and
+   4,096 tokens of context: whether its cost grows.
+3. Milliseconds of reading a prompt of 1,024 tokens into the cache block by block and in one pass.
+4. Milliseconds of one forward, head included, of one token of the clean stream and of blocks of 1
+   to 128 tokens, beside two limits: reading every weight once at the measured memory speed, and 2 x
+   parameters x block at the measured speed of a product. What lies above both is small operators.
+5. Operators that one block's forward calls from Python, and all that those call, and those of one
+   token of the clean stream: figures that no busy machine can blur.
 
 d 512, 10 layers, 8,000 pieces, equal parameters, random weights, bf16 where the CPU has it;
 variants in turn, medians of 7 (of 2 behind 1,024 tokens).
@@ -56,17 +57,17 @@ def operators(run):
 
 
 def given(model):
-    """{way: milliseconds} of committing 1,024 tokens."""
+    """{way: milliseconds} of reading 1,024 tokens into the cache."""
     prompt = torch.randint(4, VOCAB, (1, 1024))
 
     def by_block():
         cache = model.new_cache(1, 1024)
         for part in prompt.split(BLOCK, dim=1):
-            model.commit(part, cache)
+            model.step(part, cache)
 
     return timed(
         {
-            "one_pass": lambda: model.commit(prompt, model.new_cache(1, 1024), BLOCK),
+            "one_pass": lambda: model.step(prompt, model.new_cache(1, 1024)),
             "by_block": by_block,
         }
     )
@@ -83,7 +84,7 @@ def memory_speed():
 
 
 def modes(kind, model, out):
-    """full, block and block_frozen behind each prompt."""
+    """full, block, block_frozen and left to right behind each prompt."""
     for length in PROMPTS:
         settings = {
             mode: Settings(
@@ -91,6 +92,9 @@ def modes(kind, model, out):
             )
             for mode, n in (("full", NEW), ("block", BLOCK), ("block_frozen", BLOCK))
         }
+        settings["left_to_right"] = Settings(
+            NEW, 1, mode="block_frozen", block_size=1, temperature=0, eos_id=None
+        )
         prompt = [2] + [5] * (length - 1)
         ms = timed(
             {mode: partial(generate, model, prompt, s, [0]) for mode, s in settings.items()},
@@ -103,14 +107,15 @@ def modes(kind, model, out):
 
 
 def widths(kind, model, precision, product, memory, out):
-    """One forward of blocks of several lengths, head included, and its two limits in milliseconds.
+    """One forward of one token of the clean stream and of blocks of several lengths, head included,
+    and its two limits in milliseconds.
     """
     cache = model.new_cache(1, 256 + WIDTHS[-1])
-    model.commit(torch.randint(4, VOCAB, (1, 64)), cache)
+    model.step(torch.randint(4, VOCAB, (1, 64)), cache)
     blocks = {w: torch.randint(4, VOCAB, (1, w)) for w in WIDTHS}
-    ms = timed(
-        {w: lambda b=b: model.logits(model.states(b, cache)) for w, b in blocks.items()}, 3 * ROUNDS
-    )
+    runs = {w: lambda b=b: model.logits(model.states(b, cache)) for w, b in blocks.items()}
+    runs["step"] = lambda: model.logits(model.step(blocks[1], cache))
+    ms = timed(runs, 3 * ROUNDS)
     params, bytes_each = (
         model_config.count_params(model.cfg),
         {"fp32": 4, "bf16": 2, "int8": 1}[precision],
@@ -120,7 +125,9 @@ def widths(kind, model, precision, product, memory, out):
         "least "
         f"{1e3 * params * bytes_each / memory:.1f} ms"
     )
-    for w, t in ms.items():
+    print(f"{kind:8} {precision}: the next token, left to right, takes {ms['step']:5.1f} ms")
+    for w in WIDTHS:
+        t = ms[w]
         print(
             f"{kind:8} {precision}: a block of {w:3} takes {t:5.1f} ms, {t / w:5.2f} a token; its "
             "products "
@@ -160,13 +167,13 @@ def main():
         for context in CONTEXTS:
             caches[context] = model.new_cache(1, CONTEXTS[-1] + 64 * BLOCK)
             for _ in range(0, context, 64):
-                model.commit(torch.randint(4, VOCAB, (1, 64)), caches[context])
+                model.step(torch.randint(4, VOCAB, (1, 64)), caches[context])
         block = torch.randint(4, VOCAB, (1, BLOCK))
 
         def one_block(cache, model=model, block=block):
             for _ in range(BLOCK // PER_FORWARD):
                 model.states(block, cache)
-            model.commit(block, cache)
+            model.step(block, cache)
         grown = timed({context: lambda c=cache: one_block(c) for context, cache in caches.items()})
         print(
             f"{kind:8} a block after "
@@ -178,14 +185,22 @@ def main():
             flush=True,
         )
         prompt_ms = given(model)
-        called, ran = operators(partial(model.states, block, caches[CONTEXTS[0]]))
+        near = caches[CONTEXTS[0]]
+        called, ran = operators(partial(model.states, block, near))
+        called_one, ran_one = operators(partial(model.step, block[:, :1], near))
         print(
             f"{kind:8} a prompt of 1,024: one pass {prompt_ms['one_pass']:.0f} ms, by block "
             f"{prompt_ms['by_block']:.0f} ms; "
-            f"a block's forward calls {called} operators, {ran} with those inside",
+            f"a block's forward calls {called} operators, {ran} with those inside, the next token "
+            f"left to right {called_one} and {ran_one}",
             flush=True,
         )
-        out[kind] |= {"block_ms": grown, "prompt_ms": prompt_ms, "operators": [called, ran]}
+        out[kind] |= {
+            "block_ms": grown,
+            "prompt_ms": prompt_ms,
+            "operators": [called, ran],
+            "operators_left_to_right": [called_one, ran_one],
+        }
     print(json.dumps({**out, **machine.environment(torch.device("cpu"))}))
 
 

@@ -178,7 +178,7 @@ def continue_documents(model, documents, tokenizer, saved, args, data_dir, ar_na
         found[name] = quality(texts, script_of, known, scorers)
         found[f"{name}_texts"] = [[text.prompt, text.new] for text in texts]
 
-    if model.cfg.causal:
+    if model.cfg.causal or chosen.left_to_right:
         how = "one token at a time"
     else:
         how = f"{chosen.mode}, {chosen.steps} forwards a block"

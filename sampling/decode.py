@@ -97,7 +97,7 @@ def generate(model, prompt, settings, seeds, on_step=None, on_block=None):
     """
     if settings.mode not in MODES:
         raise UserError(f"decode mode {settings.mode!r} is none of {', '.join(MODES)}")
-    if model.cfg.causal:
+    if model.cfg.causal or settings.left_to_right:
         settings = one_token_at_a_time(settings)
     if prompt and isinstance(prompt[0], (list, tuple)):
         prompts = prompt
@@ -114,13 +114,16 @@ def generate(model, prompt, settings, seeds, on_step=None, on_block=None):
 
 
 def one_token_at_a_time(settings):
-    """What a causal model makes of any settings."""
+    """What is left of any settings: one forward a token, so no order and no schedule. A second one
+    would read the token before it into the cache again.
+    """
     return dataclasses.replace(
         settings,
         mode="block_frozen",
         block_size=1,
         steps=1,
         sampler="confidence",
+        alg_temp=0.0,
         remask=0.0,
         min_depth=0,
         guidance_scale=1.0,
@@ -147,11 +150,11 @@ def write_group(model, group, prompts, settings, seeds, result, on_step, on_bloc
         cache = model.new_cache(len(group), room)
         result.cache_bytes = max(result.cache_bytes, cache.nbytes)
         # left to right, the first forward reads the prompt's last token
-        known = P - 1 if left_to_right(settings) else P
-        for part in ids[:, :known].split(max(1, min(PROMPT_TOKENS, room // 2)), dim=1):
-            if part.numel():
+        known = P - 1 if settings.left_to_right else P
+        if known:
+            for part in ids[:, :known].split(max(1, min(PROMPT_TOKENS, room // 2)), dim=1):
                 model.step(part, cache)
-        result.context_passes += 1  # one pass over the prompt, whatever its number of parts
+            result.context_passes += 1  # one pass over the prompt, whatever its number of parts
 
     # Block after block; a finished row leaves the batch
     alive = group                     # the numbers of the rows that the canvas still holds
@@ -188,16 +191,6 @@ def block_length(settings):
 
 def positions_in_cache(length, settings):
     return min(length, settings.window or length)
-
-
-def left_to_right(settings):
-    """Is the clean stream asked? Guidance and early exits are the noisy stream's."""
-    return (
-        settings.mode == "block_frozen"
-        and settings.block_size == 1
-        and settings.guidance_scale == 1
-        and not settings.min_depth
-    )
 
 
 def keep_answer(result, row, ids, prompt, settings, model):
@@ -246,7 +239,7 @@ def infill(model, ids, settings, seeds, on_step=None):
     """Fill every mask of one text (ids, BOS included), once per seed; everything else stays ->
     Result with whole rows.
     """
-    if model.cfg.causal:
+    if model.cfg.causal or settings.left_to_right:
         raise UserError(
             "this checkpoint was trained with --objective ar and sees only what stands before a "
             "gap: fill gaps with a checkpoint of --objective masked, or continue a --prompt"
@@ -262,7 +255,7 @@ def infill(model, ids, settings, seeds, on_step=None):
     before = canvas.ids.clone()
 
     # The whole text is one block
-    forward = forward_of(model, None, 1, 0, len(ids), settings)
+    forward = forward_of(model, None, canvas, 1, 0, len(ids), settings)
     result = Result([], [])
     if not given.all():
         result.forwards, result.layer_passes = fill_block(
@@ -283,8 +276,8 @@ def forward_of_block(model, cache, canvas, P, lo, hi, settings, result):
     """forward_of, and the block before [lo, hi) joins the cache: in a pass of its own now, or in
     the first forward where the model can do both at once.
     """
-    if cache is None or lo == P or left_to_right(settings):  # no block waits to join the cache
-        return forward_of(model, cache, P, lo, hi, settings)
+    if cache is None or lo == P or settings.left_to_right:  # no block waits to join the cache
+        return forward_of(model, cache, canvas, P, lo, hi, settings)
     size = block_length(settings)
     finished = canvas.ids[:, lo - size:lo]
     both_at_once = (
@@ -293,18 +286,18 @@ def forward_of_block(model, cache, canvas, P, lo, hi, settings, result):
         and not settings.min_depth
     )
     if both_at_once:
-        forward = forward_of(model, cache, P, lo, hi, settings)
+        forward = forward_of(model, cache, canvas, P, lo, hi, settings)
         return joins_first(model, cache, finished, lo, hi, forward)
     model.step(finished, cache)
     result.context_passes += 1
-    return forward_of(model, cache, P, lo, hi, settings)
+    return forward_of(model, cache, canvas, P, lo, hi, settings)
 
 
-def forward_of(model, cache, P, lo, hi, settings):
+def forward_of(model, cache, canvas, P, lo, hi, settings):
     """The function (ids (B, T), depth) -> hidden states of [lo, hi); if guided, the same rows
     without their context follow.
     """
-    if left_to_right(settings):
+    if settings.left_to_right:
         return lambda ids, depth: model.step(ids[:, lo - 1:lo], cache)
     guided = settings.guidance_scale != 1
     if cache is not None:
@@ -312,14 +305,19 @@ def forward_of(model, cache, P, lo, hi, settings):
             return lambda ids, depth: model.states(ids[:, lo:hi], cache, depth)
         return both_contexts(model, cache, lo, hi)
 
-    def alone(ids, depth):                      # nothing stands before the ids
-        return model.states(ids, model.new_cache(len(ids), 0), depth)[:, lo:hi]
+    # nothing stands before the ids
+    rows = len(canvas.ids)
+    if not guided:
+        empty = model.new_cache(rows, 0)
+        return lambda ids, depth: model.states(ids[:, :hi], empty, depth)[:, lo:hi]
+    empty = model.new_cache(2 * rows, 0)
 
     def both_sides(ids, depth):
         bare = ids[:, :hi].clone()
         bare[:, 1:P] = model.cfg.mask_id        # BOS stays: a text begins there, whatever it says
-        return alone(torch.cat((ids[:, :hi], bare)), depth)
-    return both_sides if guided else lambda ids, depth: alone(ids[:, :hi], depth)
+        both = torch.cat((ids[:, :hi], bare))
+        return model.states(both, empty, depth)[:, lo:hi]
+    return both_sides
 
 
 def both_contexts(model, cache, lo, hi):

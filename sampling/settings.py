@@ -26,10 +26,15 @@ GAP = re.compile(r"\[MASK\]|__+")
 # tokens that a forward may reveal while their words still fit (docs/experiments/decoding.md)
 AT_ONCE = dict(confidence=1.5, margin=1, random=1, ancestral=1)
 
+# flags that one token at a time does not read
+UNREAD_LEFT_TO_RIGHT = (
+    "steps", "sampler", "threshold", "alg_temp", "remask", "remask_rule", "reveal",
+    "temperature_end",
+)
+
 # flags that an autoregressive checkpoint does not read
 UNREAD_BY_AR = (
-    "blockwise", "frozen_context", "steps", "sampler", "threshold", "alg_temp", "remask",
-    "remask_rule", "reveal", "temperature_end", "guidance_scale", "block_size",
+    "blockwise", "frozen_context", *UNREAD_LEFT_TO_RIGHT, "guidance_scale", "block_size",
     "min_decode_layers",
 )
 
@@ -68,6 +73,17 @@ class Settings:
     eos_id: int = None                # None: never stop early
     window: int = None                # positions that a growing cache keeps; None: all
     min_depth: int = 0                # layers of a block's first forward, all at its last; 0: all
+
+    @property
+    def left_to_right(self):
+        """One token at a time, of the clean stream. Guidance and early exits are the noisy one's.
+        """
+        return (
+            self.mode == "block_frozen"
+            and self.block_size == 1
+            and self.guidance_scale == 1
+            and not self.min_depth
+        )
 
 
 # ---- what was asked for --------------------------------------------------------------------------
@@ -140,7 +156,7 @@ def suited(args, origins, saved, longest):
 
 def settings_of_sample(args, origins, saved, tokenizer):
     """`suited` arguments of sample.py -> Settings, with a notice for what cannot be had."""
-    causal = saved.config["model"].get("causal")
+    causal = saved.config["model"]["causal"]
     if causal:
         say_what_ar_leaves_unread(origins, saved)
         mode = "block_frozen"
@@ -273,7 +289,7 @@ def cannot_freeze(saved):
 
 def in_words(settings, causal):
     """One line that says how the text is made."""
-    if causal or settings.mode == "block_frozen" and settings.block_size == 1:
+    if causal or settings.left_to_right:
         where = "one token at a time"
         rule = "left to right"
     else:
@@ -297,7 +313,9 @@ def in_words(settings, causal):
 def idle(args, origins, settings):
     """A notice for every typed flag that changes nothing under these settings."""
     sampler = settings.sampler
-    greedy = settings.temperature == 0 and not settings.temperature_end
+    greedy = settings.temperature == 0
+    if settings.temperature_end and not settings.left_to_right:
+        greedy = False
     # (flags, are they without effect, why)
     rules = [
         (
@@ -318,14 +336,21 @@ def idle(args, origins, settings):
     if getattr(args, "text", None) is not None:
         why = "--text fills gaps, with all of the text around them, in one piece"
         rules[0] = (UNREAD_BY_TEXT, True, why)
-    off = dict(block_size=0, top_k=0, top_p=1.0, guidance_scale=1.0, alg_temp=0.0)
+    if settings.left_to_right:
+        why = "one token at a time has no order and no schedule"
+        rules = [(UNREAD_LEFT_TO_RIGHT, True, why), rules[-1]]
+    off = dict(
+        block_size=0, top_k=0, top_p=1.0, guidance_scale=1.0, alg_temp=0.0, steps=0, remask=0.0,
+        warmup_runs=0,
+    )
     for names, without_effect, why in rules:
         if not without_effect:
             continue
         typed = []
         for name in names:
             value = getattr(args, name)
-            if origins.get(name) == "flag" and value not in (False, None, off.get(name)):
+            asks = value is not False and value is not None and value != off.get(name)
+            if asks and origins.get(name) == "flag":
                 typed.append(f"--{name}")
         if typed:
             yield f"notice: without effect: {', '.join(typed)} ({why})"

@@ -4,6 +4,7 @@ uncached text on real nets.
 import dataclasses
 import itertools
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ from tiny import TINIER, tiny_model
 from torch import nn
 
 from common.console import UserError
-from sampling import unmasking
+from model import KVCache
+from sampling import decode, unmasking
 from sampling.decode import Canvas, generate, infill
 from sampling.settings import ADAPTIVE, MODES, Settings
 from sampling.unmasking import LOOKING, NAMES, Look, distribution, reveal_count
@@ -22,14 +24,28 @@ MASK = V
 
 
 class FakeCache:
-    nbytes, length = 0, 0
+    """What was read, the start in front."""
+    nbytes = 0
+
+    def __init__(self, batch, mask):
+        self.text = torch.full((batch, 1), mask)
+
+    @property
+    def length(self):
+        return self.text.shape[1]
+
+    @property
+    def front(self):
+        return self.text[:, -1:]
 
     def select(self, rows):
-        pass
+        self.text = self.text[rows]
 
 
 class Fake(nn.Module):
-    """Random but repeatable logits; habit: mask_lover, all_eos, late_eos, nan, constant."""
+    """Random but repeatable logits, which depend on all text before and in the block; habit:
+    mask_lover, all_eos, no_eos, nan, constant.
+    """
 
     def __init__(self, habit="plain", vocab=V):
         super().__init__()
@@ -38,13 +54,17 @@ class Fake(nn.Module):
             mask_id=vocab, pad_id=0, vocab_size=vocab, n_layers=4, causal=False
         )
         self.habit, self.vocab = habit, vocab
-        self.states_calls, self.head_rows, self.commits, self.depths = 0, [], [], []
+        self.states_calls, self.head_rows, self.steps, self.depths = 0, [], [], []
+        self.caches = []
 
-    def states(self, xt, cache=None, depth=None):
+    def of_text(self, ids, last):
+        """States at the last so many positions."""
+        return nn.functional.one_hot(ids, self.vocab + 1).float().cumsum(1)[:, -last:]
+
+    def states(self, xt, cache, depth=None):
         self.states_calls += 1
         self.depths.append(depth or self.cfg.n_layers)
-        # something that depends on the text
-        return nn.functional.one_hot(xt, self.vocab + 1).float().cumsum(1)
+        return self.of_text(torch.cat((cache.text[:, 1:], xt), dim=1), xt.shape[1])
 
     def logits(self, h):
         self.head_rows.append(len(h))
@@ -64,10 +84,23 @@ class Fake(nn.Module):
         return z
 
     def new_cache(self, batch, length):
-        return FakeCache()
+        self.caches.append(FakeCache(batch, self.vocab))
+        return self.caches[-1]
 
-    def commit(self, x0, cache, block=None):
-        self.commits += [tuple(part.shape) for part in x0.split(block or x0.shape[1], dim=1)]
+    def step(self, x0, cache):
+        assert x0.numel() and (x0 != self.vocab).all(), "a mask was read as clean text"
+        assert len(x0) == len(cache.text)
+        self.steps.append(tuple(x0.shape))
+        cache.text = torch.cat((cache.text, x0), dim=1)
+        return self.of_text(cache.text[:, 1:], x0.shape[1])
+
+
+class InOnePass(Fake):
+    """It has step_and_states, too."""
+
+    def step_and_states(self, x0, xt, cache):
+        self.step(x0, cache)
+        return self.states(xt, cache)
 
 
 def blocks_of(s):
@@ -80,7 +113,7 @@ def random_settings(rnd, longest, **more):
         max_new_tokens=rnd.randint(1, longest),
         steps=rnd.randint(1, longest + 20),
         mode=rnd.choice(MODES),
-        block_size=rnd.randint(1, 64),
+        block_size=rnd.choice([1, 2, rnd.randint(1, 64)]),
         sampler=rnd.choice(NAMES),
         reveal=rnd.choice(["linear", "cosine"]),
         threshold=rnd.choice([0.0, 0.3, 0.9, 1.0]),
@@ -92,6 +125,7 @@ def random_settings(rnd, longest, **more):
         repetition_penalty=rnd.choice([1.0, 1.5]),
         remask=rnd.choice([0.0, 0.0, 0.3]),
         remask_rule=rnd.choice(["cap", "rescale", "conf"]),
+        min_depth=rnd.choice([0, 0, 2]),
         eos_id=rnd.choice([EOS, None]),
         **more,
     )
@@ -109,15 +143,18 @@ def check_case(rnd, longest):
     ]
     if rnd.random() < 0.5:
         prompts = [prompts[0]] * B
-    net = Fake(habit, vocab)
+    net = rnd.choice([Fake, InOnePass])(habit, vocab)
     out = generate(net, prompts, s, [rnd.randrange(10 ** 6) for _ in range(B)])
     # a rule with a schedule of its own keeps it, however few the masks
     own_schedule = s.remask or s.sampler == "ancestral"
     most = sum(s.steps if own_schedule else min(s.steps, n) for n in blocks_of(s))
     sides = 2 if s.guidance_scale != 1 and s.mode == "block_frozen" else 1
-    assert net.states_calls == out.forwards * sides and out.forwards <= most * len(
-        {len(p) for p in prompts}
-    )
+    if s.left_to_right:
+        most = s.max_new_tokens
+        sides = 0
+    lengths = {len(p) for p in prompts}
+    assert net.states_calls == out.forwards * sides and out.forwards <= most * len(lengths)
+    check_caches(net, s, prompts, out)
     assert max(out.row_forwards) <= most
     for row, full in zip(out.rows, out.full_rows, strict=True):
         assert all(0 < token < vocab for token in full) and row == full[:len(row)]
@@ -127,13 +164,31 @@ def check_case(rnd, longest):
         assert all(len(row) == s.max_new_tokens for row in out.rows)
 
 
-def test_guarantees_on_ten_thousand_random_cases():
+def check_caches(net, s, prompts, out):
+    """The context of each group: every token before the last block, once, and no other."""
+    read = [cache.text[:, 1:] for cache in net.caches if cache.length > 1]
+    if s.mode != "block_frozen":
+        assert not read and not net.steps
+        return
+    groups = sorted({len(p) for p in prompts})
+    for text, P in zip(read, groups, strict=True):
+        texts = [
+            p + row for p, row in zip(prompts, out.full_rows, strict=True) if len(p) == P
+        ]
+        longest = max(map(len, texts)) - P
+        last = P + (longest - 1) // s.block_size * s.block_size  # where the last block begins
+        assert text.shape[1] == last
+        assert all(row in [ids[:last] for ids in texts] for row in text.tolist())
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_guarantees_on_ten_thousand_random_cases(part):
     """Ends within the stated forwards, no mask left, no pad, prompt untouched (generate asserts
-    it), for any length, block, steps, sampler, temperature, remasking, guidance, and batches of
-    unequal prompts and progress.
+    it), the context read once, for any length, block, steps, sampler, temperature, remasking,
+    guidance, depth, and batches of unequal prompts and progress.
     """
-    rnd = random.Random(0)
-    for case in range(10_000):
+    rnd = random.Random(part)
+    for case in range(1_000):
         check_case(rnd, 130 if case % 200 == 0 else 8)
 
 
@@ -282,16 +337,17 @@ class RowWise(Fake):
         return z
 
 
+@pytest.mark.parametrize("mode, size", [("block", 7), ("block_frozen", 7), ("block_frozen", 1)])
 @pytest.mark.parametrize("sampler", NAMES)
-def test_same_seed_same_text_whatever_the_batch(sampler):
+def test_same_seed_same_text_whatever_the_batch(sampler, mode, size):
     """Neighbours of other lengths, other seeds and other progress change nothing."""
     for remask in (0.0, 0.3) if sampler not in ADAPTIVE else (0.0,):
         for eos in (None, EOS):
             s = Settings(
                 20,
                 12,
-                mode="block",
-                block_size=7,
+                mode=mode,
+                block_size=size,
                 sampler=sampler,
                 eos_id=eos,
                 remask=remask,
@@ -312,7 +368,7 @@ def test_eos_stops_only_when_nothing_before_it_is_masked():
     everywhere stops at once.
     """
     class LateEos(Fake):
-        def states(self, xt, cache=None, depth=None):
+        def states(self, xt, cache, depth=None):
             self.states_calls += 1
             return torch.arange(xt.shape[1]).float().expand(len(xt), -1)[..., None]
 
@@ -343,11 +399,22 @@ def test_frozen_mode_passes():
         net, [2, 5, 6], Settings(128, 6, mode="block_frozen", block_size=64, eos_id=EOS), [0]
     )
     assert (out.forwards, out.context_passes) == (12, 2)
-    assert net.commits == [(1, 3), (1, 64)]
-    net = Fake("no_eos")
-    generate(net, [2] + [5] * 9, Settings(8, 2, mode="block_frozen", block_size=4), [0])
-    # the shorter block of a prompt comes first
-    assert net.commits == [(1, 2), (1, 4), (1, 4), (1, 4)]
+    assert net.steps == [(1, 3), (1, 64)]
+    net = InOnePass("no_eos")
+    out = generate(
+        net, [2, 5, 6], Settings(128, 6, mode="block_frozen", block_size=64, eos_id=EOS), [0]
+    )
+    # the finished block is read beside the first forward of the next one
+    assert (out.forwards, out.context_passes) == (12, 1) and net.steps == [(1, 3), (1, 64)]
+    # one token at a time: the prompt but its last token, then one row a token
+    net = InOnePass("no_eos")
+    s = Settings(5, 6, mode="block_frozen", block_size=1, eos_id=EOS)
+    out = generate(net, [2, 5, 6], s, [0])
+    assert (out.forwards, out.context_passes, net.states_calls) == (5, 1, 0)
+    assert net.steps == [(1, 2)] + [(1, 1)] * 5
+    net = InOnePass("no_eos")
+    out = generate(net, [2], s, [0])
+    assert (out.forwards, out.context_passes) == (5, 0) and net.steps == [(1, 1)] * 5
 
 
 def test_confidence_ignores_a_constant_added_to_a_position():
@@ -425,7 +492,7 @@ def conditional(ids):
 class Oracle(Fake):
     """A perfect denoiser of the toy joint; real tokens are 4, 5, 6."""
 
-    def states(self, xt, cache=None, depth=None):
+    def states(self, xt, cache, depth=None):
         self.states_calls += 1
         known = {}
         out = []
@@ -563,14 +630,13 @@ def test_full_depth_is_bit_for_bit_no_early_exit(model):
         off.rows == all_layers.rows
         and off.layer_passes == all_layers.layer_passes > early.layer_passes
     )
-    xt = torch.tensor([[2, 40, 40, 7]])
-    assert torch.equal(net.states(xt), net.states(xt, depth=2)) and not torch.equal(
-        net.states(xt), net.states(xt, depth=1)
-    )
+    xt, cache = torch.tensor([[2, 40, 40, 7]]), net.new_cache(1, 0)
+    full, early = net.states(xt, cache, 2), net.states(xt, cache, 1)
+    assert torch.equal(net.states(xt, cache), full) and not torch.equal(full, early)
 
 
-def small(model, seed=3, exits=False):
-    return tiny_model(model, seed=seed, away=0.2, exits=exits, conv_kernel=7)
+def small(model, seed=3, exits=False, vocab=40):
+    return tiny_model(model, vocab, seed=seed, away=0.2, exits=exits, conv_kernel=7)
 
 
 @pytest.mark.parametrize("model", ["primary", "backup"])
@@ -579,14 +645,14 @@ def test_guidance_is_the_formula(model, mode):
     """u + s (c - u) on log-probabilities, both sides of the same network; the greedy first choice
     shows it.
     """
-    net, prompt = small(model), [2, 7, 9, 11, 5]
+    net, prompt = small(model, seed=4), [2, 7, 9, 11, 5]
     plain = Settings(8, 1, mode=mode, block_size=8, temperature=0, eos_id=None)
     guided = dataclasses.replace(plain, guidance_scale=3.0)
     block = torch.full((1, 8), 40)
     with torch.no_grad():
         if mode == "block_frozen":
             cache = net.new_cache(1, 13)
-            net.commit(torch.tensor([prompt]), cache)
+            net.step(torch.tensor([prompt]), cache)
             c, u = net(block, cache), net(block)
         else:
             c = net(torch.cat((torch.tensor([prompt]), block), dim=1))[:, 5:]
@@ -700,7 +766,8 @@ def test_longer_than_any_training_length(model):
 
 
 @pytest.mark.parametrize("sampler", NAMES)
-def test_sharing_a_forward_with_the_commit_changes_no_text(sampler, monkeypatch):
+def test_reading_a_block_beside_the_next_one_changes_no_text(sampler, monkeypatch):
+    """Also where the last block is a shorter one."""
     net = small("primary")
     s = Settings(
         70,
@@ -713,10 +780,153 @@ def test_sharing_a_forward_with_the_commit_changes_no_text(sampler, monkeypatch)
         threshold=0.5,
     )
     shared = generate(net, [[2, 5, 6], [2, 9]], s, [0, 1])
-    monkeypatch.delattr(type(net), "commit_and_states")
+    monkeypatch.delattr(type(net), "step_and_states")
     apart = generate(net, [[2, 5, 6], [2, 9]], s, [0, 1])
     assert shared.rows == apart.rows and shared.forwards == apart.forwards
-    assert shared.context_passes <= apart.context_passes
+    assert shared.context_passes == 2 < apart.context_passes
+
+
+# ---- one token at a time: the clean stream -------------------------------------------------------
+
+ONE = Settings(12, 9, mode="block_frozen", block_size=1, temperature=0, eos_id=None)
+
+
+def rows_read(net, monkeypatch):
+    """How many rows each pass through the network has."""
+    counts, real = [], net.head.embed
+    monkeypatch.setattr(net.head, "embed", lambda ids: counts.append(ids.numel()) or real(ids))
+    return counts
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+def test_a_token_is_one_row(model, monkeypatch):
+    net = small(model)
+    counts = rows_read(net, monkeypatch)
+    out = generate(net, [2, 5, 6, 7], ONE, [0])
+    # the start, the prompt but its last token, then that one and each new one
+    assert counts == [1, 3] + [1] * 12 and out.forwards == 12 and out.layer_passes == 24
+    counts.clear()
+    generate(net, [2, 5, 6, 7], dataclasses.replace(ONE, block_size=2), [0])
+    assert sum(counts) > 3 * 12, "it counts what a block of two reads"
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+def test_its_greedy_text_is_that_of_the_clean_stream_recomputed(model):
+    net = small(model, seed=4)
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        text = torch.randint(4, 40, (1 + 3 * seed,), generator=g).tolist()
+        [got] = generate(net, text, ONE, [0]).rows
+        assert len(set(got)) > 2
+        for token in got:
+            with torch.no_grad():
+                states = net.clean_states(torch.tensor([[*text, 1]]))[0, -1]
+            assert token == int(net.logits(states).argmax())
+            text.append(token)
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+def test_its_sampled_text_has_the_clean_streams_law(model):
+    """All texts of two tokens, enumerated; the noisy stream's law is another one."""
+    net = small(model, vocab=6)
+    answers = [1, 2, 3, 4, 5]
+    prompt = [2, 4, 5]
+    texts = list(itertools.product(answers, repeat=2))
+    x0 = torch.tensor([[*prompt, *text] for text in texts])
+    laws = []
+    with torch.no_grad():
+        for states in (net.clean_states(x0), net.block_states(torch.full_like(x0, 6), x0, 1)):
+            logp = net.logits(states).double().log_softmax(-1)
+            laws.append(logp.gather(-1, x0[..., None])[:, 3:].sum((1, 2)).exp())
+    assert float(laws[0].sum()) == pytest.approx(1)
+    n = 3000
+    s = dataclasses.replace(ONE, max_new_tokens=2, temperature=1.0, sampler="ancestral")
+    found = Counter(map(tuple, generate(net, prompt, s, list(range(n))).rows))
+    seen = torch.tensor([found[text] for text in texts], dtype=torch.float64)
+    assert seen.sum() == n
+    chi2, other = (float(((seen - n * law) ** 2 / (n * law)).sum()) for law in laws)
+    assert chi2 < 24 + 5 * 48 ** 0.5 < other, (chi2, other)  # 24 degrees of freedom
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+def test_order_and_schedule_change_nothing_in_it(model, monkeypatch):
+    """Rows of one batch that go their own ways: a second forward would read a token twice."""
+    net = small(model)
+    s = dataclasses.replace(ONE, temperature=0.9, eos_id=7)
+    prompts = [[2, 5, 6], [2, 9, 11], [2, 8, 8, 8]]
+    want = generate(net, prompts, s, [0, 1, 2])
+    assert len({tuple(row) for row in want.rows}) == 3
+    for sampler in NAMES:
+        for more in (dict(remask=0.5, steps=20), dict(alg_temp=1.0, reveal="cosine", steps=1)):
+            if sampler in ADAPTIVE:
+                more.pop("remask", None)
+            changed = dataclasses.replace(s, sampler=sampler, temperature_end=0.0, **more)
+            out = generate(net, prompts, changed, [0, 1, 2])
+            assert (out.rows, out.forwards) == (want.rows, want.forwards)
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+@pytest.mark.parametrize("more", [dict(guidance_scale=3.0), dict(min_depth=1)], ids=str)
+def test_guided_or_leaving_early_it_is_the_noisy_stream(model, more, monkeypatch):
+    net, prompt = small(model, exits=True), [2, 5, 6]
+    s = dataclasses.replace(ONE, **more)
+    cache, empty = net.new_cache(1, 20), net.new_cache(1, 0)
+    mask, want, last = torch.tensor([[40]]), [], prompt
+    with torch.no_grad():
+        for _ in range(12):
+            net.step(torch.tensor([last]), cache)
+            c, u = (net(mask, context)[0, 0].log_softmax(-1) for context in (cache, empty))
+            z = torch.where(torch.isneginf(c), c, u + s.guidance_scale * (c - u))
+            last = [int(z.argmax())]
+            want += last
+    assert generate(net, prompt, s, [0]).rows == [want]
+    assert want != generate(net, prompt, ONE, [0]).rows[0]
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+def test_the_two_sides_of_guidance_are_two_forwards(model, monkeypatch):
+    """In one batch where caches can stand beside each other, and the text is the same without."""
+    net = small(model)
+    s = Settings(20, 3, mode="block_frozen", block_size=8, guidance_scale=2.0, eos_id=None)
+    prompts = [[2, 5, 6], [2, 8, 9]]
+    want = generate(net, prompts, s, [0, 1]).rows
+    kind = type(net.new_cache(1, 0))
+    assert hasattr(kind, "beside") == (model == "primary")
+    if model == "backup":
+        return
+    with torch.no_grad():
+        cache, empty = net.new_cache(2, 8), net.new_cache(2, 0)
+        net.step(torch.tensor(prompts), cache)
+        xt = torch.tensor([[40, 40, 9], [4, 40, 40]])
+        both = net.states(xt.repeat(2, 1), cache.beside(empty))
+        apart = torch.cat((net.states(xt, cache), net.states(xt, empty)))
+    torch.testing.assert_close(both, apart, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(apart[:2], apart[2:], atol=0.01)
+    monkeypatch.delattr(kind, "beside")
+    assert generate(net, prompts, s, [0, 1]).rows == want
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_prompt_in_pieces_is_the_prompt(model, size, monkeypatch):
+    """Whether PROMPT_TOKENS cuts it or half of the window does, as long as nothing leaves."""
+    net = small(model)
+    counts = rows_read(net, monkeypatch)
+    prompt = torch.randint(4, 40, (19,), generator=torch.Generator().manual_seed(1)).tolist()
+    known = 18 if size == 1 else 19
+    s = Settings(24, 3, mode="block_frozen", block_size=size, temperature=0, eos_id=None)
+    want = generate(net, prompt, s, [0]).rows
+    assert counts[:2] == [1, known]
+    for most in (1, 5, 18):
+        counts.clear()
+        monkeypatch.setattr(decode, "PROMPT_TOKENS", most)
+        assert generate(net, prompt, s, [0]).rows == want
+        assert counts[1] == most
+    monkeypatch.undo()
+    short = dataclasses.replace(s, max_new_tokens=8)  # 27 positions: pieces of 13
+    counts = rows_read(net, monkeypatch)
+    assert generate(net, prompt, short, [0]).rows == [want[0][:8]]
+    assert counts[1:3] == [13, known - 13]
 
 
 # ---- limits and ends: what a small usage error in the rules would change -------------------------
@@ -769,18 +979,19 @@ def test_the_repetition_penalty_sees_the_block_that_is_being_written(mode):
 
 
 def test_the_window_holds_the_latest_positions_and_no_other():
-    cache, written = small("backup").new_cache(1, 5), []
+    cfg, written = small("backup").cfg, []
+    cache = KVCache(cfg, 1, 5, torch.device("cpu"), torch.float32)
     for tokens in (3, 2, 1, 4, 5, 2):
         cache.make_room(tokens)
         new = torch.arange(len(written), len(written) + tokens).float()
         for layer in (0, 1):
             cache.write(layer, *[new.view(1, 1, -1, 1).expand(1, 2, -1, 16)] * 2)
-        cache.advance(tokens)
+        cache.advance(new.view(1, -1))
         written += new.tolist()
         for layer in (0, 1):
             for held in cache.context(layer):
                 assert held[0, 0, :, 0].tolist() == written[-5:]
-        assert cache.length == len(written)
+        assert cache.length == len(written) and cache.front.tolist() == [written[-1:]]
 
 
 def test_seeds_beyond_32_bits_are_other_seeds():

@@ -303,14 +303,14 @@ def test_the_bare_command(here, capsys, tmp_path, monkeypatch):
     assert "no run under checkpoints/" in capsys.readouterr().err
 
 
-def resolved(line, blocks="T,8", length=32, stored=64, prompt=1):
+def resolved(line, blocks="T,8", length=32, stored=64, prompt=1, exits=False):
     """A command line on a checkpoint trained like this -> its decode.Settings."""
     args, origins = cli.parse(config.SampleArgs, ["x", *shlex.split(line)], "sample")
     args.sampler = settings.masked_sampler(args.sampler)
     saved = SimpleNamespace(
         path="x",
         config={
-            "model": dict(block_size=stored, n_layers=2, exits=False),
+            "model": dict(block_size=stored, n_layers=2, exits=exits, causal=False),
             "args": dict(train_block_sizes=blocks, seq_len=length, sample_steps=12),
         },
     )
@@ -319,6 +319,7 @@ def resolved(line, blocks="T,8", length=32, stored=64, prompt=1):
     )
 
 
+ONE = "--blockwise --frozen_context --block_size 1 "
 BEST, OLD = ("threshold", 0.7, 0), ("confidence", 1.0, 50)
 
 
@@ -370,6 +371,16 @@ def test_length_and_block_are_those_of_the_training():
         ("--sampler threshold --reveal cosine", "--reveal", "no schedule"),
         ("--temperature 0 --top_k 5 --top_p 0.5", "--top_k, --top_p", "temperature 0"),
         ("--text a__b --blockwise --stream", "--blockwise, --stream", "fills gaps"),
+        (ONE + "--steps 4 --sampler random", "--steps, --sampler", "one token at a time"),
+        (ONE + "--threshold 0.5", "--threshold", "one token at a time"),
+        (
+            ONE + "--sampler confidence --alg_temp 1 --remask 0.1 --remask_rule conf",
+            "--sampler, --alg_temp, --remask, --remask_rule",
+            "no order and no schedule",
+        ),
+        (ONE + "--reveal cosine --temperature_end 0.0", "--reveal, --temperature_end", "order"),
+        (ONE + "--temperature 0 --top_k 5", "--top_k", "temperature 0"),
+        (ONE + "--guidance_scale 2 --sampler random --alg_temp 1", "--alg_temp", "rank"),
     ],
 )
 def test_a_flag_without_effect_is_named(capsys, line, flags, why):
@@ -396,6 +407,22 @@ def test_settings_that_make_poor_text_are_named(capsys, line, words):
                  "--sampler confidence --blockwise --steps 8"):
         resolved(fine)
         assert not re.findall("^(?:warning|notice).*", capsys.readouterr().err, re.M), fine
+
+
+def test_blocks_of_one_token_are_called_by_their_name(capsys):
+    """Not where the noisy stream is asked, and not where all before a block is computed again."""
+    for line in (ONE, ONE + "--edge_profile max", ONE + "--temperature 0.5 --top_p 0.9"):
+        words = settings.in_words(resolved(line), False)
+        assert "one token at a time; left to right" in words, line
+        assert not re.findall("^(?:warning|notice).*", capsys.readouterr().err, re.M), line
+    early = "--min_decode_layers 1 --sampler confidence"
+    for line, where in (
+        (ONE + "--guidance_scale 2", "in blocks of 1 over the exact cache; threshold 0.9"),
+        (ONE + early, "in blocks of 1 over the exact cache; confidence"),
+        ("--blockwise --block_size 1", "in blocks of 1, with all before"),
+        ("--blockwise --frozen_context --block_size 2", "in blocks of 2 over the exact cache"),
+    ):
+        assert where in settings.in_words(resolved(line, exits=True), False), line
 
 
 def test_a_scheduler_of_gaussian_models_is_translated_once(here, capsys):
@@ -518,24 +545,32 @@ def test_a_text_without_tokens_is_counted_as_such(here, capsys, tmp_path, monkey
 
 
 @pytest.mark.parametrize("kind", RUNS)
+@torch.no_grad()
 def test_nll_is_the_exact_chain_rule(here, kind):
-    """Token by token over the cache = the training form with blocks of one; each token is a mask
-    when it is scored.
+    """Of the clean stream, as the cache gives it token by token; of a checkpoint without blocks, of
+    the whole text with a mask at each token and at all behind it.
     """
     net, _, _ = checkpoint.load_model(RUNS[kind], torch.device("cpu"), config.check_saved)
     ids = torch.randint(4, net.cfg.vocab_size, (1, 17), generator=torch.Generator().manual_seed(0))
-    seen, real = [], net.states
-    with torch.no_grad():
-        h = net.block_states(torch.full_like(ids, net.cfg.mask_id), ids, 1)
-        exact = -net.logits(h).log_softmax(-1).gather(-1, ids[..., None])[0, 5:].sum()
-        net.states = lambda xt, cache=None: seen.append(xt.tolist()) or real(xt, cache)
-        found = estimators.left_to_right(net, ids[0, :5].tolist(), ids[0, 5:].tolist(), frozen=True)
-        assert found == pytest.approx(float(exact), rel=1e-4) and seen == [[[net.cfg.mask_id]]] * 12
-        seen.clear()
-        context, continuation = ids[0, :5].tolist(), ids[0, 5:].tolist()
-        assert estimators.left_to_right(net, context, continuation, frozen=False) > 0
-        for i, [row] in enumerate(seen):
-            assert row == ids[0, :5 + i].tolist() + [net.cfg.mask_id] * (12 - i)
+    context, continuation = ids[0, :5].tolist(), ids[0, 5:].tolist()
+
+    def logp_of(states, token):
+        return float(net.logits(states)[0, -1].double().log_softmax(-1)[token])
+
+    cache, exact = net.new_cache(1, 17), 0.0
+    net.step(ids[:, :4], cache)
+    for i in range(5, 17):
+        exact -= logp_of(net.step(ids[:, i - 1:i], cache), ids[0, i])
+    found = estimators.left_to_right(net, context, continuation, frozen=True)
+    assert found == pytest.approx(exact, rel=1e-5)
+
+    whole, empty = 0.0, net.new_cache(1, 0)
+    for i in range(5, 17):
+        canvas = ids.clone()
+        canvas[:, i:] = net.cfg.mask_id
+        whole -= logp_of(net.states(canvas, empty)[:, :i + 1], ids[0, i])
+    found = estimators.left_to_right(net, context, continuation, frozen=False)
+    assert found == pytest.approx(whole, rel=1e-5) and abs(whole - exact) > 1e-3
 
 
 def test_figures_by_hand():
@@ -618,7 +653,7 @@ def test_a_checkpoint_without_blocks(here, capsys, tmp_path):
 @pytest.mark.parametrize("kind", RUNS)
 def test_evaluate_gives_one_number_twice(here, capsys, tmp_path, kind):
     found = []
-    for blocks in ((), ("--blocks", "T,8")):
+    for blocks in ((), ("--blocks", "T,8,1")):
         assert (
             call(
                 evaluate.main, RUNS[kind], "--batches", 2, "--draws", 1, "--chain_docs", 2,
@@ -627,7 +662,10 @@ def test_evaluate_gives_one_number_twice(here, capsys, tmp_path, kind):
             == 0
         )
         found.append(json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["bound"])
-        assert len(re.findall(r"^(?:T|8) +bound +all ", capsys.readouterr().out, re.M)) == 2
+        out = capsys.readouterr().out
+        assert re.findall(r"^(T|8|1) +(bound|NLL) +all ", out, re.M) == [
+            ("T", "bound"), ("8", "bound"), ("1", "NLL"),
+        ]
     assert found[0] == found[1]
     assert all(0 < r["nats"] < 20 and r["bits_per_byte"] > 0 for r in found[0].values())
 
