@@ -173,6 +173,11 @@ def match_d_ff(shape, target, cost=count_params):
 # --------------------------------------------------------------------------------------------------
 # arithmetic
 
+# as in eco_hybrid.py, which imports torch
+FEW_BLOCKS = 16
+CHUNK = 32
+
+
 class StepRows(NamedTuple):
     """The rows of a layer's input that one training row makes."""
     clean: int          # of the clean stream
@@ -255,7 +260,7 @@ def eco_flops(shape, rows):
 
 def prefix_products(groups):
     """Pairs of groups, or of groups of groups, that EcoLayer.prefix multiplies."""
-    if groups <= 16:
+    if groups <= FEW_BLOCKS:
         return groups * (groups + 1)
     size = round(groups ** 0.5)
     larger = -(-groups // size)
