@@ -787,6 +787,11 @@ class TrainArgs(
                 self.model == "backup",
                 "it belongs to --model primary",
             ),
+            (
+                ("noisy_weight",),
+                set(self.block_rules) <= {1, self.seq_len},
+                "left to right is learned beside blocks only, and --train_block_sizes has none",
+            ),
             (("compile_mode",), not self.compile, "it needs --compile"),
             (("amp_dtype",), self.amp == "off", "--no_amp is given"),
             (("eval_batches",), not self.eval_interval, "--eval_interval 0 never validates"),

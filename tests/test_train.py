@@ -20,6 +20,7 @@ import pytest
 import torch
 from tiny import TINIER, tiny_model
 
+import cli
 import config
 import conftest
 import layers
@@ -1208,7 +1209,6 @@ def test_far_too_many_passes_name_a_number_of_steps(text, tmp_path, capsys):
 def test_a_cpu_without_text_trains_the_starter_preset_unless_a_size_is_typed(
     words, sizes, tmp_path, monkeypatch
 ):
-    import cli
     monkeypatch.chdir(tmp_path)
     args, origins = cli.parse(
         config.TrainArgs, [str(w) for w in ("--device", "cpu", *words)], "train", tier=train.advised
@@ -1247,16 +1247,20 @@ def test_flags_that_do_nothing_are_named(text, tmp_path, capsys):
     assert (
         fresh(
             text, tmp_path / "ar", "--max_steps", 1, "--model", "backup", "--objective", "ar",
-            "--ar_fade", 0.5,
+            "--ar_fade", 0.5, "--noisy_weight", 2,
         )
         == 0
     )
     error = capsys.readouterr().err
     assert all(
         f"--{name} does nothing here" in error
-        for name in ("ar_fade", "train_block_sizes", "memory_slots")
+        for name in ("ar_fade", "noisy_weight", "train_block_sizes", "memory_slots")
     )
     assert "--seq_len" not in error and "--min_lr_ratio" not in error
+    for sizes, idle in (("T", True), ("1", True), ("T,1", True), ("T,4", False)):
+        words = ["--train_block_sizes", sizes, "--noisy_weight", "2"]
+        args, origins = cli.parse(config.TrainArgs, words, "train")
+        assert any("--noisy_weight" in said for said in args.idle(origins)) == idle, sizes
 
 
 # ---- what each rank and each evaluation really uses ----------------------------------------------

@@ -18,7 +18,7 @@ import torch
 import masking
 from common import machine
 from common.console import UserError
-from model_config import count_params
+from model_config import count_params, rows_of_step
 
 WINDOW = 50      # losses whose median says what is usual
 ENOUGH = 10      # below so many, nothing is called a spike
@@ -189,22 +189,13 @@ def memory_needed(model_config, args, micro, world=1):
     width = 4 * model_config.d_model
     if not args.activation_checkpointing:
         width += 2 * 3 * model_config.d_ff  # gate, up and their product in 2 bytes
-    rows = max(rows_of_streams(args.seq_len, block) for block in args.block_rules)
+    rows = 0
+    for block in args.block_rules:
+        step = rows_of_step(model_config, args.seq_len, block)
+        rows = max(rows, step.clean + step.noisy)
     activations = micro * rows * model_config.n_layers * width
     logits = 4 * min(512, micro * args.seq_len) * model_config.rows
     return fixed, activations + logits
-
-
-def rows_of_streams(length, block):
-    """The rows that a layer sees of a training row by this block rule, at least: the clean stream,
-    and the noisy one with a front row for each block.
-    """
-    if block == 1:
-        return length
-    noisy = length + -(-length // block)
-    if block >= length:
-        return noisy + 1                # of the clean stream the start alone
-    return noisy + length
 
 
 def check_memory(model_config, args, micro, device, world=1):
