@@ -243,7 +243,7 @@ def eco_flops(shape, rows):
 
     # the clean stream, in chunks: a token's products with those of its chunk, as q, v and shares
     # of slots, and with the slots
-    chunk = min(rows.clean, 32)
+    chunk = min(rows.clean, CHUNK)
     chunks = -(-rows.clean // chunk)
     layer += rows.clean * 2 * d * (shape.conv_kernel // 2 + 1)
     layer += chunks * chunk * (6 * chunk * (dm + slots) + 5 * one)
