@@ -3,7 +3,7 @@ measures while it runs.
 
     pieces = cut(documents, 512)              # documents: lists of ids, each begins with BOS
     bound(model, pieces, 64, draws=4)         # -> nats of each document, mean CE by mask rate
-    left_to_right(model, prompt, new)         # -> nats of these tokens, one at a time
+    left_to_right(model, prompt, new)         # -> nats of the new tokens
 
 Every document is scored by itself. BOS is given, as it is whenever text is sampled; EOS counts. A
 document longer than the training length is cut into windows: each but the last starts where the one

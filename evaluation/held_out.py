@@ -241,7 +241,7 @@ def compared(model, pieces, blocks, args, length, batch):
     """The estimators side by side, on the largest and the smallest block rule of those that leave
     something to chance.
     """
-    by_chance = [block for block in blocks if block > 1]        # one token is hidden whole
+    by_chance = [block for block in blocks if block > 1]        # left to right is exact
     windows = sum(len(piece.x0) for piece in pieces)
     result = {}
     for block in sorted({*by_chance[:1], *by_chance[-1:]}, reverse=True):

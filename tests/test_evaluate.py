@@ -437,9 +437,7 @@ def controls(trained):
 
 @pytest.mark.parametrize("blocks, compared", [("T,1", {"32"}), ("1", set())])
 def test_blocks_of_one_token_leave_nothing_to_compare(here, capsys, tmp_path, blocks, compared):
-    """They are hidden whole: the exact count has no variance there, by which another could be
-    divided.
-    """
+    """They are exact: there is no variance by which another could be divided."""
     assert (
         call(
             evaluate.main, RUNS["primary"], "--blocks", blocks, "--max_docs", 4, "--draws", 1,
