@@ -585,7 +585,9 @@ def test_the_one_shot_goes_on_by_itself_and_judges_itself(tmp_path, monkeypatch,
         [*words, "--max_steps", "20", "--if_exists", "suffix", "--train_block_sizes", "T,8"]
     )
     told = capsys.readouterr().out
-    assert log(here[1] / "checkpoints/eco_hybrid_hi_v2")[0]["mask"] > 0.96
+    steps = log(here[1] / "checkpoints/eco_hybrid_hi_v2")
+    masks = [line["mask"] for line in steps if line["block"] > 1]
+    assert len(masks) >= 5 and min(masks) > 0.96
     assert code == 1 and "FAIL" in told and "advice: mask out of range" in told
 
 
