@@ -1,5 +1,5 @@
 """Both denoisers by their definition: a second implementation in float64, row after row, which
-shares the weights with the product and nothing else.
+shares the weights and a bound of the decay with the product and nothing else.
 
     clean, noisy = by_definition(net, x0, xt, block, first)     # ids (T,) -> states (T, D) each
 
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from eco_hybrid import FASTEST
 
 
 class Row(NamedTuple):
@@ -91,7 +93,7 @@ def eco_layer(layer, x, rows, window):
     q = q.unflatten(-1, (H, -1))                                                   # (N, H, E)
     v = v.unflatten(-1, (H, -1))
     w = torch.exp(8 * torch.tanh(s / 8) - 6).unflatten(-1, (H, -1))                # (N, H, M)
-    rate = torch.exp(-layer.decay.double()).clamp(max=2)                           # (H, M)
+    rate = torch.exp(-layer.decay.double()).clamp(max=FASTEST)                     # (H, M)
     memory = []
     for number, row in enumerate(rows):
         total = 0

@@ -95,7 +95,10 @@ def pieces(length):
 @pytest.mark.parametrize("model, kernel", KERNELS)
 @pytest.mark.parametrize(
     "length, block, first",
-    [(19, 19, 19), (19, 4, 4), (19, 4, 1), (19, 4, 3), (13, 5, 2), (7, 1, 1), (9, 6, 6), (6, 3, 3)],
+    [
+        (19, 19, 19), (19, 4, 4), (19, 4, 1), (19, 4, 3), (13, 5, 2), (7, 1, 1), (9, 6, 6),
+        (6, 3, 3), (70, 33, 4),
+    ],
 )
 @torch.no_grad()
 def test_both_streams_are_what_their_definition_says(model, kernel, length, block, first):
@@ -116,9 +119,9 @@ def test_both_streams_are_what_their_definition_says(model, kernel, length, bloc
 def test_the_clean_stream_is_causal(model, kernel):
     """A token is not seen by its own answer nor by an earlier one, and by each later one."""
     net = tiny(model, conv_kernel=kernel)
-    x0, _ = texts(40)
+    x0, _ = texts(2 * CHUNK + 8)
     base = net.clean_states(x0)
-    for i in (0, 1, 7, 15, 16, 17, 31, 32, 39):
+    for i in (0, 1, 7, CHUNK - 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK + 7):
         change = moved(net.clean_states(other_tokens(x0, i)), base)
         assert (change[:i + 1] == 0).all(), "token i was seen before or at its own place"
         assert (change[i + 1:] > 0).all(), "a later answer does not know it"
@@ -437,7 +440,7 @@ def one_by_one(layer, q, v, s, num):
     return layer.read_one_by_one(q, v, s, num)
 
 
-LENGTHS = [1, 2, 15, 16, 17, 40, 300]
+LENGTHS = [1, 2, 15, 16, 17, CHUNK - 1, CHUNK, CHUNK + 1, 40, 2 * CHUNK + 5, 300]
 
 
 @pytest.mark.parametrize("behind", [True, False])
@@ -477,7 +480,7 @@ def test_a_causal_read_is_that_of_one_token_after_another(T, behind):
 
 @pytest.mark.parametrize("heads, E", [(4, 1), (2, 2), (4, 3), (4, 4), (4, 8)])
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("T", [17, 40])
+@pytest.mark.parametrize("T", [17, CHUNK + 8])
 def test_slim_heads_read_the_same(heads, E, T, seed):
     """Sums of one or two numbers nearly cancel now and then: then |U|^2 is all rounding."""
     layer = tiny("primary", n_heads=heads, d_mem=heads * E).layers[0]
@@ -517,7 +520,7 @@ def test_hard_values_stay_finite(dtype, decay, kind):
     """
     layer = tiny("primary").layers[0]
     torch.nn.init.constant_(layer.decay, decay)
-    q, v, s, num = values(40)
+    q, v, s, num = values(2 * CHUNK + 6)
     if kind == "cancelling":
         v[:, 1::2] = -v[:, ::2]
         s = torch.zeros_like(s)
@@ -539,12 +542,12 @@ def test_hard_values_stay_finite(dtype, decay, kind):
 @pytest.mark.parametrize("size, score", [(1.0, 1.0), (0.1, 10.0), (100.0, 10.0), (1e-3, 1.0)])
 @torch.no_grad()
 def test_hard_values_are_read_the_same(decay, size, score):
-    """Inside a chunk a token's weight grows by exp(2) a token at most; small values with the
+    """Inside a chunk a token's weight grows by exp(1) a token at most; small values with the
     smallest weights are no nothing there.
     """
     layer = tiny("primary").layers[0]
     layer.decay.fill_(decay)
-    q, v, s, num = values(40)
+    q, v, s, num = values(2 * CHUNK + 6)
     for state in (size * num, None):
         found, after = layer.read_causal(q, size * v, score * s, state)
         wanted, wanted_after = one_by_one(layer, q, size * v, score * s, state)
@@ -552,10 +555,10 @@ def test_hard_values_are_read_the_same(decay, size, score):
         assert_same(after, wanted_after)
 
 
-@pytest.mark.parametrize("T", [1, 17, 40])
+@pytest.mark.parametrize("T", [1, 17, CHUNK + 8])
 @torch.no_grad()
 def test_float16_is_summed_in_float32(T):
-    """Weights that grow by exp(2 x 8) inside a chunk leave float16's range, float32's they do not.
+    """Weights that grow by exp(16) inside a chunk leave float16's range, float32's they do not.
     """
     layer = tiny("primary").layers[0]
     layer.decay.fill_(-5.0)
