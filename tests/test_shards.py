@@ -401,39 +401,37 @@ def test_a_flipped_bit_in_any_shard_is_found(saved, tmp_path):
 
 # ---- gradients, without --fsdp -------------------------------------------------------------------
 
-class TwoPaths(torch.nn.Module):
-    """One of its weights is used by even steps only, one by none."""
-
+class TwoWeights(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.always, self.even, self.never = (torch.nn.Parameter(torch.ones(5)) for _ in range(3))
+        self.one = torch.nn.Parameter(torch.ones(5))
+        self.other = torch.nn.Parameter(torch.ones(5))
 
-    def forward(self, x, step):
-        return (self.always * x).sum() + ((self.even * x).sum() if step % 2 == 0 else 0)
+    def forward(self, x):
+        return (self.one * x).sum() + (self.other * x * x).sum()
 
 
-def test_gradients_are_sums_and_what_has_none_keeps_none(ram):
+def test_gradients_are_sums(ram):
     """Over two and four ranks, in accumulation, with weights that start apart; a lone forward
     leaves the ranks to themselves.
     """
     def work(ranks):
-        net = TwoPaths()
+        net = TwoWeights()
         with torch.no_grad():
-            net.always.add_(ranks.rank)                          # rank 0's weights are everybody's
+            net.one.add_(ranks.rank)                             # rank 0's weights are everybody's
         ranks.sharded = False
         replica = ranks.replicate(net)
-        assert torch.equal(net.always, torch.ones(5))
-        for step in range(4):
-            for p in net.parameters():
-                p.grad = None
-            x = torch.arange(5.0) + ranks.rank + 1
+        assert torch.equal(net.one, torch.ones(5))
+        every = [torch.arange(5.0) + rank + 1 for rank in range(ranks.world)]
+        x = every[ranks.rank]
+        for _ in range(4):
+            net.zero_grad(set_to_none=True)
             with ranks.accumulate(replica):
-                replica(x, step).backward()
-            assert torch.equal(net.always.grad, x)               # so far its own
-            replica(10 * x, step).backward()
-            total = 11 * sum(torch.arange(5.0) + rank + 1 for rank in range(ranks.world))
-            assert torch.equal(net.always.grad, total) and net.never.grad is None
-            assert torch.equal(net.even.grad, total) if step % 2 == 0 else net.even.grad is None
+                replica(x).backward()
+            assert torch.equal(net.one.grad, x)                  # so far its own
+            replica(10 * x).backward()
+            assert torch.equal(net.one.grad, 11 * sum(every))
+            assert torch.equal(net.other.grad, 101 * sum(x * x for x in every))
         return True
     for world in (2, 4):
         assert together(world, work, ram / f"sums {world}") == [True] * world
