@@ -13,8 +13,9 @@ in model.py's docstring. Settings.mode says what is a block, and what a block se
                   (block rule B = block, exact)
 
 block_frozen in blocks of one token is the clean stream: its only forward reads the token before it
-into the cache (exact, one row a token). A causal model (--objective ar) has nothing else, whatever
-was asked for.
+into the cache (exact, one row a token), whatever the rule and its steps. A causal model
+(--objective ar) has nothing else, whatever was asked for. Guided or leaving early, a block of one
+is a noisy block like any other.
 
 Promises, tested with a fake denoiser on ten thousand cases: the prompt is untouched; no mask and no
 pad is ever an answer; a block ends within `steps` forwards; no forward runs when nothing is masked;

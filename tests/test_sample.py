@@ -21,6 +21,7 @@ import train
 from conftest import RUNS, TINY, aria, call
 from evaluation import check_run, decode_modes, estimators, plots, sample_quality
 from sampling import decode, settings
+from text.dataset import TokenData
 
 MODES = {"full": (), "block": ("--blockwise",), "block_frozen": ("--blockwise", "--frozen_context")}
 EDGE = """python -m sample \\
@@ -423,6 +424,36 @@ def test_blocks_of_one_token_are_called_by_their_name(capsys):
         ("--blockwise --frozen_context --block_size 2", "in blocks of 2 over the exact cache"),
     ):
         assert where in settings.in_words(resolved(line, exits=True), False), line
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_one_token_at_a_time_from_the_commands(here, capsys, tmp_path, kind):
+    """A forward a token; the comparison takes it as a setting, with its exact NLL as held-out
+    figure.
+    """
+    words = (*ONE.split(), "--prompt", "namaste", "--max_new_tokens", 12, "--ignore_eos")
+    capsys.readouterr()
+    assert call(sample.main, RUNS[kind], *words, "--steps", 4, "--threads", 1) == 0
+    err = capsys.readouterr().err
+    assert "text: up to 12 tokens one token at a time; left to right, temperature 1" in err
+    assert "notice: without effect: --steps (one token at a time" in err and "warning" not in err
+    [figures] = stats(err)
+    assert (figures["new"], figures["forwards"], figures["context"]) == ("12", "12", "1")
+    document = compare(
+        capsys, tmp_path, kind, "--modes", "block_frozen", "--runs_per_prompt", 1, "--warmup_runs",
+        0, "--prompt", "ek", "--grid", "block_size=1,8", "--temperature", 0, "--precision", "fp32",
+    )
+    one, eight = (document["results"][f"block_frozen block_size={size}"] for size in (1, 8))
+    assert one["mean_forwards"] in (one["mean_generated_tokens"] + 1, 12)
+    net, _, saved = checkpoint.load_model(RUNS[kind], torch.device("cpu"), config.check_saved)
+    rows = TokenData("data/processed", "val").val_windows(
+        decode_modes.HELD_OUT_ROWS, saved.config["args"]["seq_len"]
+    )
+    with torch.no_grad():
+        logp = net.logits(net.clean_states(rows)).log_softmax(-1)
+    exact = -float(logp.gather(-1, rows[..., None]).mean())
+    assert one["held_out_nats"] == pytest.approx(exact, rel=1e-4)
+    assert eight["held_out_nats"] != one["held_out_nats"]
 
 
 def test_a_scheduler_of_gaussian_models_is_translated_once(here, capsys):
