@@ -414,7 +414,8 @@ class RunFlags:
     "Run folder and log"
     output_dir: str = flag(
         None,
-        "run folder; none = checkpoints/ eco_hybrid_hi (primary), diffusion_hi (backup) or ar_hi",
+        "run folder; none = checkpoints/ eco_hybrid_hi (primary), diffusion_hi (backup); "
+        "of --objective ar eco_ar_hi, ar_hi",
         "ignore",
         aliases=("out_dir",),
     )
@@ -750,9 +751,10 @@ class TrainArgs(
             return Path(self.output_dir)
         if self.run_name:
             return Path("checkpoints", self.run_name)
-        if self.model == "primary":
-            return Path("checkpoints/eco_hybrid_hi")
-        return Path("checkpoints/ar_hi" if self.causal else "checkpoints/diffusion_hi")
+        names = dict(primary="eco_hybrid_hi", backup="diffusion_hi")
+        if self.causal:
+            names = dict(primary="eco_ar_hi", backup="ar_hi")
+        return Path("checkpoints", names[self.model])
 
     def idle(self, origins):
         """Flags that were typed and that these settings never look at: [sentence]."""
