@@ -44,8 +44,8 @@ BENCH_PROMPTS = ("namaste", "mai kal bazaar gaya tha", "aaj mausam kaisa hai")
 # same rate, and it bears a higher one
 RATES = {"muon": 1e-2, "adamw": 2e-3, "lion": 3e-4}
 
-# Of the large presets. Blocks of single tokens with 32 memory slots take twice the memory, and a
-# convolution of 3 places was not measured at this length of training.
+# Of the large presets. Small blocks with 32 memory slots take more memory, as each block keeps a
+# state; and a convolution of 3 places was not measured at this length of training.
 LARGE = dict(optimizer="adamw", train_block_sizes="T,64,32", conv_kernel=7)
 # d_ff is the backup's; cli.parse matches the primary's to the same number of parameters
 PRESETS = {

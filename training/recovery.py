@@ -33,8 +33,7 @@ class SpikeWatch:
     """A loss above factor x the median of the last finite ones of its block rule is a spike; factor
     0 sees none.
 
-    By rule, as whole rows cost nearly twice what single tokens cost, and a fade brings them in
-    mid-run.
+    By rule, as whole rows cost more than left to right alone, and a fade brings them in mid-run.
     """
 
     def __init__(self, factor):

@@ -32,7 +32,7 @@ from training.saving import publish, restore
 from training.state import RunState
 from training.step import probe
 
-MANY_EPOCHS = 8  # docs/experiments/, 2026-11-27: from there on single tokens are learned by heart
+MANY_EPOCHS = 8  # docs/experiments/, 2026-11-27: from there on left to right is learned by heart
 
 
 class Run:
@@ -301,6 +301,11 @@ def say_what_runs(run):
         say(
             f"notice: {epochs:.0f} passes over this text are far too many: it is learned by heart; "
             f"advised is --max_steps {advised} ({MANY_EPOCHS} passes), or more text"
+        )
+    elif epochs > MANY_EPOCHS:
+        say(
+            f"notice: {epochs:.0f} passes over this text: left to right unlearns after some five; "
+            "the best checkpoint is kept, more text is better"
         )
 
 
