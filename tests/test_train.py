@@ -1196,8 +1196,8 @@ def test_far_too_many_passes_name_a_number_of_steps(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words,sizes",
     [
-        ((), (192, 32)),
-        (("--max_steps", 7), (192, 32)),
+        ((), (192, 16)),
+        (("--max_steps", 7), (192, 16)),
         (("--preset", "none"), (512, 4)),
         (("--d_model", 64), (64, 4)),
         (("--data_dir", "elsewhere"), (512, 4)),
@@ -1215,7 +1215,7 @@ def test_a_cpu_without_text_trains_the_starter_preset_unless_a_size_is_typed(
     )
     assert (args.d_model, args.batch_size) == sizes
     starter = cli.parse(config.TrainArgs, ["--preset", "starter"], "train")[0]
-    assert (args.d_ff == starter.d_ff) == (sizes == (192, 32))
+    assert (args.d_ff == starter.d_ff) == (sizes == (192, 16))
     (tmp_path / "data/processed").mkdir(parents=True)
     (tmp_path / "data/processed/meta.json").write_text("{}")
     assert train.advised({}) == {}, "there is prepared text"

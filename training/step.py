@@ -54,8 +54,11 @@ def gradients(run, x0, masks, step, micro, last=True):
     """Forward and backward of these rows (B, T), `micro` at a time -> this rank's loss.
 
     last: no further rows of this rank follow, so the ranks add up their gradients in the last part.
+    Where both streams are asked, what is learned is the sum L_AR + a L_diff, and what is told is
+    their mean, as of the other steps.
     """
     args = run.args
+    weight = 1 / masks.clean_share if masks.clean_share else 1.0
     early = None
     if run.cfg.exits and args.n_layers > 1:
         early = masking.pick_exit(args.n_layers, args.seed, step)
@@ -73,7 +76,7 @@ def gradients(run, x0, masks, step, micro, last=True):
                     early=early, early_weight=args.exit_loss_weight,
                 )
             try:
-                run.scaler.scale(out.loss).backward()
+                run.scaler.scale(weight * out.loss).backward()
             except RuntimeError as error:
                 if not args.detect_anomaly or "returned nan" not in str(error):
                     raise
