@@ -241,7 +241,13 @@ class MaskFlags:
         "linear", "mask rate as a function of time", choices=("cosine", "linear")
     )
     min_mask_rate: float = flag(0.0, "lowest mask rate", at_least=0, at_most=1, rare=True)
-    max_mask_rate: float = flag(1.0, "highest mask rate", at_least=0, at_most=1, rare=True)
+    max_mask_rate: float = flag(
+        0.8,
+        "highest mask rate; with 1, --loss elbo is the whole bound",
+        at_least=0,
+        at_most=1,
+        rare=True,
+    )
     time_mode: str = flag(
         "continuous", "times: any, or levels", choices=("continuous", "discrete"), rare=True
     )

@@ -155,8 +155,8 @@ STUDIES = {
     "mask_rates": Study(
         "Which shares should be hidden in training? Decoding begins with all.",
         {
-            "0_to_1": {},
-            "0_to_0.8": dict(max_mask_rate=0.8),
+            "0_to_0.8": {},
+            "0_to_1": dict(max_mask_rate=1.0),
             "0.2_to_0.9": dict(min_mask_rate=0.2, max_mask_rate=0.9),
             "0.3_to_1": dict(min_mask_rate=0.3, max_mask_rate=1.0),
             "0_to_0.6": dict(max_mask_rate=0.6),

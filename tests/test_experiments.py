@@ -151,7 +151,7 @@ def test_what_makes_a_run_the_one_that_it_is():
         == {}
         == study_plan.unlike(saved, dataclasses.replace(a, ar_fade=0.6))
     )
-    assert study_plan.unlike(saved | {"max_mask_rate": 0.8}, a) == {"max_mask_rate": 0.8}
+    assert study_plan.unlike(saved | {"max_mask_rate": 0.7}, a) == {"max_mask_rate": 0.7}
     assert study_plan.unlike(saved, dataclasses.replace(a, lr=0.5, train_block_sizes="T")) == {
         "lr": 0.01, "train_block_sizes": "T,32,16,4"}
     old = {key: value for key, value in to_dict(a).items() if key not in ("noisy_weight", "wandb")}
