@@ -577,7 +577,7 @@ def test_the_one_shot_goes_on_by_itself_and_judges_itself(tmp_path, monkeypatch,
 
     def hide_more(args, *rest):
         if isinstance(args, config.TrainArgs):  # not the check of weights before a save
-            args = dataclasses.replace(args, min_mask_rate=0.97)
+            args = dataclasses.replace(args, min_mask_rate=0.97, max_mask_rate=1.0)
         return real(args, *rest)
 
     monkeypatch.setattr(masking, "corrupt", hide_more)

@@ -259,8 +259,14 @@ def test_single_steps_are_drawn_beside_the_list():
 
 
 def test_wholly_hidden_blocks_are_trained():
-    """Decoding starts from them: by default every rule of the noisy stream meets them."""
+    """Decoding starts from them: with --max_mask_rate 1 every rule of the noisy stream meets them,
+    by default only the smallest blocks do.
+    """
     args = TrainArgs(seq_len=64, max_steps=1000)
+    by_default = masking.corrupt(args, 0, 0, 64, 64, 16)
+    assert not by_default.mask.view(64, 4, 16).all(-1).any()
+    assert masking.corrupt(args, 0, 0, 64, 64, 4).mask.view(64, 16, 4).all(-1).any()
+    args.max_mask_rate = 1.0
     found = Counter()
     steps = Counter()
     for step in range(1000):
