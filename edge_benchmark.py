@@ -184,8 +184,8 @@ def main(argv=None):
 
     # A model for each precision, and what is compared
     models, of_wanted, weights, tokenizer, saved = load_models(args, chosen, device)
-    model = next(reversed(models.values()))
-    causal = model.cfg.causal
+    cfg = next(reversed(models.values())).cfg
+    causal = cfg.causal
     if causal:
         print(
             "notice: an autoregressive checkpoint has one mode, left to right over its cache: "
@@ -226,7 +226,7 @@ def main(argv=None):
         "batch": 1,
         "seed": args.seed,
         "prompts": prompts,
-        "params": model_config.count_params(model.cfg),
+        "params": model_config.count_params(cfg),
         "args": to_dict(args),
         "judge_nats_of_held_out_text": real,
         "results": results,
@@ -245,7 +245,7 @@ def main(argv=None):
 
 
 def variants_of(args, origins, chosen, models, of_wanted, tokenizer, saved, why_not_frozen):
-    """Every mode with every choice of settings -> ({name: (model, Settings)}, {name: why it is
+    """Every mode with every choice of settings -> ({name: (TorchModel, Settings)}, {name: why it is
     skipped}, notices about flags that no variant heeds).
     """
     variants = {}

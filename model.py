@@ -10,7 +10,7 @@ for token i.
     noisy   a block [x_{p-1}, xt_p .. xt_{p+S-1}]: it sees the clean rows up to x_{p-1} and itself.
             The front row x_{p-1} is seen by nobody, as it is among the clean rows.
 
-The denoiser protocol, which sampling/decode.py, masking.py and the tests' fake rely on:
+The denoiser protocol, which masking.py, evaluation/ and sampling/torch_model.py rely on:
     model.cfg                           ModelConfig
     model.both_states(x0, xt=None, block=None, first=None, with_clean=True, early=None)
                                         training: x0, xt (B, T) -> [(clean, noisy)], (B, T, D) each,

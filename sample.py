@@ -33,7 +33,7 @@ def main(argv=None, pinned=None):
     # these import torch, which --help and a usage error do not wait for
     import checkpoint
     from common import machine
-    from sampling import fast, terminal, written
+    from sampling import fast, terminal, torch_model, written
 
     # What is asked for, before anything is loaded
     machine.start(args.threads)
@@ -72,12 +72,13 @@ def main(argv=None, pinned=None):
             say_too_long(model, settings, length, trained_length)
 
     # The texts, each with its statistics
+    writer = torch_model.TorchModel(model)
     watch = terminal.Watch(tokenizer) if args.show_steps else None
     if args.text:
-        records = written.fill_text(args, model, tokenizer, settings, watch)
+        records = written.fill_text(args, writer, tokenizer, settings, watch)
     else:
         records = written.continue_prompts(
-            args, model, tokenizer, settings, prompts, watch, trained_length
+            args, writer, tokenizer, settings, prompts, watch, trained_length
         )
     shown = []
     for record in records:

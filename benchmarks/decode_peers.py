@@ -49,6 +49,7 @@ from model import attend, build_model
 from sampling import fast
 from sampling.decode import generate
 from sampling.settings import Settings
+from sampling.torch_model import TorchModel
 
 VOCAB, WIDTH, LAYERS, HEADS, FF, BLOCK = 8000, 512, 10, 8, 1536, 32
 
@@ -326,7 +327,7 @@ def aria(prompt, new, precisions, per_forward):
     runs = {}
     for kind in ("primary", "backup"):
         for precision in precisions:
-            model = network(kind, precision)
+            model = TorchModel(network(kind, precision))
             for n in per_forward:
                 s = Settings(
                     new,
@@ -552,7 +553,8 @@ def agreement(args):
                 eos_id=None,
             )
             pairs["aria backup block_frozen"] = tuple(
-                generate(model, prompt, s, [0]).rows[0] for model in (net, Recomputing(net))
+                generate(TorchModel(model), prompt, s, [0]).rows[0]
+                for model in (net, Recomputing(net))
             )
         for name, (a, b) in pairs.items():
             equal = [x == y for x, y in zip(a, b, strict=True)]

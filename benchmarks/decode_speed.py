@@ -35,6 +35,7 @@ from model import build_model
 from sampling import fast
 from sampling.decode import generate
 from sampling.settings import Settings
+from sampling.torch_model import TorchModel
 
 ROUNDS, NEW, PER_FORWARD = 7, 128, 4
 CONTEXTS = (256, 1024, 4096)
@@ -85,6 +86,7 @@ def memory_speed():
 
 def modes(kind, model, out):
     """full, block, block_frozen and left to right behind each prompt."""
+    writer = TorchModel(model)
     for length in PROMPTS:
         settings = {
             mode: Settings(
@@ -97,7 +99,7 @@ def modes(kind, model, out):
         )
         prompt = [2] + [5] * (length - 1)
         ms = timed(
-            {mode: partial(generate, model, prompt, s, [0]) for mode, s in settings.items()},
+            {mode: partial(generate, writer, prompt, s, [0]) for mode, s in settings.items()},
             min(ROUNDS, 2048 // length),
         )
         print(f"{kind:8} prompt {length}, {PER_FORWARD} tokens per forward: "

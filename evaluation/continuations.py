@@ -19,6 +19,7 @@ from evaluation.ngram import NGram, shared
 from evaluation.sample_quality import Text, quality, words
 from sampling import settings
 from sampling.decode import generate
+from sampling.torch_model import TorchModel
 from text.dataset import TokenData
 from text.tokenizer import script_of
 
@@ -138,11 +139,12 @@ def beginnings(documents, count):
 
 
 def write(model, prompts, chosen, seed):
+    writer = TorchModel(model)
     rows = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start:start + BATCH]
         seeds = [seed + start + i for i in range(len(part))]
-        rows += generate(model, part, chosen, seeds).full_rows
+        rows += generate(writer, part, chosen, seeds).full_rows
     return rows
 
 

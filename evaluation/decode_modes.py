@@ -21,6 +21,7 @@ from evaluation.estimators import held_out, left_to_right
 from evaluation.ngram import NGram
 from evaluation.sample_quality import distinct, repeat_rate
 from sampling import decode, fast
+from sampling.torch_model import TorchModel
 from text.dataset import TokenData
 
 HELD_OUT_ROWS = 64
@@ -51,8 +52,8 @@ def agreement(row, reference):
 
 @torch.no_grad()
 def measure(tokenizer, prompts, variants, reference, args, frozen, device):
-    """variants {name: (model, Settings)} -> {name: its figures}; reference: the variant whose text
-    the others are compared with.
+    """variants {name: (TorchModel, Settings)} -> {name: its figures}; reference: the variant whose
+    text the others are compared with.
     """
     contexts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     reference_rows = []
@@ -74,7 +75,7 @@ def measure(tokenizer, prompts, variants, reference, args, frozen, device):
         ordered = sorted(run.seconds)
         nll = 0
         for context, row in zip(contexts, rows, strict=True):
-            nll += left_to_right(reference[0], context, row, frozen)
+            nll += left_to_right(reference[0].model, context, row, frozen)
         forwards = statistics.mean(result.forwards for result in run.results)
         figures[name] = {
             "mode": variants[name][1].mode,
@@ -192,7 +193,7 @@ def load_models(args, chosen, device):
             args.ckpt, device, config.check_saved, args.model, args.tokenizer
         )
         weights[precision] = fast.prepare(model, precision)
-        models[precision] = model
+        models[precision] = TorchModel(model)
         say(f"precision: {precision} ({why}), {weights[precision] / 2**20:.1f} MB of weights")
     return models, of_wanted, weights, tokenizer, saved
 
@@ -201,11 +202,11 @@ def load_models(args, chosen, device):
 def add_quality(results, variants, models, judges, tokenizer, prompts):
     """The held-out bound and the judged text of every variant join its figures."""
     contexts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    for name, (model, asked) in variants.items():
+    for name, (writer, asked) in variants.items():
         figures = results[name]
         whole = 10**9
         block = asked.block_size if asked.mode == "block_frozen" else whole
-        figures["precision"] = next(key for key, value in models.items() if value is model)
-        figures["held_out_nats"] = judges.held_out(model, figures["precision"], block)
+        figures["precision"] = next(key for key, value in models.items() if value is writer)
+        figures["held_out_nats"] = judges.held_out(writer.model, figures["precision"], block)
         rows = [tokenizer.encode(text) for text in figures["texts"]]
         figures["judge_nats"] = judges.ngram and judges.ngram.nats(rows, contexts)

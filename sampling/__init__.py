@@ -1,3 +1,3 @@
-"""The parts of sample.py: settings, the block loop, the reveal rules, fast weights, the terminal
-view.
+"""The parts of sample.py: settings, the block loop and the reveal rules on numpy arrays, a PyTorch
+model as they see one, fast weights, the terminal view.
 """

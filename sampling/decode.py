@@ -2,8 +2,9 @@
 cached context.
 
 Used by sample.py, train.py, evaluate.py and edge_benchmark.py. The settings are in
-sampling/settings.py, the rules in sampling/unmasking.py. Sees a denoiser only through the protocol
-in model.py's docstring. Settings.mode says what is a block, and what a block sees:
+sampling/settings.py, the rules in sampling/unmasking.py. It works on numpy arrays and imports no
+torch, so that any engine can stand behind it. Settings.mode says what is a block, and what a block
+sees:
 
     full          the whole continuation is one block, with the prompt inside it
                   (block rule B = T)
@@ -25,8 +26,22 @@ ever sees another's padding. In bf16 (sample --precision) the last promise holds
 product of many rows may add up in another order than one of few, and where two tokens are nearly as
 likely the text can then differ (5 of 144 texts; none in float32 and int8).
 
-Legend: B rows, P tokens of the prompt, S positions of a block, T all positions, D width, N masked
-positions that are looked at, V vocabulary rows.
+The engine is seen only through these parts of the denoiser protocol (model.py's docstring says
+what each of them means), with ids (rows, tokens) as int64 arrays. sampling/torch_model.py gives
+them to a PyTorch model.
+    model.cfg                           .mask_id .pad_id .vocab_size .n_layers .causal
+    model.new_cache(rows, length)       .nbytes .select(rows), maybe .beside(other)
+    model.step(x0, cache)               -> states, which stay as the engine likes them
+    model.states(xt, cache, depth=None) -> states
+    model.step_and_states(x0, xt, cache)
+                                        maybe -> states of the block
+    model.logits(states, rows, positions)
+                                        (N,), (N,) of these states -> (N, V) float32, which the loop
+                                        may change and has read when it asks for the next ones
+    model.device_memory()               maybe -> (name, bytes) of a device with memory of its own
+
+Legend: B rows, P tokens of the prompt, S positions of a block, T all positions, N masked positions
+that are looked at, V vocabulary rows.
 """
 import dataclasses
 import math
@@ -35,10 +50,9 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from common.console import UserError
-from masking import folded
 from sampling import unmasking
 from sampling.settings import MODES
 from sampling.unmasking import LOOKING, Look
@@ -72,24 +86,27 @@ class Canvas:
         self.mask_id = mask_id
         self.keep_chance = keep_chance
         # the probability of each token when it was chosen
-        self.chance = torch.ones(ids.shape, device=ids.device)                     # (B, T)
-        self.done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)     # (B,)
+        self.chance = np.ones(ids.shape, dtype=np.float32)                         # (B, T)
+        self.done = np.zeros(len(ids), dtype=bool)                                 # (B,)
         self.forwards = [0] * len(ids)
-        self.generators = [torch.Generator().manual_seed(folded(seed)) for seed in seeds]
+        self.generators = [generator_of(seed) for seed in seeds]
 
     def select(self, rows):
         """Keep only these rows."""
         self.ids = self.ids[rows]
         self.chance = self.chance[rows]
         self.done = self.done[rows]
-        numbers = rows.tolist()
-        self.forwards = [self.forwards[row] for row in numbers]
-        self.generators = [self.generators[row] for row in numbers]
+        self.forwards = [self.forwards[row] for row in rows]
+        self.generators = [self.generators[row] for row in rows]
+
+
+def generator_of(seed):
+    """The randomness of one row. Any whole number is a seed of its own, a negative one, too."""
+    return np.random.Generator(np.random.Philox(2 * abs(seed) + (seed < 0)))
 
 
 # ---- whole texts ---------------------------------------------------------------------------------
 
-@torch.no_grad()
 def generate(model, prompt, settings, seeds, on_step=None, on_block=None):
     """Continue prompts (BOS included), one row per seed, as a batch -> Result.
 
@@ -135,12 +152,11 @@ def write_group(model, group, prompts, settings, seeds, result, on_step, on_bloc
     """Write the rows with these numbers, whose prompts have one length, and put them into result.
     """
     # The canvas: prompts, and masks behind them
-    device = next(model.parameters()).device
     P = len(prompts[group[0]])
     T = P + settings.max_new_tokens
-    must_fit(model, len(group), T, settings, device)
-    ids = torch.full((len(group), T), model.cfg.mask_id, device=device)
-    ids[:, :P] = torch.tensor([prompts[row] for row in group], device=device)
+    must_fit(model, len(group), T, settings)
+    ids = np.full((len(group), T), model.cfg.mask_id, dtype=np.int64)
+    ids[:, :P] = [prompts[row] for row in group]
     keep_chance = bool(on_step) or settings.remask_rule == "conf"
     canvas = Canvas(ids, [seeds[row] for row in group], model.cfg.mask_id, keep_chance)
 
@@ -153,8 +169,9 @@ def write_group(model, group, prompts, settings, seeds, result, on_step, on_bloc
         # left to right, the first forward reads the prompt's last token
         known = P - 1 if settings.left_to_right else P
         if known:
-            for part in ids[:, :known].split(max(1, min(PROMPT_TOKENS, room // 2)), dim=1):
-                model.step(part, cache)
+            size = max(1, min(PROMPT_TOKENS, room // 2))
+            for start in range(0, known, size):
+                model.step(ids[:, start:min(known, start + size)], cache)
             result.context_passes += 1  # one pass over the prompt, whatever its number of parts
 
     # Block after block; a finished row leaves the batch
@@ -169,15 +186,15 @@ def write_group(model, group, prompts, settings, seeds, result, on_step, on_bloc
         if on_block:
             on_block(canvas, lo, hi)
         lo = hi
-        ending = canvas.done if lo < T else torch.ones_like(canvas.done)
+        ending = canvas.done if lo < T else np.ones_like(canvas.done)
         if ending.any():
-            for at in ending.nonzero()[:, 0].tolist():
+            for at in np.flatnonzero(ending):
                 row = alive[at]
                 written = canvas.ids[at, :lo].tolist()
                 result.row_forwards[row] = canvas.forwards[at]
                 keep_answer(result, row, written, prompts[row], settings, model)
-            going = (~ending).nonzero()[:, 0]
-            alive = [alive[at] for at in going.tolist()]
+            going = np.flatnonzero(~ending)
+            alive = [alive[at] for at in going]
             canvas.select(going)
             if cache is not None:
                 cache.select(going)
@@ -208,12 +225,12 @@ def keep_answer(result, row, ids, prompt, settings, model):
     result.rows[row] = new[:-1] if ended else new
 
 
-def must_fit(model, rows, length, settings, device):
+def must_fit(model, rows, length, settings):
     """Refuses what the machine cannot hold: the ids of all positions, and the logits of one block.
     """
     block = min(block_length(settings), settings.max_new_tokens)
     asked = rows * (length * 8 + block * model.cfg.vocab_size * 4)
-    there = memory_of(device)
+    device, there = memory_of(model)
     if not there or asked <= there:
         return
     advice = "ask for fewer tokens"
@@ -225,17 +242,18 @@ def must_fit(model, rows, length, settings, device):
     )
 
 
-def memory_of(device):
-    """Bytes of memory that the device has in all; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+def memory_of(model):
+    """-> (the device's name, bytes of memory that it has in all: None where the system does not
+    say).
+    """
+    if hasattr(model, "device_memory"):
+        return model.device_memory()
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):                                  # Windows
-        return None
+        return "cpu", None
 
 
-@torch.no_grad()
 def infill(model, ids, settings, seeds, on_step=None):
     """Fill every mask of one text (ids, BOS included), once per seed; everything else stays ->
     Result with whole rows.
@@ -249,11 +267,11 @@ def infill(model, ids, settings, seeds, on_step=None):
     # the text behind a gap is given: no EOS in a gap can end it
     settings = dataclasses.replace(settings, eos_id=None)
     mask_id = model.cfg.mask_id
-    device = next(model.parameters()).device
     keep_chance = bool(on_step) or settings.remask_rule == "conf"
-    canvas = Canvas(torch.tensor([ids] * len(seeds), device=device), seeds, mask_id, keep_chance)
+    rows = np.array([ids] * len(seeds), dtype=np.int64)                            # (B, T)
+    canvas = Canvas(rows, seeds, mask_id, keep_chance)
     given = canvas.ids != mask_id
-    before = canvas.ids.clone()
+    before = canvas.ids.copy()
 
     # The whole text is one block
     forward = forward_of(model, None, canvas, 1, 0, len(ids), settings)
@@ -263,7 +281,7 @@ def infill(model, ids, settings, seeds, on_step=None):
             model, canvas, 0, len(ids), forward, settings, on_step
         )
 
-    assert torch.equal(canvas.ids[given], before[given]), "fixed text was changed"
+    assert np.array_equal(canvas.ids[given], before[given]), "fixed text was changed"
     result.rows = result.full_rows = canvas.ids.tolist()
     assert all(mask_id not in row for row in result.rows), "a gap is left"
     result.row_forwards = canvas.forwards
@@ -272,6 +290,15 @@ def infill(model, ids, settings, seeds, on_step=None):
 
 
 # ---- the forward of a block ----------------------------------------------------------------------
+
+class Seen(NamedTuple):
+    """The block among the states that an engine returned: the places of its first row and its first
+    position.
+    """
+    states: object
+    row: int = 0
+    position: int = 0
+
 
 def forward_of_block(model, cache, canvas, P, lo, hi, settings, result):
     """forward_of, and the block before [lo, hi) joins the cache: in a pass of its own now, or in
@@ -295,42 +322,45 @@ def forward_of_block(model, cache, canvas, P, lo, hi, settings, result):
 
 
 def forward_of(model, cache, canvas, P, lo, hi, settings):
-    """The function (ids (B, T), depth) -> hidden states of [lo, hi); if guided, the same rows
-    without their context follow.
+    """The function (ids (B, T), depth) -> [Seen] of [lo, hi); if guided, the block without its
+    context is the second one.
     """
     if settings.left_to_right:
-        return lambda ids, depth: model.step(ids[:, lo - 1:lo], cache)
+        return lambda ids, depth: [Seen(model.step(ids[:, lo - 1:lo], cache))]
+    rows = len(canvas.ids)
     guided = settings.guidance_scale != 1
     if cache is not None:
         if not guided:
-            return lambda ids, depth: model.states(ids[:, lo:hi], cache, depth)
-        return both_contexts(model, cache, lo, hi)
+            return lambda ids, depth: [Seen(model.states(ids[:, lo:hi], cache, depth))]
+        return both_contexts(model, cache, rows, lo, hi)
 
     # nothing stands before the ids
-    rows = len(canvas.ids)
     if not guided:
         empty = model.new_cache(rows, 0)
-        return lambda ids, depth: model.states(ids[:, :hi], empty, depth)[:, lo:hi]
+        return lambda ids, depth: [Seen(model.states(ids[:, :hi], empty, depth), 0, lo)]
     empty = model.new_cache(2 * rows, 0)
 
     def both_sides(ids, depth):
-        bare = ids[:, :hi].clone()
+        bare = ids[:, :hi].copy()
         bare[:, 1:P] = model.cfg.mask_id        # BOS stays: a text begins there, whatever it says
-        both = torch.cat((ids[:, :hi], bare))
-        return model.states(both, empty, depth)[:, lo:hi]
+        states = model.states(np.concatenate((ids[:, :hi], bare)), empty, depth)
+        return [Seen(states, 0, lo), Seen(states, rows, lo)]
     return both_sides
 
 
-def both_contexts(model, cache, lo, hi):
+def both_contexts(model, cache, rows, lo, hi):
     """forward_of, guided, over a cache."""
-    rows = len(cache.front)
-    if hasattr(cache, "beside"):                # both sides in one batch
-        both = cache.beside(model.new_cache(rows, 0))
-        return lambda ids, depth: model.states(ids[:, lo:hi].repeat(2, 1), both, depth)
-    contexts = (cache, model.new_cache(rows, 0))
-    return lambda ids, depth: torch.cat(
-        [model.states(ids[:, lo:hi], context, depth) for context in contexts]
-    )
+    empty = model.new_cache(rows, 0)
+    if not hasattr(cache, "beside"):
+        return lambda ids, depth: [
+            Seen(model.states(ids[:, lo:hi], context, depth)) for context in (cache, empty)
+        ]
+    both = cache.beside(empty)                  # both sides in one batch
+
+    def both_sides(ids, depth):
+        states = model.states(np.tile(ids[:, lo:hi], (2, 1)), both, depth)
+        return [Seen(states), Seen(states, rows)]
+    return both_sides
 
 
 def joins_first(model, cache, finished, lo, hi, forward):
@@ -341,7 +371,7 @@ def joins_first(model, cache, finished, lo, hi, forward):
 
     def first_then(ids, depth):
         if waiting:
-            return model.step_and_states(waiting.pop(), ids[:, lo:hi], cache)
+            return [Seen(model.step_and_states(waiting.pop(), ids[:, lo:hi], cache))]
         return forward(ids, depth)
     return first_then
 
@@ -349,8 +379,7 @@ def joins_first(model, cache, finished, lo, hi, forward):
 # ---- one block -----------------------------------------------------------------------------------
 
 def fill_block(model, canvas, lo, hi, forward, settings, on_step=None):
-    """Reveal canvas.ids[:, lo:hi] in place; forward(ids, depth) -> hidden states (B, S, D), twice
-    as many rows if guided.
+    """Reveal canvas.ids[:, lo:hi] in place; forward(ids, depth) -> [Seen], two of them if guided.
 
     Returns the forwards used, at most settings.steps, and their layers: none runs when no row looks
     at a position.
@@ -374,7 +403,7 @@ def fill_block(model, canvas, lo, hi, forward, settings, on_step=None):
 
         # What each row does now
         turns = []
-        for row in (~canvas.done).nonzero()[:, 0].tolist():
+        for row in np.flatnonzero(~canvas.done):
             turn = plan(
                 canvas, row, lo, hi, masked[row], to_decide[row], step, steps, settings
             )
@@ -385,8 +414,7 @@ def fill_block(model, canvas, lo, hi, forward, settings, on_step=None):
         logits = None
         if any(len(turn.look_at) for turn in turns):
             depth = depth_at(step, steps, settings.min_depth, model.cfg.n_layers)
-            states = forward(canvas.ids, depth)
-            logits = read_logits(model, states, len(block), turns, settings, step)
+            logits = read_logits(model, forward(canvas.ids, depth), turns, settings, step)
             forwards += 1
             layers += depth or model.cfg.n_layers
 
@@ -412,9 +440,9 @@ def fill_block(model, canvas, lo, hi, forward, settings, on_step=None):
 class Turn(NamedTuple):
     """What one row does at one forward; positions are counted inside the block."""
     row: int
-    look_at: torch.Tensor             # masked positions whose logits are asked for
+    look_at: np.ndarray               # masked positions whose logits are asked for
     count: int                        # how many of them the rule is asked to reveal; None: all
-    back: torch.Tensor                # decided positions that become masks again
+    back: np.ndarray                  # decided positions that become masks again
 
 
 def plan(canvas, row, lo, hi, masked, to_decide, step, steps, settings):
@@ -422,7 +450,7 @@ def plan(canvas, row, lo, hi, masked, to_decide, step, steps, settings):
     when the block began.
     """
     generator = canvas.generators[row]
-    positions = masked.nonzero()[:, 0]                                             # (N,)
+    positions = np.flatnonzero(masked)                                             # (N,)
     none = positions[:0]
     if not len(positions):  # this row's block is complete, whatever its neighbours still do
         return None
@@ -442,8 +470,7 @@ def plan(canvas, row, lo, hi, masked, to_decide, step, steps, settings):
     # Where the row looks, and how much it reveals there
     count = None
     if settings.sampler == "ancestral":
-        chosen = unmasking.ancestral(len(positions), stay, generator)
-        look_at = positions[chosen.to(positions.device)]
+        look_at = positions[unmasking.ancestral(len(positions), stay, generator)]
     else:
         if settings.remask:  # what goes back comes on top of the schedule
             target = round(int(to_decide.sum()) * after)
@@ -453,8 +480,7 @@ def plan(canvas, row, lo, hi, masked, to_decide, step, steps, settings):
             count = unmasking.reveal_count(len(positions), step, steps, settings.reveal)
         look_at = positions if count else none
         if settings.sampler == "random":
-            chosen = unmasking.random(len(positions), count, generator)
-            look_at = positions[chosen.to(positions.device)]
+            look_at = positions[unmasking.random(len(positions), count, generator)]
             count = None
     if not len(look_at) and not len(back):
         return None
@@ -475,16 +501,14 @@ def going_back(chance, decided, before, after, settings, generator):
         sigma = settings.remask * sigma_max
     stay = 1 - min(1.0, max(0.0, ((1 - after) - (1 - sigma) * (1 - before)) / before))
 
-    positions = decided.nonzero()[:, 0]
-    each = torch.full((len(positions),), sigma, dtype=torch.float64)
-    if settings.remask_rule == "conf" and len(positions):
+    positions = np.flatnonzero(decided)
+    each = sigma
+    if settings.remask_rule == "conf":
         # the unsure ones first, as many on average
-        unsure = (-chance[positions].double().cpu()).softmax(0)
-        each = (unsure * sigma * len(positions)).clamp(max=1.0)
-    goes = torch.rand(len(positions), generator=generator, dtype=torch.float64) < each
-    back = positions[goes.to(positions.device)]
-    order = torch.randperm(len(back), generator=generator)
-    return back[order.to(positions.device)], stay
+        unsure = np.exp(-chance[positions].astype(np.float64))
+        each = unsure / unsure.sum() * sigma * len(positions)
+    goes = generator.random(len(positions)) < each
+    return generator.permutation(positions[goes]), stay
 
 
 def depth_at(step, steps, least, layers):
@@ -498,29 +522,31 @@ def depth_at(step, steps, least, layers):
     return min(layers, least + math.ceil((layers - least) * step / (steps - 1)))
 
 
-def read_logits(model, states, rows, turns, settings, step):
-    """Hidden states -> logits (N, V) of the positions that are looked at, all turns one after the
-    other.
+def read_logits(model, sides, turns, settings, step):
+    """[Seen] of a forward -> logits (N, V) of the positions that are looked at, all turns one after
+    the other.
     """
     damaged = (
         f"the denoiser returned NaN or infinity at forward {step + 1}: the checkpoint is damaged, "
         "or its training went wrong; use an earlier one"
     )
-    looked = torch.cat([states[turn.row, turn.look_at] for turn in turns])         # (N, D)
-    logits = model.logits(looked)                                                  # (N, V)
+    rows = np.repeat([turn.row for turn in turns], [len(turn.look_at) for turn in turns])
+    positions = np.concatenate([turn.look_at for turn in turns])                   # (N,)
+    side = sides[0]
+    logits = model.logits(side.states, side.row + rows, side.position + positions)
     must_be_finite(logits, damaged)
     if settings.guidance_scale == 1:
         return logits
 
     # Guidance: away from what the model says without the context
-    looked = torch.cat([states[rows + turn.row, turn.look_at] for turn in turns])
-    bare = model.logits(looked)
+    never = np.isneginf(logits)
+    logits = unmasking.log_softmax(logits)
+    side = sides[1]
+    bare = model.logits(side.states, side.row + rows, side.position + positions)
     must_be_finite(bare, damaged)
-    never = torch.isneginf(logits)
-    logits = logits.log_softmax(-1)
-    bare = bare.log_softmax(-1)
-    # -inf - -inf is not a number
-    guided = torch.where(never, logits, bare + settings.guidance_scale * (logits - bare))
+    bare = unmasking.log_softmax(bare)
+    with np.errstate(over="ignore", invalid="ignore"):  # -inf - -inf is not a number
+        guided = np.where(never, logits, bare + settings.guidance_scale * (logits - bare))
     must_be_finite(
         guided,
         f"--guidance_scale {settings.guidance_scale:g} is too large: the guided logits overflow; "
@@ -533,7 +559,7 @@ def must_be_finite(logits, message):
     """The largest of each row of logits (N, V) is a number: no NaN, no +inf, and something can be
     an answer.
     """
-    if not torch.isfinite(logits.amax(-1)).all():
+    if not np.isfinite(logits.max(-1)).all():
         raise NotFinite(message)
 
 
@@ -553,7 +579,7 @@ def reveal(canvas, turn, logits, lo, hi, heat, settings):
     generator = canvas.generators[row]
     canvas.forwards[row] += 1
     if settings.repetition_penalty != 1:
-        seen = canvas.ids[row, :hi].unique()
+        seen = np.unique(canvas.ids[row, :hi])
         seen = seen[seen != canvas.mask_id]
         logits = unmasking.discourage(logits, seen, settings.repetition_penalty)
 
@@ -566,5 +592,4 @@ def reveal(canvas, turn, logits, lo, hi, heat, settings):
     positions = lo + turn.look_at[chosen]
     canvas.ids[row, positions] = tokens
     if canvas.keep_chance:
-        chance = look.logp[chosen].gather(1, tokens[:, None])[:, 0].exp()
-        canvas.chance[row, positions] = chance
+        canvas.chance[row, positions] = look.chance(chosen, tokens)

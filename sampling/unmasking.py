@@ -1,44 +1,73 @@
 """Which masked positions are revealed now, and which token each gets: the rules of decoding, one
 function each.
 
-Used by sampling/decode.py; knows no model, only logits. A rule sees the masked positions of ONE row
-of one block and returns indices into them, at least one, best first:
+Used by sampling/decode.py; knows no model, only logits, as numpy arrays. A rule sees the masked
+positions of ONE row of one block and returns indices into them, at least one, best first:
 
     rule(look, count, settings, generator) -> (n,) indices
-    look: Look; count: what the reveal schedule asks for; settings: sampling.settings.Settings
+    look: Look; count: what the reveal schedule asks for; settings: sampling.settings.Settings;
+    generator: the row's own numpy.random.Generator
 
 Rules that do not look at the logits (random, ancestral) choose before the forward, so the head sees
 chosen positions only. Positions are chosen first, from the model's own untempered distribution;
 tokens are drawn only there. Legend: N masked positions of a row, V vocabulary rows.
 """
 import math
+from functools import cached_property
 
-import torch
+import numpy as np
 
 
 class Look:
     """What the model thinks of one row's masked positions; each statistic is computed when a rule
-    asks for it.
+    asks for it, in float32.
     """
 
     def __init__(self, logits):
-        self.logp = logits.float().log_softmax(-1)                                 # (N, V)
+        self.logits = logits.astype(np.float32, copy=False)                        # (N, V)
+
+    @cached_property
+    def top(self):
+        return self.logits.max(-1, keepdims=True)                                  # (N, 1)
+
+    @cached_property
+    def odds(self):
+        """Each token's chance in multiples of the best token's."""
+        odds = self.logits - self.top
+        return np.exp(odds, out=odds)                                              # (N, V)
+
+    @cached_property
+    def mass(self):
+        return self.odds.sum(-1)                                                   # (N,) >= 1
 
     @property
     def sure(self):
         """Probability of the best token: a calibrated number, unlike a raw logit, which has no
         scale.
         """
-        return self.logp.amax(-1).exp()                                            # (N,)
+        return 1 / self.mass                                                       # (N,)
 
     @property
     def margin(self):
-        best = self.logp.topk(2, dim=-1).values.exp()                              # (N, 2)
-        return best[:, 0] - best[:, 1]
+        others = self.odds.copy()
+        others[np.arange(len(others)), others.argmax(-1)] = 0
+        return (1 - others.max(-1)) / self.mass                                    # (N,)
 
     @property
     def entropy(self):
-        return -(self.logp.exp() * self.logp.clamp(min=-1e4)).sum(-1)  # (N,) nats; 0 * -inf is 0
+        below = np.maximum(self.logits - self.top, -1e4)                           # 0 * -inf is 0
+        return np.log(self.mass) - (self.odds * below).sum(-1) / self.mass         # (N,) nats
+
+    def chance(self, chosen, tokens):
+        """The probability of one token for each chosen position."""
+        odds = self.odds[chosen]
+        return odds[np.arange(len(odds)), tokens] / self.mass[chosen]
+
+
+def log_softmax(logits):
+    """logits (N, V) -> logarithms of the probabilities."""
+    z = logits - logits.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
 # ---- the rules -----------------------------------------------------------------------------------
@@ -53,56 +82,64 @@ def noisy(score, settings, generator):
     heat = settings.alg_temp
     if not heat:
         return score
-    uniform = torch.rand(score.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)
-    gumbel = -(-uniform.to(score.device).log()).log()
-    log_score = score.double().clamp(min=1e-300).log()
+    uniform = np.maximum(generator.random(len(score)), 1e-300)
+    gumbel = -np.log(-np.log(uniform))
+    log_score = np.log(np.maximum(score.astype(np.float64), 1e-300))
     return log_score / max(1.0, heat) + min(1.0, heat) * gumbel
 
 
+def best(score):
+    """All positions, the highest score first; of equals the first."""
+    return np.argsort(-score, kind="stable")
+
+
 def confidence(look, count, settings, generator):
-    return noisy(look.sure, settings, generator).topk(count).indices
+    return best(noisy(look.sure, settings, generator))[:count]
 
 
 def margin(look, count, settings, generator):
-    return noisy(look.margin, settings, generator).topk(count).indices
+    return best(noisy(look.margin, settings, generator))[:count]
 
 
 def threshold(look, count, settings, generator):
     """Everything that is at least this sure; never nothing."""
-    sure, order = look.sure.sort(descending=True, stable=True)
-    return order[:max(1, int((sure >= settings.threshold).sum()))]
+    sure = look.sure
+    enough = np.count_nonzero(sure >= settings.threshold)
+    return best(sure)[:max(1, enough)]
 
 
 def factor(look, count, settings, generator):
     """The largest n with (n + 1) (1 - sure_n) < 1 - threshold: more at once only where they are
     surer (Fast-dLLM).
     """
-    sure, order = look.sure.sort(descending=True, stable=True)
-    n = torch.arange(1, len(sure) + 1, device=sure.device)
-    fits = ((n + 1) * (1 - sure) < 1 - settings.threshold).nonzero()
-    return order[:int(fits[-1]) + 1 if len(fits) else 1]
+    order = best(look.sure)
+    n = np.arange(1, len(order) + 1)
+    fits = np.flatnonzero((n + 1) * (1 - look.sure[order]) < 1 - settings.threshold)
+    return order[:fits[-1] + 1 if len(fits) else 1]
 
 
 def entropy(look, count, settings, generator):
     """The most positions whose entropies, the largest left out, sum to at most 1 - threshold nats:
     a bound on the joint dependence that drawing them independently ignores (EB-Sampler)."""
-    h, order = look.entropy.sort(stable=True)
-    fits = (h.cumsum(0) - h <= 1 - settings.threshold + 1e-9).nonzero()
-    return order[:int(fits[-1]) + 1]
+    h = look.entropy
+    order = best(-h)
+    h = h[order]
+    fits = np.flatnonzero(h.cumsum() - h <= 1 - settings.threshold + 1e-9)
+    return order[:fits[-1] + 1]
 
 
 def random(size, count, generator):
     """Uniform positions, as many as the schedule says: one per forward is the exact any-order
     sampler (first-hitting).
     """
-    return torch.randperm(size, generator=generator)[:count]
+    return generator.permutation(size)[:count]
 
 
 def ancestral(size, stay, generator):
     """Every position by itself with the chance that the process has in this interval of time; maybe
     none.
     """
-    return (torch.rand(size, generator=generator) >= stay).nonzero()[:, 0]
+    return np.flatnonzero(generator.random(size) >= stay)
 
 
 LOOKING = {rule.__name__: rule for rule in (confidence, threshold, factor, entropy, margin)}
@@ -146,10 +183,11 @@ def discourage(logits, seen, penalty):
     if penalty == 1:
         return logits
     z = logits[:, seen]
-    kind = torch.finfo(z.dtype)
-    penalty = min(max(penalty, kind.tiny), kind.max)  # an extreme one would make infinities
-    changed = torch.where(z > 0, z / penalty, z * penalty).clamp(-kind.max, kind.max)
-    logits[:, seen] = torch.where(torch.isneginf(z), z, changed)  # what was no answer stays none
+    kind = np.finfo(z.dtype)
+    penalty = min(max(penalty, float(kind.tiny)), float(kind.max))  # an extreme one: infinities
+    with np.errstate(over="ignore"):
+        changed = np.where(z > 0, z / penalty, z * penalty).clip(-kind.max, kind.max)
+    logits[:, seen] = np.where(np.isneginf(z), z, changed)  # what was no answer stays none
     return logits
 
 
@@ -157,18 +195,22 @@ def distribution(logits, temperature, top_k, top_p):
     """logits (N, V) -> float64 probabilities after temperature, top-k, top-p. float64: rare tokens
     keep their chance.
     """
-    z = logits.double()
-    z = (z - z.amax(-1, keepdim=True)) / temperature  # the largest is 0: no temperature is too low
+    z = logits.astype(np.float64)
+    z -= z.max(-1, keepdims=True)  # the largest is 0: no temperature is too low
+    with np.errstate(over="ignore"):
+        z /= temperature
     if top_k and top_k < z.shape[-1]:
-        least = z.topk(top_k, dim=-1).values[..., -1:]
-        z = z.masked_fill(z < least, -math.inf)
-    p = z.softmax(-1)
+        least = np.partition(z, -top_k, axis=-1)[:, -top_k, None]                  # (N, 1)
+        z[z < least] = -np.inf
+    p = np.exp(z, out=z)
+    p /= p.sum(-1, keepdims=True)
     if top_p < 1:
         # keep until the mass before a token reaches top_p
-        sorted_p, order = p.sort(-1, descending=True)
-        drop = sorted_p.cumsum(-1) - sorted_p >= top_p
-        p = p.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), 0.0)
-        p = p / p.sum(-1, keepdim=True)
+        order = np.argsort(-p, axis=-1, kind="stable")
+        sorted_p = np.take_along_axis(p, order, -1)
+        sorted_p[sorted_p.cumsum(-1) - sorted_p >= top_p] = 0.0
+        np.put_along_axis(p, order, sorted_p, -1)
+        p /= p.sum(-1, keepdims=True)
     return p
 
 
@@ -177,4 +219,12 @@ def draw(logits, temperature, settings, generator):
     if temperature == 0:
         return logits.argmax(-1)
     p = distribution(logits, temperature, settings.top_k, settings.top_p)
-    return torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    return pick(p, generator.random(len(p)))
+
+
+def pick(p, uniform):
+    """Probabilities (N, V), uniform draws (N,) from [0, 1) -> (N,) tokens: the first whose mass,
+    together with all before it, is above the draw; so never one without a chance.
+    """
+    mass = p.cumsum(-1)                                                            # (N, V)
+    return (mass <= (uniform * mass[:, -1])[:, None]).sum(-1)

@@ -22,6 +22,7 @@ from evaluation import check_run, estimators, study_report
 from sampling import decode
 from sampling.decode import generate
 from sampling.settings import Settings
+from sampling.torch_model import TorchModel
 from training.optim import make_optimizer
 
 V = 23
@@ -105,12 +106,12 @@ def greedy(net, ids, count):
 def test_decoding_is_the_greedy_path_and_one_forward_per_token(model):
     net, prompt = tiny(model), some(1, 5)[0].tolist()
     settings = Settings(max_new_tokens=9, steps=3, mode="full", temperature=0.0)
-    out = generate(net, prompt, settings, [1, 2])
+    out = generate(TorchModel(net), prompt, settings, [1, 2])
     assert out.rows == [greedy(net, prompt, 9)] * 2
     assert out.forwards == 9 and out.row_forwards == [9, 9]
     settings = Settings(max_new_tokens=9, steps=1, top_p=0.9)
-    one = generate(net, prompt, settings, [3]).rows
-    two = generate(net, prompt, settings, [7, 3]).rows
+    one = generate(TorchModel(net), prompt, settings, [3]).rows
+    two = generate(TorchModel(net), prompt, settings, [7, 3]).rows
     assert one[0] == two[1], "a row depends on its batch"
 
 
@@ -120,7 +121,7 @@ def test_the_cache_of_a_long_text(model):
     """The transformer's slides when the text outgrows it; the primary's is always as large."""
     net, prompt = tiny(model), some(1, 20)[0].tolist()
     settings = Settings(max_new_tokens=30, steps=1, window=8, temperature=0.0)
-    out = generate(net, prompt, settings, [1])
+    out = generate(TorchModel(net), prompt, settings, [1])
     assert len(out.rows[0]) == 30
     if model == "backup":
         assert out.cache_bytes == 2 * 2 * 9 * 32 * 4, "the start, and the window"
@@ -133,7 +134,7 @@ def test_the_cache_of_a_long_text(model):
 def test_a_gap_is_refused(model):
     settings = Settings(max_new_tokens=1, steps=1)
     with pytest.raises(UserError, match="--objective masked"):
-        decode.infill(tiny(model), [2, 5, V, 6], settings, [1])
+        decode.infill(TorchModel(tiny(model)), [2, 5, V, 6], settings, [1])
 
 
 @both

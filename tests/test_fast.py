@@ -10,6 +10,7 @@ from layers import Linear
 from sampling import fast
 from sampling.decode import generate
 from sampling.settings import Settings
+from sampling.torch_model import TorchModel
 
 KINDS = (fast.PackedBF16, fast.PackedInt8)
 
@@ -78,9 +79,10 @@ def test_fp32_changes_nothing_and_int8_says_where_it_works():
 def test_whole_texts(kind, precision):
     model = net(kind)
     fast.prepare(model, precision)
+    writer = TorchModel(model)
     for mode, size in (("full", 8), ("block", 8), ("block_frozen", 8), ("block_frozen", 1)):
         out = generate(
-            model, [2, 5, 7], Settings(20, 4, mode=mode, block_size=size, eos_id=None), [0, 1]
+            writer, [2, 5, 7], Settings(20, 4, mode=mode, block_size=size, eos_id=None), [0, 1]
         )
         assert [len(row) for row in out.rows] == [20, 20]
 

@@ -30,8 +30,9 @@ COMMANDS = [
 ON_COMMANDS = {"colab_train_eco": {"train"}}  # this command is another one with settings of its own
 NEEDS_NO_TORCH = sorted(  # --help is instant: whatever a command imports before it knows what to do
     {*COMMANDS, "config", "cli", "model_config", "studies", "evaluation.study_plan",
-     "evaluation.study_report", *(name for name in TREES if name.startswith(("common", "text")))}
-    - {"common.machine"})
+     "evaluation.study_report",
+     *(name for name in TREES if name.startswith(("common", "text", "sampling")))}
+    - {"common.machine", "sampling.fast", "sampling.torch_model"})  # decoding is numpy's work
 EVERYTHING = [p for p in sorted(ROOT.rglob("*.py"))
               if not {".venv", "data", "checkpoints"} & set(p.relative_to(ROOT).parts)]
 

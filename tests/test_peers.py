@@ -119,7 +119,8 @@ def test_the_uncached_reference_of_ours(kind):
         24, 2, mode="block_frozen", block_size=8, temperature=0, eos_id=None
     )
     texts = [
-        decode_peers.generate(each, [2, 7, 9], settings, [0]).rows for each in (model, reference)
+        decode_peers.generate(decode_peers.TorchModel(each), [2, 7, 9], settings, [0]).rows
+        for each in (model, reference)
     ]
     assert texts[0] == texts[1] and len(set(texts[0][0])) > 1
 

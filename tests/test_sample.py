@@ -21,6 +21,7 @@ import train
 from conftest import RUNS, TINY, aria, call
 from evaluation import check_run, decode_modes, estimators, plots, sample_quality
 from sampling import decode, settings
+from sampling.torch_model import TorchModel
 from text.dataset import TokenData
 
 MODES = {"full": (), "block": ("--blockwise",), "block_frozen": ("--blockwise", "--frozen_context")}
@@ -192,7 +193,7 @@ def test_ids_of_a_sample(here, kind, mode):
         s = settings.Settings(
             max_new_tokens=length, steps=4, mode=mode, block_size=8, temperature=temperature
         )
-        out = decode.generate(net, prompt, s, [1, 2])
+        out = decode.generate(TorchModel(net), prompt, s, [1, 2])
         assert all(
             len(row) == length and not {net.cfg.mask_id, net.cfg.pad_id} & set(row)
             for row in out.full_rows

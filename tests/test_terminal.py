@@ -8,8 +8,8 @@ import re
 import unicodedata
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 
 import cli
 import config
@@ -64,7 +64,7 @@ def test_no_colour_cuts_a_cluster_and_the_text_is_whole(tokenizer):
 
 
 def test_watching_prints_a_line_for_each_forward(tokenizer):
-    ids = torch.tensor([[2, *tokenizer.encode(TEXTS[1])]])
+    ids = np.array([[2, *tokenizer.encode(TEXTS[1])]])
     ids[0, -3:] = tokenizer.vocab_size
     out = io.StringIO()
     Watch(tokenizer, out)(Canvas(ids, [0], tokenizer.vocab_size, True), 1, ids.shape[1], 0)

@@ -13,6 +13,7 @@ from common.console import printable, say
 from evaluation.estimators import bits_per_byte, held_out
 from sampling.decode import generate
 from sampling.settings import Settings
+from sampling.torch_model import TorchModel
 from training import recovery
 
 
@@ -90,7 +91,8 @@ def speak(run, prompt, length):
     )
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     with run.averaged(), run.stop.at_once():
-        return tokenizer.written(generate(run.model, ids, settings, [args.seed]).rows[0])
+        result = generate(TorchModel(run.model), ids, settings, [args.seed])
+        return tokenizer.written(result.rows[0])
 
 
 def print_samples(run):
