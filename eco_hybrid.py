@@ -37,13 +37,12 @@ from layers import (
     Linear,
     LocalConv,
     RMSNorm,
-    recomputed,
+    openings,
     shifted,
     unit_rms,
 )
+from model_config import CHUNK, FEW_BLOCKS
 
-FEW_BLOCKS = 16  # up to so many, one product adds up all pairs of blocks
-CHUNK = 32       # tokens of the clean stream that see each other in one product
 SLIM = 4         # in heads of fewer numbers the sums nearly cancel now and then
 SCORE_CAP = 8.0  # |score| of a write: exp(8) = 3,000 to 1 is as selective as a write may be
 # Added to all scores. It multiplies N and rms(N) by the same number, so it cancels in N / rms(N);
@@ -126,16 +125,14 @@ class Rows:
         """All blocks of sequences of so many tokens, the first one of `first`, beside the whole
         clean stream or what the blocks need of it.
         """
+        opens, clean = openings(length, block, first, device)
+        if with_clean:
+            clean = length
         before = block - first
-        count = -(-(before + length) // block)
-        opens = (torch.arange(count, device=device) * block - before).clamp(min=0)
         real = None
         if (before + length) % block or before:
-            position = torch.arange(count * block, device=device) - before
-            real = ((position >= 0) & (position < length)).view(count, block)      # (n, S)
-        clean = length
-        if not with_clean:
-            clean = max(0, (count - 1) * block - before) + 1
+            position = torch.arange(len(opens) * block, device=device) - before
+            real = ((position >= 0) & (position < length)).view(-1, block)         # (n, S)
         return cls(batch, clean, opens, block, reach, real, before)
 
     @classmethod
@@ -479,30 +476,23 @@ class EcoHybrid(Denoiser):
 
     # ---- training --------------------------------------------------------------------------------
 
-    def both_states(self, x0, xt=None, block=None, first=None, with_clean=True, early=None):
+    def rows_of_step(self, x0, xt, block, first, with_clean):
         B, T = x0.shape
         read = shifted(x0, self.cfg.mask_id)                                       # (B, T)
         if xt is None:
             rows = Rows(B, T)
-            ids = read.flatten()
-        else:
-            rows = self.rows_of_blocks(x0, block, first, with_clean)
-            noisy = self.noisy_ids(xt, read, rows)                                 # (B, n, S + 1)
-            ids = torch.cat((read[:, :rows.clean].flatten(), noisy.flatten()))     # (R,)
-        x = self.head.embed(ids)                                                   # (R, D)
-        found = []
-        for i, layer in enumerate(self.layers, 1):
-            x = recomputed(self.recompute, layer, x, rows)
-            if i in (early, len(self.layers)):  # the last layer's come first
-                found.insert(0, self.answers(self.exits(x, i), rows, T, with_clean))
-        return found
-
-    def rows_of_blocks(self, x0, block, first, with_clean):
-        B, T = x0.shape
-        block = min(block, T)
-        first = min(first or block, block)
+            return read.flatten(), lambda x: (rows.split(x)[0], None), rows
         reach = self.layers[0].conv.reach
-        return Rows.of_training(B, T, block, first, with_clean, reach, x0.device)
+        rows = Rows.of_training(B, T, block, first, with_clean, reach, x0.device)
+        noisy = self.noisy_ids(xt, read, rows)                                     # (B, n, S + 1)
+        ids = torch.cat((read[:, :rows.clean].flatten(), noisy.flatten()))         # (R,)
+
+        def answers(x):
+            clean, noisy = rows.split(x)
+            noisy = noisy[:, :, :-1].flatten(1, 2)
+            noisy = noisy[:, rows.before:rows.before + T]                          # (B, T, D)
+            return (clean if with_clean else None), noisy
+        return ids, answers, rows
 
     def noisy_ids(self, xt, read, rows):
         """The ids of the noisy blocks, (B, n, S + 1): in front the token behind which each opens.
@@ -513,15 +503,6 @@ class EcoHybrid(Denoiser):
         ids = torch.cat((read[:, rows.opens].unsqueeze(-1), ids), dim=-1)
         ids[:, 0, rows.before] = self.cfg.mask_id  # the start stands right before the first token
         return ids
-
-    def answers(self, x, rows, length, with_clean):
-        """The rows behind a layer -> of both streams the states that answer for each token."""
-        read, noisy = rows.split(x)
-        if not rows.count:
-            return read, None
-        noisy = noisy[:, :, :-1].flatten(1, 2)
-        noisy = noisy[:, rows.before:rows.before + length]                         # (B, T, D)
-        return (read if with_clean else None), noisy
 
     # ---- decoding --------------------------------------------------------------------------------
 

@@ -21,6 +21,15 @@ def shifted(x0, start):
     return torch.cat((column, x0[:, :-1]), dim=1)                                  # (B, T)
 
 
+def openings(length, block, first, device):
+    """Where the blocks of so many tokens begin (n,), the first one of `first`, and how many clean
+    rows they need: up to the one behind which the last of them opens.
+    """
+    count = 1 + math.ceil((length - first) / block)
+    begin = first - block + block * torch.arange(count, device=device)
+    return begin.clamp(min=0), max(0, (count - 1) * block - (block - first)) + 1
+
+
 def recomputed(on, layer, *args):
     """layer(*args). If on, autograd keeps the arguments alone, and the backward pass computes the
     inside again, with the same dropout.
@@ -181,8 +190,11 @@ class Exits(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """What both denoisers have in common; a subclass has both_states, states, step and new_cache
-    (the protocol at the top of model.py).
+    """What both denoisers have in common; the protocol is at the top of model.py. A subclass has
+    states, step and new_cache, and for both_states
+
+        rows_of_step(x0, xt, block, first, with_clean) -> the ids of all rows that a step needs; the
+            function from the states of these rows to (clean, noisy); what else a layer is given
     """
 
     def __init__(self, cfg, layers):
@@ -193,6 +205,20 @@ class Denoiser(nn.Module):
         self.exits = Exits(cfg)
         self.recompute = False  # train.py's --activation_checkpointing
         initialise(self, depth=cfg.n_layers)
+
+    def both_states(self, x0, xt=None, block=None, first=None, with_clean=True, early=None):
+        length = x0.shape[1]
+        if block:
+            block = min(block, length)
+            first = min(first or block, block)
+        ids, answers, *rows = self.rows_of_step(x0, xt, block, first, with_clean)
+        x = self.head.embed(ids)
+        found = []
+        for i, layer in enumerate(self.layers, 1):
+            x = recomputed(self.recompute, layer, x, *rows)
+            if i in (early, len(self.layers)):  # the last layer's come first
+                found.insert(0, answers(self.exits(x, i)))
+        return found
 
     def block_states(self, xt, x0, block, first=None):
         """The noisy stream alone is asked."""

@@ -49,7 +49,7 @@ from layers import (
     Denoiser,
     Linear,
     RMSNorm,
-    recomputed,
+    openings,
     rotary_table,
     rotate,
     shifted,
@@ -77,18 +77,16 @@ class NoisyRows:
     """
 
     def __init__(self, length, block, first, device):
+        self.opens, self.clean = openings(length, block, first, device)            # (n,)
         token = torch.arange(length, device=device)
         number = (token + block - first) // block                                  # (T,) its block
-        opens = token[token == (number * block - block + first).clamp(min=0)]      # (n,)
-        self.clean = int(opens[-1]) + 1       # the clean rows that the blocks need
         # the row that reads each token, and the one before it, which answers for it
         self.tokens = token + number + 1                                           # (T,)
         self.answers = self.tokens - 1
-        self.fronts = opens + torch.arange(len(opens), device=device)              # (n,)
-        self.opens = opens
-        self.position = torch.empty(length + len(opens), dtype=torch.long, device=device)
+        self.fronts = self.opens + torch.arange(len(self.opens), device=device)    # (n,)
+        self.position = torch.cat((token, self.opens))                             # (N,)
         self.position[self.tokens] = token + 1
-        self.position[self.fronts] = opens
+        self.position[self.fronts] = self.opens
 
     def mask(self, clean):
         """What noisy rows see of [so many clean rows, noisy rows] (N, T + N); None: one block
@@ -277,33 +275,22 @@ class Transformer(Denoiser):
 
     # ---- training --------------------------------------------------------------------------------
 
-    def both_states(self, x0, xt=None, block=None, first=None, with_clean=True, early=None):
+    def rows_of_step(self, x0, xt, block, first, with_clean):
         T = x0.shape[1]
-        ids = shifted(x0, self.cfg.mask_id)                                        # (B, T)
+        read = shifted(x0, self.cfg.mask_id)                                       # (B, T)
         positions = self.positions(0, T)
-        noisy = None
-        mask = None
-        if xt is not None:
-            block = min(block, T)
-            noisy = NoisyRows(T, block, min(first or block, block), x0.device)
-            if not with_clean:
-                T = noisy.clean
-            mask = noisy.mask(T)
-            positions = torch.cat((positions[:T], noisy.position))
-            ids = torch.cat((ids[:, :T], noisy_ids(xt, ids, noisy)), dim=1)
-        x = self.head.embed(ids)                                                   # (B, T + N, D)
-        table = self.table(positions)
-        found = []
-        for i, layer in enumerate(self.layers, 1):
-            x = recomputed(self.recompute, layer, x, table, T, mask)
-            if i in (early, len(self.layers)):  # the last layer's come first
-                states = self.exits(x, i)
-                answers = states[:, :T] if with_clean else None
-                if noisy is None:
-                    found.insert(0, (answers, None))
-                else:
-                    found.insert(0, (answers, states[:, T:][:, noisy.answers]))
-        return found
+        if xt is None:
+            return read, lambda x: (x, None), self.table(positions), T, None
+        rows = NoisyRows(T, block, first, x0.device)
+        if not with_clean:
+            T = rows.clean
+        ids = torch.cat((read[:, :T], noisy_ids(xt, read, rows)), dim=1)           # (B, T + N)
+        table = self.table(torch.cat((positions[:T], rows.position)))
+
+        def answers(x):
+            clean, noisy = x.split([T, x.shape[1] - T], dim=1)
+            return (clean if with_clean else None), noisy[:, rows.answers]
+        return ids, answers, table, T, rows.mask(T)
 
     # ---- decoding --------------------------------------------------------------------------------
 

@@ -173,9 +173,9 @@ def match_d_ff(shape, target, cost=count_params):
 # --------------------------------------------------------------------------------------------------
 # arithmetic
 
-# as in eco_hybrid.py, which imports torch
-FEW_BLOCKS = 16
-CHUNK = 32
+# of EcoHybrid's memory
+FEW_BLOCKS = 16  # up to so many, one product adds up all pairs of blocks
+CHUNK = 32       # tokens of the clean stream that see each other in one product
 
 
 class StepRows(NamedTuple):

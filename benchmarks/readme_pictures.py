@@ -175,6 +175,8 @@ def main():
     parser.add_argument("--ckpt", default="checkpoints/eco_hybrid_hi")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/pictures")
     args = parser.parse_args()
+    if pyplot() is None:        # it has said why
+        sys.exit(2)
     ckpt = str(Path(args.ckpt).resolve())
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "unmasking.svg").write_text(unmasking(watched(ckpt)), encoding="utf-8")

@@ -258,14 +258,14 @@ def infill(model, ids, settings, seeds, on_step=None):
     """Fill every mask of one text (ids, BOS included), once per seed; everything else stays ->
     Result with whole rows.
     """
-    if model.cfg.causal or settings.left_to_right:
+    if model.cfg.causal:
         raise UserError(
             "this checkpoint was trained with --objective ar and sees only what stands before a "
             "gap: fill gaps with a checkpoint of --objective masked, or continue a --prompt"
         )
     started = time.perf_counter()
     # the text behind a gap is given: no EOS in a gap can end it
-    settings = dataclasses.replace(settings, eos_id=None)
+    settings = dataclasses.replace(settings, eos_id=None, mode="full")
     mask_id = model.cfg.mask_id
     keep_chance = bool(on_step) or settings.remask_rule == "conf"
     rows = np.array([ids] * len(seeds), dtype=np.int64)                            # (B, T)
