@@ -33,7 +33,7 @@ from common.console import Damage, UserError, say
 from common.files import file_sha256, lock, rename, replace_file, sync, to_json, write_file
 from model import build_model
 from model_config import ModelConfig, count_params
-from text.tokenizer import Tokenizer
+from text.gpt2 import open_tokenizer
 
 FORMAT = "aria-checkpoint-2"
 PARTS = ("model", "ema", "optimizer")  # the tensors, a file each, or one of each process
@@ -700,7 +700,7 @@ def load_model(path, device, check_settings, model="auto", tokenizer_path=None):
             f"{saved.path} holds a {shape.model} model, --model says {model}: use --model "
             f"{shape.model}"
         )
-    tokenizer = Tokenizer(saved.tokenizer_bytes)
+    tokenizer = open_tokenizer(saved.tokenizer_bytes)
     if tokenizer_path is not None:
         check_tokenizer(tokenizer_path, tokenizer)
     net = build_model(shape)
@@ -715,7 +715,7 @@ def check_tokenizer(path, own):
             f"--tokenizer {path}: no such file; leave the flag out, the checkpoint carries its own "
             "tokenizer"
         )
-    given = Tokenizer(path)
+    given = open_tokenizer(path)
     if given.sha256 != own.sha256:
         raise UserError(
             f"--tokenizer {path} ({given.sha256[:12]}) is not the one this checkpoint was trained "

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from common.console import UserError
 from common.flags import again, checked, flag
 
+LATER = {"pad"}     # fields of a ModelConfig that older checkpoints lack: they have the default
 OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffusion="backup")
 
 
@@ -69,6 +70,7 @@ class ModelConfig:
     block_size: int = again(ModelFlags, "block_size")
     exits: bool = flag(False, "a norm behind every layer, for leaving early")
     causal: bool = flag(False, "left to right: --objective ar")
+    pad: bool = flag(True, "id 0 is a pad, which no text holds; off: it is a piece, as in GPT-2's")
 
     def __post_init__(self):
         object.__setattr__(self, "d_mem", self.d_mem or self.d_model // 2)
@@ -87,7 +89,10 @@ class ModelConfig:
 
     @property
     def pad_id(self):
-        return 0
+        """What fills a row up. Where no piece is kept for it, the mask does: both are never an
+        answer.
+        """
+        return 0 if self.pad else self.mask_id
 
     def to_dict(self):
         """The "model" section of a run's config.json."""
@@ -95,21 +100,23 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, saved):
-        """Strict: every key, no other key, each of its own type."""
+        """Strict: every key, no other key, each of its own type. Older checkpoints lack LATER."""
         names = {field.name for field in dataclasses.fields(cls)}
-        missing = names - set(saved)
+        missing = names - set(saved) - LATER
         if missing:
             raise UserError(f"model configuration without {', '.join(sorted(missing))}")
         return cls(**checked(cls, {"args": saved}, "model configuration"))
 
 
-def model_config(args, vocab_size):
-    """The ModelConfig that these training arguments and this many base pieces ask for."""
-    settings = {}
+def model_config(args, vocab_size, pad=True):
+    """The ModelConfig that these training arguments and this many base pieces ask for. pad: whether
+    the first of them is kept for it.
+    """
+    settings = dict(vocab_size=vocab_size, exits=args.exit_loss_weight > 0, pad=pad)
     for field in dataclasses.fields(ModelConfig):
-        if field.name not in ("vocab_size", "exits"):
+        if field.name not in settings:
             settings[field.name] = getattr(args, field.name)
-    return ModelConfig(vocab_size=vocab_size, exits=args.exit_loss_weight > 0, **settings)
+    return ModelConfig(**settings)
 
 
 def shape_problems(shape):

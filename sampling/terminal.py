@@ -32,12 +32,11 @@ def painted(ids, chance, tokenizer, mask_id, colour):
     """One row as text: masks as ░, words coloured by the least sure of their tokens."""
     words = []  # [ids, least chance]; a word starts at a space, a newline or a gap
     for token, p in zip(ids, chance, strict=True):
-        piece = "" if token >= tokenizer.vocab_size else tokenizer.sp.id_to_piece(token)
         if (
             words
             and token != mask_id
             and words[-1][0][-1] != mask_id
-            and not piece.startswith(("\u2581", "\n"))
+            and not tokenizer.opens_word(token)
         ):
             words[-1][0].append(token)
             words[-1][1] = min(words[-1][1], p)

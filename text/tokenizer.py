@@ -359,6 +359,10 @@ class Tokenizer:
         """
         return self.decode(ids).rstrip("\ufffd")
 
+    def opens_word(self, token):
+        """Whether a word begins with this id: with a space or a line break."""
+        return self.sp.id_to_piece(token).startswith(("\u2581", "\n"))
+
     def clusters(self, text):
         """How many letters as people see them (opens_cluster) a text has, and how many of them a
         token boundary cuts.
