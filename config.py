@@ -1103,6 +1103,12 @@ class BenchArgs(GenerateFlags, CommonFlags):
         "NAME=VALUE,VALUE ...: every combination of these settings of sample, and a picture",
         many="several",
     )
+    peer: tuple = flag(
+        (),
+        "FILE ...: other engines' speed (JSON, or what benchmarks/decode_peers.py prints), drawn "
+        "into the picture of --grid",
+        many="several",
+    )
     profiles: tuple = flag(
         (),
         "instead: these profiles of sample, each beside itself at one token a forward",
@@ -1119,6 +1125,8 @@ class BenchArgs(GenerateFlags, CommonFlags):
     def problems(self):
         if self.profiles and self.grid:
             yield "--profiles and --grid: give only one of them"
+        if self.peer and not self.grid:
+            yield "--peer is drawn into the picture of --grid: give that, too"
 
 
 @dataclass

@@ -6,9 +6,11 @@ same prompts.
         --grid steps=4,8,16,32 precision=fp32,bf16,int8
     python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --profiles balanced max
 
---profiles measures what sample's profiles cost and give here. --grid takes every combination of the
-named settings of sample, in every mode, and draws quality against speed. One line per variant for
-people; the last line on stdout, and benchmarks/edge_benchmark.json, hold everything. Notable:
+--profiles measures what sample's profiles cost and give here (evaluation/profiles.py). --grid takes
+every combination of the named settings of sample, in every mode, and draws quality against speed
+(evaluation/grid.py); --peer adds another engine's measured speed to that picture. One line per
+variant for people; the last line on stdout, and benchmarks/edge_benchmark.json, hold everything.
+Notable:
 * the timed runs of all modes alternate, so that a slow minute of the machine hits each of them
   alike;
 * a run is timed from the prompt's text to the new ids; only new tokens before EOS count;
@@ -24,151 +26,55 @@ people; the last line on stdout, and benchmarks/edge_benchmark.json, hold everyt
   back.
 """
 import dataclasses
-import itertools
 import sys
 from pathlib import Path
 
 import cli
 import config
 import model_config
-from common.console import UserError, say
+from common.console import say
 from common.files import can_write, json_text, write_json
-from common.flags import convert, split_list, to_dict
-from evaluation import plots
+from common.flags import to_dict
+from evaluation import grid, speed_picture
+from evaluation.peer_figures import read_peers
+from evaluation.profiles import price, profiles
 from sampling import settings
-
-CAREFUL = " at one token a forward"
-LIMIT = 0.05              # of judged quality, that a profile may cost
 
 
 def show(value, form):
     return "-" if value is None else format(value, form)
 
 
-def card(name, r, width):
-    if "skipped" in r:
-        return f"{name:{width}} skipped: {r['skipped']}"
-    return (
-        f"{name:{width}} {r['mean_tok_s']:8.1f} tok/s | p50 {r['p50_latency_s']:.3f} s | p90 "
-        f"{r['p90_latency_s']:.3f} s | "
-        f"{r['mean_generated_tokens']:.1f} tokens | {r['tokens_per_forward']:.2f} per forward | "
-        f"{r['peak_rss_mb']:.0f} MB | "
-        f"judge {show(r['judge_nats'], '.3f')} | nll {show(r['nll_per_token'], '.3f')} | held out "
-        f"{show(r['held_out_nats'], '.4f')} | distinct_2 {show(r['distinct_2'], '.3f')} | repeat "
-        f"{r['repeat_rate']:.1%} | "
-        f"as full {r['agree_with_full']:.0%}"
-    )
-
-
-def combinations(grid):
-    """--grid steps=4,8 sampler=random -> {"steps=4 sampler=random": {"steps": 4, "sampler":
-    "random"}, ...}
-    """
-    fields = {f.name: f for f in dataclasses.fields(config.GenerateFlags)}
-    axes = []
-    for axis in grid:
-        name, _, values = axis.partition("=")
-        if name not in fields or not values:
-            raise UserError(
-                f"--grid {axis}: write NAME=VALUE,VALUE with a setting of sample such as steps, "
-                "sampler, threshold, "
-                "block_size, precision, min_decode_layers"
-            )
-        try:
-            axes.append([(name, convert(fields[name], value)) for value in split_list(values)])
-        except ValueError as error:
-            raise UserError(f"--grid {axis}: {error}") from None
-    found = [dict(pairs) for pairs in itertools.product(*axes)]
-    return {" ".join(f"{k}={v}" for k, v in chosen.items()): chosen for chosen in found}
-
-
-def profiles(names):
-    """Each profile of sample, and beside it the slow and careful way: one token a forward, all
-    layers, no 8-bit products.
-    """
-    known, found = {f.name for f in dataclasses.fields(config.GenerateFlags)}, {}
-    for name in names:
-        found[name] = {k: v for k, v in config.SAMPLE_PROFILES[name].items() if k in known}
-        found[name + CAREFUL] = found[name] | dict(
-            sampler="confidence", steps=config.SURE["steps"], min_decode_layers=0, precision="auto"
-        )
-    return found
-
-
-def price(name, results):
-    """What a profile costs and gives, against the careful way -> its figures, told on stderr."""
-    fast, slow = (
-        next(r for key, r in results.items() if key.endswith(end))
-        for end in (" " + name, " " + name + CAREFUL)
-    )
-    # no judge, or a text that ended at once
-    if "skipped" in fast or None in (fast["judge_nats"], slow["judge_nats"]):
-        return None
-    found = {
-        "judged": fast["judge_nats"] / slow["judge_nats"] - 1,
-        "faster": fast["mean_tok_s"] / slow["mean_tok_s"],
-    }
-    say(
-        f"profile {name}: {found['judged']:+.1%} judged nats/token (limit +{LIMIT:.0%}), repeated "
-        "4-grams "
-        f"{fast['repeat_rate']:.1%} against {slow['repeat_rate']:.1%}, "
-        f"{fast['tokens_per_forward']:.2f} tokens per forward, "
-        f"{found['faster']:.2f}x as fast: "
-        + ("justified" if found["judged"] <= LIMIT else "NOT justified for this checkpoint")
-    )
-    return found
-
-
-def lines_of(results):
-    """{"block_frozen sampler=margin steps=4": figures} -> (axis, {"block_frozen margin": [(value,
-    tokens/s, nats)]}).
-
-    A line joins what differs in one setting only: of the settings that are numbers, the one with
-    the most values.
-    """
-    found = []
-    for name, r in results.items():
-        if r.get("judge_nats") is not None:
-            mode, *pairs = name.split(" ")
-            found.append(
-                (mode, dict(pair.split("=", 1) for pair in pairs), r["mean_tok_s"], r["judge_nats"])
-            )
-    values = {}
-    for _, chosen, _, _ in found:
-        for key, value in chosen.items():
-            values.setdefault(key, set()).add(value)
-    numbers = [
-        key for key, several in values.items() if len(several) > 1 and all(map(is_number, several))
+def card(name, figures, width):
+    """One line for people about one variant."""
+    if "skipped" in figures:
+        return f"{name:{width}} skipped: {figures['skipped']}"
+    parts = [
+        f"{figures['mean_tok_s']:8.1f} tok/s",
+        f"p50 {figures['p50_latency_s']:.3f} s",
+        f"p90 {figures['p90_latency_s']:.3f} s",
+        f"{figures['mean_generated_tokens']:.1f} tokens",
+        f"{figures['tokens_per_forward']:.2f} per forward",
+        f"{figures['peak_rss_mb']:.0f} MB",
+        f"judge {show(figures['judge_nats'], '.3f')}",
+        f"nll {show(figures['nll_per_token'], '.3f')}",
+        f"held out {show(figures['held_out_nats'], '.4f')}",
+        f"distinct_2 {show(figures['distinct_2'], '.3f')}",
+        f"repeat {figures['repeat_rate']:.1%}",
+        f"as full {figures['agree_with_full']:.0%}",
     ]
-    axis = max(numbers, key=lambda key: len(values[key]), default=None)
-    modes, lines = {mode for mode, *_ in found}, {}
-    for mode, chosen, speed, nats in found:
-        words = [mode] if len(modes) > 1 else []
-        for key, value in chosen.items():
-            if key != axis and len(values[key]) > 1:
-                words.append(f"{key} {value}" if is_number(value) else value)
-        lines.setdefault(" ".join(words) or mode, []).append((chosen.get(axis), speed, nats))
-    for points in lines.values():
-        points.sort(key=lambda point: float(point[0] or 0))
-    return axis, lines
-
-
-def is_number(text):
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return f"{name:{width}} " + " | ".join(parts)
 
 
 def main(argv=None):
     args, origins = cli.parse(config.BenchArgs, argv, "edge_benchmark")
     cli.announce(args, origins)
+    peers = read_peers(args.peer)
     if args.profiles:
         chosen = profiles(args.profiles)
         args.modes = ("block_frozen",)
     else:
-        chosen = combinations(args.grid)
+        chosen = grid.combinations(args.grid)
 
     # these import torch, which --help and a usage error do not wait for
     from common import machine
@@ -230,6 +136,7 @@ def main(argv=None):
         "args": to_dict(args),
         "judge_nats_of_held_out_text": real,
         "results": results,
+        "peers": [dataclasses.asdict(peer) for peer in peers],
     }
     width = max(map(len, results))
     for name, figures in results.items():
@@ -238,9 +145,9 @@ def main(argv=None):
         document["profiles"] = {name: price(name, results) for name in args.profiles}
     write_json(args.out_json, document)
     if args.grid:
-        axis, lines = lines_of(results)
         picture = Path(args.out_json).with_suffix(".png")
-        plots.quality_against_speed(picture, axis, lines, real)
+        lines = grid.lines_of(results)
+        speed_picture.draw(picture, lines, real, peers, grid.caption(document))
     print(json_text(document))
 
 

@@ -4,9 +4,11 @@ r"""Decoding beside public peers: equal size, one machine, one run, taken in tur
     python benchmarks/decode_peers.py --peers DIR --prompts 1024 --only aria dllm --rounds 5
     python benchmarks/decode_peers.py --peers DIR --agreement --ckpt checkpoints/diffusion_hi \
         --prompts 64 128
+    python benchmarks/decode_peers.py --peers DIR --only llama.cpp --prompts 64 > llama.txt
+    python -m edge_benchmark --ckpt RUN --grid steps=8,16,32 --peer llama.txt
 
-The first command runs everything that lies in DIR (benchmarks/peers.py). Not part of CI; peers live
-outside the project.
+The first command runs everything that lies in DIR (benchmarks/peers.py); the last two draw a peer's
+speed beside a checkpoint's settings. Not part of CI; peers live outside the project.
 
     aria         both models, block_frozen: the exact cache
     llama.cpp    autoregressive with KV cache, Q8_0 and F16, by its own llama-bench

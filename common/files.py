@@ -29,9 +29,9 @@ LOCK_POLL = 0.5                                     # seconds between two tries 
 # --------------------------------------------------------------------------------------------------
 # reading
 
-def read_json(path):
-    """An object from strict JSON: UTF-8, no NaN, no key twice. Trouble is a UserError that names
-    the file.
+def strict_json(text):
+    """The value of a JSON text: no NaN, no key twice. Trouble is a ValueError, or a
+    RecursionError.
     """
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
@@ -41,10 +41,13 @@ def read_json(path):
     def refuse(word):
         raise ValueError(f"{word} is no JSON")
 
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+
+
+def read_json(path):
+    """An object from strict JSON in UTF-8. Trouble is a UserError that names the file."""
     try:
-        value = json.loads(
-            Path(path).read_bytes().decode(), object_pairs_hook=unique, parse_constant=refuse
-        )
+        value = strict_json(Path(path).read_bytes().decode())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -1,12 +1,11 @@
-"""Every picture of the toolkit, and the one place that imports matplotlib, which is optional.
+"""The pictures of the toolkit, and the one place that imports matplotlib, which is optional.
 
     plots.mask_rate_curves(path, curves, length, name)       # evaluate --out_png
-    plots.quality_against_speed(path, axis, lines, real)     # edge_benchmark --out_png
     plots.learning_curves(groups, ...)                       # report.html of run_experiments
     plots.final_bounds(groups, ...)
 
-The callers have computed the figures; here they are only drawn. Without matplotlib pyplot() says so
-in one line and gives None.
+evaluation/speed_picture.py draws the one of edge_benchmark --grid. The callers have computed the
+figures; here they are only drawn. Without matplotlib pyplot() says so in one line and gives None.
 """
 import base64
 import io
@@ -16,6 +15,7 @@ from common.console import say
 
 NO_PICTURE = "notice: no picture, as matplotlib is not installed (pip install matplotlib)"
 LINE_STYLES = ("-", "--", ":")
+DPI = 130
 COLOURS = 10        # of matplotlib's cycle; then the line style changes
 
 
@@ -31,7 +31,7 @@ def pyplot(notice=NO_PICTURE):
 
 
 def save(plt, figure, path):
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
     plt.close(figure)
     say(f"picture: {path}")
 
@@ -69,104 +69,6 @@ def mask_rate_curves(path, curves, length, name):
     if axes.lines:
         axes.legend(frameon=False)
     save(plt, figure, path)
-
-
-# ---- edge_benchmark ------------------------------------------------------------------------------
-
-def quality_against_speed(path, axis, lines, real):
-    """{name: [(value of the axis, tokens/s, nats)]}; real: nats of held-out text, or None."""
-    plt = pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(figsize=(9, max(5, 0.3 * len(lines))))
-
-    # behind everything: the points that no other beats in both
-    every = [point for points in lines.values() for point in points]
-    best = frontier(every)
-    axes.step(
-        [speed for _, speed, _ in best],
-        [nats for _, _, nats in best],
-        where="post",
-        linewidth=6,
-        color="0.88",
-        zorder=0,
-        label="not beaten in both",
-    )
-    if axis:
-        for value, speed, nats in best:
-            axes.annotate(
-                value, (speed, nats), fontsize=7, xytext=(3, 5), textcoords="offset points"
-            )
-
-    # the lines; darker, as yellow names are not read on white
-    shades = [(i + 0.5) / max(1, len(lines)) for i in range(len(lines))]
-    colours = [tuple(colour[:3]) for colour in 0.8 * plt.cm.turbo(shades)]
-    for colour, points in zip(colours, lines.values(), strict=True):
-        speeds = [speed for _, speed, _ in points]
-        costs = [nats for _, _, nats in points]
-        axes.plot(speeds, costs, "o-", markersize=4, linewidth=1.2, color=colour)
-    if real is not None:
-        axes.axhline(real, linestyle="--", linewidth=1, color="gray", label="held-out text")
-
-    edge = axes.get_xlim()[1]
-    name_lines(figure, axes, lines, colours, edge)
-    title = "Quality against speed"
-    if axis:
-        values = dict.fromkeys(value for value, _, _ in sorted(every, key=lambda p: float(p[0])))
-        title += f"; along each line {axis} = {', '.join(values)}"
-    axes.set(
-        xlabel="tokens/s (new tokens before EOS, prompt included)",
-        ylabel="nats/token under the n-gram judge (low alone is no praise)",
-        title=title,
-    )
-    axes.legend(loc="upper left", fontsize=8, frameon=False)
-    axes.set_xlim(right=edge)
-    save(plt, figure, path)
-
-
-def name_lines(figure, axes, lines, colours, edge):
-    """Names at the right edge, in the order of their lines' fastest points, each joined to its own.
-    """
-    low, high = axes.get_ylim()
-    ends = []
-    for (name, points), colour in zip(lines.items(), colours, strict=True):
-        fastest = max(points, key=lambda point: point[1])
-        ends.append((fastest, name, colour))
-    ends.sort(key=lambda end: end[0][2])
-
-    gap = 0.17 / figure.get_figheight() * (high - low)
-    heights = spread([point[2] for point, _, _ in ends], gap)
-    beside = edge + 0.04 * (edge - axes.get_xlim()[0])
-    for (point, name, colour), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            name,
-            point[1:],
-            xytext=(beside, height),
-            fontsize=8,
-            color=colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops=dict(arrowstyle="-", linewidth=0.5, color=colour, alpha=0.5),
-        )
-
-
-def frontier(points):
-    """Of (value, speed, nats) those that no other beats in both, the fastest first."""
-    kept = []
-    for point in sorted(points, key=lambda point: (-point[1], point[2])):
-        if not kept or point[2] < kept[-1][2]:
-            kept.append(point)
-    return kept
-
-
-def spread(heights, gap):
-    """Heights of labels, ascending, moved up where two would stand less than a gap apart."""
-    moved = []
-    for height in heights:
-        if moved:
-            height = max(height, moved[-1] + gap)
-        moved.append(height)
-    return moved
 
 
 # ---- run_experiments -----------------------------------------------------------------------------

@@ -18,8 +18,9 @@ import edge_benchmark
 import evaluate
 import sample
 import train
+from common.files import write_json
 from conftest import RUNS, TINY, aria, call
-from evaluation import check_run, decode_modes, estimators, plots, sample_quality
+from evaluation import check_run, decode_modes, estimators, profiles, sample_quality
 from sampling import decode, settings
 from sampling.torch_model import TorchModel
 from text.dataset import TokenData
@@ -706,11 +707,15 @@ def test_a_grid_of_settings(here, capsys, tmp_path):
     """Every combination is a row; what is quantised says what it costs; a misspelt axis is a
     sentence.
     """
+    write_json(tmp_path / "p.json", dict(name="another engine", tok_s=500))
     one = compare(
         capsys, tmp_path, "primary", "--modes", "block_frozen", "--runs_per_prompt", 1,
-        "--prompt", "ek", "--grid", "steps=2,4", "precision=fp32,int8",
+        "--prompt", "ek", "--peer", tmp_path / "p.json",
+        "--grid", "steps=2,4", "precision=fp32,int8",
     )
     rows = one["results"]
+    assert one["peers"] == [dict(name="another engine", tok_s=500, nats=None, note="")]
+    assert (tmp_path / "b.png").stat().st_size > 10_000
     assert list(rows) == [
         f"block_frozen steps={s} precision={p}" for s in (2, 4) for p in ("fp32", "int8")
     ]
@@ -721,34 +726,12 @@ def test_a_grid_of_settings(here, capsys, tmp_path):
     assert one["judge_nats_of_held_out_text"] > 0
     for bad in ("steps", "speed=4", "steps=x", "precision=int4"):
         assert call(edge_benchmark.main, RUNS["primary"], "--grid", bad) == 2
-
-
-def test_the_picture_has_a_line_for_each_rule():
-    """Twelve settings are four lines, joined along the steps; the frontier holds what no other
-    beats in both.
-    """
-    results = {
-        f"block_frozen sampler={rule} temperature={heat} steps={steps}": dict(
-            mean_tok_s=100 / steps, judge_nats=nats
-        )
-        for rule, nats in (("confidence", 2.0), ("margin", 3.0))
-        for heat in (0, 1)
-        for steps in (16, 4, 8)
-    }
-    results["full"] = {"skipped": "no blocks"}
-    axis, lines = edge_benchmark.lines_of(results)
-    rules = ("confidence", "margin")
-    assert axis == "steps" and sorted(lines) == [
-        f"{rule} temperature {heat}" for rule in rules for heat in (0, 1)
-    ]
-    assert [point[0] for point in lines["margin temperature 1"]] == ["4", "8", "16"]
-    assert edge_benchmark.lines_of({"full a=x": dict(mean_tok_s=1, judge_nats=2)}) == (
-        None,
-        {"full": [(None, 1, 2)]},
-    )
-    points = [("a", 5, 3.0), ("b", 4, 3.0), ("c", 4, 2.0), ("d", 1, 2.5), ("e", 1, 1.0)]
-    assert [value for value, *_ in plots.frontier(points)] == ["a", "c", "e"]
-    assert plots.spread([0, 0, 0.5, 9], 1) == [0, 1, 2, 9], "no two names on each other"
+    assert call(edge_benchmark.main, RUNS["primary"], "--peer", tmp_path / "p.json") == 2
+    assert "--grid" in capsys.readouterr().err
+    assert call(
+        edge_benchmark.main, RUNS["primary"], "--grid", "steps=2", "--peer", tmp_path
+    ) == 2
+    assert "is a folder" in capsys.readouterr().err
 
 
 def test_the_price_of_profiles(here, capsys, tmp_path):
@@ -770,7 +753,7 @@ def test_the_price_of_profiles(here, capsys, tmp_path):
     for name in ("balanced", "max"):
         fast, slow = (
             rows[f"block_frozen {name}"],
-            rows[f"block_frozen {name}{edge_benchmark.CAREFUL}"],
+            rows[f"block_frozen {name}{profiles.CAREFUL}"],
         )
         assert slow["mean_forwards"] == 12 >= fast["mean_forwards"], (
             "a token each, whether the text ends early or not"
@@ -783,15 +766,15 @@ def test_the_price_of_profiles(here, capsys, tmp_path):
         f"block_frozen max{end}": dict(
             judge_nats=n, mean_tok_s=1.0, repeat_rate=0.0, tokens_per_forward=1.0
         )
-        for end, n in (("", 5.3), (edge_benchmark.CAREFUL, 5.0))
+        for end, n in (("", 5.3), (profiles.CAREFUL, 5.0))
     }
     assert (
-        edge_benchmark.price("max", cards)["judged"] == pytest.approx(0.06)
+        profiles.price("max", cards)["judged"] == pytest.approx(0.06)
         and "NOT justified" in capsys.readouterr().err
     )
     # it wrote nothing but an end
-    cards["block_frozen max" + edge_benchmark.CAREFUL]["judge_nats"] = None
-    assert edge_benchmark.price("max", cards) is None
+    cards["block_frozen max" + profiles.CAREFUL]["judge_nats"] = None
+    assert profiles.price("max", cards) is None
     assert call(edge_benchmark.main, RUNS["primary"], "--profiles", "max", "--grid", "steps=2") == 2
 
 
