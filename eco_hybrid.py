@@ -77,13 +77,26 @@ class EcoCache:
         self.halo = self.halo[:, rows]
         self.front = self.front[rows]
 
+    @property
+    def tensors(self):
+        """All that a forward needs of it; their sizes never change."""
+        return self.num, self.halo, self.front
+
+    def holding(self, num, halo, front):
+        """A cache like this one with other tensors."""
+        other = copy.copy(self)
+        other.num = num
+        other.halo = halo
+        other.front = front
+        return other
+
     def beside(self, other):
         """A cache of the rows of both: the two sides of guidance in one batch."""
-        both = copy.copy(self)
-        both.num = torch.cat((self.num, other.num), dim=1)
-        both.halo = torch.cat((self.halo, other.halo), dim=1)
-        both.front = torch.cat((self.front, other.front))
-        return both
+        return self.holding(
+            torch.cat((self.num, other.num), dim=1),
+            torch.cat((self.halo, other.halo), dim=1),
+            torch.cat((self.front, other.front)),
+        )
 
 
 class Rows:
@@ -138,7 +151,7 @@ class Rows:
     @classmethod
     def behind(cls, batch, clean, block, reach, device):
         """One block behind so many clean rows, which stand behind a frozen state."""
-        return cls(batch, clean, torch.tensor([clean - 1], device=device), block, reach)
+        return cls(batch, clean, torch.full((1,), clean - 1, device=device), block, reach)
 
     def split(self, x):
         """x (R, X) -> the clean rows (B, T, X), the noisy ones (B, n, S + 1, X)."""

@@ -72,7 +72,7 @@ def main(argv=None, pinned=None):
             say_too_long(model, settings, length, trained_length)
 
     # The texts, each with its statistics
-    writer = torch_model.TorchModel(model)
+    writer = torch_model.writer_of(model)
     watch = terminal.Watch(tokenizer) if args.show_steps else None
     if args.text:
         records = written.fill_text(args, writer, tokenizer, settings, watch)

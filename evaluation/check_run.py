@@ -28,7 +28,7 @@ from evaluation import sample_quality
 from evaluation.run_report import read_log
 from sampling.decode import generate
 from sampling.settings import Settings
-from sampling.torch_model import TorchModel
+from sampling.torch_model import writer_of
 
 # the samples: of the four fixed prompts, with this seed
 SETTINGS = dict(max_new_tokens=80, steps=12, temperature=1.0, top_k=50)
@@ -430,7 +430,7 @@ def write_samples(path, device):
     model, tokenizer, saved = checkpoint.load_model(path, device, config.check_saved)
     never = {model.cfg.mask_id, tokenizer.pad_id, tokenizer.unk_id}
     settings = Settings(**SETTINGS, eos_id=tokenizer.eos_id)
-    writer = TorchModel(model)
+    writer = writer_of(model)
     samples = []
     for prompt in config.PROMPTS:
         out = generate(writer, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [SEED])

@@ -19,7 +19,7 @@ from evaluation.ngram import NGram, shared
 from evaluation.sample_quality import Text, quality, words
 from sampling import settings
 from sampling.decode import generate
-from sampling.torch_model import TorchModel
+from sampling.torch_model import writer_of
 from text.dataset import TokenData
 from text.tokenizer import script_of
 
@@ -139,7 +139,7 @@ def beginnings(documents, count):
 
 
 def write(model, prompts, chosen, seed):
-    writer = TorchModel(model)
+    writer = writer_of(model)
     rows = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start:start + BATCH]

@@ -21,7 +21,7 @@ from evaluation.estimators import held_out, left_to_right
 from evaluation.ngram import NGram
 from evaluation.sample_quality import distinct, repeat_rate
 from sampling import decode, fast
-from sampling.torch_model import TorchModel
+from sampling.torch_model import writer_of
 from text.dataset import TokenData
 
 HELD_OUT_ROWS = 64
@@ -193,7 +193,7 @@ def load_models(args, chosen, device):
             args.ckpt, device, config.check_saved, args.model, args.tokenizer
         )
         weights[precision] = fast.prepare(model, precision)
-        models[precision] = TorchModel(model)
+        models[precision] = writer_of(model)
         say(f"precision: {precision} ({why}), {weights[precision] / 2**20:.1f} MB of weights")
     return models, of_wanted, weights, tokenizer, saved
 

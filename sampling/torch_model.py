@@ -1,14 +1,29 @@
 """A PyTorch denoiser as sampling/decode.py sees an engine: ids in and logits out are numpy arrays,
 everything between stays on the model's device.
 
-    writer = TorchModel(model)          # once, where the model lies and as it is prepared
+    writer = writer_of(model)           # once, where the model lies and as it is prepared
     result = decode.generate(writer, ids, settings, seeds)
 
 Used by whatever writes text with a model of model.py: sample.py, train.py, evaluate.py,
 edge_benchmark.py, the benchmarks. Nothing here records a gradient.
+
+On CUDA the forwards of EcoHybrid are played back as CUDA graphs (GraphModel). The transformer's
+cache grows, and with it every shape: it stays as it is. So does the writer of a training run, which
+is a TorchModel: its memory belongs to the training, and a failed recording could leave the GPU's
+random numbers, which dropout draws, unusable.
 """
 import numpy as np
 import torch
+
+from sampling.cuda_graphs import Graphs
+
+
+def writer_of(model):
+    """The fastest engine for this model where it lies."""
+    device = next(model.parameters()).device
+    if device.type == "cuda" and model.cfg.model == "primary":
+        return GraphModel(model, Graphs(device))
+    return TorchModel(model)
 
 
 class TorchModel:
@@ -55,6 +70,51 @@ class TorchModel:
     def memory_of_gpu(self):
         """device_memory."""
         return self.device, torch.cuda.get_device_properties(self.device).total_memory
+
+
+class GraphModel(TorchModel):
+    """The same for a model whose cache is a few tensors of constant size: its forwards are
+    functions of tensors, so the shapes that come back are recorded as CUDA graphs. The head's few
+    operators run as ever: to copy their input in and their result out would take as long.
+    """
+
+    def __init__(self, model, graphs):
+        super().__init__(model)
+        self.graphs = graphs
+
+    def step(self, x0, cache):
+        return self.read("step", self.model.step, cache, x0)
+
+    @torch.no_grad()
+    def states(self, xt, cache, depth=None):
+        context = cache.cache
+
+        def forward(xt, *tensors):
+            return (self.model.states(xt, context.holding(*tensors), depth),)
+        found = self.graphs.call(
+            ("states", depth), forward, (torch.from_numpy(xt), *context.tensors)
+        )
+        return found[0]
+
+    def read_and_look(self, x0, xt, cache):
+        """step_and_states."""
+        return self.read("step_and_states", self.model.step_and_states, cache, x0, xt)
+
+    @torch.no_grad()
+    def read(self, name, method, cache, *ids):
+        """method(*ids, cache), whose first ids join the context -> its states."""
+        context = cache.cache
+        count = len(ids)
+
+        def forward(*tensors):
+            after = context.holding(*tensors[count:])
+            states = method(*tensors[:count], after)
+            return states, *after.tensors
+        arrays = [torch.from_numpy(array) for array in ids]
+        states, *after = self.graphs.call(name, forward, (*arrays, *context.tensors))
+        cache.cache = context.holding(*after)
+        cache.cache.length += ids[0].shape[1]
+        return states
 
 
 class TorchCache:

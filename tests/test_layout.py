@@ -32,7 +32,8 @@ NEEDS_NO_TORCH = sorted(  # --help is instant: whatever a command imports before
     {*COMMANDS, "config", "cli", "model_config", "studies", "evaluation.study_plan",
      "evaluation.study_report",
      *(name for name in TREES if name.startswith(("common", "text", "sampling")))}
-    - {"common.machine", "sampling.fast", "sampling.torch_model"})  # decoding is numpy's work
+    - {"common.machine", "sampling.fast", "sampling.torch_model",  # decoding is numpy's work
+       "sampling.cuda_graphs"})
 EVERYTHING = [p for p in sorted(ROOT.rglob("*.py"))
               if not {".venv", "data", "checkpoints"} & set(p.relative_to(ROOT).parts)]
 
