@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.console import UserError, be_quiet, commit_hash, printable, run, say
 from common.files import ROOT, read_json
-from common.flags import checked, problems_of, read_flags, show
+from common.flags import checked, defaults_of_later, problems_of, read_flags, show
 from config import (
     COMMANDS,
     PRESETS,
@@ -231,7 +231,8 @@ def resume_check(saved, args, origins):
     from another preset than the run's own, and differs is a UserError; "may" flags that differ are
     the changes. origins follows.
     """
-    old = checked(TrainArgs, saved, "the checkpoint's config.json")
+    saved = checked(TrainArgs, saved, "the checkpoint's config.json")
+    old = defaults_of_later(TrainArgs) | saved
     rules = {field.name: field.metadata["resume"] for field in dataclasses.fields(TrainArgs)}
     missing = set(rules) - set(old)
     if missing:

@@ -248,6 +248,8 @@ def initialise(model, std=0.02, depth=1):
             nn.init.ones_(p)
         elif "conv." in name:
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
+        elif name.endswith(("null_key", "log_temperature")):
+            nn.init.zeros_(p)  # the score 0, the factor 1
         elif "decay" in name or "slot" in name:
             pass  # set by their module: they are constants with a meaning, not noise
         elif p.dim() == 2:

@@ -37,38 +37,16 @@ The denoiser protocol, which masking.py, evaluation/ and sampling/torch_model.py
 No loss, no knowledge of masking, no time input. Logits with the cache equal logits recomputed from
 clean text, in float32 up to its rounding: to 1e-5 of the logits' size.
 
-Legend: B batch, N rows of any kind, T clean rows, S block, n blocks, C positions of the frozen
-context, D width, H heads, E head size, V vocabulary rows.
+Legend: B batch, N rows of any kind, T clean rows, S block, n blocks, D width, V vocabulary rows.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attention import CACHES, attention_of
 from eco_hybrid import EcoHybrid
-from layers import (
-    Denoiser,
-    Linear,
-    RMSNorm,
-    openings,
-    rotary_table,
-    rotate,
-    shifted,
-)
-
-
-def attend(q, k, v, mask=None, causal=False):
-    """The one call of the attention kernel: q (N,H,Tq,E), k, v (N,H,Tk,E), mask (Tq,Tk) bool or
-    None -> (N,H,Tq,E).
-
-    causal: a query sees the keys up to its own, which are the last Tq ones.
-    """
-    new = q.shape[2]
-    old = k.shape[2] - new
-    if causal and old and new > 1:  # the kernel's own causal mask would begin at the first key
-        mask = torch.ones(new, old + new, dtype=torch.bool, device=q.device).tril(old)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and not old, scale=q.shape[-1] ** -0.5
-    )
+from layers import Denoiser, Linear, RMSNorm, openings, rotary_table, shifted
+from model_config import attention_heads
 
 
 class NoisyRows:
@@ -88,133 +66,20 @@ class NoisyRows:
         self.position[self.tokens] = token + 1
         self.position[self.fronts] = self.opens
 
-    def mask(self, clean):
-        """What noisy rows see of [so many clean rows, noisy rows] (N, T + N); None: one block
-        behind one clean row, which sees all but its own front row.
+    def mask(self, clean, null_key=False):
+        """What noisy rows see of [the null key, so many clean rows, noisy rows] (N, 1 + T + N);
+        None: one block behind one clean row, which sees all but its own front row.
         """
         if len(self.opens) == clean == 1:
             return None
         block = torch.zeros_like(self.position)
         block[self.fronts] = 1
         block = block.cumsum(0) - 1                                                # (N,)
-        row = torch.arange(clean, device=block.device)
-        before = row <= self.opens[block].unsqueeze(1)                             # (N, T)
+        row = torch.arange(-1 if null_key else 0, clean, device=block.device)
+        before = row <= self.opens[block].unsqueeze(1)                             # (N, 1 + T)
         own = block.unsqueeze(1) == block                                          # (N, N)
         own[:, self.fronts] = False
         return torch.cat((before, own), dim=1)
-
-
-class MultiHead(nn.Module):
-    """All heads in one projection in and one out; no bias and no norm on q and k, so that
-    llama.cpp's graph can run it.
-    """
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.heads = cfg.n_heads
-        self.qkv_proj = Linear(cfg.d_model, 3 * cfg.d_model)
-        self.out_proj = Linear(cfg.d_model, cfg.d_model)
-
-    def project(self, x, table):
-        """x (N, T, D) -> q, k, v (N, H, T, E), q and k rotated."""
-        qkv = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1))                  # (N, T, 3, H, E)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                             # (N, H, T, E)
-        return rotate(q, table), rotate(k, table), v
-
-    def join(self, y):
-        """(N, H, T, E) -> (N, T, D)."""
-        return self.out_proj(y.transpose(1, 2).flatten(2))
-
-    def next_rows(self, x, table, context=None):
-        """The next clean rows x (B, T, D) behind a frozen context -> (output, their k, their v)."""
-        q, k, v = self.project(x, table)
-        keys, values = self.behind(context, k, v)
-        return self.join(attend(q, keys, values, causal=True)), k, v
-
-    def block(self, x, table, context):
-        """One noisy block with its front row x (B, S + 1, D) behind a frozen context -> output."""
-        q, k, v = self.project(x, table)
-        keys, values = self.behind(context, k[:, :, 1:], v[:, :, 1:])
-        return self.join(attend(q, keys, values))
-
-    @staticmethod
-    def behind(context, k, v):
-        """Old keys and values, then the new ones (B, H, C + S, E)."""
-        if context is None:
-            return k, v
-        old_k, old_v = context
-        return torch.cat((old_k.to(k.dtype), k), dim=2), torch.cat((old_v.to(k.dtype), v), dim=2)
-
-    def streams(self, x, table, clean, mask):
-        """Training: x (B, T + N, D), T clean rows, then the noisy ones, which see what mask says.
-        """
-        q, k, v = self.project(x, table)
-        sizes = [clean, x.shape[1] - clean]
-        q_clean, q_noisy = q.split(sizes, dim=2)
-        k_clean, k_noisy = k.split(sizes, dim=2)
-        v_clean, v_noisy = v.split(sizes, dim=2)
-        y = attend(q_clean, k_clean, v_clean, causal=True)                         # (B, H, T, E)
-        if not sizes[1]:
-            return self.join(y)
-        if mask is None:  # one block: its front row leaves
-            k = torch.cat((k_clean, k_noisy[:, :, 1:]), dim=2)
-            v = torch.cat((v_clean, v_noisy[:, :, 1:]), dim=2)
-        noisy = attend(q_noisy, k, v, mask)                                        # (B, H, N, E)
-        return self.join(torch.cat((y, noisy), dim=2))
-
-
-class KVCache:
-    """The frozen context, preallocated: keys and values (L, B, H, room, E) of L layers. A text that
-    is longer than the room slides: the oldest positions leave. `held` counts the positions that are
-    there; `length` counts all rows that were ever read, the start included, which is where rotary
-    positions go on.
-    """
-
-    def __init__(self, cfg, batch, room, device, dtype):
-        shape = (cfg.n_layers, batch, cfg.n_heads, room, cfg.d_model // cfg.n_heads)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.front = None               # the last token that was read (B, 1)
-        self.length = 0
-        self.held = 0
-
-    @property
-    def nbytes(self):
-        return sum(t.numel() * t.element_size() for t in (self.k, self.v))
-
-    def select(self, rows):
-        """Keep only these rows of the batch."""
-        self.k = self.k[:, rows]
-        self.v = self.v[:, rows]
-        self.front = self.front[rows]
-
-    def context(self, layer):
-        """What a layer sees of it: keys and values (B, H, C, E), or None while nothing is held."""
-        if not self.held:
-            return None
-        return self.k[layer, :, :, :self.held], self.v[layer, :, :, :self.held]
-
-    def make_room(self, tokens):
-        """Before so many tokens are read: if they do not fit, the oldest leave."""
-        room = self.k.shape[3]
-        if tokens > room:
-            raise ValueError(f"the cache holds {room} positions, {tokens} come at once")
-        gone = self.held + tokens - room
-        if gone > 0:
-            self.held -= gone
-            for t in (self.k, self.v):
-                t[:, :, :, :self.held] = t[:, :, :, gone:gone + self.held].clone()
-
-    def write(self, layer, k, v):
-        """Behind what is held; it counts only after advance(), when all layers have written."""
-        end = self.held + k.shape[2]
-        self.k[layer, :, :, self.held:end] = k
-        self.v[layer, :, :, self.held:end] = v
-
-    def advance(self, x0):
-        self.length += x0.shape[1]
-        self.held += x0.shape[1]
-        self.front = x0[:, -1:]
 
 
 class FeedForward(nn.Module):
@@ -236,7 +101,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.attn_norm = RMSNorm(cfg.d_model)
-        self.attn = MultiHead(cfg)
+        self.attn = attention_of(cfg)
         self.ff_norm = RMSNorm(cfg.d_model)
         self.ff = FeedForward(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
@@ -265,10 +130,11 @@ class Transformer(Denoiser):
 
     def __init__(self, cfg):
         super().__init__(cfg, [TransformerLayer(cfg) for _ in range(cfg.n_layers)])
+        self.cache_type = CACHES["fp32"]  # whoever decodes may choose another one
 
     def table(self, positions):
-        """The rotary table of these positions."""
-        return rotary_table(positions, self.cfg.d_model // self.cfg.n_heads)
+        """The rotary table of these positions, in float32 whatever the parameters are."""
+        return rotary_table(positions, attention_heads(self.cfg).turned)
 
     def positions(self, start, length):
         return torch.arange(start, start + length, device=self.head.weight.device)
@@ -290,7 +156,7 @@ class Transformer(Denoiser):
         def answers(x):
             clean, noisy = x.split([T, x.shape[1] - T], dim=1)
             return (clean if with_clean else None), noisy[:, rows.answers]
-        return ids, answers, table, T, rows.mask(T)
+        return ids, answers, table, T, rows.mask(T, self.cfg.null_attn)
 
     # ---- decoding --------------------------------------------------------------------------------
 
@@ -304,7 +170,7 @@ class Transformer(Denoiser):
 
     def new_cache(self, batch, length):
         device = self.head.weight.device
-        cache = KVCache(self.cfg, batch, length + 1, device, torch.float32)
+        cache = self.cache_type(self.cfg, batch, length + 1, device)
         self.step(torch.full((batch, 1), self.cfg.mask_id, device=device), cache)
         return cache
 

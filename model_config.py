@@ -13,10 +13,21 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.console import UserError
-from common.flags import again, checked, flag
+from common.flags import again, checked, defaults_of_later, flag, show
 
-LATER = {"pad"}     # fields of a ModelConfig that older checkpoints lack: they have the default
 OLD_MODELS = dict(eco="primary", eco_hybrid="primary", baseline="backup", diffusion="backup")
+OLD_VARIANTS = dict(baseline="mha", standard="mha")
+
+# the widths that each attention variant of the transformer has of its own
+ATTENTION_FLAGS = {
+    "mha": (),
+    "gqa": ("kv_heads",),
+    "gqa_kv2": ("kv_heads",),
+    "bottleneck": ("attn_dim",),
+    "decoupled": ("sem_dim", "geo_dim", "attn_dim"),
+}
+ATTENTION_WIDTHS = ("kv_heads", "sem_dim", "geo_dim", "attn_dim")
+ATTENTION_OPTIONS = ("null_attn", "tie_qk", "learned_temp")
 
 
 @dataclass
@@ -43,6 +54,60 @@ class ModelFlags:
     d_mem: int = flag(
         0, "width of the memory, 0 = half of d_model; primary only", "must", at_least=0, rare=True
     )
+    attn: str = flag(
+        "mha",
+        "the transformer's attention: all heads alike; gqa: fewer heads of keys (gqa_kv2: 2); "
+        "bottleneck: narrow; decoupled: semantic and positional scores, added",
+        "must",
+        choices=("mha", "gqa", "gqa_kv2", "bottleneck", "decoupled"),
+        values=OLD_VARIANTS,
+        aliases=("variant", "attn_mode"),
+        rare=True,
+        later=True,
+    )
+    kv_heads: int = flag(
+        0,
+        "heads of keys and values, 0 = a quarter of the heads; gqa only",
+        "must",
+        at_least=0,
+        aliases=("kv_head",),
+        rare=True,
+        later=True,
+    )
+    sem_dim: int = flag(
+        0,
+        "width of the semantic scores, 0 = d_model / 16; decoupled only",
+        "must",
+        at_least=0,
+        rare=True,
+        later=True,
+    )
+    geo_dim: int = flag(
+        0,
+        "width of the positional scores, 0 = d_model / 8; decoupled only",
+        "must",
+        at_least=0,
+        rare=True,
+        later=True,
+    )
+    attn_dim: int = flag(
+        0,
+        "width of the values, and of bottleneck's keys, 0 = the sum of the two; bottleneck and "
+        "decoupled only",
+        "must",
+        at_least=0,
+        rare=True,
+        later=True,
+    )
+    null_attn: bool = flag(
+        False, "a learned key of no token, to attend to nothing", "must", rare=True, later=True
+    )
+    tie_qk: bool = flag(
+        False, "one projection for queries and keys; not with gqa", "must", rare=True, later=True
+    )
+    learned_temp: bool = flag(
+        False, "a learned factor on each head's scores", "must", rare=True, later=True
+    )
     dropout: float = flag(0.0, "share of activations dropped", at_least=0, below=1, rare=True)
     block_size: int = flag(64, "decode block, stored for sample", at_least=1, rare=True)
     exit_loss_weight: float = flag(
@@ -56,7 +121,7 @@ class ModelFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What build_model needs. Derived numbers are properties; d_mem 0 becomes half the width."""
+    """What build_model needs. Derived numbers are properties; a width of 0 becomes its default."""
     model: str = again(ModelFlags, "model", dataclasses.MISSING)
     vocab_size: int = flag(dataclasses.MISSING, "base pieces; the mask is one more row", at_least=1)
     d_model: int = again(ModelFlags, "d_model")
@@ -67,16 +132,28 @@ class ModelConfig:
     memory_slots: int = again(ModelFlags, "memory_slots")
     conv_kernel: int = again(ModelFlags, "conv_kernel")
     d_mem: int = again(ModelFlags, "d_mem")
+    attn: str = again(ModelFlags, "attn")
+    kv_heads: int = again(ModelFlags, "kv_heads")
+    sem_dim: int = again(ModelFlags, "sem_dim")
+    geo_dim: int = again(ModelFlags, "geo_dim")
+    attn_dim: int = again(ModelFlags, "attn_dim")
+    null_attn: bool = again(ModelFlags, "null_attn")
+    tie_qk: bool = again(ModelFlags, "tie_qk")
+    learned_temp: bool = again(ModelFlags, "learned_temp")
     block_size: int = again(ModelFlags, "block_size")
     exits: bool = flag(False, "a norm behind every layer, for leaving early")
     causal: bool = flag(False, "left to right: --objective ar")
-    pad: bool = flag(True, "id 0 is a pad, which no text holds; off: it is a piece, as in GPT-2's")
+    pad: bool = flag(
+        True, "id 0 is a pad, which no text holds; off: it is a piece, as in GPT-2's", later=True
+    )
 
     def __post_init__(self):
-        object.__setattr__(self, "d_mem", self.d_mem or self.d_model // 2)
         problems = list(shape_problems(self))
         if problems:
             raise UserError("\n  ".join(problems))
+        object.__setattr__(self, "d_mem", self.d_mem or self.d_model // 2)
+        for name, width in attention_widths(self).items():
+            object.__setattr__(self, name, width)
 
     @property
     def rows(self):
@@ -100,9 +177,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, saved):
-        """Strict: every key, no other key, each of its own type. Older checkpoints lack LATER."""
+        """Strict: every key that its version knew, no other key, each of its own type."""
+        saved = defaults_of_later(cls) | saved
         names = {field.name for field in dataclasses.fields(cls)}
-        missing = names - set(saved) - LATER
+        missing = names - set(saved)
         if missing:
             raise UserError(f"model configuration without {', '.join(sorted(missing))}")
         return cls(**checked(cls, {"args": saved}, "model configuration"))
@@ -123,17 +201,144 @@ def shape_problems(shape):
     """Relations between the widths, of training arguments and of a ModelConfig alike."""
     d_model, n_heads = shape.d_model, shape.n_heads
     d_mem = shape.d_mem or d_model // 2
-    head_size = d_model // n_heads
     if d_model % n_heads:
         yield f"--d_model {d_model} is not divisible by --n_heads {n_heads}"
-    elif shape.model == "backup" and head_size % 2:
-        yield (
-            f"--d_model {d_model} / --n_heads {n_heads}: the head size {head_size} must be even"
-        )
     elif shape.model == "primary" and d_mem % n_heads:
         yield f"--d_mem {d_mem} is not divisible by --n_heads {n_heads}"
+    elif shape.model == "backup":
+        yield from attention_problems(shape)
+    if shape.model == "primary":
+        for name in ("attn", *ATTENTION_WIDTHS, *ATTENTION_OPTIONS):
+            value = getattr(shape, name)
+            if value != getattr(ModelFlags, name):
+                yield f"--{name} {show(value)} is the transformer's: add --model backup"
     if shape.conv_kernel % 2 == 0:
         yield f"--conv_kernel {shape.conv_kernel}: must be odd"
+
+
+# --------------------------------------------------------------------------------------------------
+# attention of the transformer
+
+class Heads(NamedTuple):
+    """The heads of an attention layer. Each head of keys serves equally many of the queries."""
+    queries: int
+    keys: int
+    key: int            # numbers of a query and of a key
+    value: int          # numbers of a value
+    turned: int         # numbers of a key, the last ones, that carry its position
+
+
+def up(number, unit):
+    """The least multiple of unit that is not below number."""
+    return -(-number // unit) * unit
+
+
+def attention_widths(shape):
+    """{flag: width} of the widths that the variant has of its own, the default in place of a 0.
+
+    The defaults are d_model / 16 and / 8, and a quarter of the heads, up to what the heads divide.
+    """
+    d, heads = shape.d_model, shape.n_heads
+    if shape.attn == "gqa":
+        wanted = max(1, heads // 4)
+        quarter = max(n for n in range(1, wanted + 1) if heads % n == 0)
+        return {"kv_heads": shape.kv_heads or quarter}
+    if shape.attn == "gqa_kv2":
+        return {"kv_heads": 2}
+    if shape.attn == "bottleneck":
+        return {"attn_dim": shape.attn_dim or up(-(-3 * d // 16), 2 * heads)}
+    if shape.attn == "decoupled":
+        sem = shape.sem_dim or up(-(-d // 16), heads)
+        geo = shape.geo_dim or up(-(-d // 8), 2 * heads)
+        return {"sem_dim": sem, "geo_dim": geo, "attn_dim": shape.attn_dim or sem + geo}
+    return {}
+
+
+def attention_heads(shape):
+    """The Heads of this shape's attention."""
+    heads = shape.n_heads
+    widths = attention_widths(shape)
+    size = shape.d_model // heads
+    if shape.attn == "decoupled":
+        semantic, positional, value = (
+            widths[name] // heads for name in ("sem_dim", "geo_dim", "attn_dim")
+        )
+        return Heads(heads, heads, semantic + positional, value, positional)
+    if shape.attn == "bottleneck":
+        size = widths["attn_dim"] // heads
+    return Heads(heads, widths.get("kv_heads", heads), size, size, size)
+
+
+def attention_problems(shape):
+    """What is wrong with the widths of the transformer's attention, in sentences."""
+    widths = attention_widths(shape)
+    for name in ATTENTION_WIDTHS:
+        given = getattr(shape, name)
+        if given and name not in ATTENTION_FLAGS[shape.attn]:
+            owners = [attn for attn, flags in ATTENTION_FLAGS.items() if name in flags]
+            yield f"--{name} {given} belongs to --attn {' or '.join(owners)}, not to {shape.attn}"
+    if shape.attn == "gqa_kv2" and shape.kv_heads not in (0, 2):
+        yield f"--attn gqa_kv2 and --kv_heads {shape.kv_heads} contradict: use --attn gqa"
+
+    fits = True
+    for name, width in widths.items():
+        if name == "kv_heads":
+            if shape.n_heads % width:
+                yield f"--n_heads {shape.n_heads} is not divisible by the {width} of --kv_heads"
+        elif width % shape.n_heads:
+            fits = False
+            yield f"--{name} {width} is not divisible by --n_heads {shape.n_heads}"
+    turned = attention_heads(shape).turned
+    if fits and turned % 2:
+        whole = {"bottleneck": "attn_dim", "decoupled": "geo_dim"}.get(shape.attn, "d_model")
+        width = widths.get(whole, shape.d_model)
+        yield (
+            f"--{whole} {width} / --n_heads {shape.n_heads}: the head size {turned} must be even, "
+            "as positions turn pairs of numbers"
+        )
+    if shape.tie_qk and shape.attn.startswith("gqa"):
+        yield f"--tie_qk needs as many keys as queries: leave it out with --attn {shape.attn}"
+
+
+def attention_warnings(shape):
+    """What works and is hardly meant, in sentences."""
+    if shape.attn == "decoupled":
+        widths = attention_widths(shape)
+        scores = widths["sem_dim"] + widths["geo_dim"]
+        if widths["attn_dim"] != scores:
+            yield (
+                f"--attn_dim {widths['attn_dim']} is not --sem_dim + --geo_dim = {scores}: keys "
+                "and values have different widths, and the attention kernel pads the narrower one"
+            )
+
+
+def attention_params(shape):
+    """Parameters of one layer's attention."""
+    heads = attention_heads(shape)
+    queries = heads.queries * heads.key
+    keys = heads.keys * heads.key
+    values = heads.keys * heads.value
+    total = shape.d_model * (queries + keys + values + heads.queries * heads.value)
+    if shape.tie_qk:
+        total -= shape.d_model * queries
+    if shape.null_attn:
+        total += keys
+    if shape.learned_temp:
+        total += heads.queries
+    return total
+
+
+# how the frozen context can be stored: bytes of a number, and of the scale that the numbers of a
+# head have in common
+STORED = {"fp32": (4, 0), "bf16": (2, 0), "int8": (1, 2)}
+
+
+def cache_bytes_per_token(shape, stored):
+    """Bytes that a token of the frozen context takes in all of the transformer's layers."""
+    heads = attention_heads(shape)
+    number, scale = STORED[stored]
+    head = number * (heads.key + heads.value) + 2 * scale
+    return shape.n_layers * heads.keys * head
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,10 +348,9 @@ def block_params(shape):
     """Parameters of all layers in closed form (a test compares it with the real models)."""
     d, ff = shape.d_model, shape.d_ff
     if shape.model == "backup":
-        attention = 4 * d * d
         feed_forward = 3 * d * ff
         norms = 2 * d
-        return shape.n_layers * (attention + feed_forward + norms)
+        return shape.n_layers * (attention_params(shape) + feed_forward + norms)
 
     dm = shape.d_mem or d // 2
     slots = shape.n_heads * shape.memory_slots
@@ -234,10 +438,14 @@ def train_flops(shape, length, block, masked):
 def transformer_flops(shape, rows):
     """Forward FLOPs of a training row in one of the transformer's layers."""
     d, ff = shape.d_model, shape.d_ff
-    each = 2 * (4 * d * d + 3 * d * ff)         # q, k, v, output, gated feed-forward
+    heads = attention_heads(shape)
+    each = 2 * (attention_params(shape) + 3 * d * ff)       # and the gated feed-forward
     # a clean row sees the clean ones, a noisy row all: scores and values
     seen = rows.clean * rows.clean + rows.noisy * (rows.clean + rows.noisy)
-    return (rows.clean + rows.noisy) * each + 4 * d * seen
+    if shape.null_attn:
+        seen += rows.clean + rows.noisy
+    products = 2 * heads.queries * (heads.key + heads.value)
+    return (rows.clean + rows.noisy) * each + products * seen
 
 
 def eco_flops(shape, rows):

@@ -44,10 +44,11 @@ from harness import arguments  # first: it puts the repository on the path
 
 import config
 import model_config
+from attention import attend
 from benchmarks import peers
 from common import machine
 from layers import rotary_table
-from model import attend, build_model
+from model import build_model
 from sampling import fast
 from sampling.decode import generate
 from sampling.settings import Settings
@@ -137,7 +138,7 @@ class PeerModel:
                 k, v = k[:, :, 1:], v[:, :, 1:]
             kept.append(self.keep((k, v), past and past[i], replace_position, at))
             keys, values = layer.attn.behind(self.start.context(i), *kept[-1])
-            h = layer.add(h, layer.attn.join(attend(q, keys, values, mask)))
+            h = layer.add(h, layer.attn.join(attend(q, keys, values, layer.attn.scale, mask)))
         states = net.exits(h)
 
         if past is None:

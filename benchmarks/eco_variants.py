@@ -48,6 +48,7 @@ import cli
 import config
 import model_config
 import run_experiments
+from attention import MultiHead
 from common.console import UserError
 from eco_hybrid import EcoHybrid, EcoLayer
 from evaluation import study_plan
@@ -61,7 +62,6 @@ from layers import (
     rotate,
     unit_rms,
 )
-from model import MultiHead
 from studies import SMALL, STUDIES, Study
 
 STUDY = "eco_variants"
@@ -177,7 +177,7 @@ class Attention(NoMemory):
             block = block.repeat_interleave(rows.block + 1)                        # (N,)
             own = (block[:, None] == block) & (rows.writes.flatten() > 0)          # (N, N)
             mask = torch.cat((before, own), dim=1)
-        table = rotary_table(torch.cat((row, place.flatten())), h.shape[-1] // self.attn.heads)
+        table = rotary_table(torch.cat((row, place.flatten())), self.attn.heads.turned)
         x = torch.cat((clean, noisy.flatten(1, 2)), dim=1)                         # (B, T + N, D)
         y = self.dropout(self.attn.streams(x, table, rows.clean, mask))
         noisy = y[:, rows.clean:].view(noisy.shape)                                # (B, n, S+1, D)

@@ -38,6 +38,8 @@ def flag(default, help, resume="may", **meta):
       many                              "repeat" (one value each time) or "several"
       positional                        the name of the flag may be left out
       rare                              shown only by --help_all
+      later                             settings that an earlier version saved lack it, and its
+                                        default is what they mean
       elsewhere                         {wrong choice: what it is instead}
     """
     if isinstance(default, bool):
@@ -294,6 +296,12 @@ def checked(cls, saved, where):
     if problems:
         raise UserError(f"{where}:\n  " + "\n  ".join(problems))
     return values
+
+
+def defaults_of_later(cls):
+    """{field: default} of the flags that came after the first saved settings."""
+    fields = dataclasses.fields(cls)
+    return {field.name: field.default for field in fields if field.metadata.get("later")}
 
 
 def to_dict(args, cls=None):

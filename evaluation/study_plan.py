@@ -18,7 +18,7 @@ from typing import NamedTuple
 import model_config
 from common.console import UserError, say
 from common.files import read_json
-from common.flags import problems_of
+from common.flags import defaults_of_later, problems_of
 from config import TrainArgs
 from studies import STUDIES
 
@@ -226,9 +226,10 @@ def terms(train_args):
 
 def unlike(found, train_args):
     """Saved terms against what is asked for -> {flag: what was saved} of those that differ; None
-    of a flag that the version lacks which saved them.
+    of a flag that the version lacks which saved them; one that came `later` had its default there.
     """
     asked = terms(train_args)
+    found = defaults_of_later(TrainArgs) | found
     return {name: found.get(name) for name, value in asked.items() if found.get(name) != value}
 
 

@@ -4,7 +4,8 @@ shares the weights and a bound of the decay with the product and nothing else.
     clean, noisy = by_definition(net, x0, xt, block, first)     # ids (T,) -> states (T, D) each
 
 A row is what reads one token. A layer is two questions: which rows does a row see, and how old is
-what it sees. Legend: N rows, T tokens, D width, H heads, E head size, M slots, r the reach.
+what it sees. Legend: N rows, T tokens, D width, H heads, K heads of keys, E numbers of a head's
+key, F of its value, n rows that are seen, M slots, r the reach.
 """
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def product(linear, x):
     return x @ linear.weight.double().T
 
 
-def eco_layer(layer, x, rows, window):
+def eco_layer(layer, x, rows, window, cfg):
     """x (N, D) -> (N, D)."""
     h = norm(x, layer.norm.weight)
     taps = layer.conv.weight.double()                                              # (D, k)
@@ -119,18 +120,67 @@ def turned(x, position):
     return torch.cat((z.real, z.imag), dim=-1)
 
 
-def transformer_layer(layer, x, rows, window):
-    """x (N, D) -> (N, D)."""
-    qkv = product(layer.attn.qkv_proj, norm(x, layer.attn_norm.weight))
-    q, k, v = qkv.unflatten(-1, (3, layer.attn.heads, -1)).unbind(1)               # (N, H, E)
-    q = torch.stack([turned(part, row.position) for part, row in zip(q, rows, strict=True)])
-    k = torch.stack([turned(part, row.position) for part, row in zip(k, rows, strict=True)])
+def score_parts(cfg):
+    """What a score of the transformer adds up: [(numbers of a head, do positions turn them?)]."""
+    H = cfg.n_heads
+    if cfg.attn == "decoupled":
+        return [(cfg.sem_dim // H, False), (cfg.geo_dim // H, True)]
+    if cfg.attn == "bottleneck":
+        return [(cfg.attn_dim // H, True)]
+    return [(cfg.d_model // H, True)]
+
+
+def scores_of(q, keys, parts):
+    """q (H, E), keys (n, H, E) -> (H, n): the sum of the parts, each with its own scale."""
+    total, at = 0.0, 0
+    for width, _ in parts:
+        part = slice(at, at + width)
+        total = total + torch.einsum("he,nhe->hn", q[:, part], keys[:, :, part]) / width ** 0.5
+        at += width
+    return total
+
+
+def placed(x, rows, parts):
+    """x (N, H, E): the parts that positions turn, turned."""
+    found = []
+    for one, row in zip(x, rows, strict=True):
+        pieces = one.split([width for width, _ in parts], dim=-1)
+        turns = [turned(piece, row.position) if turn else piece
+                 for piece, (_, turn) in zip(pieces, parts, strict=True)]
+        found.append(torch.cat(turns, dim=-1))
+    return torch.stack(found)
+
+
+def attention(attn, cfg, h, rows, window):
+    """h (N, D) -> the heads' answers (N, H F)."""
+    H = cfg.n_heads
+    K = cfg.kv_heads or H
+    parts = score_parts(cfg)
+    E = sum(width for width, _ in parts)
+    size = cfg.attn_dim // H if cfg.attn_dim else E                                # F
+    queries = [] if cfg.tie_qk else [H * E]
+    *q, k, v = product(attn.qkv_proj, h).split([*queries, K * E, K * size], dim=-1)
+    server = torch.arange(H) * K // H       # the head of keys that each head of queries asks
+    k = placed(k.unflatten(-1, (K, E)), rows, parts)[:, server]                    # (N, H, E)
+    v = v.unflatten(-1, (K, size))[:, server]                                      # (N, H, F)
+    q = placed(q[0].unflatten(-1, (H, E)), rows, parts) if q else k
+    factor = attn.log_temperature.double().exp() if cfg.learned_temp else torch.ones(H).double()
     answers = []
     for number, row in enumerate(rows):
         others = seen(row, rows, window)
-        score = torch.einsum("he,nhe->hn", q[number], k[others]) / q.shape[-1] ** 0.5
-        answers.append(torch.einsum("hn,nhe->he", score.softmax(-1), v[others]).flatten())
-    x = x + product(layer.attn.out_proj, torch.stack(answers))
+        keys, values = k[others], v[others]                                        # (n, H, ...)
+        if cfg.null_attn:
+            keys = torch.cat((attn.null_key.double()[server][None], keys))
+            values = torch.cat((torch.zeros_like(values[:1]), values))
+        share = (factor[:, None] * scores_of(q[number], keys, parts)).softmax(-1)  # (H, n)
+        answers.append(torch.einsum("hn,nhe->he", share, values).flatten())
+    return torch.stack(answers)
+
+
+def transformer_layer(layer, x, rows, window, cfg):
+    """x (N, D) -> (N, D)."""
+    answers = attention(layer.attn, cfg, norm(x, layer.attn_norm.weight), rows, window)
+    x = x + product(layer.attn.out_proj, answers)
     h = product(layer.ff.in_proj, norm(x, layer.ff_norm.weight))
     gate, up = h.chunk(2, dim=-1)
     return x + product(layer.ff.out_proj, F.silu(gate) * up)
@@ -146,7 +196,7 @@ def by_definition(net, x0, xt=None, block=None, first=None, window=None):
     rows = lay_out(x0, xt, block, first, net.cfg.mask_id)
     x = net.head.weight.double()[[row.token for row in rows]]                      # (N, D)
     for layer in net.layers:
-        x = layer_of(layer, x, rows, window)
+        x = layer_of(layer, x, rows, window, net.cfg)
     x = norm(x, net.exits.final_norm.weight)
 
     T = len(x0)

@@ -30,6 +30,7 @@ from common.flags import (
     LIMITS,
     checked,
     convert,
+    defaults_of_later,
     describe,
     flag_names,
     help_text,
@@ -252,6 +253,20 @@ def test_gpu_tiers(memory, row):
             ["--d_model 24", "--n_heads 8", "even"],
         ),
         (TrainArgs, "--d_mem 100", ["--d_mem 100", "--n_heads 8"]),
+        (TrainArgs, "--attn gqa", ["--attn gqa", "--model backup"]),
+        (TrainArgs, "--null_attn --kv_heads 2", ["--null_attn", "--kv_heads 2", "--model backup"]),
+        (TrainArgs, "--model backup --attn mla", ["--attn mla", "decoupled"]),
+        (TrainArgs, "--model backup --kv_heads 2", ["--kv_heads 2", "--attn gqa", "not to mha"]),
+        (TrainArgs, "--model backup --attn gqa --sem_dim 8", ["--sem_dim 8", "decoupled", "gqa"]),
+        (TrainArgs, "--model backup --attn gqa --kv_heads 3", ["--n_heads 8", "3", "--kv_heads"]),
+        (TrainArgs, "--model backup --attn gqa --tie_qk", ["--tie_qk", "--attn gqa"]),
+        (TrainArgs, "--model backup --attn gqa_kv2 --tie_qk", ["--tie_qk", "gqa_kv2"]),
+        (TrainArgs, "--model backup --attn gqa_kv2 --kv_heads 4", ["gqa_kv2", "--kv_heads 4"]),
+        (TrainArgs, "--model backup --attn gqa_kv2 --n_heads 1", ["--n_heads 1", "2"]),
+        (TrainArgs, "--model backup --attn bottleneck --attn_dim 60", ["--attn_dim 60", "8"]),
+        (TrainArgs, "--model backup --attn bottleneck --attn_dim 24", ["--attn_dim 24", "even"]),
+        (TrainArgs, "--model backup --attn decoupled --geo_dim 24", ["--geo_dim 24", "even"]),
+        (TrainArgs, "--model backup --attn decoupled --sem_dim 9", ["--sem_dim 9", "--n_heads 8"]),
         (TrainArgs, "--conv_kernel 4", ["--conv_kernel 4", "odd"]),
         (TrainArgs, "--conv_kernel 1", ["--conv_kernel 1", "at least 3"]),
         (TrainArgs, "--memory_slots 1", ["--memory_slots 1", "at least 2"]),
@@ -471,9 +486,10 @@ def test_model_config_round_trip_is_strict():
     ):
         with pytest.raises(UserError):
             ModelConfig.from_dict({**saved, **damage})
+    later = defaults_of_later(ModelConfig)
     for key in saved:
         fewer = {k: v for k, v in saved.items() if k != key}
-        if key in model_config.LATER:
+        if key in later:
             assert ModelConfig.from_dict(fewer) == c
             continue
         with pytest.raises(UserError):
@@ -484,6 +500,53 @@ def test_without_a_pad_no_piece_is_forbidden():
     """GPT-2's id 0 is the exclamation mark: there the mask fills rows up, which is no answer."""
     c = ModelConfig(model="primary", vocab_size=300, d_model=64, n_heads=4, pad=False)
     assert c.pad_id == c.mask_id == 300
+
+
+def test_settings_of_an_earlier_version_mean_the_defaults_of_today():
+    """A checkpoint from before the attention variants is loaded and resumed as mha."""
+    names = {*defaults_of_later(ModelConfig)}
+    assert names >= {"attn", "kv_heads", "null_attn"}
+    shape = ModelConfig(model="backup", vocab_size=300, d_model=64, n_heads=4)
+    older = {k: v for k, v in shape.to_dict().items() if k not in names}
+    assert ModelConfig.from_dict(older) == shape and shape.attn == "mha"
+
+    args, origins = parse(TrainArgs, "--model backup --d_model 64 --resume x")
+    older = {k: v for k, v in to_dict(args).items() if k not in defaults_of_later(TrainArgs)}
+    found, changes = cli.resume_check(older, args, origins)
+    assert (found.attn, changes) == ("mha", [])
+    args, origins = parse(TrainArgs, "--model backup --d_model 64 --resume x --attn gqa")
+    with pytest.raises(UserError, match="--attn gqa"):
+        cli.resume_check(older, args, origins)
+
+
+@pytest.mark.parametrize(
+    "line, widths",
+    [
+        ("--attn baseline", ("mha", 0, 0, 0, 0)),
+        ("--variant standard", ("mha", 0, 0, 0, 0)),
+        ("--attn gqa", ("gqa", 2, 0, 0, 0)),
+        ("--attn-mode gqa --kv-head 8", ("gqa", 8, 0, 0, 0)),
+        ("--attn gqa --n_heads 2", ("gqa", 1, 0, 0, 0)),
+        ("--attn gqa --n_heads 6 --d_model 384", ("gqa", 1, 0, 0, 0)),
+        ("--attn gqa_kv2", ("gqa_kv2", 2, 0, 0, 0)),
+        ("--attn bottleneck", ("bottleneck", 0, 0, 0, 96)),
+        ("--attn bottleneck --attn_dim 64", ("bottleneck", 0, 0, 0, 64)),
+        ("--attn decoupled", ("decoupled", 0, 32, 64, 96)),
+        ("--attn decoupled --sem_dim 16 --geo_dim 16", ("decoupled", 0, 16, 16, 32)),
+        ("--preset starter --attn decoupled", ("decoupled", 0, 12, 24, 36)),
+        ("--preset starter --attn bottleneck", ("bottleneck", 0, 0, 0, 40)),
+        ("--preset nano --attn bottleneck", ("bottleneck", 0, 0, 0, 16)),
+    ],
+)
+def test_widths_of_attention_that_are_not_typed(line, widths):
+    """A sixteenth and an eighth of the width, a quarter of the heads; up to what the heads divide,
+    so that every preset has every variant. A saved shape keeps them.
+    """
+    args, _ = parse(TrainArgs, f"--model backup {line}")
+    shape = model_config.model_config(args, 300)
+    found = (shape.attn, shape.kv_heads, shape.sem_dim, shape.geo_dim, shape.attn_dim)
+    assert found == widths
+    assert ModelConfig.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
 
 
 ODD_SHAPE = dict(
@@ -584,6 +647,7 @@ def test_every_flag_has_a_known_resume_rule_and_known_metadata():
         "positional",
         "rare",
         "elsewhere",
+        "later",
         *LIMITS,
     }
     for cls in config.COMMANDS.values():

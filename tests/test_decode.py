@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny import TINIER, tiny_model
 
+from attention import KVCache
 from common.console import UserError
-from model import KVCache
 from sampling import decode, unmasking
 from sampling.decode import generate, infill
 from sampling.settings import ADAPTIVE, MODES, Settings
@@ -1038,7 +1038,7 @@ def test_the_repetition_penalty_sees_the_block_that_is_being_written(mode):
 
 def test_the_window_holds_the_latest_positions_and_no_other():
     cfg, written = small("backup").cfg, []
-    cache = KVCache(cfg, 1, 5, torch.device("cpu"), torch.float32)
+    cache = KVCache(cfg, 1, 5, torch.device("cpu"))
     for tokens in (3, 2, 1, 4, 5, 2):
         cache.make_room(tokens)
         new = torch.arange(len(written), len(written) + tokens).float()

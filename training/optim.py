@@ -22,7 +22,7 @@ BETAS = (0.9, 0.95)       # AdamW; the short second moment suits few, noisy step
 LION_BETAS = (0.9, 0.99)  # of the update; of the momentum
 FALL = 0.2                # share of all steps in which the wsd schedule falls
 # words in the names of parameters that neither decay nor go to Muon, whatever their shape
-NOT_MATRICES = {"head", "conv", "norm", "decay", "slot"}
+NOT_MATRICES = {"head", "conv", "norm", "decay", "slot", "null"}
 SLOTS = {  # what torch's optimizers remember of each parameter
     "adamw": ("step", "exp_avg", "exp_avg_sq"),
     "muon": ("momentum_buffer",),

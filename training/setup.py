@@ -132,6 +132,8 @@ def load_checkpoint(run, source):
         )
     for idle in run.args.idle(run.origins):
         say(f"notice: {idle}")
+    for warning in model_config.attention_warnings(run.args):
+        say(f"warning: {warning}")
 
 
 # ---- the text ------------------------------------------------------------------------------------

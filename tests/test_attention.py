@@ -1,0 +1,451 @@
+"""The attention variants of the transformer: each is what its definition says, in both streams and
+behind the frozen context; their caches, in float32, bf16 and int8; what they take.
+"""
+import itertools
+
+import pytest
+import torch
+from by_definition import by_definition
+from tiny import half_masked as texts, tiny_config, tiny_model
+
+import attention
+import model_config
+from attention import CACHES, VARIANTS, attend
+from layers import rotary_table
+from model import build_model
+from model_config import ModelConfig
+
+V = 40           # the mask's id
+ROUNDING = 1e-5  # of the size of what is compared
+OPTIONS = ("null_attn", "tie_qk", "learned_temp")
+# of a model with 4 heads and width 32; keys and values of different widths in the last two
+SHAPES = {
+    "mha": dict(attn="mha"),
+    "gqa": dict(attn="gqa"),
+    "gqa_kv2": dict(attn="gqa_kv2"),
+    "bottleneck": dict(attn="bottleneck"),
+    "decoupled": dict(attn="decoupled"),
+    "wide_values": dict(attn="decoupled", sem_dim=8, geo_dim=8, attn_dim=32),
+    "slim_values": dict(attn="decoupled", sem_dim=16, geo_dim=24, attn_dim=4),
+}
+
+
+def with_options(name):
+    """Every sensible setting of the options for this shape."""
+    for values in itertools.product((False, True), repeat=3):
+        options = dict(zip(OPTIONS, values, strict=True))
+        if not (options["tie_qk"] and name.startswith("gqa")):
+            yield options
+
+
+CASES = [
+    pytest.param(dict(SHAPES[name], **options), id="-".join([name, *filter(options.get, OPTIONS)]))
+    for name in SHAPES
+    for options in with_options(name)
+]
+PLAIN = [pytest.param(shape, id=name) for name, shape in SHAPES.items()]
+FULL = [
+    pytest.param(
+        dict(shape, null_attn=True, learned_temp=True, tie_qk=not name.startswith("gqa")), id=name
+    )
+    for name, shape in SHAPES.items()
+]
+
+
+def tiny(shape):
+    return tiny_model("backup", seed=1, away=0.1, **dict(n_heads=4, n_layers=2) | shape)
+
+
+def assert_same(found, wanted, tolerance=ROUNDING):
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def assert_close(found, wanted, tolerance):
+    """The same on average: the rms of the difference against the rms."""
+    gap = (found.float() - wanted.float()).square().mean().sqrt()
+    assert gap <= tolerance * wanted.float().square().mean().sqrt()
+
+
+def edges(length, block, first):
+    return list(itertools.pairwise([0, *range(first, length, block), length]))
+
+
+# ---- what a variant is ---------------------------------------------------------------------------
+
+def test_every_variant_is_in_every_table():
+    choices = ModelConfig.__dataclass_fields__["attn"].metadata["choices"]
+    assert set(choices) == set(VARIANTS) == set(model_config.ATTENTION_FLAGS)
+    assert set(CACHES) == set(model_config.STORED)
+
+
+@pytest.mark.parametrize("shape", CASES)
+@pytest.mark.parametrize("length, block, first", [(13, 13, 13), (13, 5, 2), (7, 1, 1)])
+@torch.no_grad()
+def test_both_streams_are_what_their_definition_says(shape, length, block, first):
+    """A second implementation in float64, row after row: no kernel, no mask, scores added up part
+    by part.
+    """
+    net = tiny(shape)
+    x0, xt = texts(length)
+    (clean, noisy), = net.both_states(x0, xt, block, first)
+    wanted, wanted_noisy = by_definition(net, x0[0], xt[0], block, first)
+    assert_same(clean[0].double(), wanted)
+    assert_same(noisy[0].double(), wanted_noisy)
+
+
+@torch.no_grad()
+def test_gqa_with_all_heads_is_mha():
+    """The same weights, the same numbers to the last bit."""
+    mha, gqa = tiny(SHAPES["mha"]), tiny(dict(attn="gqa", kv_heads=4))
+    gqa.load_state_dict(mha.state_dict())
+    x0, xt = texts(24)
+    pairs = zip(gqa.both_states(x0, xt, 8)[0], mha.both_states(x0, xt, 8)[0], strict=True)
+    for found, wanted in pairs:
+        assert torch.equal(found, wanted)
+
+
+@torch.no_grad()
+def test_gqa_is_mha_whose_heads_share_their_keys():
+    """Against another reading of the same rule: an mha with the rows of the shared heads twice."""
+    gqa, mha = tiny(SHAPES["gqa_kv2"]), tiny(SHAPES["mha"])
+    weights = gqa.state_dict()
+    for name in weights:
+        if "qkv_proj" in name:
+            q, k, v = weights[name].split([32, 16, 16])
+            k, v = (x.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1) for x in (k, v))
+            weights[name] = torch.cat((q, k, v))
+    mha.load_state_dict(weights)
+    x0, xt = texts(24)
+    pairs = zip(gqa.both_states(x0, xt, 8)[0], mha.both_states(x0, xt, 8)[0], strict=True)
+    for found, wanted in pairs:
+        assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", ["mha", "decoupled"])
+@torch.no_grad()
+def test_an_option_acts(name, option):
+    """An untrained null key and temperature: the null key takes its share, the temperature is 1."""
+    x0, _ = texts(16)
+    plain = tiny(SHAPES[name])
+    with_it = tiny(dict(SHAPES[name], **{option: True}))
+    known = plain.state_dict()
+    if option == "tie_qk":
+        size = plain.layers[0].attn.parts[0]
+        known = {key: w[size:] if "qkv_proj" in key else w for key, w in known.items()}
+    with_it.load_state_dict(known, strict=False)
+    for key, p in with_it.named_parameters():
+        if key not in known:
+            p.zero_()
+    moved = (with_it.clean_states(x0) - plain.clean_states(x0)).abs().max()
+    assert moved == 0 if option == "learned_temp" else moved > 1e-2
+    for layer in with_it.layers:
+        if option == "learned_temp":
+            layer.attn.log_temperature += 0.5
+    assert (with_it.clean_states(x0) - plain.clean_states(x0)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", FULL)
+@torch.no_grad()
+def test_the_null_key_is_seen_by_all(shape):
+    """Another null key moves every row's answer: clean rows, noisy blocks, whole rows, decoding."""
+    net = tiny(dict(shape, n_layers=1))
+    x0, xt = texts(19)
+
+    def answers():
+        clean, noisy = net.both_states(x0, xt, 5, 2)[0]
+        cache = net.new_cache(2, 19)
+        return [
+            clean,
+            noisy,
+            net.block_states(xt, x0, 19),
+            net.step(x0[:, :1], cache),
+            net.step(x0[:, 1:7], cache),
+            net.states(xt[:, 7:], cache),
+        ]
+
+    before = answers()
+    net.layers[0].attn.null_key += torch.randn_like(net.layers[0].attn.null_key)
+    for found, base in zip(answers(), before, strict=True):
+        assert ((found - base).abs().amax(-1) > 1e-5).all()
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_a_null_key_of_any_size_makes_no_nan(size):
+    """Loved above all, or by nobody: numbers everywhere, the gradients included. A row that sees
+    nothing else answers 0.
+    """
+    net = tiny(dict(attn="mha", null_attn=True))
+    with torch.no_grad():
+        for layer in net.layers:
+            layer.attn.null_key.fill_(size)
+    x0, xt = texts(19)
+    for block in (19, 5, 1):
+        found = net.both_states(x0, xt, block)[0]
+        sum(states.square().mean() for states in found).backward()
+        assert all(torch.isfinite(states).all() for states in found)
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+    attn = net.layers[0].attn
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    keys, values = attn.behind(None, k, v)
+    mask = torch.zeros(5, 6, dtype=torch.bool)
+    mask[:, 0] = True                                   # the null key alone
+    assert (attend(q, keys, values, attn.scale, mask) == 0).all()
+
+
+# ---- the one call of the kernel ------------------------------------------------------------------
+
+def by_hand(q, k, v, scale, mask):
+    """Scores, softmax and sum in float64; mask (Tq, Tk)."""
+    groups = q.shape[1] // k.shape[1]
+    k = k.double().repeat_interleave(groups, dim=1)
+    v = v.double().repeat_interleave(groups, dim=1)
+    scores = (q.double() @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("heads, keys", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("size, value", [(8, 8), (8, 3), (3, 8)])
+@pytest.mark.parametrize("old, new", [(0, 7), (1, 7), (9, 1), (9, 7), (3, 40)])
+@torch.no_grad()
+def test_attend_is_softmax_with_the_scale_that_is_given(
+    monkeypatch, heads, keys, size, value, old, new
+):
+    """Causal behind any context, in pieces that do not divide the rows; with a mask and without."""
+    monkeypatch.setattr(attention, "QUERIES", 16)
+    q = torch.randn(2, heads, new, size)
+    k, v = torch.randn(2, keys, old + new, size), torch.randn(2, keys, old + new, value)
+    causal = torch.ones(new, old + new, dtype=torch.bool).tril(old)
+    some = torch.rand(new, old + new) < 0.5
+    some[:, 0] = True
+    for scale in (0.3, 1.0):
+        cases = [
+            (attend(q, k, v, scale, causal=True), causal),
+            (attend(q, k, v, scale, some), some),
+            (attend(q, k, v, scale), torch.ones_like(some)),
+        ]
+        for found, mask in cases:
+            assert_same(found.double(), by_hand(q, k, v, scale, mask))
+
+
+# ---- the frozen context --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", CASES)
+@torch.no_grad()
+def test_cache_is_exact(shape):
+    """Logits decoded behind the frozen context equal logits of the training form, for every size
+    of a block and of the first one.
+    """
+    net = tiny(shape)
+    length = 19
+    x0, xt = texts(length)
+    for block in (1, 2, 3, 7, 16, 19):
+        for first in {1, (block + 1) // 2, block}:
+            whole = net.logits(net.block_states(xt, x0, block, first))[..., 1:V]
+            cache = net.new_cache(2, length)
+            for lo, hi in edges(length, block, first):
+                assert_same(net(xt[:, lo:hi], cache)[..., 1:V], whole[:, lo:hi])
+                net.step(x0[:, lo:hi], cache)
+
+
+@pytest.mark.parametrize("shape", PLAIN + FULL)
+@torch.no_grad()
+def test_the_context_does_not_know_how_it_was_cut(monkeypatch, shape):
+    """At once, token by token and in odd pieces: the answers of training, and one cache. The pieces
+    of the kernel's queries are shorter than the text.
+    """
+    monkeypatch.setattr(attention, "QUERIES", 16)
+    net = tiny(shape)
+    x0, xt = texts(45)
+    wanted = net.clean_states(x0)[:, 1:]
+    caches = []
+    for cut in ([45], [1] * 45, [1, 20, 3, 21], [21, 3, 20, 1]):
+        cache = net.new_cache(2, 45)
+        answers = [net.step(part, cache) for part in x0.split(cut, dim=1)]
+        assert_same(torch.cat(answers, dim=1)[:, :-1], wanted)
+        caches.append(cache)
+    for cache in caches[1:]:
+        assert_same(cache.k, caches[0].k)
+        assert_same(cache.v, caches[0].v)
+        assert_same(net.states(xt[:, :8], cache), net.states(xt[:, :8], caches[0]))
+
+
+@pytest.mark.parametrize("shape", FULL)
+@torch.no_grad()
+def test_a_full_cache_slides(shape):
+    """Each row sees the last nine, itself included, and the null key, which never leaves."""
+    net = tiny(shape)
+    x0, _ = texts(24, batch=1)
+    cache = net.new_cache(1, 8)
+    answers = [net.step(x0[:, i:i + 1], cache) for i in range(24)]
+    read = torch.cat((x0, x0[:, :1]), dim=1)            # one more, so that the last is answered
+    wanted, _ = by_definition(net, read[0], window=9)
+    assert_same(torch.cat(answers, dim=1)[0].double(), wanted[1:])
+
+
+# the 1B shapes of the launcher's guide: parameters, numbers per token and layer, bytes in 2 bytes
+# a number
+LARGE = dict(vocab_size=50_257, d_model=2048, n_layers=22, n_heads=32, d_ff=5632)
+TABLE = [
+    (dict(attn="mha"), 1_233_385_472, 4096, 180_224),
+    (dict(attn="gqa"), 1_094_973_440, 1024, 45_056),
+    (dict(attn="gqa_kv2"), 1_060_370_432, 256, 11_264),
+    (dict(attn="bottleneck"), 933_492_736, 768, 33_792),
+    (dict(attn="decoupled"), 933_492_736, 768, 33_792),
+    (dict(attn="decoupled", tie_qk=True), 916_191_232, 768, 33_792),
+]
+
+
+@pytest.mark.parametrize("shape, params, numbers, nbytes", TABLE)
+def test_the_table_of_the_1b_variants(shape, params, numbers, nbytes):
+    """Against the model itself on the meta device, and a real cache of three positions."""
+    cfg = ModelConfig(model="backup", **LARGE, **shape)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_model(cfg).parameters()) == params
+    assert model_config.count_params(cfg) == params
+    cache = CACHES["bf16"](cfg, 1, 3, "cpu")
+    assert cache.nbytes == 3 * nbytes == 3 * cache.bytes_per_token
+    one_layer = sum(t[0, 0, :, 0].numel() for t in cache.all_tensors())
+    assert one_layer == numbers
+
+
+@pytest.mark.parametrize("stored", CACHES)
+@pytest.mark.parametrize("shape", PLAIN)
+def test_bytes_per_token_are_those_of_the_tensors(shape, stored):
+    cfg = tiny_config("backup", **dict(n_heads=4, n_layers=3) | shape)
+    for batch, room in ((1, 1), (3, 17)):
+        cache = CACHES[stored](cfg, batch, room, "cpu")
+        assert cache.nbytes == batch * room * cache.bytes_per_token
+    one, more = CACHES["fp32"](cfg, 2, 5, "cpu"), CACHES[stored](cfg, 2, 5, "cpu")
+    assert {"fp32": 1.0, "bf16": 0.5}.get(stored, 0.5) >= more.nbytes / one.nbytes
+
+
+# ---- int8 ----------------------------------------------------------------------------------------
+
+def test_a_number_is_rounded_by_the_scale_of_its_own_head_and_token():
+    x = torch.randn(2, 3, 5, 8) * torch.logspace(-3, 4, 15).view(1, 3, 5, 1)
+    x[0, 0, 0] = 0
+    whole, scale = CACHES["int8"].rounded(x)
+    assert whole.dtype == torch.int8 and scale.dtype == torch.float16
+    error = (whole * scale.float() - x).abs()
+    top = x.abs().amax(-1, keepdim=True)
+    assert (error <= top / 127 * 0.505 + 4e-5).all(), "half of a step"
+    assert (error[0, 0, 0] == 0).all()
+
+
+def nll_by_steps(net, x0, stored):
+    """-log p (B, T - 1) left to right, token by token behind a cache that is stored like this."""
+    net.cache_type = CACHES[stored]
+    cache = net.new_cache(*x0.shape)
+    states = [net.step(x0[:, i:i + 1], cache) for i in range(x0.shape[1] - 1)]
+    logp = net.logits(torch.cat(states, dim=1)).log_softmax(-1)
+    return -logp.gather(-1, x0[:, 1:, None])[..., 0]
+
+
+@pytest.mark.parametrize("stored, most", [("bf16", 2e-3), ("int8", 5e-3)])
+@pytest.mark.parametrize("shape", PLAIN + FULL)
+@torch.no_grad()
+def test_what_a_smaller_cache_costs_in_nats(shape, stored, most):
+    """A token's nats move a little, in both directions; blocks are asked behind it, too."""
+    net = tiny(shape)
+    x0, xt = texts(64, batch=8)
+    exact, found = nll_by_steps(net, x0, "fp32"), nll_by_steps(net, x0, stored)
+    moved = found - exact
+    assert moved.any(), "nothing was rounded"
+    assert moved.abs().mean() < 4 * most and abs(moved.mean()) < most
+
+    caches = []
+    for kind in ("fp32", stored):
+        net.cache_type = CACHES[kind]
+        cache = net.new_cache(8, 64)
+        net.step(x0[:, :48], cache)
+        cache.select(torch.tensor([3, 1]))
+        caches.append(cache)
+    whole, rounded = (net.states(xt[[3, 1], 48:], cache) for cache in caches)
+    assert_close(rounded, whole, 0.02)
+    assert caches[1].nbytes < caches[0].nbytes
+
+
+@pytest.mark.parametrize("stored", ["bf16", "int8"])
+@torch.no_grad()
+def test_a_smaller_cache_slides_as_the_exact_one_does(stored):
+    """In float32 the positions that stay are those of a text of their own; here up to rounding."""
+    net = tiny(SHAPES["gqa"])
+    x0, xt = texts(30)
+    answers = []
+    for kind in ("fp32", stored):
+        net.cache_type = CACHES[kind]
+        cache = net.new_cache(2, 8)
+        for part in x0.split([3, 6, 1, 9, 5, 6], dim=1):
+            net.step(part, cache)
+        answers.append(net.states(xt[:, :5], cache))
+    assert_close(answers[1], answers[0], 0.02)
+
+
+# ---- positions in float32 ------------------------------------------------------------------------
+
+def turned_once(x, positions, turned):
+    """The last `turned` numbers of x (T, E) by the angle of their positions, in float64 throughout.
+    """
+    E = turned
+    angle = positions.double()[:, None] * 10_000.0 ** (-torch.arange(0, E, 2).double() / E)
+    still, moving = x.double().split([x.shape[-1] - E, E], dim=-1)
+    z = torch.complex(*moving.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((still, z.real, z.imag), dim=-1)
+
+
+@pytest.mark.parametrize("shape", PLAIN)
+@torch.no_grad()
+def test_positions_are_float32_whatever_the_parameters_are(shape):
+    """A bf16 model turns a row as float64 would, rounded once at the end: all but the rare ties. A
+    table in bf16 does not.
+    """
+    net = tiny(shape).to(torch.bfloat16)
+    attn = net.layers[0].attn
+    positions = torch.arange(5000, 5256)
+    x = torch.randn(256, attn.heads.key).bfloat16()
+    wanted = turned_once(x, positions, attn.heads.turned).bfloat16()
+
+    def right(table):
+        found = attn.turn(x, table)
+        assert found.dtype == torch.bfloat16
+        return (found == wanted).float().mean()
+
+    table = net.table(net.positions(5000, 256))
+    assert right(table) > 0.999
+    assert right([part.bfloat16() for part in table]) < 0.95
+    every = rotary_table(torch.arange(8192), attn.heads.turned)
+    assert len(torch.unique(torch.cat(every, dim=1), dim=0)) == 8192
+
+
+@pytest.mark.parametrize("shape", PLAIN + FULL)
+@torch.no_grad()
+def test_bf16_parameters_compute_the_same_up_to_their_rounding(shape):
+    """In training's form and behind the cache, under autocast as training has it."""
+    net = tiny(shape)
+    x0, xt = texts(40)
+    wanted = net.block_states(xt, x0, 16)
+    net.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net.block_states(xt, x0, 16)
+        cache = net.new_cache(2, 40)
+        net.step(x0[:, :16], cache)
+        decoded = net.states(xt[:, 16:32], cache)
+    assert_close(found, wanted, 2e-2)
+    assert_close(decoded, found[:, 16:32], 2e-2)
+
+
+# ---- parameters, FLOPs, gradients ----------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", CASES)
+def test_parameters_are_the_formula_and_all_learn(shape):
+    """From the first step on: every parameter gets a gradient in one step of the training loss."""
+    torch.manual_seed(0)
+    net = build_model(tiny_config("backup", **dict(n_heads=4) | shape))
+    assert sum(p.numel() for p in net.parameters()) == model_config.count_params(net.cfg)
+    x0, xt = texts(33)
+    clean, noisy = net.both_states(x0, xt, 8)[0]
+    net.logits(torch.cat((clean, noisy)))[..., 1:V].logsumexp(-1).sum().backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
