@@ -33,7 +33,7 @@ from common.console import Damage, UserError, say
 from common.files import file_sha256, lock, rename, replace_file, sync, to_json, write_file
 from model import build_model
 from model_config import ModelConfig, count_params
-from text.gpt2 import open_tokenizer
+from text.gpt2 import check_tokenizer, open_tokenizer
 
 FORMAT = "aria-checkpoint-2"
 PARTS = ("model", "ema", "optimizer")  # the tensors, a file each, or one of each process
@@ -706,18 +706,3 @@ def load_model(path, device, check_settings, model="auto", tokenizer_path=None):
     net = build_model(shape)
     load_into(net, saved.ema or saved.model)
     return net.eval().to(device), tokenizer, saved
-
-
-def check_tokenizer(path, own):
-    """--tokenizer may only name the one that the checkpoint carries itself."""
-    if not os.path.exists(path):
-        raise UserError(
-            f"--tokenizer {path}: no such file; leave the flag out, the checkpoint carries its own "
-            "tokenizer"
-        )
-    given = open_tokenizer(path)
-    if given.sha256 != own.sha256:
-        raise UserError(
-            f"--tokenizer {path} ({given.sha256[:12]}) is not the one this checkpoint was trained "
-            f"with ({own.sha256[:12]}): leave the flag out, the checkpoint carries its own"
-        )

@@ -722,6 +722,12 @@ class GenerateFlags(DecodeFlags, CheckpointFlags):
         choices=("auto", "fp32", "bf16", "int8"),
         shortcuts={"quantize_dynamic": "int8", "int8": "int8"},
     )
+    engine: str = flag(
+        "auto",
+        "what computes: torch a checkpoint, onnx an exported folder (python -m export); with the "
+        "name of a run, its folder in exports/; auto = by what --ckpt is",
+        choices=("auto", "torch", "onnx"),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1024,6 +1030,7 @@ class EvaluateArgs(DecodeFlags, CheckpointFlags, CommonFlags):
         ),
     )
     first = ("Evaluation", "Checkpoint")
+    engine: str = again(GenerateFlags, "engine")
     data_dir: str = flag(
         None, "prepared text, whose validation part is scored; none = the checkpoint's"
     )
@@ -1130,6 +1137,38 @@ class BenchArgs(GenerateFlags, CommonFlags):
 
 
 @dataclass
+class ExportArgs(CheckpointFlags, EveryFlags):
+    "Export"
+    examples = (
+        (
+            "python -m export checkpoints/eco_hybrid_hi",
+            "a folder in exports/ that needs no PyTorch",
+        ),
+        ("python -m export checkpoints/eco_hybrid_hi --bits 32", "the same, with nothing lost"),
+    )
+    first = ("Export", "Checkpoint")
+    format: str = flag("onnx", "what is written", choices=("onnx",))
+    bits: str = flag(
+        "8",
+        "of a weight: 8 loses next to nothing, 4 is smaller, 32 is exact",
+        choices=("8", "4", "32"),
+    )
+    output: str = flag(None, "the folder; none = exports/ and the run's name")
+    weight_block: int = flag(
+        32, "weights that share a scale: 16, 32, 64, 128 or 256", at_least=16, rare=True
+    )
+    data_dir: str = flag(
+        None, "prepared text for the bits/byte that are lost; none = the checkpoint's", rare=True
+    )
+    seed: int = again(CommonFlags, "seed")
+    threads: int = again(CommonFlags, "threads")
+
+    def problems(self):
+        if self.weight_block not in (16, 32, 64, 128, 256):
+            yield f"--weight_block {self.weight_block}: must be 16, 32, 64, 128 or 256"
+
+
+@dataclass
 class ReportArgs(CheckpointFlags, EveryFlags):
     "Report"
     examples = (
@@ -1192,6 +1231,7 @@ COMMANDS = dict(
     prepare=PrepareArgs,
     evaluate=EvaluateArgs,
     edge_benchmark=BenchArgs,
+    export=ExportArgs,
     report=ReportArgs,
     colab_train_eco=ColabArgs,
     run_experiments=ExperimentArgs,

@@ -78,7 +78,8 @@ def main(argv=None):
 
     # these import torch, which --help and a usage error do not wait for
     from common import machine
-    from evaluation.decode_modes import Judges, add_quality, load_models, measure
+    from evaluation.decode_modes import Judges, add_quality, measure
+    from evaluation.loading import load_models
 
     allocator = machine.start(args.threads)
     can_write(args, "out_json")
@@ -89,8 +90,8 @@ def main(argv=None):
     args.sampler = settings.masked_sampler(args.sampler)
 
     # A model for each precision, and what is compared
-    models, of_wanted, weights, tokenizer, saved = load_models(args, chosen, device)
-    cfg = next(reversed(models.values())).cfg
+    models, tokenizer, saved = load_models(args, chosen, device)
+    cfg = next(iter(models.values())).model.cfg
     causal = cfg.causal
     if causal:
         print(
@@ -101,7 +102,7 @@ def main(argv=None):
         args.modes = ("block_frozen",)
     why_not_frozen = settings.cannot_freeze(saved)
     variants, results, idle = variants_of(
-        args, origins, chosen, models, of_wanted, tokenizer, saved, why_not_frozen
+        args, origins, chosen, models, tokenizer, saved, why_not_frozen
     )
     if not causal:
         for line in idle:
@@ -117,7 +118,7 @@ def main(argv=None):
         results |= measure(
             tokenizer, prompts, variants, reference, args, not why_not_frozen, device
         )
-        add_quality(results, variants, models, judges, tokenizer, prompts)
+        add_quality(results, variants, judges, tokenizer, prompts)
 
     # The answer: cards for people, one document, a picture of a grid
     real = judges.real()
@@ -128,7 +129,7 @@ def main(argv=None):
         "step": saved.step,
         **machine.environment(device),
         "allocator": allocator,
-        "weights_bytes": weights,
+        "weights_bytes": {loaded.precision: loaded.weights for loaded in models.values()},
         "batch": 1,
         "seed": args.seed,
         "prompts": prompts,
@@ -151,8 +152,8 @@ def main(argv=None):
     print(json_text(document))
 
 
-def variants_of(args, origins, chosen, models, of_wanted, tokenizer, saved, why_not_frozen):
-    """Every mode with every choice of settings -> ({name: (TorchModel, Settings)}, {name: why it is
+def variants_of(args, origins, chosen, models, tokenizer, saved, why_not_frozen):
+    """Every mode with every choice of settings -> ({name: (Loaded, Settings)}, {name: why it is
     skipped}, notices about flags that no variant heeds).
     """
     variants = {}
@@ -168,7 +169,7 @@ def variants_of(args, origins, chosen, models, of_wanted, tokenizer, saved, why_
                 continue
             mine = dataclasses.replace(args, **pairs)
             asked = settings.decode_settings(mine, saved, mode, tokenizer.eos_id)
-            variants[name] = (models[of_wanted[mine.precision]], asked)
+            variants[name] = (models[mine.engine, mine.precision], asked)
             without_effect.append(set(settings.idle(mine, origins, asked)))
     if not without_effect:
         return variants, skipped, []

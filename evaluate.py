@@ -41,9 +41,8 @@ def main(argv=None):
     cli.announce(args, origins)
 
     # what imports torch comes after parsing, so that --help is instant
-    import checkpoint
     from common import machine
-    from evaluation import check_run, continuations, held_out
+    from evaluation import check_run, continuations, held_out, loading
 
     machine.start(args.threads)
     can_write(args, "out_json", "out_png")
@@ -56,7 +55,8 @@ def main(argv=None):
     # the checkpoint, and who else scores its samples
     args.sampler = settings.masked_sampler(args.sampler)
     device = machine.pick_device(args.device)
-    model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, config.check_saved)
+    loaded, tokenizer, saved = loading.load_model(args, device)
+    model = loaded.model
     ar_nats = None
     unread = []
     if args.judge:
@@ -98,7 +98,7 @@ def main(argv=None):
     # the text that it writes itself
     if args.samples:
         result["samples"] = continuations.continue_documents(
-            model, documents, tokenizer, saved, args, data_dir, ar_nats, unread
+            loaded.writer, documents, tokenizer, saved, args, data_dir, ar_nats, unread
         )
     if args.out_json:
         about = {

@@ -206,6 +206,11 @@ class Denoiser(nn.Module):
         self.recompute = False  # train.py's --activation_checkpointing
         initialise(self, depth=cfg.n_layers)
 
+    @property
+    def device(self):
+        """Where its weights lie."""
+        return self.head.weight.device
+
     def both_states(self, x0, xt=None, block=None, first=None, with_clean=True, early=None):
         length = x0.shape[1]
         if block:

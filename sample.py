@@ -10,16 +10,12 @@ Whatever is not typed is chosen for it (sampling/settings.py); the texts are wri
 sampling/written.py. Text goes to stdout, statistics to stderr: new tokens before EOS, forwards,
 seconds with the prompt's encoding included.
 """
-from pathlib import Path
-
 import cli
 import config
-import model_config
-from common.console import UserError, printable, say
+from common.console import printable, say
 from common.files import can_write, json_text, write_json
 from sampling.settings import in_words, masked_sampler, read_prompts, settings_of_sample, suited
 
-NEWEST = "checkpoints/latest"  # the resolver takes the run there that saved last
 STATISTICS = (
     "[stats] new={new_tokens} before_eos={tokens_before_eos} forwards={forwards} "
     "context={context_passes} seconds={seconds:.3f} tok/s={tok_per_s:.1f} seed={seed} mode={mode}"
@@ -30,35 +26,19 @@ def main(argv=None, pinned=None):
     args, origins = cli.parse(config.SampleArgs, argv, "sample", pinned=pinned)
     cli.announce(args, origins)
 
-    # these import torch, which --help and a usage error do not wait for
-    import checkpoint
-    from common import machine
-    from sampling import fast, terminal, torch_model, written
-
     # What is asked for, before anything is loaded
-    machine.start(args.threads)
     can_write(args, "out_json")
-    device = machine.pick_device(args.device)
     prompts = read_prompts(args)
-    if not args.ckpt:
-        if not any(checkpoint.is_run(child) for child in Path(NEWEST).parent.glob("*")):
-            raise UserError(
-                "--ckpt is missing, and there is no run under checkpoints/: name a checkpoint or a "
-                "run folder, or make one with python -m train --preset starter"
-            )
-        args.ckpt = NEWEST
     args.sampler = masked_sampler(args.sampler)
 
-    # The model
-    model, tokenizer, saved = checkpoint.load_model(
-        args.ckpt, device, config.check_saved, args.model, args.tokenizer
-    )
-    precision, why = fast.pick(args.precision, device)
-    fast.prepare(model, precision)
-    say(
-        f"model: {model.cfg.model}, {model_config.count_params(model.cfg):,} parameters; products "
-        f"in {precision} ({why})"
-    )
+    # The model; what imports numpy or torch comes now, so that --help is instant
+    from sampling import exported, terminal, written
+    folder = exported.folder_of(args)
+    if folder:
+        writer, tokenizer, saved = exported.load(folder, args)
+    else:
+        from sampling import trained  # torch, which an exported model does without
+        writer, tokenizer, saved = trained.load(args)
 
     # The settings
     trained_length = saved.config["args"]["seq_len"]
@@ -66,13 +46,12 @@ def main(argv=None, pinned=None):
     args = suited(args, origins, saved, longest_prompt)
     settings = settings_of_sample(args, origins, saved, tokenizer)
     if not args.text:
-        say(in_words(settings, model.cfg.causal))
+        say(in_words(settings, writer.cfg.causal))
         length = longest_prompt + settings.max_new_tokens
         if length > trained_length:
-            say_too_long(model, settings, length, trained_length)
+            say_too_long(writer, settings, length, trained_length)
 
     # The texts, each with its statistics
-    writer = torch_model.writer_of(model)
     watch = terminal.Watch(tokenizer) if args.show_steps else None
     if args.text:
         records = written.fill_text(args, writer, tokenizer, settings, watch)
@@ -94,14 +73,14 @@ def main(argv=None, pinned=None):
         write_json(args.out_json, {"checkpoint": str(saved.path), "samples": shown})
 
 
-def say_too_long(model, settings, length, trained_length):
+def say_too_long(writer, settings, length, trained_length):
     """What becomes of a text that is longer than those of the training."""
     if settings.mode != "block_frozen":
         say(
             f"warning: prompt and new tokens are {length} positions, the model was trained on "
             f"{trained_length}: --blockwise --frozen_context goes on without a limit"
         )
-    elif model.cfg.model == "backup":
+    elif writer.cfg.model == "backup":
         say(
             f"notice: {length} positions, trained on {trained_length}: the cache slides, the "
             "oldest text leaves it"

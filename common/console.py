@@ -10,6 +10,12 @@ import re
 import subprocess
 import sys
 
+try:
+    from tqdm import tqdm
+    write_above_bar = tqdm.write
+except ModuleNotFoundError:  # then there is no bar: --help and an exported model need no package
+    write_above_bar = print
+
 
 class UserError(Exception):
     """What the user can mend: printed as one sentence, exit code 2 (3: something outside of us is
@@ -53,10 +59,8 @@ def say(text):
     """A line for people, on stderr and above a progress bar if there is one."""
     if SPEECH["quiet"] and not text.lower().startswith(ALWAYS):
         return
-    from tqdm import tqdm  # late: --help has to work without any package
-
     try:
-        tqdm.write(printable(text), file=sys.stderr)
+        write_above_bar(printable(text), file=sys.stderr)
     except OSError:
         mute(sys.stderr)
 

@@ -2,7 +2,7 @@
 figure of its text stands beside that of the text that really followed.
 
     nats = ar_model(path, device, tokenizer, longest, saved)         # --judge
-    found = continue_documents(model, documents, tokenizer, saved, args, data_dir, nats, unread)
+    found = continue_documents(writer, documents, tokenizer, saved, args, data_dir, nats, unread)
 
 The figures themselves are in evaluation/sample_quality.py.
 """
@@ -19,7 +19,6 @@ from evaluation.ngram import NGram, shared
 from evaluation.sample_quality import Text, quality, words
 from sampling import settings
 from sampling.decode import generate
-from sampling.torch_model import writer_of
 from text.dataset import TokenData
 from text.tokenizer import script_of
 
@@ -104,7 +103,7 @@ def words_of(train, tokenizer):
 
 # ---- writing -------------------------------------------------------------------------------------
 
-def decoding(args, model, saved, tokenizer):
+def decoding(args, writer, saved, tokenizer):
     """The decoding settings: with a frozen context, if the checkpoint was trained for it."""
     length = saved.config["args"]["seq_len"]
     if settings.cannot_freeze(saved):
@@ -119,7 +118,7 @@ def decoding(args, model, saved, tokenizer):
         return chosen
 
     chosen = settings.decode_settings(args, saved, "block_frozen", tokenizer.eos_id)
-    if model.cfg.model == "backup":  # as sample does: its cache slides
+    if writer.cfg.model == "backup":  # as sample does: its cache slides
         chosen = dataclasses.replace(chosen, window=max(length, chosen.block_size))
     return chosen
 
@@ -138,8 +137,7 @@ def beginnings(documents, count):
     return found
 
 
-def write(model, prompts, chosen, seed):
-    writer = writer_of(model)
+def write(writer, prompts, chosen, seed):
     rows = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start:start + BATCH]
@@ -150,7 +148,7 @@ def write(model, prompts, chosen, seed):
 
 # ---- the figures ---------------------------------------------------------------------------------
 
-def continue_documents(model, documents, tokenizer, saved, args, data_dir, ar_nats, unread):
+def continue_documents(writer, documents, tokenizer, saved, args, data_dir, ar_nats, unread):
     """-> what --out_json holds of the samples; prints them as a table.
 
     ar_nats: of ar_model, or None. unread: documents of --judge_text, or none.
@@ -166,10 +164,10 @@ def continue_documents(model, documents, tokenizer, saved, args, data_dir, ar_na
         scorers["ar"] = ar_nats
     known = words_of(train, tokenizer)
 
-    chosen = decoding(args, model, saved, tokenizer)
+    chosen = decoding(args, writer, saved, tokenizer)
     begun = beginnings(documents, args.samples)
     prompts = [prompt for prompt, _ in begun]
-    made = write(model, prompts, chosen, args.seed)
+    made = write(writer, prompts, chosen, args.seed)
     real = [rest[:chosen.max_new_tokens] for _, rest in begun]
     for name, rows in (("samples", made), ("held_out", real)):
         texts = []
@@ -180,7 +178,7 @@ def continue_documents(model, documents, tokenizer, saved, args, data_dir, ar_na
         found[name] = quality(texts, script_of, known, scorers)
         found[f"{name}_texts"] = [[text.prompt, text.new] for text in texts]
 
-    if model.cfg.causal or chosen.left_to_right:
+    if writer.cfg.causal or chosen.left_to_right:
         how = "one token at a time"
     else:
         how = f"{chosen.mode}, {chosen.steps} forwards a block"

@@ -13,15 +13,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import config
 from common import machine
-from common.console import UserError, say
-from evaluation.estimators import held_out, left_to_right
+from common.console import UserError
+from evaluation.estimators import Piece, bound, left_to_right, scored_tokens
 from evaluation.ngram import NGram
 from evaluation.sample_quality import distinct, repeat_rate
-from sampling import decode, fast
-from sampling.torch_model import writer_of
+from sampling import decode
 from text.dataset import TokenData
 
 HELD_OUT_ROWS = 64
@@ -52,7 +49,7 @@ def agreement(row, reference):
 
 @torch.no_grad()
 def measure(tokenizer, prompts, variants, reference, args, frozen, device):
-    """variants {name: (TorchModel, Settings)} -> {name: its figures}; reference: the variant whose
+    """variants {name: (Loaded, Settings)} -> {name: its figures}; reference: the variant whose
     text the others are compared with.
     """
     contexts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -105,11 +102,11 @@ def measure(tokenizer, prompts, variants, reference, args, frozen, device):
 def timed(variant, prompt, tokenizer, seed):
     """Write one text, from the prompt's text to new ids -> (Result, seconds, processor seconds).
     """
-    model, asked = variant
+    loaded, asked = variant
     started = time.perf_counter()
     cpu_started = time.process_time()
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    result = decode.generate(model, ids, asked, [seed])
+    result = decode.generate(loaded.writer, ids, asked, [seed])
     # it ends with a copy to the CPU
     return result, time.perf_counter() - started, time.process_time() - cpu_started
 
@@ -167,46 +164,28 @@ class Judges:
         """The judge's value of held-out text: what a perfect writer scores."""
         return None if self.ngram is None else self.ngram.nats(self.rows.tolist())
 
-    def held_out(self, model, precision, block):
+    def held_out(self, loaded, block):
+        """Nats a token under a block rule."""
         if self.ngram is None:
             return None
-        key = precision, min(block, self.rows.shape[1])
+        R, T = self.rows.shape
+        key = loaded.precision, min(block, T)
         if key not in self.known:
-            self.known[key] = held_out(model, self.rows, [key[1]], 0, 16, 1)[key[1]]["nats"]
+            piece = Piece(self.rows, 0, torch.arange(R))
+            nats, _, _ = bound(loaded.model, [piece], key[1], 1)
+            self.known[key] = float(nats.sum()) / scored_tokens([piece])
         return self.known[key]
 
 
-def load_models(args, chosen, device):
-    """The checkpoint in every precision that is asked for -> (models by precision, precision by
-    what was asked for, bytes of weights by precision, tokenizer, the checkpoint).
-    """
-    models = {}
-    weights = {}
-    of_wanted = {}
-    asked_for = [pairs.get("precision", args.precision) for pairs in chosen.values()]
-    for wanted in dict.fromkeys(asked_for):
-        precision, why = fast.pick(wanted, device)
-        of_wanted[wanted] = precision
-        if precision in models:
-            continue
-        model, tokenizer, saved = checkpoint.load_model(
-            args.ckpt, device, config.check_saved, args.model, args.tokenizer
-        )
-        weights[precision] = fast.prepare(model, precision)
-        models[precision] = writer_of(model)
-        say(f"precision: {precision} ({why}), {weights[precision] / 2**20:.1f} MB of weights")
-    return models, of_wanted, weights, tokenizer, saved
-
-
 @torch.no_grad()
-def add_quality(results, variants, models, judges, tokenizer, prompts):
+def add_quality(results, variants, judges, tokenizer, prompts):
     """The held-out bound and the judged text of every variant join its figures."""
     contexts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    for name, (writer, asked) in variants.items():
+    for name, (loaded, asked) in variants.items():
         figures = results[name]
         whole = 10**9
         block = asked.block_size if asked.mode == "block_frozen" else whole
-        figures["precision"] = next(key for key, value in models.items() if value is writer)
-        figures["held_out_nats"] = judges.held_out(writer.model, figures["precision"], block)
+        figures["precision"] = loaded.precision
+        figures["held_out_nats"] = judges.held_out(loaded, block)
         rows = [tokenizer.encode(text) for text in figures["texts"]]
         figures["judge_nats"] = judges.ngram and judges.ngram.nats(rows, contexts)

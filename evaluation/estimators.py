@@ -20,10 +20,12 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import masking
-from masking import LinearCrossEntropy, hide, step_generator, strata
+from masking import hide, step_generator, strata
 
+CHUNK = 512                   # logits that are there at once
 BINS = 10                     # of the curve of CE by mask rate
 RATES = (0.15, 0.5, 0.85)     # of infilling
 
@@ -70,7 +72,10 @@ def at_depth(model, depth):
         return model.both_states(x0, early=depth)[1][0]
 
     return SimpleNamespace(
-        cfg=model.cfg, head=model.head, block_states=early_states, clean_states=early_clean_states
+        cfg=model.cfg,
+        logits=model.logits,
+        block_states=early_states,
+        clean_states=early_clean_states,
     )
 
 
@@ -165,13 +170,20 @@ def surprise(model, x0, masked, layout, score=None, batch=8):
         else:
             xt = torch.where(masked[part].to(x.device), model.cfg.mask_id, x)
             states = model.block_states(xt, x, layout.block, layout.first)[at]
-        if len(states):
-            ones = torch.ones(len(states), device=states.device)
-            never = list(model.head.never)
-            _, ce = LinearCrossEntropy.apply(
-                states, model.head.weight, x[at], ones, never, 512, states.dtype
-            )
-            found[part][at.cpu()] = ce.cpu()
+        found[part][at.cpu()] = cross_entropy(model, states, x[at]).cpu()
+    return found
+
+
+def cross_entropy(model, states, tokens):
+    """-log p of tokens (N,) under states (N, D) -> (N,), the logits of CHUNK of them at once."""
+    found = torch.empty(len(states), device=states.device)
+    for start in range(0, len(states), CHUNK):
+        part = states[start:start + CHUNK]
+        end = start + len(part)
+        # of few shapes, as oneDNN compiles and keeps a product for each
+        part = F.pad(part, (0, 0, 0, -len(part) % masking.ROWS))
+        z = model.logits(part).log_softmax(-1)[:end - start]                       # (N', V)
+        found[start:end] = -z.gather(1, tokens[start:end, None])[:, 0]
     return found
 
 
@@ -313,7 +325,7 @@ def infilling(model, pieces, seed=0, batch=8):
                 m = mask[part].to(x.device)
                 xt = torch.where(m, model.cfg.mask_id, x)
                 states = model.block_states(xt, x, layout.block, layout.first)[m]     # (N, D)
-                guesses = model.head.logits(states).argmax(-1)
+                guesses = model.logits(states).argmax(-1)
                 good[part][m.cpu()] = (guesses == x[m]).float().cpu()
             right.append(good.sum(1))
             asked.append(mask.sum(1))
@@ -329,7 +341,7 @@ def left_to_right(model, prompt, new, frozen=True):
     Not frozen (trained without blocks): the whole text is one block of the noisy stream, and what
     comes after token i is hidden.
     """
-    ids = torch.tensor([[*prompt, *new]], device=model.head.weight.device)         # (1, P + N)
+    ids = torch.tensor([[*prompt, *new]], device=model.device)                     # (1, P + N)
     P = len(prompt)
     if frozen:
         states = model.clean_states(ids)[0, P:]                                    # (N, D)

@@ -155,14 +155,13 @@ def rule_name(block, length):
 
 def score(model, documents, tokenizer, blocks, args, length, batch):
     """The held-out figures, printed as they come -> what --out_json holds."""
-    device = model.head.weight.device
     every = HeldOut(
-        estimators.cut(documents, length, device),
+        estimators.cut(documents, length, model.device),
         measured(documents, tokenizer),
     )
     # the costly figures: of fewer documents
     few = spread_over(documents, args.chain_docs, length)
-    few = HeldOut(estimators.cut(few, length, device), measured(few, tokenizer))
+    few = HeldOut(estimators.cut(few, length, model.device), measured(few, tokenizer))
     bound = partial(estimators.bound, draws=args.draws, seed=args.seed, batch=batch)
 
     result = {
@@ -197,7 +196,7 @@ def score(model, documents, tokenizer, blocks, args, length, batch):
             show(rule, "chain rule", found)
             show(rule, "its bound", {"all": same})
 
-    if model.cfg.exits:
+    if model.cfg.exits and hasattr(model, "both_states"):  # an exported model never leaves early
         result["exits"] = exits(model, every, blocks, length, bound)
     if not model.cfg.causal:
         result["infilling"] = infilling(model, few, args.seed, batch)

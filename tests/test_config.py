@@ -67,7 +67,8 @@ def another(f):
     if f.type is bool:
         return str(not f.default), not f.default
     if "choices" in meta:
-        choice = next(c for c in meta["choices"] if (c,) != f.default and c != f.default)
+        others = [c for c in meta["choices"] if f.default not in (c, (c,))]
+        choice = others[0] if others else f.default         # a flag that is there for later
         return choice, (choice,) if f.type is tuple else choice
     if f.type is int:
         value = (f.default or 0) + 1

@@ -15,7 +15,7 @@ import pytest
 import config
 from common.files import ROOT
 
-ROOMS = ("common", "text", "training", "sampling", "evaluation")
+ROOMS = ("common", "text", "training", "sampling", "evaluation", "edge")
 PATHS = sorted(
     [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
 )
@@ -32,8 +32,9 @@ NEEDS_NO_TORCH = sorted(  # --help is instant: whatever a command imports before
     {*COMMANDS, "config", "cli", "model_config", "studies", "evaluation.study_plan",
      "evaluation.study_report",
      *(name for name in TREES if name.startswith(("common", "text", "sampling")))}
-    - {"common.machine", "sampling.fast", "sampling.torch_model",  # decoding is numpy's work
-       "sampling.cuda_graphs"})
+    - {"common.machine", "sampling.fast", "sampling.torch_model", "sampling.trained",
+       "sampling.cuda_graphs"}
+    | {"edge.engine"})  # decoding is numpy's work
 EVERYTHING = [p for p in sorted(ROOT.rglob("*.py"))
               if not {".venv", "data", "checkpoints"} & set(p.relative_to(ROOT).parts)]
 

@@ -12,6 +12,7 @@ every other tool makes. There is no pad and no unknown; the end of text stands b
 so it is the first id of a prompt, and it ends a text that a model writes.
 """
 import hashlib
+import os
 import re
 from functools import cache
 from itertools import chain
@@ -52,6 +53,21 @@ def open_tokenizer(source):
     if start.replace(b"\r\n", b"\n").startswith(FIRST_WORDS):
         return Gpt2Tokenizer(source)
     return Tokenizer(source)
+
+
+def check_tokenizer(path, own):
+    """--tokenizer may only name the one that the checkpoint carries itself."""
+    if not os.path.exists(path):
+        raise UserError(
+            f"--tokenizer {path}: no such file; leave the flag out, the checkpoint carries its own "
+            "tokenizer"
+        )
+    given = open_tokenizer(path)
+    if given.sha256 != own.sha256:
+        raise UserError(
+            f"--tokenizer {path} ({given.sha256[:12]}) is not the one this checkpoint was trained "
+            f"with ({own.sha256[:12]}): leave the flag out, the checkpoint carries its own"
+        )
 
 
 def byte_letters():

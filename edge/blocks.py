@@ -1,0 +1,91 @@
+"""Matrices in 8 or 4 bits. numpy only.
+
+pack_rows: signed bytes with a scale for each output; value = code * scale. pack: blocks of weights
+that share a scale, laid out as ONNX Runtime's MatMulNBits reads them; value = (code - middle) *
+scale, middle 128 or 8. even: what is done before, so that less is lost. Legend: O outputs, I inputs
+of a matrix, n blocks of a row, b weights of a block.
+"""
+import numpy as np
+
+
+def pack_rows(weight):
+    """(O, I) float32 -> codes (O, I) int8, scales (O,) float32."""
+    scale = np.maximum(np.abs(weight).max(1) / 127, 1e-12).astype(np.float32)
+    return np.round(weight / scale[:, None]).astype(np.int8), scale
+
+
+def split(weight, block):
+    """(O, I) -> (O, n, b), zero behind the last input."""
+    rows, inputs = weight.shape
+    padded = np.zeros((rows, -(-inputs // block) * block), np.float32)
+    padded[:, :inputs] = weight
+    return padded.reshape(rows, -1, block)                                         # (O, n, b)
+
+
+def pack(weight, bits, block):
+    """(O, I) float32 -> codes (O, n, b * bits / 8) uint8, scales (O, n) float32."""
+    parts = split(weight, block)
+    if bits == 8:
+        scale = np.abs(parts).max(-1) / 127                                        # (O, n)
+    else:
+        # the value that is farthest from 0 becomes the code 0, as 4 bits reach from -8 to 7
+        far = np.abs(parts).argmax(-1)[..., None]                                  # (O, n, 1)
+        scale = np.take_along_axis(parts, far, -1)[..., 0] / -8                    # (O, n)
+    middle = 1 << (bits - 1)
+    divisor = np.where(scale == 0, 1, scale)[..., None]
+    codes = np.clip(np.round(parts / divisor) + middle, 0, 2 * middle - 1).astype(np.uint8)
+    if bits == 4:
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    return codes, scale.astype(np.float32)
+
+
+def unpack(codes, scale, bits, inputs):
+    """What pack made -> the weights that the product uses, (O, inputs) float32."""
+    if bits == 4:
+        codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(*codes.shape[:2], -1)
+    middle = 1 << (bits - 1)
+    values = (codes.astype(np.float32) - middle) * scale[..., None]                # (O, n, b)
+    return values.reshape(len(values), -1)[:, :inputs]
+
+
+# ---- even columns --------------------------------------------------------------------------------
+
+def even(weight):
+    """A matrix (O, I) -> the same with columns of more equal size, and the factors (I,) that its
+    inputs are multiplied by instead: half of the difference in size, as what a large column gives
+    up its input takes on (SmoothQuant, Xiao et al. 2023). It halves the rounding of a row.
+    """
+    size = np.abs(weight).max(0)
+    factors = np.sqrt(np.maximum(size / size.mean(), 1e-3)).astype(np.float32)
+    return weight / factors, factors
+
+
+def even_layers(cfg, parameters):
+    """The parameters of all layers with even columns in their matrices. The factors go into what
+    stands before each: the convolution's or norm's weights, or the rows that make `up`.
+    """
+    found = dict(parameters)
+    for i in range(cfg.n_layers):
+        p = f"layers.{i}."
+        if cfg.model == "primary":
+            even_gated(found, p, cfg.d_ff)
+            matrix, factors = even(found[p + "in_proj.weight"])
+            found[p + "in_proj.weight"] = matrix
+            found[p + "conv.weight"] = found[p + "conv.weight"] * factors[:, None]
+        else:
+            even_gated(found, p + "ff.", cfg.d_ff)
+            for norm, name in (("attn_norm", "attn.qkv_proj"), ("ff_norm", "ff.in_proj")):
+                matrix, factors = even(found[f"{p}{name}.weight"])
+                found[f"{p}{name}.weight"] = matrix
+                found[f"{p}{norm}.weight"] = found[f"{p}{norm}.weight"] * factors
+    return found
+
+
+def even_gated(found, p, d_ff):
+    """The columns of out_proj that read the gated feed-forward; `up` takes their factors."""
+    out = found[p + "out_proj.weight"].copy()
+    up = found[p + "in_proj.weight"].copy()
+    out[:, :d_ff], factors = even(out[:, :d_ff])
+    up[d_ff:2 * d_ff] *= factors[:, None]
+    found[p + "out_proj.weight"] = out
+    found[p + "in_proj.weight"] = up

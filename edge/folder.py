@@ -1,0 +1,192 @@
+"""An exported folder is written, proved and put in its place. Used by export.py.
+
+    model, tokenizer, saved = load_checkpoint(args)
+    windows = held_out_windows(data_dir, tokenizer, saved)
+    manifest = export(args, model, saved, windows, output)
+
+Legend: L tokens of a row.
+"""
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+import checkpoint
+import config
+from common import machine
+from common.console import UserError, say
+from common.files import aside_of, file_sha256, rename, sync, to_json, told_of, write_file
+from edge import checks, engine, graphs
+from evaluation import estimators, held_out
+from evaluation.exported import ExportedModel
+from sampling.torch_model import TorchModel
+from text.dataset import TokenData
+from text.gpt2 import open_tokenizer
+
+EXACT = 1e-5           # of the logits' size, between two ways to compute the same float32 numbers
+WINDOWS = 12           # of held-out text that are scored
+LEAST = 80             # tokens of a text on which logits are compared
+
+
+def load_checkpoint(args):
+    """The trained model on the CPU, its tokenizer, its checkpoint."""
+    machine.start(args.threads)
+    device = machine.pick_device("cpu")
+    return checkpoint.load_model(args.ckpt, device, config.check_saved)
+
+
+def held_out_windows(data_dir, tokenizer, saved):
+    """Beginnings of held-out documents, lists of ids, or [] without the run's data."""
+    settings = saved.config["args"]
+    data_dir = data_dir or settings["data_dir"]
+    if not Path(data_dir, "meta.json").is_file():
+        say(f"notice: {data_dir} is not there, so the bits/byte that are lost are not measured")
+        return []
+    data = TokenData(data_dir, "val")
+    held_out.same_tokenizer(data, tokenizer, saved)
+    documents = [ids for ids in held_out.split_documents(data) if len(ids) > 1]
+    windows = []
+    for ids in held_out.spread_over(documents, WINDOWS, settings["seq_len"]):
+        windows.append(ids.tolist())
+    return windows
+
+
+def export(args, model, saved, windows, output):
+    """Write the folder aside, and rename it when it has proved itself -> its manifest."""
+    aside = aside_of(output)
+    with told_of(output):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            manifest = write_and_check(args, model, saved, aside, windows)
+            take_place(aside, output)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    return manifest
+
+
+def write_and_check(args, model, saved, folder, windows):
+    """Write the folder, compare it with PyTorch, measure what it costs -> its manifest."""
+    bits = int(args.bits)
+    reference = TorchModel(model)
+    ids = text_for_logits(model.cfg, windows)
+
+    # the graphs in float32 against PyTorch
+    exact = folder
+    if bits != 32:
+        exact = folder / "float32"
+    exact.mkdir(parents=True)
+    manifest = write_folder(model, saved, exact, 32, args.weight_block)
+    largest, _ = checks.difference(engine.load(exact, args.threads), reference, ids)
+    if not largest <= EXACT:
+        raise UserError(
+            f"the exported graphs differ from PyTorch's logits by {largest:.1e} of their size, "
+            f"more than {EXACT:g}: nothing was written; please report it with this checkpoint's "
+            "config.json"
+        )
+    say(f"in float32 the logits are PyTorch's: {largest:.1e} of their size apart at most")
+    runner = None
+    if bits != 32:
+        shutil.rmtree(exact)
+        manifest = write_folder(model, saved, folder, bits, args.weight_block)
+        runner = engine.load(folder, args.threads)
+        _, typical = checks.difference(runner, reference, ids)
+        if not math.isfinite(typical):
+            raise UserError(f"in {bits} bits the logits are not finite: use --bits 32")
+        say(f"in {bits} bits the logits are {typical:.2%} of their size away, root mean square")
+        manifest["logits_apart"] = typical
+    runner = runner or engine.load(folder, args.threads)
+
+    # what it costs
+    manifest["milliseconds"] = checks.speed(runner, ids)
+    times = [f"{what} {ms:.2f} ms" for what, ms in manifest["milliseconds"].items()]
+    say(f"a forward in {runner.threads} threads: {', '.join(times)}")
+    manifest["bits_per_byte"] = bits_lost(args, saved, runner, model, windows)
+    write_file(folder / engine.MANIFEST, to_json(manifest))
+    sync(folder)
+    return manifest
+
+
+def text_for_logits(cfg, windows):
+    """Two rows of ids (2, L): held-out text where there is enough of it, random pieces else."""
+    rows = [window for window in windows if len(window) >= LEAST][:2]
+    if len(rows) < 2:
+        pieces = np.random.default_rng(0).integers(4, cfg.vocab_size, (2, LEAST))
+        return pieces.astype(np.int64)
+    return np.array([row[:LEAST] for row in rows])
+
+
+def write_folder(model, saved, folder, bits, block):
+    """The files of an exported model -> its manifest, which is written, too."""
+    parameters = {name: value.float().numpy() for name, value in model.state_dict().items()}
+    weights = graphs.Weights(folder / engine.WEIGHTS)
+    try:
+        built = graphs.build(model.cfg, parameters, graphs.Products(weights, bits, block))
+    finally:
+        weights.close()
+    for name, graph in built.items():
+        write_file(folder / f"{name}.onnx", graph.SerializeToString())
+    write_file(folder / engine.TOKENIZER, saved.tokenizer_bytes)
+    write_file(folder / engine.CONFIG, to_json(saved.config))
+    sync(folder / engine.WEIGHTS)
+
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    manifest = {
+        "format": engine.FORMAT,
+        "files": files,
+        "bits": bits,
+        "weight_block": block,
+        "chunk": graphs.CHUNK,
+        "step": saved.step,
+        "data_sha256": saved.state.get("data_sha256"),
+        "onnx": onnx.__version__,
+    }
+    write_file(folder / engine.MANIFEST, to_json(manifest))
+    return manifest
+
+
+def bits_lost(args, saved, runner, model, windows):
+    """The bits/byte of the windows by PyTorch in float32 and by the exported model, or None."""
+    tokenizer = open_tokenizer(saved.tokenizer_bytes)
+    size = sum(len(tokenizer.decode(window).encode()) for window in windows)
+    if not size:
+        return None
+    settings = saved.config["args"]
+    length = settings["seq_len"]
+    ways = {"left to right": 1}
+    if not model.cfg.causal:
+        sizes = config.block_sizes(settings["train_block_sizes"], length)
+        block = max((size for size in sizes if 1 < size < length), default=length)
+        ways[f"bound in blocks of {block}"] = block
+    pieces = estimators.cut(windows, length)
+    found = {}
+    for name, block in ways.items():
+        bits = []
+        for scored in (model, ExportedModel(runner)):
+            # one draw of masks, the same for both
+            nats, _, _ = estimators.bound(scored, pieces, block, 1, args.seed)
+            bits.append(float(nats.sum()) / size / math.log(2))
+        before, after = bits
+        found[name] = {"checkpoint": before, "exported": after, "lost": after / before - 1}
+        say(
+            f"{name}: {before:.4f} bits/byte in PyTorch, {after:.4f} exported "
+            f"({after / before - 1:+.2%}; {len(windows)} windows of held-out text)"
+        )
+    return found
+
+
+def take_place(aside, output):
+    """The new folder takes its name; an older export there goes."""
+    old = output.with_name(f".old-{output.name}-{os.getpid()}")
+    if output.exists():
+        rename(output, old)
+    rename(aside, output)
+    sync(output.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,91 @@
+"""An exported model (python -m export) for the commands that write or score text. No torch.
+
+    folder = folder_of(args)        # None: --ckpt is for PyTorch, see sampling/trained.py
+    writer, tokenizer, saved = load(folder, args)
+
+Used by sample.py, evaluate.py and edge_benchmark.py. `saved` is what checkpoint.load gives, as far
+as anybody asks: path, step, config, state.
+"""
+from pathlib import Path
+from types import SimpleNamespace
+
+import config
+import model_config
+from common.console import UserError, say
+from edge import engine
+from text.gpt2 import check_tokenizer, open_tokenizer
+
+FOLDER = Path("exports")      # where python -m export writes if nothing else is asked
+
+
+def folder_of(args):
+    """The exported folder that --ckpt and --engine ask for, or None."""
+    if args.ckpt and engine.is_export(args.ckpt):
+        if args.engine == "torch":
+            raise UserError(
+                f"--engine torch: {args.ckpt} is an exported model, which PyTorch does not read: "
+                "name the checkpoint that it was made of"
+            )
+        return Path(args.ckpt)
+    if args.engine != "onnx":
+        return None
+    if not args.ckpt:
+        raise UserError("--engine onnx: name an exported folder with --ckpt")
+    folder = FOLDER / run_of(Path(args.ckpt)).name
+    if not engine.is_export(folder):
+        raise UserError(
+            f"--engine onnx: {args.ckpt} has no export at {folder}: make it with python -m export "
+            f"{args.ckpt}"
+        )
+    return folder
+
+
+def run_of(path):
+    """The run folder that a spelling of a checkpoint names."""
+    if path.name.startswith("step_") or path.name in ("last.ckpt", "best.ckpt"):
+        return path.parent
+    return path
+
+
+def load(folder, args):
+    """-> (engine, tokenizer, saved); flags of a checkpoint that cannot be had are refused."""
+    if args.device not in ("auto", "cpu"):
+        raise UserError(
+            f"--device {args.device}: an exported model runs on the CPU; leave the flag out, or "
+            "name the checkpoint"
+        )
+    if getattr(args, "precision", "auto") != "auto":
+        raise UserError(
+            f"--precision {args.precision}: an exported model has the precision that it was "
+            "exported in; leave the flag out, or export with other --bits"
+        )
+    runner = engine.load(folder, args.threads)
+    config.check_saved(runner.config["args"], folder / engine.CONFIG)
+    wanted = getattr(args, "model", "auto")
+    if wanted not in ("auto", runner.cfg.model):
+        raise UserError(
+            f"{folder} holds a {runner.cfg.model} model, --model says {wanted}: use --model "
+            f"{runner.cfg.model}"
+        )
+    tokenizer = open_tokenizer(runner.tokenizer_bytes())
+    if getattr(args, "tokenizer", None):
+        check_tokenizer(args.tokenizer, tokenizer)
+    manifest = runner.manifest
+    saved = SimpleNamespace(
+        path=folder,
+        step=manifest["step"],
+        config=runner.config,
+        state={"data_sha256": manifest.get("data_sha256")},
+    )
+    say(
+        f"model: {runner.cfg.model}, {model_config.count_params(runner.cfg):,} parameters; "
+        f"exported at step {saved.step}, {in_words(runner)}"
+    )
+    return runner, tokenizer, saved
+
+
+def in_words(runner):
+    """How it computes."""
+    bits = runner.manifest["bits"]
+    numbers = "float32" if bits == 32 else f"{bits} bits"
+    return f"{numbers}, ONNX Runtime in {runner.threads} threads"
