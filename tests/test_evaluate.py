@@ -239,13 +239,21 @@ def test_windows_score_every_token_once(tokens, length):
     assert scored == list(range(1, tokens))
 
 
+def without_specials(z):
+    """The pad's and the mask's logit are -inf."""
+    z[:, [0, V]] = -math.inf
+    return z
+
+
 @pytest.mark.parametrize("block", [1, 4, 8, 99])
 def test_a_long_document_is_scored_whole_and_given_tokens_are_never_hidden(block):
     """A uniform guess costs ln V at each scored token, whatever the cut; so masks, weights and
     windows are right together.
     """
-    net = SimpleNamespace(cfg=SimpleNamespace(mask_id=V, pad_id=0, causal=False),
-                          head=SimpleNamespace(weight=torch.zeros(V + 1, 4), never=(0, V)))
+    net = SimpleNamespace(
+        cfg=SimpleNamespace(mask_id=V, pad_id=0, causal=False),
+        logits=lambda states: without_specials(states @ torch.zeros(4, V + 1)),
+    )
     net.block_states = lambda xt, *_: torch.zeros(*xt.shape, 4)
     net.clean_states = lambda x0: torch.zeros(*x0.shape, 4)
     documents = [[2] + [5] * (n - 1) for n in (3, 8, 20, 17, 24)]
@@ -294,7 +302,7 @@ def test_strata_pay_where_the_cost_depends_on_the_count():
     weight = torch.eye(V + 1, 12)
     net = SimpleNamespace(
         cfg=SimpleNamespace(mask_id=V, causal=False),
-        head=SimpleNamespace(weight=weight, never=(0, V)),
+        logits=lambda states: without_specials(states @ weight.T),
     )
     net.block_states = lambda xt, x0, *_: 8 * (xt != V).float().mean(1)[:, None, None] * weight[x0]
     pieces = cut([[2] + [5, 7, 6, 4] * 4] * 64, 17)
@@ -340,7 +348,7 @@ def test_infilling_counts_right_guesses():
     weight = torch.eye(V + 1)
     net = SimpleNamespace(
         cfg=SimpleNamespace(mask_id=V, causal=False),
-        head=SimpleNamespace(logits=lambda h: h @ weight.T),
+        logits=lambda states: states @ weight.T,
     )
     net.block_states = lambda xt, x0, block, first: torch.nn.functional.one_hot(
         torch.where(x0 == 7, 6, x0), V + 1
