@@ -620,6 +620,7 @@ def main():
                 "rows": rows,
                 "new": args.new,
                 "rounds": args.rounds,
+                "params": model_config.count_params(shape("backup")),
                 **machine.environment(torch.device("cpu")),
             }
         )

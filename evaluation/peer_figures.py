@@ -104,6 +104,9 @@ def of_shortest_prompt(document):
         raise ValueError('a row has no "prompt" or no "tok_per_s"')
     shortest = min(row["prompt"] for row in others)
     note = f"prompt of {shortest:g}"
+    params = document.get("params")
+    if is_positive(params):
+        note = f"{params / 1e6:.1f}M parameters, {note}"
     threads = document.get("threads")
     if threads == 1:
         note += ", 1 thread"

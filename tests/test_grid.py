@@ -209,8 +209,9 @@ def test_what_decode_peers_prints(tmp_path):
         for prompt in (1024, 64)
         for name, speed in (("aria primary bf16, 4 per forward", 300), ("llama.cpp AR, Q8_0", 523))
     ]
-    document = json.dumps(dict(rows=rows, new=128, threads=2))
-    wanted = [Peer("llama.cpp AR, Q8_0", 523, None, "prompt of 64, 2 threads")]
+    document = json.dumps(dict(rows=rows, new=128, params=38_185_984, threads=2))
+    note = "38.2M parameters, prompt of 64, 2 threads"
+    wanted = [Peer("llama.cpp AR, Q8_0", 523, None, note)]
     assert peers_in(tmp_path, document) == wanted
     assert peers_in(tmp_path, f"parameters: primary 38\nprompt 64 ...\n{document}\n") == wanted
 
