@@ -15,7 +15,8 @@ from evaluation.plots import DPI, pyplot, save
 
 WIDTH = 9                       # inches
 ABOVE = 0.95                    # inches of title above the axes
-BELOW = 1.0                     # inches of text below them
+BELOW = 0.62                    # inches of text below them, without
+ENTRY = 0.19                    # inches for each line of the legend
 MARKER = 5.5                    # points
 LEADER = 22                     # pixels: a name further from its point than this gets a thin line
 LETTER = 0.013                  # width of a letter of a name, as a share of the points' range
@@ -51,10 +52,11 @@ def draw(path, lines, real, peers, caption):
 
 def figure_of(plt, lines, real, peers, caption):
     """The picture as a figure of matplotlib."""
-    height = max(5.8, 3.8 + 0.22 * (len(lines) + len(peers)))
+    below = BELOW + ENTRY * (2 + len(peers))
+    height = max(4.8, 2.8 + 0.22 * (len(lines) + len(peers))) + below
     figure, axes = plt.subplots(figsize=(WIDTH, height), dpi=DPI)
     figure.subplots_adjust(
-        left=0.08, right=0.985, bottom=BELOW / height, top=1 - ABOVE / height
+        left=0.08, right=0.985, bottom=below / height, top=1 - ABOVE / height
     )
     set_scales(axes, lines, real, peers)
     axes.set_xlabel("tokens/s, prompt included (further right: faster)")
@@ -71,8 +73,7 @@ def figure_of(plt, lines, real, peers, caption):
     looks = looks_of(plt, lines)
     for line in lines:
         draw_line(axes, line, best, *looks[line.name])
-    for peer in peers:
-        draw_peer(axes, peer)
+    explained += [draw_peer(axes, peer) for peer in peers]
 
     # The text
     figure.canvas.draw()
@@ -81,9 +82,11 @@ def figure_of(plt, lines, real, peers, caption):
     for label in wanted:
         write_label(axes, board, label)
     write_title(figure, caption, lines)
-    figure.legend(
+    legend = figure.legend(
         handles=explained, loc="lower left", bbox_to_anchor=(0.07, 0), fontsize=9, frameon=False
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
 
 
@@ -212,10 +215,26 @@ def draw_line(axes, line, best, colour, style):
 
 
 def draw_peer(axes, peer):
+    """A star, or a vertical line where only the speed is known."""
+    said = f"{peer.name}: {peer.tok_s:.4g} tokens/s"
+    if peer.note:
+        said += f", {peer.note}"
     if peer.nats is None:
-        axes.axvline(peer.tok_s, linestyle=":", linewidth=1.6, color=PEER_COLOUR, zorder=1.5)
-    else:
-        axes.plot(peer.tok_s, peer.nats, "*", markersize=13, color=PEER_COLOUR, zorder=4)
+        said += " (speed only)"
+        return axes.axvline(
+            peer.tok_s, linestyle=":", linewidth=1.6, color=PEER_COLOUR, zorder=1.5, label=said
+        )
+    [star] = axes.plot(
+        peer.tok_s,
+        peer.nats,
+        "*",
+        markersize=13,
+        color=PEER_COLOUR,
+        linestyle="none",
+        zorder=4,
+        label=said,
+    )
+    return star
 
 
 # ---- what is written -----------------------------------------------------------------------------
@@ -250,14 +269,10 @@ def names_of(axes, lines, peers, looks):
     found = []
     bottom, top = axes.get_ylim()
     for peer in peers:
-        text = peer.name
-        if peer.note:
-            text += f"\n{peer.note}"
         height = peer.nats
         if height is None:
-            text += "\n(speed only)"
-            height = top - 0.07 * (top - bottom)
-        found.append(Label(text, (peer.tok_s, height), PEER_COLOUR, is_name=True))
+            height = top - 0.05 * (top - bottom)
+        found.append(Label(peer.name, (peer.tok_s, height), PEER_COLOUR, is_name=True))
     for line in lines:
         colour, _ = looks[line.name]
         _, speed, nats = max(line.points, key=lambda point: point[1])

@@ -150,7 +150,16 @@ def test_every_line_and_engine_is_named_and_no_text_overlaps():
     figure, labels = drawn(lines, 1.2, peers)
     texts = [text for text, _ in labels]
     assert {line.name for line in lines} <= set(texts) and len(lines) == 12
-    assert "llama.cpp $Q8_0\nprompt of 64\n(speed only)" in texts and "hf_llama" in texts
+    assert "llama.cpp $Q8_0" in texts and "hf_llama" in texts
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][2:] == [
+        "llama.cpp $Q8_0: 523 tokens/s, prompt of 64 (speed only)", "hf_llama: 80 tokens/s",
+    ]
+    # the legend stands below the axes, and within the picture
+    [axes] = figure.axes
+    box = legend.get_window_extent()
+    below = axes.xaxis.get_tightbbox()
+    assert 0 <= box.y0 and box.y1 <= below.y0
     assert sum(text in ("4", "8", "16", "32") for text in texts) > 30, "most of 48 values"
     for (text, box), (other, other_box) in itertools.combinations(labels, 2):
         apart = (
