@@ -24,6 +24,7 @@ from config import (
     VERSION,
     SampleArgs,
     TrainArgs,
+    token_file_pieces,
 )
 from model_config import count_params, match_d_ff, model_config
 
@@ -214,6 +215,7 @@ def announce(args, origins, vocab_size=None):
         meta = Path(args.data_dir, "meta.json")
         if not vocab_size and meta.exists():
             vocab_size = read_json(meta).get("vocab_size")
+        vocab_size = vocab_size or token_file_pieces(args.data_dir)
         shape = model_config(args, vocab_size or 0)
         if vocab_size:
             more = f"with {vocab_size} pieces"

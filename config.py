@@ -220,7 +220,49 @@ class PresetFlags:
 @dataclass
 class DataFlags:
     "Data"
-    data_dir: str = flag("data/processed", "folder with train.bin, val.bin and meta.json")
+    data_dir: str = flag(
+        "data/processed",
+        "folder that prepare made; train and evaluate also take a token file, .npy or .bin with "
+        "its .meta (prepare_fineweb)",
+        aliases=("data",),
+    )
+
+
+GPT2_PIECES = 50257      # the vocabulary of a token file; text/gpt2.py has the pieces
+
+
+def token_file_pieces(path):
+    """The size of its vocabulary, if this is the name of a token file, else 0."""
+    return GPT2_PIECES if Path(path).suffix in (".npy", ".bin") else 0
+
+
+@dataclass
+class TokenFileFlags:
+    "Token file"
+    data_format: str = flag(
+        "auto",
+        "of a token file; auto = by its first bytes",
+        "ignore",
+        choices=("auto", "npy", "bin"),
+        rare=True,
+        later=True,
+    )
+    vocab_size: int = flag(
+        None,
+        "of a token file; none = that of its .meta, which it may not contradict",
+        "ignore",
+        at_least=1,
+        rare=True,
+        later=True,
+    )
+    val_frac: float = flag(
+        0.01,
+        "tail of a token file kept for validation",
+        at_least=0,
+        below=1,
+        rare=True,
+        later=True,
+    )
 
 
 @dataclass
@@ -744,6 +786,7 @@ class TrainArgs(
     OptimFlags,
     MaskFlags,
     ModelFlags,
+    TokenFileFlags,
     DataFlags,
     PresetFlags,
 ):
@@ -886,6 +929,72 @@ class PrepareArgs(PrepareFlags, CommonFlags):
         ("python -m prepare --source builtin", "the starter corpus, without a network"),
     )
     first = ("Preparation",)
+
+
+SIZES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def size_of(text):
+    """"1.5M" -> 1,500,000: a whole number or a decimal with K, M or B; None if it is none of these,
+    or no whole number above zero.
+    """
+    found = re.fullmatch(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?([KMB]?)", text.upper())
+    if not found:
+        return None
+    whole, decimals, suffix = found[1], found[2] or "", found[3]
+    size, rest = divmod(int(whole + decimals) * SIZES[suffix], 10 ** len(decimals))
+    if rest or not 0 < size < 2**60:
+        return None
+    return size
+
+
+@dataclass
+class FinewebArgs(EveryFlags):
+    "Preparation"
+    examples = (
+        (
+            "python -m prepare_fineweb --tokens 100M --output fineweb_100m.npy",
+            "English web text; stopped, the same again goes on",
+        ),
+        ("python -m prepare_fineweb --tokens 1B --output fineweb_1b.npy", "ten times as much"),
+    )
+    first = ("Preparation",)
+    tokens: str = flag("100M", "exactly so many, K, M or B behind a number", "ignore")
+    output: str = flag(None, "the token file; none = fineweb_TOKENS.npy", "ignore")
+    format: str = flag(
+        "auto", "of the file; auto = by its name", "ignore", choices=("auto", "npy", "bin")
+    )
+    force: bool = flag(False, "begin anew, whatever is there", "ignore")
+
+    @property
+    def count(self):
+        """The number of tokens."""
+        return size_of(self.tokens)
+
+    @property
+    def path(self):
+        """The token file."""
+        suffix = "npy" if self.format == "auto" else self.format
+        return Path(self.output or f"fineweb_{self.tokens.lower()}.{suffix}")
+
+    @property
+    def kind(self):
+        """npy or bin; None if neither the flag nor the name says which."""
+        if self.format != "auto":
+            return self.format
+        suffix = self.path.suffix.removeprefix(".")
+        return suffix if suffix in ("npy", "bin") else None
+
+    def problems(self):
+        if not self.count:
+            yield (
+                f"--tokens {self.tokens}: must be a whole number of tokens above 0, such as "
+                "500000, 100M or 1.5B"
+            )
+        if not self.kind:
+            yield (
+                f"--output {self.output}: end its name in .npy or .bin, or add --format npy"
+            )
 
 
 def starter_args(folder=starter.FOLDER, chars=None):
@@ -1032,7 +1141,9 @@ class EvaluateArgs(DecodeFlags, CheckpointFlags, CommonFlags):
     first = ("Evaluation", "Checkpoint")
     engine: str = again(GenerateFlags, "engine")
     data_dir: str = flag(
-        None, "prepared text, whose validation part is scored; none = the checkpoint's"
+        None,
+        "prepared text, whose validation part is scored; none = the checkpoint's",
+        aliases=("data",),
     )
     text: str = flag(
         None,
@@ -1229,6 +1340,7 @@ COMMANDS = dict(
     train=TrainArgs,
     sample=SampleArgs,
     prepare=PrepareArgs,
+    prepare_fineweb=FinewebArgs,
     evaluate=EvaluateArgs,
     edge_benchmark=BenchArgs,
     export=ExportArgs,

@@ -36,7 +36,7 @@ import model_config
 from common import files
 from common.console import UserError, say
 from common.files import read_json, read_lines, write_json, write_text
-from config import TrainArgs
+from config import TrainArgs, token_file_pieces
 from evaluation import study_plan, study_report
 from evaluation.study_plan import flags, make_plan, rounds, scoring, terms, variants
 from studies import STUDIES
@@ -463,6 +463,8 @@ def need_text(args, runs):
     """A usage error when a run's folder of prepared text is not there, with how to make it."""
     for folder in dict.fromkeys(run.args.data_dir for run in runs):
         if folder == TrainArgs.data_dir or Path(folder, "meta.json").exists():
+            continue
+        if token_file_pieces(folder) and Path(folder).exists():
             continue
         how = STUDIES[args.study].before if args.study else ()
         first = "first (hindi.jsonl and hinglish.jsonl stand for your own text):"

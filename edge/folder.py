@@ -23,7 +23,6 @@ from edge import checks, engine, graphs
 from evaluation import estimators, held_out
 from evaluation.exported import ExportedModel
 from sampling.torch_model import TorchModel
-from text.dataset import TokenData
 from text.gpt2 import open_tokenizer
 
 EXACT = 1e-5           # of the logits' size, between two ways to compute the same float32 numbers
@@ -42,12 +41,12 @@ def held_out_windows(data_dir, tokenizer, saved):
     """Beginnings of held-out documents, lists of ids, or [] without the run's data."""
     settings = saved.config["args"]
     data_dir = data_dir or settings["data_dir"]
-    if not Path(data_dir, "meta.json").is_file():
+    if not Path(data_dir, "meta.json").is_file() and not Path(data_dir).is_file():
         say(f"notice: {data_dir} is not there, so the bits/byte that are lost are not measured")
         return []
-    data = TokenData(data_dir, "val")
+    data = held_out.open_text(data_dir, "val", saved)
     held_out.same_tokenizer(data, tokenizer, saved)
-    documents = [ids for ids in held_out.split_documents(data) if len(ids) > 1]
+    documents = [ids for ids in data.documents() if len(ids) > 1]
     windows = []
     for ids in held_out.spread_over(documents, WINDOWS, settings["seq_len"]):
         windows.append(ids.tolist())

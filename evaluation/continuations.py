@@ -14,12 +14,11 @@ import checkpoint
 import config
 from common.console import UserError, say
 from evaluation.estimators import left_to_right
-from evaluation.held_out import same_tokenizer, split_documents
+from evaluation.held_out import open_text, same_tokenizer
 from evaluation.ngram import NGram, shared
 from evaluation.sample_quality import Text, quality, words
 from sampling import settings
 from sampling.decode import generate
-from text.dataset import TokenData
 from text.tokenizer import script_of
 
 PROMPT = 16           # tokens of a held-out beginning, or half of a shorter document
@@ -96,7 +95,7 @@ def unread_model(unread, path, train):
 def words_of(train, tokenizer):
     """The words of the training text."""
     known = set()
-    for part in split_documents(train):
+    for part in train.documents():
         known.update(words(tokenizer.decode(part.tolist())))
     return known
 
@@ -153,7 +152,7 @@ def continue_documents(writer, documents, tokenizer, saved, args, data_dir, ar_n
 
     ar_nats: of ar_model, or None. unread: documents of --judge_text, or none.
     """
-    train = TokenData(data_dir, "train")
+    train = open_text(data_dir, "train", saved)
     same_tokenizer(train, tokenizer, saved)
     found = {}
     scorers = {"ngram": NGram(train.tokens, train.vocab_size).nats}

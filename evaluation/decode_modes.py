@@ -16,10 +16,10 @@ import torch
 from common import machine
 from common.console import UserError
 from evaluation.estimators import Piece, bound, left_to_right, scored_tokens
+from evaluation.held_out import open_text
 from evaluation.ngram import NGram
 from evaluation.sample_quality import distinct, repeat_rate
 from sampling import decode
-from text.dataset import TokenData
 
 HELD_OUT_ROWS = 64
 
@@ -148,7 +148,8 @@ class Judges:
     def __init__(self, data_dir, tokenizer, saved, device):
         self.args, self.device, self.ngram, self.known = saved.config["args"], device, None, {}
         try:
-            train, self.val = TokenData(data_dir, "train"), TokenData(data_dir, "val")
+            train = open_text(data_dir, "train", saved)
+            self.val = open_text(data_dir, "val", saved)
             if train.meta["tokenizer_sha256"] != tokenizer.sha256:
                 raise UserError(f"{data_dir} was made with another tokenizer than the checkpoint")
         except UserError as error:

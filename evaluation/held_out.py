@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from common.console import UserError, say
+from config import TrainArgs
 from evaluation import estimators
 from text import documents as text_files
-from text.dataset import TokenData
+from text.token_file import open_split
 from text.tokenizer import normalise, script_of
 
 LEAST_WINDOWS = 8     # of a long document, before --batches spreads over others
@@ -43,16 +44,15 @@ def read_documents(args, data_dir, tokenizer, saved):
     """Held-out documents as lists of ids, BOS first."""
     if args.text:
         return read_text("text", args.text, tokenizer)
-    data = TokenData(data_dir, "val")
+    data = open_text(data_dir, "val", saved)
     same_tokenizer(data, tokenizer, saved)
-    return [part.tolist() for part in split_documents(data)]
+    return [part.tolist() for part in data.documents()]
 
 
-def split_documents(data):
-    """TokenData -> the ids of each document, BOS first."""
-    ids = np.asarray(data.tokens)
-    starts = np.flatnonzero(ids == data.meta["bos_id"])
-    return np.split(ids, starts)[1:]
+def open_text(data_dir, split, saved):
+    """The text that a checkpoint is scored on; a token file is split as in its training."""
+    val_frac = saved.config["args"].get("val_frac", TrainArgs.val_frac)
+    return open_split(data_dir, split, val_frac)
 
 
 def same_tokenizer(data, tokenizer, saved):

@@ -19,7 +19,7 @@ import model_config
 from common.console import UserError, say
 from common.files import read_json
 from common.flags import defaults_of_later, problems_of
-from config import TrainArgs
+from config import TrainArgs, token_file_pieces
 from studies import STUDIES
 
 ROUNDS = 3            # of --halving at most: an eighth, a quarter, half
@@ -28,6 +28,8 @@ FIELDS = dataclasses.fields(TrainArgs)
 # moves to the starter corpus
 LOOSE = {
     "data_dir",
+    "data_format",
+    "vocab_size",
     "block_size",
     "sample_steps",
     "compile",
@@ -103,6 +105,8 @@ def mean_mask_rate(train_args):
 
 def vocabulary(data_dir):
     """The size of the prepared text's vocabulary; 0 without a prepared text."""
+    if Path(data_dir).is_file():
+        return token_file_pieces(data_dir)
     meta = Path(data_dir, "meta.json")
     if not meta.exists():
         return 0

@@ -102,7 +102,9 @@ class TokenData:
     `len(data)`.
 
     verify: compare the file with its sha256, which reads all of it; None does so up to SCAN_BYTES.
+    text/token_file.py opens such a folder or a single file.
     """
+    LONGER_VAL = "a larger --val_doc_frac in prepare"
 
     def __init__(self, data_dir, split="train", verify=None):
         self.dir = Path(data_dir)
@@ -259,12 +261,18 @@ class TokenData:
             f"{self.dir} was made with tokenizer {wanted[:12]}, but {found[0]} is {hashes[0][:12]}"
         )
 
+    def documents(self):
+        """The ids of each document, BOS first."""
+        ids = np.asarray(self.tokens)
+        starts = np.flatnonzero(ids == self.meta["bos_id"])
+        return np.split(ids, starts)[1:]
+
     def need(self, seq_len):
         if len(self) < seq_len:
             raise UserError(
                 f"{self.path} has {len(self):,} tokens, fewer than one window of --seq_len "
                 f"{seq_len}: use "
-                "a shorter --seq_len, more text, or (for val) a larger --val_doc_frac in prepare"
+                f"a shorter --seq_len, more text, or (for val) {self.LONGER_VAL}"
             )
 
     def gather(self, starts, seq_len):

@@ -230,79 +230,42 @@ class Hub:
         return 200
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)       # ours, not the hub's
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)    # ours, not the hub's
 RECORDED = ("name", "kind", "repo", "config", "data_dir", "split", "revision", "licence", "rows",
             "bytes", "chars", "ended")
 
 
-class Raw:
-    """One source's file in data/raw, with its state."""
+class Stream:
+    """The rows of one source, read with new tries. What becomes of them is a subclass's matter:
 
-    def __init__(self, source, folder):
-        self.source = source
-        self.path = folder / f"{source.kind}_{source.name}.jsonl"
-        self.part = self.path.with_suffix(".jsonl.part")
-        self.state_path = self.path.with_suffix(".state.json")
-        self.state = dict(asdict(source), rows=0, bytes=0, chars=0, ended=False, at=None)
-        with contextlib.suppress(UserError, OSError):  # nothing usable there: from the beginning
-            saved = read_json(self.state_path)
-            file = self.path if self.path.exists() else self.part
-            if self.fits(saved, file.stat().st_size):
-                self.state = saved
+    source, state          state has "revision", "rows", "ended" and "at", the place in the stream
+    missing()              so many characters are still wanted, at least about
+    rewind()               back to what the state counts; called before each try
+    keep(texts)            take the texts of the next rows
+    sync(place)            what was taken to the disk, then a state that counts it, with the place
+    held()                 what there is, in words
+    """
 
-    def fits(self, saved, size):
-        """Is a saved state one of this source, and is what it counts in the file?"""
-        fixed = set(asdict(self.source)) - {"share"}
-        if not self.source.revision:
-            fixed -= {"revision"}
-        return (
-            set(saved) == set(self.state)
-            and size >= saved["bytes"]
-            and all(saved[key] == self.state[key] for key in fixed)
-        )
-
-    def fetch(self, chars, log, hub):
-        """Rows until there are so many characters or the source ends, with new tries; what came
-        stays. -> characters.
+    def read(self, log, hub):
+        """Streams, and after trouble waits and streams again, until there is enough, or no use in
+        it -> why it was given up, None if it was not.
         """
-        if self.state["chars"] >= chars or self.state["ended"]:
-            return self.state["chars"]
-        if not hub.answers():
-            return self.state["chars"]
-        if self.path.exists():
-            os.replace(self.path, self.part)
-        bar = tqdm(
-            total=chars,
-            initial=self.state["chars"],
-            unit=" characters",
-            unit_scale=True,
-            desc=self.source.name,
-            disable=None,
-        )
-        with open(self.part, "ab") as file, bar:
-            self.try_until_done(file, chars, bar, log, hub)
-        if self.state["rows"]:
-            os.replace(self.part, self.path)
-        else:
-            self.part.unlink()
-        return self.state["chars"]
-
-    def try_until_done(self, file, chars, bar, log, hub):
-        """Streams, and after trouble waits and streams again, until there is no use in it."""
         name = f"{self.source.repo} {self.source.config or self.source.data_dir or ''}".strip()
         rows_at_first = self.state["rows"]
         began = time.monotonic()
         tries = 0
         while True:
-            file.truncate(self.state["bytes"])
+            self.rewind()
             rows_before = self.state["rows"]
             try:
-                self.stream(file, chars, bar, log, hub)
-                return
+                self.stream(log, hub)
+                return None
             except Gone as error:
                 log(f"notice: {name} is left out: {error}")
-                return
+                return str(error)
             except Exception as error:  # datasets and its HTTP client raise types of their own
+                if isinstance(error, UserError):
+                    raise
                 if isinstance(error, OSError) and error.errno in NO_ROOM:
                     raise
                 trouble = error
@@ -314,7 +277,7 @@ class Raw:
                 status = hub.status(self.source)       # datasets says so of any trouble
             if nothing_came and status in REFUSED:
                 log(f"notice: {name} is left out: the hub refuses it (HTTP {status})")
-                return
+                return f"the hub refuses it, HTTP {status}"
 
             # given up: too many tries, or too long without a row
             if self.state["rows"] > rows_before:
@@ -325,19 +288,14 @@ class Raw:
             too_long = isinstance(trouble, Silent) or time.monotonic() - began + wait > PATIENCE
             why = f"{type(trouble).__name__}: {first_line(trouble)}"
             if tries >= len(WAITS) or nothing_came and too_long:
-                log(
-                    f"notice: {name} broke off, {self.state['chars']:,} characters of it "
-                    f"are kept ({why})"
-                )
+                log(f"notice: {name} broke off, {self.held()} of it are kept ({why})")
                 hub.known = None
-                return
+                return why
             log(f"notice: {name}: trying again in {wait} s ({why})")
             time.sleep(wait)
 
-    def stream(self, file, chars, bar, log, hub):
-        """One try: rows into the file, a state on the disk every SYNC_ROWS, and at the end however
-        it comes.
-        """
+    def stream(self, log, hub):
+        """One try: rows, a state on the disk every SYNC_ROWS, and at the end however it comes."""
         state = self.state
 
         def wait_for(what, work):
@@ -352,45 +310,27 @@ class Raw:
             "the files", lambda: open_stream(self.source, state["revision"], state["at"])
         )
         iterator = iter(rows)
-        # what came since the last state on the disk, and the place after it
-        new_rows = 0
-        new_chars = 0
-        place = state["at"]
+        new_rows = 0                       # since the last state on the disk
+        place = state["at"]                # after them
         try:
-            while state["chars"] + new_chars < chars and not state["ended"]:
+            while self.missing() > 0 and not state["ended"]:
                 most = min(BATCH_ROWS, SYNC_ROWS - new_rows)
-                missing = chars - state["chars"] - new_chars
                 texts, ended, error, after = wait_for(
                     "text",
-                    lambda most=most, missing=missing: self.batch(rows, iterator, most, missing),
+                    lambda most=most: self.batch(rows, iterator, most, self.missing()),
                 )
-                for text in texts:
-                    line = json.dumps({"text": text}, ensure_ascii=False)
-                    file.write(line.encode("utf-8", "replace") + b"\n")
-                    new_rows += 1
-                    new_chars += len(text)
-                    bar.update(len(text))
+                self.keep(texts)
+                new_rows += len(texts)
                 place = after
                 state["ended"] = ended
-                if error:
+                if error and self.missing() > 0:
                     raise error
                 if new_rows >= SYNC_ROWS:
-                    self.sync(file, new_rows, new_chars, place)
+                    self.sync(place)
                     new_rows = 0
-                    new_chars = 0
         finally:
             if new_rows or state["ended"]:
-                self.sync(file, new_rows, new_chars, place)
-
-    def sync(self, file, new_rows, new_chars, place):
-        """The file to the disk, and after it a state that counts these rows, too."""
-        file.flush()
-        os.fsync(file.fileno())
-        self.state["rows"] += new_rows
-        self.state["chars"] += new_chars
-        self.state["bytes"] = os.fstat(file.fileno()).st_size
-        self.state["at"] = place
-        write_json(self.state_path, self.state)
+                self.sync(place)
 
     def batch(self, rows, iterator, most, chars):
         """-> (texts of the next rows: so many, or so many characters, or what a second gives; was
@@ -416,6 +356,87 @@ class Raw:
         except Exception as caught:                        # what came before it is good
             error = caught
         return texts, ended, error, rows.state_dict()
+
+    def same_source(self, saved):
+        """Was a saved state of this source, at the version that is asked for?"""
+        fixed = set(asdict(self.source)) - {"share"}
+        if not self.source.revision:
+            fixed -= {"revision"}
+        return set(saved) == set(self.state) and all(
+            saved[key] == self.state[key] for key in fixed
+        )
+
+
+class Raw(Stream):
+    """One source's file in data/raw, with its state."""
+
+    def __init__(self, source, folder):
+        self.source = source
+        self.path = folder / f"{source.kind}_{source.name}.jsonl"
+        self.part = self.path.with_suffix(".jsonl.part")
+        self.state_path = self.path.with_suffix(".state.json")
+        self.state = dict(asdict(source), rows=0, bytes=0, chars=0, ended=False, at=None)
+        with contextlib.suppress(UserError, OSError):  # nothing usable there: from the beginning
+            saved = read_json(self.state_path)
+            file = self.path if self.path.exists() else self.part
+            if self.same_source(saved) and file.stat().st_size >= saved["bytes"]:
+                self.state = saved
+
+    def fetch(self, chars, log, hub):
+        """Rows until there are so many characters or the source ends, with new tries; what came
+        stays. -> characters.
+        """
+        if self.state["chars"] >= chars or self.state["ended"]:
+            return self.state["chars"]
+        if not hub.answers():
+            return self.state["chars"]
+        if self.path.exists():
+            os.replace(self.path, self.part)
+        self.wanted = chars
+        self.bar = tqdm(
+            total=chars,
+            initial=self.state["chars"],
+            unit=" characters",
+            unit_scale=True,
+            desc=self.source.name,
+            disable=None,
+        )
+        with open(self.part, "ab") as self.file, self.bar:
+            self.read(log, hub)
+        if self.state["rows"]:
+            os.replace(self.part, self.path)
+        else:
+            self.part.unlink()
+        return self.state["chars"]
+
+    def missing(self):
+        return self.wanted - self.state["chars"] - self.new["chars"]
+
+    def rewind(self):
+        self.file.truncate(self.state["bytes"])
+        self.new = dict(rows=0, chars=0, bytes=0)
+
+    def keep(self, texts):
+        for text in texts:
+            line = json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+            self.file.write(line)
+            self.new["rows"] += 1
+            self.new["chars"] += len(text)
+            self.new["bytes"] += len(line)
+            self.bar.update(len(text))
+
+    def sync(self, place):
+        """The file to the disk, and after it a state that counts these rows, too."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        for name, number in self.new.items():
+            self.state[name] += number
+            self.new[name] = 0
+        self.state["at"] = place
+        write_json(self.state_path, self.state)
+
+    def held(self):
+        return f"{self.state['chars']:,} characters"
 
 
 def first_line(error):

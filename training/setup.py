@@ -25,8 +25,9 @@ from common.flags import to_dict
 from model import build_model
 from text import starter
 from text.build import build as build_text
-from text.dataset import TokenData, Windows
-from text.tokenizer import Tokenizer
+from text.dataset import Windows
+from text.gpt2 import open_tokenizer
+from text.token_file import open_split
 from training import logs, optim, recovery, run_folder
 from training.saving import publish, restore
 from training.state import RunState
@@ -168,12 +169,14 @@ def open_text(run):
     args.data_dir = str(data_dir)
     # it listens from the loop on; before the loop there is nothing to save
     run.stop = machine.StopFlag(run.ranks)
-    run.data = TokenData(data_dir, "train")
+    how = (args.val_frac, args.data_format, args.vocab_size)
+    run.data = open_split(data_dir, "train", *how)
     scores = args.eval_interval > 0 or run.data.meta["val_tokens"] >= args.seq_len
-    run.val = TokenData(data_dir, "val") if scores else None
-    run.cfg = model_config.model_config(args, run.data.vocab_size)
+    run.val = open_split(data_dir, "val", *how) if scores else None
+    run.tokenizer = open_tokenizer(run.data.tokenizer_path)
+    has_pad = run.tokenizer.pad_id is not None
+    run.cfg = model_config.model_config(args, run.data.vocab_size, has_pad)
     run.windows = Windows(run.data, args.seq_len, args.seed)
-    run.tokenizer = Tokenizer(run.data.tokenizer_path)
     if saved and run.ranks.main and saved.tokenizer_bytes != run.tokenizer.model_bytes:
         refuse_tokenizer(run)
     run.in_place = run.resuming and run.folder.resolve() == saved.path.parent.resolve()
@@ -188,7 +191,7 @@ def open_text(run):
 
 
 def refuse_tokenizer(run):
-    old, new = Tokenizer(run.saved.tokenizer_bytes), run.tokenizer
+    old, new = open_tokenizer(run.saved.tokenizer_bytes), run.tokenizer
     advice = run.data.for_run(run.saved.state.get("source"), run.saved.path / "tokenizer.model")
     raise UserError(
         f"{run.args.data_dir} has a tokenizer of {run.cfg.vocab_size} pieces ({new.sha256[:12]}), "
