@@ -22,7 +22,7 @@ from torch import nn
 from layers import Linear, rotate
 from model_config import attention_heads, cache_bytes_per_token
 
-QUERIES = 1024      # rows that go through the kernel at once behind a context, which needs a mask
+MASK = 2**21        # numbers of a mask at most, unless 16 rows need more
 
 
 def attend(q, k, v, scale, mask=None, causal=False):
@@ -37,8 +37,9 @@ def attend(q, k, v, scale, mask=None, causal=False):
 
     # the kernel's own causal mask would begin at the first key; a mask of few rows at a time
     parts = []
-    for lo in range(0, new, QUERIES):
-        hi = min(new, lo + QUERIES)
+    rows = max(16, MASK // k.shape[2])
+    for lo in range(0, new, rows):
+        hi = min(new, lo + rows)
         seen = old + hi
         mask = torch.ones(hi - lo, seen, dtype=torch.bool, device=q.device).tril(old + lo)
         part = kernel(q[:, :, lo:hi], k[:, :, :seen], v[:, :, :seen], scale, mask, False)
@@ -49,8 +50,10 @@ def attend(q, k, v, scale, mask=None, causal=False):
 
 
 def kernel(q, k, v, scale, mask, causal):
-    """The one call of the attention kernel. Where keys and values differ in width, zeros fill the
-    narrower ones up, which changes nothing: a kernel that makes no table of scores wants one width.
+    """The one call of the attention kernel. Those that make no table of scores want one width and
+    neighbouring numbers. So where keys and values differ in width, zeros fill the narrower ones up,
+    which changes nothing; and a tensor whose last stride is not 1, as torch.cat of single numbers
+    makes it, is copied.
     """
     width = v.shape[-1]
     missing = q.shape[-1] - width
@@ -59,6 +62,7 @@ def kernel(q, k, v, scale, mask, causal):
     if missing < 0:
         q = F.pad(q, (0, -missing))
         k = F.pad(k, (0, -missing))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     y = F.scaled_dot_product_attention(
         q,
         k,

@@ -2,6 +2,10 @@
 behind the frozen context; their caches, in float32, bf16 and int8; what they take.
 """
 import itertools
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from tiny import half_masked as texts, tiny_config, tiny_model
 import attention
 import model_config
 from attention import CACHES, VARIANTS, attend
+from common.files import ROOT
 from layers import rotary_table
 from model import build_model
 from model_config import ModelConfig
@@ -214,7 +219,7 @@ def test_attend_is_softmax_with_the_scale_that_is_given(
     monkeypatch, heads, keys, size, value, old, new
 ):
     """Causal behind any context, in pieces that do not divide the rows; with a mask and without."""
-    monkeypatch.setattr(attention, "QUERIES", 16)
+    monkeypatch.setattr(attention, "MASK", 1)           # 16 rows at a time
     q = torch.randn(2, heads, new, size)
     k, v = torch.randn(2, keys, old + new, size), torch.randn(2, keys, old + new, value)
     causal = torch.ones(new, old + new, dtype=torch.bool).tril(old)
@@ -228,6 +233,67 @@ def test_attend_is_softmax_with_the_scale_that_is_given(
         ]
         for found, mask in cases:
             assert_same(found.double(), by_hand(q, k, v, scale, mask))
+
+
+PEAK = """
+import json, resource, torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tiny import tiny_model
+
+T, SMALL = 8192, dict(n_layers=1, n_heads=2, d_model=16, d_ff=16, seed=1, away=0.1)
+torch.set_num_threads(1)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def train(net, length):
+    net.clean_states(torch.randint(1, 40, (1, length))).square().mean().backward()
+
+@torch.no_grad()
+def decode(net, length):
+    cache = net.new_cache(1, length)
+    net.step(torch.randint(1, 40, (1, length)), cache)
+
+nets = {name: tiny_model("backup", **SMALL, **shape) for name, shape in SHAPES.items()}
+for net in nets.values():
+    train(net, 64)
+    decode(net, 64)
+base, grown = peak(), {}
+for name, net in nets.items():
+    train(net, T)
+    grown[name, "train"] = peak() - base
+    decode(net, T)
+    grown[name, "decode"] = peak() - base
+with sdpa_kernel(SDPBackend.MATH):
+    train(nets["mha"], T)
+grown["with a table of scores", "train"] = peak() - base
+print(json.dumps([[*key, size / T / T] for key, size in grown.items()]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory in these units is Linux's")
+def test_nothing_in_the_causal_path_is_t_times_t():
+    """Forward and backward over 8,192 clean rows, and 8,192 tokens read into a cache at once, in a
+    process of its own: all of them together take less than one byte per pair of tokens, which is
+    the smallest T x T tensor, a mask. A kernel that makes a table of scores shows in the figure.
+    """
+    shapes = {"mha": SHAPES["mha"]}
+    for name in ("mha", "gqa", "bottleneck", "decoupled"):
+        shapes[name + "_null"] = dict(SHAPES[name], null_attn=True)
+    shapes["wide_values"] = dict(attn="decoupled", sem_dim=4, geo_dim=4, attn_dim=16)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"SHAPES = {shapes}\n{PEAK}"],
+        cwd=ROOT,
+        env=dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *ours, (_, _, table) = json.loads(done.stdout)
+    assert len(ours) == 2 * len(shapes)
+    for name, what, bytes_per_pair in ours:
+        assert bytes_per_pair < 1, (name, what)
+    assert table > 4 * 2, "the measurement would not see a table of 2 heads"
 
 
 # ---- the frozen context --------------------------------------------------------------------------
@@ -256,7 +322,7 @@ def test_the_context_does_not_know_how_it_was_cut(monkeypatch, shape):
     """At once, token by token and in odd pieces: the answers of training, and one cache. The pieces
     of the kernel's queries are shorter than the text.
     """
-    monkeypatch.setattr(attention, "QUERIES", 16)
+    monkeypatch.setattr(attention, "MASK", 1)           # 16 rows at a time
     net = tiny(shape)
     x0, xt = texts(45)
     wanted = net.clean_states(x0)[:, 1:]
