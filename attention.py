@@ -25,8 +25,20 @@ from model_config import attention_heads, cache_bytes_per_token
 MASK = 2**21        # numbers of a mask at most, unless 16 rows need more
 
 
+def for_all_layers(mask, weight):
+    """A bool mask as what is added to scores, 0 or -inf, in the type of the products with weight.
+    Of a bool mask the kernel makes the same in every layer, and the backward pass keeps each.
+    """
+    device = mask.device.type
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
 def attend(q, k, v, scale, mask=None, causal=False):
-    """q (N,H,Tq,E), k (N,K,Tk,E), v (N,K,Tk,F), mask (Tq,Tk) bool or None -> (N,H,Tq,F).
+    """q (N,H,Tq,E), k (N,K,Tk,E), v (N,K,Tk,F) -> (N,H,Tq,F). mask (Tq,Tk): bool, or what
+    for_all_layers makes of it.
 
     causal: a query sees the keys up to its own, which are the last Tq ones.
     """
@@ -63,6 +75,8 @@ def kernel(q, k, v, scale, mask, causal):
         q = F.pad(q, (0, -missing))
         k = F.pad(k, (0, -missing))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype):
+        mask = mask.to(q.dtype)
     y = F.scaled_dot_product_attention(
         q,
         k,

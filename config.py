@@ -1098,6 +1098,14 @@ class SampleArgs(GenerateFlags, CommonFlags):
         elsewhere=dict.fromkeys(("tiny", "laptop"), "that is a profile of train"),
     )
     ignore_eos: bool = flag(False, "always the full length")
+    cache_dtype: str = flag(
+        "fp32",
+        "numbers in the transformer's cache; int8 has a scale for each head and token, and is "
+        "an approximation",
+        choices=("fp32", "bf16", "int8"),
+        aliases=("kv_cache",),
+        rare=True,
+    )
     stream: bool = flag(False, "print each block as soon as it is final")
     show_steps: bool = flag(
         False, "watch the unmasking: every forward, coloured by confidence (stderr)"

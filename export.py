@@ -14,6 +14,7 @@ from pathlib import Path
 import cli
 import config
 from common.console import UserError, need, say
+from model_config import ATTENTION_OPTIONS
 
 WHY = "to export a model; requirements_export.txt has all that it takes"
 
@@ -28,6 +29,7 @@ def main(argv=None):
     from edge import folder
 
     model, tokenizer, saved = folder.load_checkpoint(args)
+    refuse_other_attention(model.cfg)
     output = Path(args.output or Path("exports") / saved.path.parent.name)
     if output.exists() and not (output / "weights.bin").is_file():
         raise UserError(f"--output {output} is something else than an exported model: name another")
@@ -36,6 +38,19 @@ def main(argv=None):
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     say(f"{output}: {size / 1e6:.1f} MB")
     print(output)
+
+
+def refuse_other_attention(cfg):
+    """The graphs hold the transformer's mha, as it is without options."""
+    asked = [f"--attn {cfg.attn}"] if cfg.attn != "mha" else []
+    for name in ATTENTION_OPTIONS:
+        if getattr(cfg, name):
+            asked.append(f"--{name}")
+    if asked:
+        raise UserError(
+            f"this model was trained with {' '.join(asked)}, and the exported graphs know --attn "
+            "mha without options alone: write text from its checkpoint with python -m sample"
+        )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import CACHES, attention_of
+from attention import CACHES, attention_of, for_all_layers
 from eco_hybrid import EcoHybrid
 from layers import Denoiser, Linear, RMSNorm, openings, rotary_table, shifted
 from model_config import attention_heads
@@ -156,7 +156,10 @@ class Transformer(Denoiser):
         def answers(x):
             clean, noisy = x.split([T, x.shape[1] - T], dim=1)
             return (clean if with_clean else None), noisy[:, rows.answers]
-        return ids, answers, table, T, rows.mask(T, self.cfg.null_attn)
+        mask = rows.mask(T, self.cfg.null_attn)
+        if mask is not None:
+            mask = for_all_layers(mask, self.head.weight)
+        return ids, answers, table, T, mask
 
     # ---- decoding --------------------------------------------------------------------------------
 

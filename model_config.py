@@ -444,7 +444,7 @@ def transformer_flops(shape, rows):
     seen = rows.clean * rows.clean + rows.noisy * (rows.clean + rows.noisy)
     if shape.null_attn:
         seen += rows.clean + rows.noisy
-    products = 2 * heads.queries * (heads.key + heads.value)
+    products = 4 * heads.queries * max(heads.key, heads.value)      # the narrower is filled up
     return (rows.clean + rows.noisy) * each + products * seen
 
 

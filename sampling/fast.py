@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attention import CACHES
 from common import machine
 from common.console import UserError
 from layers import Linear
@@ -132,3 +133,15 @@ def prepare(model, precision):
                 total += fast.nbytes
     model.head.product = kind(model.head.weight)
     return total + model.head.product.nbytes
+
+
+def store_cache(model, stored):
+    """From now on the model's frozen contexts are stored in this type: fp32, bf16 or int8."""
+    if stored == "fp32":
+        return
+    if model.cfg.model != "backup":
+        raise UserError(
+            f"--cache_dtype {stored}: EcoHybrid's cache is small and holds sums, which need "
+            "float32; leave the flag out"
+        )
+    model.cache_type = CACHES[stored]

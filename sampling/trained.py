@@ -36,6 +36,7 @@ def load(args):
     )
     precision, why = fast.pick(args.precision, device)
     fast.prepare(model, precision)
+    fast.store_cache(model, args.cache_dtype)
     say(
         f"model: {model.cfg.model}, {model_config.count_params(model.cfg):,} parameters; products "
         f"in {precision} ({why})"

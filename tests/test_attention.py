@@ -1,24 +1,37 @@
 """The attention variants of the transformer: each is what its definition says, in both streams and
 behind the frozen context; their caches, in float32, bf16 and int8; what they take.
 """
+import hashlib
+import importlib.util
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from by_definition import by_definition
+from safetensors.torch import load_file
 from tiny import half_masked as texts, tiny_config, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention
+import checkpoint
+import config
+import export
+import masking
 import model_config
+import sample
+import train
 from attention import CACHES, VARIANTS, attend
-from common.files import ROOT
+from common.files import ROOT, to_json
+from conftest import RUNS, TINY, call
 from layers import rotary_table
 from model import build_model
 from model_config import ModelConfig
+from training.optim import param_groups
 
 V = 40           # the mask's id
 ROUNDING = 1e-5  # of the size of what is compared
@@ -296,6 +309,30 @@ def test_nothing_in_the_causal_path_is_t_times_t():
     assert table > 4 * 2, "the measurement would not see a table of 2 heads"
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_all_layers_share_one_mask_of_the_noisy_rows(autocast):
+    """The noisy rows see what a mask of (N, T + N) says. It is made once in the products' type: of
+    a bool mask each layer would make, and keep, its own.
+    """
+    net = tiny_model("backup", n_heads=4, n_layers=3)
+    x0, xt = texts(256, batch=1)
+    rows = 256 + 256 // 16
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t        # held, so that no other has its place
+        return t
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        net.both_states(x0, xt, 16)
+    large = [t for t in kept.values() if t.numel() >= rows * rows]
+    assert [t.shape for t in large] == [(rows, 256 + rows)]
+    assert large[0].dtype == (torch.bfloat16 if autocast else torch.float32)
+
+
 # ---- the frozen context --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", CASES)
@@ -515,3 +552,115 @@ def test_parameters_are_the_formula_and_all_learn(shape):
     clean, noisy = net.both_states(x0, xt, 8)[0]
     net.logits(torch.cat((clean, noisy)))[..., 1:V].logsumexp(-1).sum().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("block", [64, 16, 1])
+@pytest.mark.parametrize("shape", PLAIN + FULL)
+def test_the_flops_formula_counts_what_a_step_does(shape, block):
+    """Against torch's counter with a kernel that counts its products, within 5 %."""
+    length, rows = 64, 2
+    cfg = ModelConfig(
+        model="backup", vocab_size=300, d_model=64, n_layers=2, n_heads=4, d_ff=96, **shape
+    )
+    net = build_model(cfg)
+    x0 = torch.randint(1, 300, (rows, length))
+    masks = masking.left_to_right(rows, length)
+    if block > 1:
+        masks = masking.corrupt(config.TrainArgs(seq_len=length), 1, 1, rows, length, block)
+        if block < length:
+            masks = masks._replace(clean_share=0.5)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        masking.denoising_loss(net, x0, masks, "elbo").loss.backward()
+    share = masks.masked_count / (rows * length)
+    formula = rows * length * model_config.train_flops(cfg, length, block, share)
+    assert formula == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_what_is_no_matrix_is_not_trained_as_one():
+    """The null key and the temperature neither decay nor go to Muon."""
+    net = tiny(dict(SHAPES["gqa"], null_attn=True, learned_temp=True))
+    matrices, rest = param_groups(net, 0.1)
+    own = [name for name, _ in net.named_parameters() if "null_key" in name or "temper" in name]
+    assert len(own) == 4 and set(own) <= set(rest["names"])
+    assert matrices["weight_decay"] == 0.1 and rest["weight_decay"] == 0
+
+
+# ---- through the commands ------------------------------------------------------------------------
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--attn", "decoupled", "--null_attn", "--tie_qk", "--learned_temp"),
+        ("--attn", "gqa", "--kv_heads", 1, "--null_attn", "--optimizer", "adamw"),
+        ("--attn", "bottleneck", "--objective", "ar", "--activation_checkpointing"),
+    ],
+    ids=["decoupled", "gqa", "bottleneck"],
+)
+def test_a_variant_is_trained_resumed_and_sampled(here, tmp_path, capsys, words):
+    """A run that stopped half way ends as one that did not; an export is refused in a sentence."""
+    shape = ("--data_dir", "data/processed", "--model", "backup", *TINY, *words)
+    quick = ("--no_show_samples", "--eval_interval", 0, "--max_steps", 6)
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    assert call(train.main, "--output_dir", whole, *shape, *quick) == 0
+    assert call(train.main, "--output_dir", halved, *shape, *quick, "--save_interval", 3) == 0
+    resumed = ("--resume", halved / "step_000003", "--no_show_samples", "--live", "off")
+    assert call(train.main, *resumed) == 0
+    one, two = (load_file(run / "step_000006/model.safetensors") for run in (whole, halved))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+    assert call(train.main, *resumed, "--attn", "mha") == 2
+    assert "--attn mha" in capsys.readouterr().err
+    assert call(sample.main, halved, "--max_new_tokens", 9, "--ignore_eos", "--seed", 5) == 0
+    assert "new=9" in capsys.readouterr().err
+
+    if all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
+        assert call(export.main, halved, "--output", tmp_path / "edge") == 2
+        error = capsys.readouterr().err
+        asked = [word for word in words if word in ("--null_attn", "--tie_qk", "--learned_temp")]
+        assert f"trained with {' '.join([*words[:2], *asked])}, and the exported" in error
+        assert not (tmp_path / "edge").exists()
+
+
+def test_the_cache_of_sample_in_fewer_bytes(here, tmp_path, capsys):
+    """--cache_dtype acts, and is refused where nothing has keys and values."""
+    sizes = []
+    for stored in CACHES:
+        path = tmp_path / f"{stored}.json"
+        words = ("--cache_dtype", stored, "--max_new_tokens", 16, "--ignore_eos", "--json")
+        assert call(sample.main, RUNS["backup"], *words, "--out_json", path) == 0
+        (found,) = json.loads(path.read_text(encoding="utf-8"))["samples"]
+        sizes.append(found["cache_bytes"])
+    assert sizes[1] == sizes[0] / 2 > sizes[2]
+    capsys.readouterr()
+    assert call(sample.main, RUNS["primary"], "--cache_dtype", "int8") == 2
+    assert "--cache_dtype int8: EcoHybrid" in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_the_variants_goes_on(here, tmp_path):
+    """Its config.json knows none of their flags: the same model, which is sampled and resumed."""
+    run = tmp_path / "run"
+    shutil.copytree(here / RUNS["backup"], run)
+    device = torch.device("cpu")
+    wanted, _, saved = checkpoint.load_model(run, device, config.check_saved)
+    for folder in checkpoint.list_steps(run).values():
+        older = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for name in ("attn", *model_config.ATTENTION_WIDTHS, *model_config.ATTENTION_OPTIONS):
+            del older["model"][name], older["args"][name]
+        data = to_json(older)
+        (folder / "config.json").write_bytes(data)
+        manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
+        entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest["files"]["config.json"] = entry
+        (folder / "MANIFEST.json").write_bytes(to_json(checkpoint.seal(manifest)))
+
+    found, _, _ = checkpoint.load_model(run, device, config.check_saved)
+    x0, xt = texts(24)
+    with torch.no_grad():
+        assert torch.equal(found.block_states(xt, x0, 8), wanted.block_states(xt, x0, 8))
+    assert call(sample.main, run, "--max_new_tokens", 4) == 0
+    more = saved.step + 2
+    assert call(train.main, "--resume", run, "--max_steps", more, "--no_show_samples") == 0
+    assert checkpoint.read_pointer(run, "latest")[0] == more

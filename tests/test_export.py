@@ -523,6 +523,7 @@ def test_edge_benchmark_compares_the_engines(trained):
 @pytest.mark.parametrize("flags, words", (
     (("exports/x", "--engine", "torch"), "--engine torch: exports/x is an exported model"),
     (("exports/x", "--precision", "int8"), "export with other --bits"),
+    (("exports/x", "--cache_dtype", "int8"), "has its cache in float32"),
     (("exports/x", "--device", "cuda"), "an exported model runs on the CPU"),
     (("exports/x", "--model", "backup"), "holds a primary model, --model says backup"),
     (("checkpoints/y", "--engine", "onnx"), "make it with python -m export checkpoints/y"),
