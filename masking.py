@@ -234,7 +234,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
             # log-probabilities, in the place of the logits
             z = (h @ matrix.T).float()                                             # (n', V)
-            z[:, never] = -math.inf
+            for row in never:
+                z[:, row] = -math.inf
             z -= z.logsumexp(-1, keepdim=True)
             ce[part] = -z[:n].gather(1, y[:n])[:, 0]
             if not with_gradient:
@@ -308,7 +309,6 @@ def denoising_loss(
     # the products run in autocast's type, the rest in float32
     device = x0.device.type
     head = model.head
-    never = list(head.never)
     totals = []
     for clean, noisy in found:
         asked = []
@@ -322,7 +322,7 @@ def denoising_loss(
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             totals.append(LinearCrossEntropy.apply(
-                states, head.weight, targets, weights, never, chunk, dtype
+                states, head.weight, targets, weights, head.never, chunk, dtype
             ))
     loss, ce = totals[0]
     if early:
