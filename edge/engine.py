@@ -19,6 +19,7 @@ import numpy as np
 
 try:
     import onnxruntime
+    from onnxruntime import OrtValue
 except ModuleNotFoundError:
     onnxruntime = None      # load() says what to install
 
@@ -173,7 +174,11 @@ def whole(ids):
 # ---- EcoHybrid -----------------------------------------------------------------------------------
 
 class EcoCache:
-    """As in eco_hybrid.py: per layer num (B, H, M, E) and halo (B, r + 1, D), in lists."""
+    """As in eco_hybrid.py: per layer num (B, H, M, E) and halo (B, r + 1, D), in lists.
+
+    `waiting`: tokens that have joined the context in name, and are read together with what comes
+    next. `bound`: the graph `next` tied to these very arrays, which it changes in place.
+    """
 
     def __init__(self, cfg, batch):
         sums = (batch, cfg.n_heads, cfg.memory_slots, cfg.d_mem // cfg.n_heads)
@@ -182,6 +187,9 @@ class EcoCache:
         self.halo = [np.zeros(last, np.float32) for _ in range(cfg.n_layers)]
         self.front = None               # the last token that was read (B, 1)
         self.length = 0                 # rows that were read, the start included
+        self.waiting = None             # (B, T)
+        self.tried = None               # what try_step read (B, T)
+        self.bound = None
 
     @property
     def nbytes(self):
@@ -192,13 +200,18 @@ class EcoCache:
         self.num = [array[rows] for array in self.num]
         self.halo = [array[rows] for array in self.halo]
         self.front = self.front[rows]
+        if self.waiting is not None:
+            self.waiting = self.waiting[rows]
+        self.bound = None
 
     def beside(self, other):
         """A cache of the rows of both: the two sides of guidance in one batch."""
+        assert self.waiting is None and other.waiting is None
         both = copy.copy(self)
         both.num = [np.concatenate(pair) for pair in zip(self.num, other.num, strict=True)]
         both.halo = [np.concatenate(pair) for pair in zip(self.halo, other.halo, strict=True)]
         both.front = np.concatenate((self.front, other.front))
+        both.bound = None
         return both
 
     def feeds(self):
@@ -209,11 +222,56 @@ class EcoCache:
 
     def take(self, found, x0):
         """The state behind the clean rows x0 (B, T) becomes the cache's."""
-        layers = range(len(self.num))
-        self.num = [found[f"new_num_{i}"] for i in layers]
-        self.halo = [found[f"new_halo_{i}"] for i in layers]
+        for i in range(len(self.num)):
+            np.copyto(self.num[i], found[f"new_num_{i}"])
+            np.copyto(self.halo[i], found[f"new_halo_{i}"])
+        self.joined(x0)
+
+    def joined(self, x0):
+        """The rows x0 (B, T) are part of the context."""
         self.front = x0[:, -1:]
         self.length += x0.shape[1]
+
+    def keep(self, tokens):
+        """The first so many tokens of the last try_step join the context."""
+        self.waiting = self.tried[:, :tokens]
+        self.tried = None
+        self.joined(self.waiting)
+
+    def with_waiting(self, x0):
+        """Clean rows (B, T), behind those that wait -> all of them, how many have waited."""
+        if self.waiting is None:
+            return x0, 0
+        ids = np.concatenate((self.waiting, x0), axis=1)
+        waited = self.waiting.shape[1]
+        self.waiting = None
+        self.length -= waited           # take() counts them
+        return ids, waited
+
+
+class OneRow:
+    """The graph `next` with the arrays of one cache bound to it: a token costs no copy, as the new
+    state is written where the old one was read.
+    """
+
+    def __init__(self, session, cache, width):
+        batch = len(cache.num[0])
+        self.session = session
+        self.ids = np.zeros((batch, 1), np.int64)
+        self.answers = np.zeros((batch, 1, width), np.float32)
+        self.binding = session.io_binding()
+        tied = cache.feeds()
+        for name, array in (*tied.items(), ("clean", self.ids)):
+            self.binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        for name, array in tied.items():
+            self.binding.bind_ortvalue_output(f"new_{name}", OrtValue.ortvalue_from_numpy(array))
+        self.binding.bind_ortvalue_output("answers", OrtValue.ortvalue_from_numpy(self.answers))
+
+    def run(self, x0):
+        """(B, 1) -> (B, 1, D)."""
+        self.ids[:] = x0
+        self.session.run_with_iobinding(self.binding)
+        return self.answers.copy()
 
 
 class EcoEngine(Engine):
@@ -233,7 +291,7 @@ class EcoEngine(Engine):
             self.rows(cache, self.start(batch))
         return cache
 
-    def rows(self, cache, clean=None, noisy=None):
+    def rows(self, cache, clean=None, noisy=None, joins=True):
         """Clean rows (B, T), a noisy block with its front row (B, S + 1), or both, behind the
         cache, which the clean ones join -> states.
         """
@@ -243,32 +301,44 @@ class EcoEngine(Engine):
         if not self.cfg.causal:
             feeds["noisy"] = nothing if noisy is None else noisy
         found = self.run("rows", feeds)
-        if clean is not None:
+        if clean is not None and joins:
             cache.take(found, clean)
         return found["answers"]
 
     def step(self, x0, cache):
-        x0 = whole(x0)
-        if x0.shape[1] == 1:
-            found = self.run("next", {"clean": x0, **cache.feeds()})
-            cache.take(found, x0)
-            return found["answers"]
+        ids, waited = cache.with_waiting(whole(x0))
+        if ids.shape[1] == 1:
+            if cache.bound is None:
+                session, _ = self.session("next")
+                cache.bound = OneRow(session, cache, self.cfg.d_model)
+            cache.joined(ids)
+            return cache.bound.run(ids)
         most = self.manifest["chunk"]
         answers = []
-        for first in range(0, x0.shape[1], most):
-            clean = np.ascontiguousarray(x0[:, first:first + most])
+        for first in range(0, ids.shape[1], most):
+            clean = np.ascontiguousarray(ids[:, first:first + most])
             answers.append(self.rows(cache, clean))
-        if len(answers) == 1:
-            return answers[0]
-        return np.concatenate(answers, axis=1)                                     # (B, T, D)
+        if len(answers) > 1:
+            answers = [np.concatenate(answers, axis=1)]
+        return answers[0][:, waited:]                                              # (B, T, D)
+
+    def try_step(self, x0, cache):
+        ids, waited = cache.with_waiting(whole(x0))
+        if waited:
+            self.rows(cache, np.ascontiguousarray(ids[:, :waited]))
+        x0 = np.ascontiguousarray(ids[:, waited:])
+        cache.tried = x0
+        return self.rows(cache, x0, joins=False)
 
     def states(self, xt, cache, depth=None):
         self.all_layers(depth)
+        if cache.waiting is not None:
+            return self.step_and_states(cache.waiting[:, :0], xt, cache)
         noisy = np.concatenate((cache.front, whole(xt)), axis=1)                   # (B, S + 1)
         return self.rows(cache, noisy=noisy)
 
     def step_and_states(self, x0, xt, cache):
-        x0 = whole(x0)
+        x0, _ = cache.with_waiting(whole(x0))
         most = self.manifest["chunk"]
         ahead = (x0.shape[1] - 1) // most * most
         if ahead:
@@ -290,6 +360,7 @@ class KVCache:
         self.k = [np.zeros(shape, np.float32) for _ in range(cfg.n_layers)]
         self.v = [np.zeros(shape, np.float32) for _ in range(cfg.n_layers)]
         self.front = None
+        self.tried = None               # what try_step read (B, T)
         self.length = 0
         self.held = 0
 
@@ -323,16 +394,29 @@ class KVCache:
             named[f"v_{i}"] = array
         return named
 
-    def take(self, found, x0):
-        """The keys and values of the clean rows x0 (B, T), a graph's first rows, join it."""
-        T = x0.shape[1]
+    def write(self, found, T):
+        """The keys and values of T clean rows, a graph's first ones, behind what is held; they
+        count only after advance().
+        """
         end = self.held + T
         for i in range(len(self.k)):
             self.k[i][:, :, self.held:end] = found[f"new_k_{i}"][:, :, :T]
             self.v[i][:, :, self.held:end] = found[f"new_v_{i}"][:, :, :T]
-        self.held = end
-        self.length += T
+
+    def advance(self, x0):
+        self.held += x0.shape[1]
+        self.length += x0.shape[1]
         self.front = x0[:, -1:]
+
+    def take(self, found, x0):
+        """The clean rows x0 (B, T), a graph's first ones, join it."""
+        self.write(found, x0.shape[1])
+        self.advance(x0)
+
+    def keep(self, tokens):
+        """The first so many tokens of the last try_step join the context: they stand behind it."""
+        self.advance(self.tried[:, :tokens])
+        self.tried = None
 
 
 class TransformerEngine(Engine):
@@ -386,6 +470,15 @@ class TransformerEngine(Engine):
         if len(answers) == 1:
             return answers[0]
         return np.concatenate(answers, axis=1)
+
+    def try_step(self, x0, cache):
+        x0 = whole(x0)
+        if cache.held + x0.shape[1] > cache.room:
+            raise ValueError("the oldest positions would leave the cache, and cannot come back")
+        found = self.rows(x0, x0.shape[1], cache)
+        cache.write(found, x0.shape[1])
+        cache.tried = x0
+        return found["answers"]
 
     def states(self, xt, cache, depth=None):
         self.all_layers(depth)

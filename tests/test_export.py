@@ -144,6 +144,62 @@ def test_rows_may_leave(pair):
     assert close(runner.step(ids[2:, 30:], together), runner.step(ids[2:, 30:], alone))
 
 
+def test_what_is_tried_joins_only_as_far_as_it_is_kept(pair):
+    """However much is kept of a few tokens that were tried, and whatever is asked next: the
+    answers are those of a cache that never read more.
+    """
+    _, runner = pair
+    ids = random_ids(2, 40)
+    masks = np.full((2, 4), runner.cfg.mask_id)
+    for kept in (1, 3, 6):
+        for asked in ("step", "one step", "states", "both", "try", "select"):
+            mine, right = runner.new_cache(2, 60), runner.new_cache(2, 60)
+            runner.step(ids[:, :20], mine)
+            runner.step(ids[:, :20], right)
+            tried = runner.try_step(ids[:, 20:26], mine)
+            mine.keep(kept)
+            read = runner.step(ids[:, 20:20 + kept], right)
+            assert close(tried[:, :kept], read)
+            assert mine.length == right.length and (mine.front == right.front).all()
+            ways = {
+                "step": lambda cache: runner.step(ids[:, 30:35], cache),
+                "one step": lambda cache: runner.step(ids[:, 30:31], cache),
+                "states": lambda cache: runner.states(masks, cache),
+                "both": lambda cache: runner.step_and_states(ids[:, 30:33], masks, cache),
+                "try": lambda cache: runner.try_step(ids[:, 30:33], cache),
+                "select": lambda cache: one_row_of(runner, cache, ids),
+            }
+            assert close(ways[asked](mine), ways[asked](right)), (kept, asked)
+            assert mine.length == right.length
+
+
+def one_row_of(runner, cache, ids):
+    cache.select(np.array([1]))
+    return runner.step(ids[1:, 30:32], cache)
+
+
+def test_one_row_is_computed_in_place_and_apart(tmp_path):
+    """Two texts at once, token by token: each has its own arrays, and no token moves them; what was
+    answered before does not change.
+    """
+    runner = exported(tmp_path / "edge", tiny_model("primary", away=0.1))
+    ids = random_ids(2, 20)
+    both = [runner.new_cache(1, 20), runner.new_cache(1, 20)]
+    for cache in both:
+        runner.step(ids[:1, :1], cache)
+    places = [array.ctypes.data for array in (*both[0].num, *both[0].halo)]
+    answers = [[], []]
+    for t in range(1, 20):
+        for row, cache in enumerate(both):
+            answers[row].append(runner.step(ids[row:row + 1, t:t + 1], cache))
+    assert [array.ctypes.data for array in (*both[0].num, *both[0].halo)] == places
+    for row, found in enumerate(answers):
+        alone = runner.new_cache(1, 20)
+        runner.step(ids[:1, :1], alone)
+        right = runner.step(ids[row:row + 1, 1:], alone)
+        assert close(np.concatenate(found, axis=1), right)
+
+
 def test_blocks_hold_one_copy_of_the_weights(tmp_path):
     """A graph that nobody asks for is not opened: each open one keeps its own copy."""
     runner = exported(tmp_path / "edge", tiny_model("primary"))
