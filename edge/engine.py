@@ -33,6 +33,8 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 WEIGHTS = "weights.bin"
 AGAIN = "write it again with python -m export"
+SHORT = 16             # rows of a text's beginning that are read one by one: no graph for many
+                       # rows has to be opened, which takes longer and as much memory again
 PROMPT_ROWS = 256      # rows of a transformer's prompt at once
 HIDDEN = -1e30         # what is added to the score of a key that a row must not see
 
@@ -180,7 +182,9 @@ class EcoCache:
     next. `bound`: the graph `next` tied to these very arrays, which it changes in place.
     """
 
-    def __init__(self, cfg, batch):
+    def __init__(self, engine, batch):
+        cfg = engine.cfg
+        self.engine = engine
         sums = (batch, cfg.n_heads, cfg.memory_slots, cfg.d_mem // cfg.n_heads)
         last = (batch, cfg.conv_kernel // 2 + 1, cfg.d_model)
         self.num = [np.zeros(sums, np.float32) for _ in range(cfg.n_layers)]
@@ -206,7 +210,8 @@ class EcoCache:
 
     def beside(self, other):
         """A cache of the rows of both: the two sides of guidance in one batch."""
-        assert self.waiting is None and other.waiting is None
+        self.engine.settle(self)
+        self.engine.settle(other)
         both = copy.copy(self)
         both.num = [np.concatenate(pair) for pair in zip(self.num, other.num, strict=True)]
         both.halo = [np.concatenate(pair) for pair in zip(self.halo, other.halo, strict=True)]
@@ -232,11 +237,18 @@ class EcoCache:
         self.front = x0[:, -1:]
         self.length += x0.shape[1]
 
+    def wait(self, x0):
+        """The rows x0 (B, T) join, and are read when something is asked."""
+        if self.waiting is not None:
+            self.waiting = np.concatenate((self.waiting, x0), axis=1)
+        else:
+            self.waiting = x0.copy()
+        self.joined(x0)
+
     def keep(self, tokens):
         """The first so many tokens of the last try_step join the context."""
-        self.waiting = self.tried[:, :tokens]
+        self.wait(self.tried[:, :tokens])
         self.tried = None
-        self.joined(self.waiting)
 
     def with_waiting(self, x0):
         """Clean rows (B, T), behind those that wait -> all of them, how many have waited."""
@@ -281,15 +293,21 @@ class EcoEngine(Engine):
 
     def empty_cache(self, batch, length):
         """A cache in which not even the start is."""
-        return EcoCache(self.cfg, batch)
+        return EcoCache(self, batch)
 
     def new_cache(self, batch, length):
         cache = self.empty_cache(batch, length)
-        if self.cfg.causal or "next" in self.sessions:
-            self.step(self.start(batch), cache)
-        else:       # texts in blocks need only the one graph
-            self.rows(cache, self.start(batch))
+        cache.wait(self.start(batch))
         return cache
+
+    def read(self, x0, cache):
+        """The next tokens (B, T) join the context, and nobody asks for their states."""
+        cache.wait(whole(x0))
+
+    def settle(self, cache):
+        """What waits is read now."""
+        if cache.waiting is not None:
+            self.step(cache.waiting[:, :0], cache)
 
     def rows(self, cache, clean=None, noisy=None, joins=True):
         """Clean rows (B, T), a noisy block with its front row (B, S + 1), or both, behind the
@@ -306,29 +324,34 @@ class EcoEngine(Engine):
         return found["answers"]
 
     def step(self, x0, cache):
+        opens = cache.waiting is not None and cache.length == cache.waiting.shape[1]
         ids, waited = cache.with_waiting(whole(x0))
-        if ids.shape[1] == 1:
-            if cache.bound is None:
-                session, _ = self.session("next")
-                cache.bound = OneRow(session, cache, self.cfg.d_model)
-            cache.joined(ids)
-            return cache.bound.run(ids)
-        most = self.manifest["chunk"]
+        T = ids.shape[1]
         answers = []
-        for first in range(0, ids.shape[1], most):
-            clean = np.ascontiguousarray(ids[:, first:first + most])
-            answers.append(self.rows(cache, clean))
+        if T == 1 or (opens and T <= SHORT):
+            for t in range(T):
+                answers.append(self.next_row(ids[:, t:t + 1], cache))
+        else:
+            most = self.manifest["chunk"]
+            for first in range(0, T, most):
+                clean = np.ascontiguousarray(ids[:, first:first + most])
+                answers.append(self.rows(cache, clean))
         if len(answers) > 1:
             answers = [np.concatenate(answers, axis=1)]
         return answers[0][:, waited:]                                              # (B, T, D)
 
+    def next_row(self, x0, cache):
+        """One clean row (B, 1)."""
+        if cache.bound is None:
+            session, _ = self.session("next")
+            cache.bound = OneRow(session, cache, self.cfg.d_model)
+        cache.joined(x0)
+        return cache.bound.run(x0)
+
     def try_step(self, x0, cache):
-        ids, waited = cache.with_waiting(whole(x0))
-        if waited:
-            self.rows(cache, np.ascontiguousarray(ids[:, :waited]))
-        x0 = np.ascontiguousarray(ids[:, waited:])
-        cache.tried = x0
-        return self.rows(cache, x0, joins=False)
+        self.settle(cache)
+        cache.tried = whole(x0)
+        return self.rows(cache, cache.tried, joins=False)
 
     def states(self, xt, cache, depth=None):
         self.all_layers(depth)

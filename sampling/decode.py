@@ -32,6 +32,7 @@ them to a PyTorch model.
     model.cfg                           .mask_id .pad_id .vocab_size .n_layers .causal
     model.new_cache(rows, length)       .nbytes .select(rows), maybe .beside(other)
     model.step(x0, cache)               -> states, which stay as the engine likes them
+    model.read(x0, cache)               maybe: step, and nobody asks for the states
     model.states(xt, cache, depth=None) -> states
     model.step_and_states(x0, xt, cache)
                                         maybe -> states of the block
@@ -170,8 +171,9 @@ def write_group(model, group, prompts, settings, seeds, result, on_step, on_bloc
         known = P - 1 if settings.left_to_right else P
         if known:
             size = max(1, min(PROMPT_TOKENS, room // 2))
+            read = getattr(model, "read", model.step)
             for start in range(0, known, size):
-                model.step(ids[:, start:min(known, start + size)], cache)
+                read(ids[:, start:min(known, start + size)], cache)
             result.context_passes += 1  # one pass over the prompt, whatever its number of parts
 
     # Block after block; a finished row leaves the batch
