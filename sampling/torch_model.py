@@ -83,7 +83,7 @@ class GraphModel(TorchModel):
         self.graphs = graphs
 
     def step(self, x0, cache):
-        return self.read("step", self.model.step, cache, x0)
+        return self.played("step", self.model.step, cache, x0)
 
     @torch.no_grad()
     def states(self, xt, cache, depth=None):
@@ -98,10 +98,10 @@ class GraphModel(TorchModel):
 
     def read_and_look(self, x0, xt, cache):
         """step_and_states."""
-        return self.read("step_and_states", self.model.step_and_states, cache, x0, xt)
+        return self.played("step_and_states", self.model.step_and_states, cache, x0, xt)
 
     @torch.no_grad()
-    def read(self, name, method, cache, *ids):
+    def played(self, name, method, cache, *ids):
         """method(*ids, cache), whose first ids join the context -> its states."""
         context = cache.cache
         count = len(ids)
