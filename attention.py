@@ -260,6 +260,7 @@ class KVCache:
         self.k = torch.zeros(*shape, heads.key, device=device, dtype=self.dtype)
         self.v = torch.zeros(*shape, heads.value, device=device, dtype=self.dtype)
         self.front = None               # the last token that was read (B, 1)
+        self.tried = None               # the tokens that try_step read (B, T)
         self.length = 0
         self.held = 0
 
@@ -305,6 +306,11 @@ class KVCache:
         end = self.held + k.shape[2]
         self.k[layer, :, :, self.held:end] = k
         self.v[layer, :, :, self.held:end] = v
+
+    def keep(self, tokens):
+        """The first so many tokens of the last try_step join the context: they stand behind it."""
+        self.advance(self.tried[:, :tokens])
+        self.tried = None
 
     def advance(self, x0):
         self.length += x0.shape[1]

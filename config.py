@@ -698,6 +698,7 @@ SAMPLERS = (
     "margin",
     "random",
     "ancestral",
+    "speculate",
     "ddim",
     "ddpm",
 )
@@ -715,7 +716,8 @@ class DecodeFlags:
     )
     sampler: str = flag(
         "confidence",
-        "which positions come first; ddim = confidence, ddpm = ancestral",
+        "which positions come first; speculate = left to right in verified drafts; ddim = "
+        "confidence, ddpm = ancestral",
         aliases=("scheduler",),
         choices=SAMPLERS,
         values={"first_hitting": "random"},
@@ -1058,7 +1060,8 @@ class SampleArgs(GenerateFlags, CommonFlags):
     )
     sampler: str = flag(
         None,
-        "which positions come first; ddim = confidence, ddpm = ancestral; none = "
+        "which positions come first; speculate = left to right in verified drafts; ddim = "
+        "confidence, ddpm = ancestral; none = "
         f"{NEWER['sampler']}, with --steps {OLDER['sampler']}",
         aliases=("scheduler",),
         choices=SAMPLERS,

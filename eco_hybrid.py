@@ -66,10 +66,21 @@ class EcoCache:
         self.halo = torch.zeros(*rows, *last, device=device, dtype=dtype)
         self.front = None               # the last token that was read (B, 1)
         self.length = 0                 # rows that were read, the start included
+        self.tried = None               # what try_step read: tokens, N behind each, the rows
 
     @property
     def nbytes(self):
         return sum(t.numel() * t.element_size() for t in (self.num, self.halo))
+
+    def keep(self, tokens):
+        """The first so many tokens of the last try_step join the context."""
+        x0, nums, halos = self.tried
+        self.tried = None
+        last = self.halo.shape[2]                                                  # r + 1
+        self.num = nums[:, :, tokens - 1]
+        self.halo = halos[:, :, tokens:tokens + last]
+        self.front = x0[:, tokens - 1:tokens]
+        self.length += tokens
 
     def select(self, rows):
         """Keep only these rows of the batch."""
@@ -104,12 +115,15 @@ class Rows:
     S + 1. Block b opens behind the clean row opens[b], and its front row repeats that row's token.
 
     All blocks have S places. `real` (n, S): which of them hold a token; the others write nothing,
-    and to a convolution they are zero.
+    and to a convolution they are zero. `each`: the state behind every clean row is wanted.
     """
 
-    def __init__(self, batch, clean, opens=None, block=0, reach=0, real=None, before=0):
+    def __init__(
+        self, batch, clean, opens=None, block=0, reach=0, real=None, before=0, each=False
+    ):
         self.batch = batch
         self.clean = clean                                                         # T
+        self.each = each
         self.before = before                  # places of block 0 in front of its first token
         self.block = block                                                         # S
         self.opens = opens                                                         # (n,)
@@ -334,6 +348,20 @@ class EcoLayer(nn.Module):
         states = own + self.decay_factor(1) * self.prefix(own, 1)
         return self.read(q.unsqueeze(2), states[:, 1:]).squeeze(2), states[:, -1]
 
+    def read_each(self, q, v, s, num):
+        """The same for a few tokens in decoding, and every token's state (B, T, H, M, E) is the
+        answer's second part.
+        """
+        T = q.shape[1]
+        if T > CHUNK:  # beyond that, the factors leave float32's range
+            raise ValueError(f"{T} tokens are tried at once, and {CHUNK} is the most")
+        w = write_weights(s).unflatten(-1, (self.H, self.M, 1))                    # (B, T, H, M, 1)
+        v = v.float().unflatten(-1, (self.H, 1, -1))                               # (B, T, H, 1, E)
+        place = torch.arange(1, T + 1, device=v.device).view(T, 1, 1, 1)
+        fade = torch.exp(-place * self.decay_rate().unsqueeze(-1))                 # (T, H, M, 1)
+        states = ((w / fade * v).cumsum(1) + num[:, None]) * fade                  # (B, T, H, M, E)
+        return self.read(q.unsqueeze(2), states).squeeze(2), states
+
     def read_one_by_one(self, q, v, s, num):
         """What read_causal computes, by its definition, token by token: the tests' reference."""
         answers = []
@@ -435,7 +463,9 @@ class EcoLayer(nn.Module):
         return self.out_proj.residual_add(x, y, self.dropout)
 
     def convolve(self, h, rows, halo):
-        """h (R, D) behind a halo (B, r + 1, D) -> (R, D), the halo behind the clean rows."""
+        """h (R, D) behind a halo (B, r + 1, D) -> (R, D), the halo behind the clean rows; if each
+        row's is wanted, all rows (B, r + 1 + T, D).
+        """
         clean, noisy = rows.split(h)
         seen = torch.cat((halo.to(h.dtype), clean), dim=1)                         # (B, r+1+T, D)
         parts = []
@@ -447,6 +477,8 @@ class EcoLayer(nn.Module):
             halos = seen.index_select(1, rows.halo)                                # (B, n*r, D)
             halos = halos.view(-1, self.conv.reach, h.shape[-1])
             parts.append(self.conv(noisy.flatten(0, 1), halos))                    # (B*n, S + 1, D)
+        if rows.each:
+            return rows.join(parts), seen
         return rows.join(parts), seen[:, -halo.shape[1]:]
 
     def streams(self, x, rows, num=None, halo=None):
@@ -464,7 +496,10 @@ class EcoLayer(nn.Module):
 
         num_after = num
         answers = []
-        if rows.clean:
+        if rows.each:
+            y, num_after = self.read_each(q_clean, v_clean, s_clean, num)          # (B, T, H*E)
+            answers.append(y)
+        elif rows.clean:
             y, num_after = self.read_causal(q_clean, v_clean, s_clean, num)        # (B, T, H*E)
             answers.append(y)
         if rows.count:
@@ -538,6 +573,12 @@ class EcoHybrid(Denoiser):
         x = self.read_on(x0.flatten(), x0, rows, cache)
         return self.exits(rows.split(x)[0])
 
+    def try_step(self, x0, cache):
+        rows = Rows(*x0.shape, each=True)
+        x, nums, halos = self.rows_behind(x0.flatten(), rows, cache)
+        cache.tried = (x0, torch.stack(nums), torch.stack(halos))
+        return self.exits(rows.split(x)[0])
+
     def step_and_states(self, x0, xt, cache):
         B, S = xt.shape
         rows = Rows.behind(B, x0.shape[1], S, self.layers[0].conv.reach, xt.device)
@@ -549,14 +590,21 @@ class EcoHybrid(Denoiser):
         """The rows of these ids (R,) behind the cache; the clean ones x0 (B, T) join it ->
         (R, D).
         """
+        x, nums, halos = self.rows_behind(ids, rows, cache)
+        cache.num = torch.stack(nums)
+        cache.halo = torch.stack(halos)
+        cache.front = x0[:, -1:]
+        cache.length += x0.shape[1]
+        return x
+
+    def rows_behind(self, ids, rows, cache):
+        """The rows of these ids (R,) behind the cache -> (R, D), and for each layer N and the halo
+        behind the clean ones.
+        """
         x = self.head.embed(ids)
         nums, halos = [], []
         for layer, num, halo in zip(self.layers, cache.num, cache.halo, strict=True):
             x, num_after, halo_after = layer.streams(x, rows, num, halo)
             nums.append(num_after)
             halos.append(halo_after)
-        cache.num = torch.stack(nums)
-        cache.halo = torch.stack(halos)
-        cache.front = x0[:, -1:]
-        cache.length += x0.shape[1]
-        return x
+        return x, nums, halos

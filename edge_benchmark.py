@@ -113,7 +113,10 @@ def main(argv=None):
     judges = Judges(data_dir, tokenizer, saved, device)
     if variants:
         first, first_settings = next(iter(variants.values()))
-        reference = (first, dataclasses.replace(first_settings, mode="full"))
+        rule = first_settings.sampler
+        if first_settings.speculates:
+            rule = "confidence"
+        reference = (first, dataclasses.replace(first_settings, mode="full", sampler=rule))
         reference = variants.get("full", reference)
         results |= measure(
             tokenizer, prompts, variants, reference, args, not why_not_frozen, device

@@ -30,6 +30,9 @@ The denoiser protocol, which masking.py, evaluation/ and sampling/torch_model.py
                                         cut -> (B, T, D), each about its successor
     model.states(xt, cache, depth=None) (B, S) ids of a noisy block behind the context -> (B, S, D),
                                         each about its own token; depth: leave early
+    model.try_step(x0, cache), cache.keep(n)
+                                        the states of step for a few tokens that may be wrong: the
+                                        context stays as it is until keep lets the first n join
     model.step_and_states(x0, xt, cache)
                                         maybe: both in one pass -> the block's states
     model(xt, cache=None)               logits(states(xt, cache)); without a cache xt is all there
@@ -178,14 +181,27 @@ class Transformer(Denoiser):
         return cache
 
     def step(self, x0, cache):
+        cache.make_room(x0.shape[1])
+        states = self.read_behind(x0, cache)
+        cache.advance(x0)
+        return states
+
+    def try_step(self, x0, cache):
+        if cache.held + x0.shape[1] > cache.k.shape[3]:
+            raise ValueError("the oldest positions would leave the cache, and cannot come back")
+        cache.tried = x0
+        return self.read_behind(x0, cache)
+
+    def read_behind(self, x0, cache):
+        """The next tokens (B, S), whose keys and values are written behind what is held -> (B, S,
+        D).
+        """
         S = x0.shape[1]
         x = self.head.embed(x0)                                                    # (B, S, D)
-        cache.make_room(S)
         table = self.table(self.positions(cache.length, S))
         for i, layer in enumerate(self.layers):
             x, k, v = layer.read(x, table, cache.context(i))
             cache.write(i, k, v)
-        cache.advance(x0)
         return self.exits(x)
 
 

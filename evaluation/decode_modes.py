@@ -186,6 +186,8 @@ def add_quality(results, variants, judges, tokenizer, prompts):
         figures = results[name]
         whole = 10**9
         block = asked.block_size if asked.mode == "block_frozen" else whole
+        if asked.speculates:
+            block = 1
         figures["precision"] = loaded.precision
         figures["held_out_nats"] = judges.held_out(loaded, block)
         rows = [tokenizer.encode(text) for text in figures["texts"]]

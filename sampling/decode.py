@@ -16,7 +16,8 @@ sees:
 block_frozen in blocks of one token is the clean stream: its only forward reads the token before it
 into the cache (exact, one row a token), whatever the rule and its steps. A causal model
 (--objective ar) has nothing else, whatever was asked for. Guided or leaving early, a block of one
-is a noisy block like any other.
+is a noisy block like any other. With the sampler speculate a block is a draft for the clean stream
+(sampling/speculate.py); each row keeps a number of its own, so rows are written one by one.
 
 Promises, tested with a fake denoiser on ten thousand cases: the prompt is untouched; no mask and no
 pad is ever an answer; a block ends within `steps` forwards; no forward runs when nothing is masked;
@@ -36,6 +37,13 @@ them to a PyTorch model.
     model.states(xt, cache, depth=None) -> states
     model.step_and_states(x0, xt, cache)
                                         maybe -> states of the block
+    model.try_step(x0, cache), cache.keep(tokens)
+                                        maybe, for speculate, of one row: states of step, and the
+                                        first so many tokens join the context when keep is called;
+                                        no states are asked between the two, and without keep the
+                                        cache stays as it was
+    model.round_cost                    maybe, for speculate: what states and try_step of 8 tokens
+                                        take together, in steps of one token
     model.logits(states, rows, positions)
                                         (N,), (N,) of these states -> (N, V) float32, which the loop
                                         may change and has read when it asks for the next ones
@@ -54,15 +62,11 @@ from typing import NamedTuple
 import numpy as np
 
 from common.console import UserError
-from sampling import unmasking
-from sampling.settings import MODES
-from sampling.unmasking import LOOKING, Look
+from sampling import speculate, unmasking
+from sampling.settings import MODES, must_suit_drafts
+from sampling.unmasking import LOOKING, Look, must_be_finite
 
 PROMPT_TOKENS = 1024  # of a prompt that go through the network at once
-
-
-class NotFinite(UserError, FloatingPointError):
-    """The logits hold NaN or infinity: there is no answer, and the message says why."""
 
 
 @dataclass
@@ -72,6 +76,8 @@ class Result:
     forwards: int = 0                 # denoising forwards, of all groups
     layer_passes: int = 0             # layers of those forwards
     context_passes: int = 0           # clean passes of their own that filled the cache
+    rounds: int = 0                   # drafts that were verified, of all rows
+    accepted: int = 0                 # drafted tokens that were kept, of all rows
     seconds: float = 0.0              # wall time, prompt included
     cache_bytes: int = 0
     row_forwards: list = field(default_factory=list)  # per row: forwards while it was not finished
@@ -118,6 +124,7 @@ def generate(model, prompt, settings, seeds, on_step=None, on_block=None):
         raise UserError(f"decode mode {settings.mode!r} is none of {', '.join(MODES)}")
     if model.cfg.causal or settings.left_to_right:
         settings = one_token_at_a_time(settings)
+    must_suit_drafts(settings)
     if prompt and isinstance(prompt[0], (list, tuple)):
         prompts = prompt
     else:
@@ -127,7 +134,11 @@ def generate(model, prompt, settings, seeds, on_step=None, on_block=None):
     result = Result([None] * B, [None] * B, row_forwards=[0] * B)
     for length in sorted({len(ids) for ids in prompts}):
         group = [row for row, ids in enumerate(prompts) if len(ids) == length]
-        write_group(model, group, prompts, settings, seeds, result, on_step, on_block)
+        if settings.speculates:
+            for row in group:
+                write_row(model, row, prompts, settings, seeds, result, on_step, on_block)
+        else:
+            write_group(model, group, prompts, settings, seeds, result, on_step, on_block)
     result.seconds = time.perf_counter() - started
     return result
 
@@ -149,8 +160,9 @@ def one_token_at_a_time(settings):
     )
 
 
-def write_group(model, group, prompts, settings, seeds, result, on_step, on_block):
-    """Write the rows with these numbers, whose prompts have one length, and put them into result.
+def begin(model, group, prompts, settings, seeds, result, keep_chance):
+    """The rows with these numbers, whose prompts have one length -> (their Canvas, the cache with
+    the prompts in it, or None).
     """
     # The canvas: prompts, and masks behind them
     P = len(prompts[group[0]])
@@ -158,7 +170,6 @@ def write_group(model, group, prompts, settings, seeds, result, on_step, on_bloc
     must_fit(model, len(group), T, settings)
     ids = np.full((len(group), T), model.cfg.mask_id, dtype=np.int64)
     ids[:, :P] = [prompts[row] for row in group]
-    keep_chance = bool(on_step) or settings.remask_rule == "conf"
     canvas = Canvas(ids, [seeds[row] for row in group], model.cfg.mask_id, keep_chance)
 
     # The cache, with the prompts in it
@@ -168,13 +179,40 @@ def write_group(model, group, prompts, settings, seeds, result, on_step, on_bloc
         cache = model.new_cache(len(group), room)
         result.cache_bytes = max(result.cache_bytes, cache.nbytes)
         # left to right, the first forward reads the prompt's last token
-        known = P - 1 if settings.left_to_right else P
+        known = P - 1 if settings.left_to_right or settings.speculates else P
         if known:
             size = max(1, min(PROMPT_TOKENS, room // 2))
             read = getattr(model, "read", model.step)
             for start in range(0, known, size):
                 read(ids[:, start:min(known, start + size)], cache)
             result.context_passes += 1  # one pass over the prompt, whatever its number of parts
+    return canvas, cache
+
+
+def write_row(model, row, prompts, settings, seeds, result, on_step, on_block):
+    """Write the row with this number by verified drafts, and put it into result."""
+    if not hasattr(model, "try_step"):
+        raise UserError("--sampler speculate: this engine cannot verify drafts: leave it out")
+    P = len(prompts[row])
+    canvas, cache = begin(model, [row], prompts, settings, seeds, result, bool(on_step))
+    room = positions_in_cache(P + settings.max_new_tokens, settings)
+    written = speculate.write_text(model, cache, canvas, P, settings, room, on_step, on_block)
+    result.forwards += written.forwards
+    result.layer_passes += written.layers
+    result.rounds += written.rounds
+    result.accepted += written.accepted
+    result.row_forwards[row] = canvas.forwards[0]
+    ids = canvas.ids[0, :written.end].tolist()
+    keep_answer(result, row, ids, prompts[row], settings, model)
+
+
+def write_group(model, group, prompts, settings, seeds, result, on_step, on_block):
+    """Write the rows with these numbers, whose prompts have one length, and put them into result.
+    """
+    keep_chance = bool(on_step) or settings.remask_rule == "conf"
+    canvas, cache = begin(model, group, prompts, settings, seeds, result, keep_chance)
+    P = len(prompts[group[0]])
+    T = P + settings.max_new_tokens
 
     # Block after block; a finished row leaves the batch
     alive = group                     # the numbers of the rows that the canvas still holds
@@ -268,6 +306,7 @@ def infill(model, ids, settings, seeds, on_step=None):
     started = time.perf_counter()
     # the text behind a gap is given: no EOS in a gap can end it
     settings = dataclasses.replace(settings, eos_id=None, mode="full")
+    must_suit_drafts(settings)
     mask_id = model.cfg.mask_id
     keep_chance = bool(on_step) or settings.remask_rule == "conf"
     rows = np.array([ids] * len(seeds), dtype=np.int64)                            # (B, T)
@@ -555,14 +594,6 @@ def read_logits(model, sides, turns, settings, step):
         "1 to 5 is usual",
     )
     return guided
-
-
-def must_be_finite(logits, message):
-    """The largest of each row of logits (N, V) is a number: no NaN, no +inf, and something can be
-    an answer.
-    """
-    if not np.isfinite(logits.max(-1)).all():
-        raise NotFinite(message)
 
 
 def temperature(settings, step, steps):

@@ -20,6 +20,8 @@ from common.console import UserError, say
 
 MODES = ("full", "block", "block_frozen")
 ADAPTIVE = ("threshold", "factor", "entropy")  # rules whose text decides how many forwards it takes
+SPECULATE = "speculate"   # no rule for positions: drafts that are verified from left to right
+DRAFT = 8                 # tokens of its block, if --block_size is not typed
 SCHEDULERS = dict(ddim="confidence", ddpm="ancestral")
 GAP = re.compile(r"\[MASK\]|__+")
 
@@ -58,7 +60,7 @@ class Settings:
     steps: int                        # denoising forwards per block, an upper limit
     mode: str = "full"
     block_size: int = 64
-    sampler: str = "confidence"       # which positions first: a name in sampling/unmasking.py
+    sampler: str = "confidence"       # which positions first: a name in unmasking.py; or speculate
     reveal: str = "linear"            # how many at each forward
     threshold: float = 0.9            # of the adaptive rules
     alg_temp: float = 0.0             # noise on the choice of positions
@@ -83,6 +85,34 @@ class Settings:
             and self.block_size == 1
             and self.guidance_scale == 1
             and not self.min_depth
+        )
+
+    @property
+    def speculates(self):
+        """One token at a time, of the clean stream, in drafts of the noisy one."""
+        return self.sampler == SPECULATE
+
+
+def must_suit_drafts(settings):
+    """Refuses what --sampler speculate cannot keep its promise with: the text of one token at a
+    time.
+    """
+    if not settings.speculates:
+        return
+    if settings.mode != "block_frozen":
+        raise UserError(
+            "--sampler speculate verifies its drafts over the exact cache: leave --text, --steps, "
+            "--blockwise and --frozen_context out, or give edge_benchmark --modes block_frozen"
+        )
+    if settings.guidance_scale != 1:
+        raise UserError(
+            f"--guidance_scale {settings.guidance_scale:g} needs a text without its context at "
+            "every forward, and --sampler speculate has none: leave one of them out"
+        )
+    if settings.remask:
+        raise UserError(
+            f"--remask {settings.remask:g} takes tokens back, and what --sampler speculate writes "
+            "is final: leave one of them out"
         )
 
 
@@ -216,16 +246,23 @@ def decode_settings(args, saved, mode, eos_id):
             f"--remask {args.remask:g} needs a schedule, --sampler {args.sampler} has none: use "
             "confidence, margin, random or ancestral"
         )
-    block = args.block_size or usual_block(saved)
+    speculates = args.sampler == SPECULATE
+    block = args.block_size or (DRAFT if speculates else usual_block(saved))
+    why_not = cannot_freeze(saved)
+    if speculates and why_not:
+        raise UserError(f"{why_not}: leave --sampler {args.sampler} out")
     steps = args.steps
     if not steps:
         steps = saved.config["args"]["sample_steps"]
         if args.sampler in ADAPTIVE:  # it stops by itself, after a forward a token at the latest
             steps = args.max_new_tokens if mode == "full" else block
     taken_over = {name: getattr(args, name) for name in TAKEN_OVER}
-    return Settings(
+    settings = Settings(
         steps=steps, min_depth=depth, mode=mode, block_size=block, eos_id=eos_id, **taken_over
     )
+    if not saved.config["model"]["causal"]:
+        must_suit_drafts(settings)
+    return settings
 
 
 def least_layers(args, saved):
@@ -292,6 +329,9 @@ def in_words(settings, causal):
     if causal or settings.left_to_right:
         where = "one token at a time"
         rule = "left to right"
+    elif settings.speculates:
+        where = "one token at a time"
+        rule = f"left to right, in verified drafts of {settings.block_size}"
     else:
         where = {
             "full": "in one piece",
@@ -314,7 +354,7 @@ def idle(args, origins, settings):
     """A notice for every typed flag that changes nothing under these settings."""
     sampler = settings.sampler
     greedy = settings.temperature == 0
-    if settings.temperature_end and not settings.left_to_right:
+    if settings.temperature_end and not (settings.left_to_right or settings.speculates):
         greedy = False
     # (flags, are they without effect, why)
     rules = [
@@ -336,9 +376,12 @@ def idle(args, origins, settings):
     if getattr(args, "text", None) is not None:
         why = "--text fills gaps, with all of the text around them, in one piece"
         rules[0] = (UNREAD_BY_TEXT, True, why)
-    if settings.left_to_right:
+    if settings.left_to_right or settings.speculates:
         why = "one token at a time has no order and no schedule"
-        rules = [(UNREAD_LEFT_TO_RIGHT, True, why), rules[-1]]
+        unread = UNREAD_LEFT_TO_RIGHT
+        if not settings.left_to_right:
+            unread = [name for name in unread if name != "sampler"]
+        rules = [(unread, True, why), rules[-1]]
     off = dict(
         block_size=0, top_k=0, top_p=1.0, guidance_scale=1.0, alg_temp=0.0, steps=0, remask=0.0,
         warmup_runs=0,
@@ -358,6 +401,8 @@ def idle(args, origins, settings):
 
 def degenerate(settings, saved):
     """A warning for settings that make poor text of any model, or of this one."""
+    if settings.speculates:  # a draft decides nothing about the text
+        return
     trained = parts_of_a_text(saved)
     if settings.mode == "block_frozen" and settings.block_size not in (1, *trained):
         sizes = ", ".join(map(str, trained))

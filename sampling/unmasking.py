@@ -17,6 +17,20 @@ from functools import cached_property
 
 import numpy as np
 
+from common.console import UserError
+
+
+class NotFinite(UserError, FloatingPointError):
+    """The logits hold NaN or infinity: there is no answer, and the message says why."""
+
+
+def must_be_finite(logits, message):
+    """The largest of each row of logits (N, V) is a number: no NaN, no +inf, and something can be
+    an answer.
+    """
+    if not np.isfinite(logits.max(-1)).all():
+        raise NotFinite(message)
+
 
 class Look:
     """What the model thinks of one row's masked positions; each statistic is computed when a rule

@@ -73,6 +73,10 @@ SETTINGS = {
     "whole": dict(mode="full", steps=8),
     "guided": dict(mode="block_frozen", block_size=4, steps=4, guidance_scale=2.0),
     "early": dict(mode="block_frozen", block_size=4, steps=4, min_depth=1),
+    "verified": dict(mode="block_frozen", block_size=4, sampler="speculate"),
+    "verified, sampled": dict(
+        mode="block_frozen", block_size=4, sampler="speculate", temperature=1.0
+    ),
 }
 
 
@@ -83,6 +87,7 @@ def settings_of(max_new_tokens=24, steps=1, temperature=0.0, eos_id=None, **more
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_text_is_the_same(name):
     plain, graphs = model_and_writers(exits=True)
+    plain.round_cost = graphs.round_cost = 1.0      # drafts at every turn
     settings = settings_of(**SETTINGS[name])
     prompts = [[2, 7, 9], [2, 8, 5], [2, 4, 4]]
     expected = generate(plain, prompts, settings, [1, 2, 3])
@@ -371,7 +376,8 @@ def test_the_proof_can_fail(fake_cuda, what):
 @pytest.mark.parametrize("kind", ["primary", "backup"])
 @pytest.mark.parametrize("rows,tokens,block", [(1, 1, 1), (1, 5, 8), (3, 1, 1), (3, 70, 32)])
 def test_a_forward_never_leaves_the_gpu(fake_cuda, kind, rows, tokens, block):
-    """step, states, step_and_states: no number is read back, nothing comes from the CPU."""
+    """step, states, try_step, step_and_states: no number is read back, nothing comes from the CPU.
+    """
     net = on_fake_cuda(tiny_model(kind, exits=True))
     watch = OnlyOnTheGPU()
     with torch.no_grad(), watch:
@@ -381,6 +387,8 @@ def test_a_forward_never_leaves_the_gpu(fake_cuda, kind, rows, tokens, block):
             net.logits(states)
             net.states(fake_ids(rows, block), cache)
             net.states(fake_ids(rows, block), cache, 1)
+            net.logits(net.try_step(fake_ids(rows, min(tokens, 8)), cache))
+            cache.keep(1)
             if kind == "primary":
                 net.step_and_states(fake_ids(rows, tokens), fake_ids(rows, block), cache)
     assert not watch.elsewhere, watch.elsewhere
