@@ -6,6 +6,7 @@ local stand-in of the hub, and training on the token files that it writes.
 import hashlib
 import json
 import random
+import re
 import signal
 import subprocess
 import time
@@ -160,6 +161,15 @@ def same_file(path, made):
     assert left == [made.name, f"{made.name}.meta"]
     assert path.read_bytes() == made.read_bytes()
     assert token_file.meta_path(path).read_text() == token_file.meta_path(made).read_text()
+
+
+def test_progress_without_a_terminal(tmp_path, server):
+    """Lines with the speed and the time to go; nobody sees a bar there."""
+    done = prepare(tmp_path, server.server_port, *ASKED, code=f"{FEW}\n fineweb.SAY_SECONDS = 0.01")
+    lines = [line for line in done.stderr.splitlines() if line.endswith(" to go")]
+    assert len(lines) > 3, done.stderr
+    form = r"0\.\dM of 0\.1M tokens \(\d+\.\d%\), [\d,]+ tokens/s, \d+:\d\d:\d\d to go"
+    assert all(re.fullmatch(form, line) for line in lines), lines
 
 
 def test_the_file_has_exactly_the_tokens_asked_for(made):
@@ -339,6 +349,7 @@ def test_bin_holds_the_same_ids(tmp_path, server, made):
     done = prepare(tmp_path, server.server_port, "--tokens", "90000", "--output",
                    "web.bin")
     assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "web.bin").stat().st_size == 2 * COUNT
     ids = np.fromfile(tmp_path / "web.bin", "<u2")
     assert np.array_equal(ids, np.load(made))
     paths = (tmp_path / "web.bin", made)

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -130,10 +131,11 @@ class TokenStream(hub.Stream):
             self.said = now
             done = self.state["tokens"] + self.new["tokens"]
             speed = self.read_now / (now - self.began)
-            minutes = (self.count - done) / max(speed, 1) / 60
+            left = round((self.count - done) / max(speed, 1))
             self.log(
                 f"{done / 1e6:,.1f}M of {self.count / 1e6:,.1f}M tokens "
-                f"({done / self.count:.1%}), {speed:,.0f} tokens/s, {minutes:,.0f} minutes to go"
+                f"({done / self.count:.1%}), {speed:,.0f} tokens/s, "
+                f"{timedelta(seconds=left)} to go"
             )
 
     # ---- the whole
