@@ -22,6 +22,7 @@ from common.console import say
 
 OFTEN = 3       # a shape is recorded when it is asked for so often: an odd last block never is
 KEPT = 16       # recordings; each holds the memory of one forward
+MANY = 4096     # tokens from which on a GPU computes longer than Python launches
 IDLE = 64       # calls after which a recording may make room for another one
 WARM_UPS = 2    # runs before the recording, in which libraries set themselves up
 
@@ -54,14 +55,14 @@ class Graphs:
         self.asked = collections.Counter()          # how often each shape was asked for
         self.kept = {}                              # its recording, the longest idle one first
 
-    def call(self, name, function, tensors):
+    def call(self, name, function, tensors, width=0):
         """function(*tensors) -> a tuple of tensors. The same name is the same function; tensors on
-        the CPU are copied to the device.
+        the CPU are copied to the device. width: how many tokens the function computes.
         """
         self.calls += 1
         key = (name, *((tensor.shape, tensor.dtype) for tensor in tensors))
         recording = self.kept.pop(key, None)
-        if recording is None:
+        if recording is None and width <= MANY:
             recording = self.recorded(key, function, tensors)
         if recording is None:
             return function(*(tensor.to(self.device) for tensor in tensors))

@@ -100,7 +100,7 @@ class GraphModel(TorchModel):
         def forward(xt, *tensors):
             return (self.model.states(xt, context.holding(*tensors), depth),)
         found = self.graphs.call(
-            ("states", depth), forward, (torch.from_numpy(xt), *context.tensors)
+            ("states", depth), forward, (torch.from_numpy(xt), *context.tensors), xt.size
         )
         return found[0]
 
@@ -119,7 +119,8 @@ class GraphModel(TorchModel):
             states = method(*tensors[:count], after)
             return states, *after.tensors
         arrays = [torch.from_numpy(array) for array in ids]
-        states, *after = self.graphs.call(name, forward, (*arrays, *context.tensors))
+        tokens = sum(array.size for array in ids)
+        states, *after = self.graphs.call(name, forward, (*arrays, *context.tensors), tokens)
         cache.cache = context.holding(*after)
         cache.cache.length += ids[0].shape[1]
         return states

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sampling.cuda_graphs import IDLE, KEPT, OFTEN, Graphs
+from sampling.cuda_graphs import IDLE, KEPT, MANY, OFTEN, Graphs
 from sampling.decode import generate
 from sampling.settings import Settings
 from sampling.torch_model import GraphModel, TorchModel, writer_of
@@ -225,6 +225,17 @@ def test_a_shape_is_recorded_when_it_comes_back():
     ask(graphs, 5, "another function")
     graphs.call("double", doubled, (torch.ones(5, dtype=torch.int64),))
     assert len(graphs.kept) == 1
+
+
+def test_long_prompts_are_not_recorded():
+    """Their memory would be held, and the GPU is busy anyway."""
+    _, writer = model_and_writers(rerun)
+    cache = writer.new_cache(1, 0)
+    for length in (MANY + 1, 5):
+        for turn in range(OFTEN):
+            writer.step(ids_of(1, length, turn), cache)
+    [key] = writer.graphs.kept
+    assert key[1][0] == (1, 5)
 
 
 def test_the_places_go_to_shapes_that_are_used():
