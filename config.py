@@ -1102,10 +1102,10 @@ class SampleArgs(GenerateFlags, CommonFlags):
     )
     ignore_eos: bool = flag(False, "always the full length")
     cache_dtype: str = flag(
-        "fp32",
-        "numbers in the transformer's cache; int8 has a scale for each head and token, and is "
-        "an approximation",
-        choices=("fp32", "bf16", "int8"),
+        "auto",
+        "numbers in the transformer's cache; auto = as the products give them, which is exact; "
+        "int8 has a scale for each head and token, and is an approximation",
+        choices=("auto", "fp32", "bf16", "int8"),
         aliases=("kv_cache",),
         rare=True,
     )

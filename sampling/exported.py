@@ -59,7 +59,7 @@ def load(folder, args):
             f"--precision {args.precision}: an exported model has the precision that it was "
             "exported in; leave the flag out, or export with other --bits"
         )
-    if getattr(args, "cache_dtype", "fp32") != "fp32":
+    if getattr(args, "cache_dtype", "auto") not in ("auto", "fp32"):
         raise UserError(
             f"--cache_dtype {args.cache_dtype}: an exported model has its cache in float32; leave "
             "the flag out, or name the checkpoint"

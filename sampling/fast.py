@@ -132,16 +132,18 @@ def prepare(model, precision):
                 setattr(parent, name, fast)
                 total += fast.nbytes
     model.head.product = kind(model.head.weight)
+    if precision == "bf16" and model.cfg.model == "backup":
+        model.cache_type = CACHES["bf16"]       # the keys and values are bf16 already
     return total + model.head.product.nbytes
 
 
 def store_cache(model, stored):
-    """From now on the model's frozen contexts are stored in this type: fp32, bf16 or int8."""
-    if stored == "fp32":
-        return
-    if model.cfg.model != "backup":
+    """From now on the model's frozen contexts are stored in this type; auto: as prepare left it."""
+    if model.cfg.model == "backup":
+        if stored != "auto":
+            model.cache_type = CACHES[stored]
+    elif stored not in ("auto", "fp32"):
         raise UserError(
             f"--cache_dtype {stored}: EcoHybrid's cache is small and holds sums, which need "
             "float32; leave the flag out"
         )
-    model.cache_type = CACHES[stored]

@@ -31,6 +31,7 @@ from conftest import RUNS, TINY, call
 from layers import rotary_table
 from model import build_model
 from model_config import ModelConfig
+from sampling import fast
 from training.optim import param_groups
 
 V = 40           # the mask's id
@@ -622,6 +623,25 @@ def test_a_variant_is_trained_resumed_and_sampled(here, tmp_path, capsys, words)
         asked = [word for word in words if word in ("--null_attn", "--tie_qk", "--learned_temp")]
         assert f"trained with {' '.join([*words[:2], *asked])}, and the exported" in error
         assert not (tmp_path / "edge").exists()
+
+
+@torch.no_grad()
+def test_bf16_products_fill_a_bf16_cache_exactly():
+    """The same states to the last bit as with a float32 cache, in half of its memory."""
+    net = tiny(SHAPES["gqa"])
+    assert net.cache_type is CACHES["fp32"]
+    fast.prepare(net, "bf16")
+    x0, xt = texts(40)
+    answers = []
+    for stored in ("auto", "fp32"):
+        fast.store_cache(net, stored)
+        cache = net.new_cache(2, 40)
+        net.step(x0[:, :16], cache)
+        answers.append(net.step(x0[:, 16:17], cache))
+        answers.append(net.states(xt[:, 17:], cache))
+        answers.append(cache.nbytes)
+    assert torch.equal(answers[0], answers[3]) and torch.equal(answers[1], answers[4])
+    assert answers[5] == 2 * answers[2]
 
 
 def test_the_cache_of_sample_in_fewer_bytes(here, tmp_path, capsys):

@@ -411,11 +411,15 @@ def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step
     if progress.speeds:
         tok_s = statistics.median(progress.speeds[10:] or progress.speeds)
 
+    attention = ""
+    if args.attn != "mha":
+        attention = f", attention {args.attn}"
+
     lines = [
         f"# {run_dir}: step {step} of {args.max_steps}",
         "",
         f"- model: {args.model}, {params:,} parameters, d_model {args.d_model}, "
-        f"{args.n_layers} layers, d_ff {args.d_ff}",
+        f"{args.n_layers} layers, d_ff {args.d_ff}{attention}",
         f"- text: {args.data_dir}, source {source}, {data.meta['train_tokens']:,} tokens; "
         f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
         f"- best held-out {args.measure}: {bound}",
