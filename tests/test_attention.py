@@ -376,6 +376,22 @@ def test_the_context_does_not_know_how_it_was_cut(monkeypatch, shape):
         assert_same(net.states(xt[:, :8], cache), net.states(xt[:, :8], caches[0]))
 
 
+@pytest.mark.parametrize("stored", CACHES)
+@pytest.mark.parametrize("shape", FULL)
+@torch.no_grad()
+def test_tokens_that_are_tried_and_partly_kept_are_as_if_only_they_were_read(shape, stored):
+    net = tiny(shape)
+    net.cache_type = CACHES[stored]
+    x0, xt = texts(24)
+    one, other = net.new_cache(2, 24), net.new_cache(2, 24)
+    for cache in (one, other):
+        net.step(x0[:, :9], cache)
+    net.try_step(torch.cat((x0[:, 9:12], xt[:, 12:15]), dim=1), one)
+    one.keep(3)
+    net.step(x0[:, 9:12], other)
+    assert_same(net.states(xt[:, 12:], one), net.states(xt[:, 12:], other))
+
+
 @pytest.mark.parametrize("shape", FULL)
 @torch.no_grad()
 def test_a_full_cache_slides(shape):
