@@ -12,14 +12,24 @@ from types import SimpleNamespace
 import config
 import model_config
 from common.console import UserError, say
+from common.files import ROOT
 from edge import engine
 from text.gpt2 import check_tokenizer, open_tokenizer
 
 FOLDER = Path("exports")      # where python -m export writes if nothing else is asked
+STARTER = ROOT / "exports" / "starter"      # comes with the code
 
 
 def folder_of(args):
-    """The exported folder that --ckpt and --engine ask for, or None."""
+    """The exported folder that --ckpt and --engine ask for, or None. Without --ckpt and without a
+    run it is the starter model.
+    """
+    if not args.ckpt and args.engine != "torch" and not runs_here() and engine.onnxruntime:
+        say(
+            "notice: there is no run under checkpoints/, so this is the starter model that comes "
+            "with Aria; it knows the text of a small grammar, no more"
+        )
+        return STARTER
     if args.ckpt and engine.is_export(args.ckpt):
         if args.engine == "torch":
             raise UserError(
@@ -38,6 +48,11 @@ def folder_of(args):
             f"{args.ckpt}"
         )
     return folder
+
+
+def runs_here():
+    """Is there a run of train under checkpoints/?"""
+    return any(Path("checkpoints").glob("*/latest")) or any(Path("checkpoints").glob("*/step_*"))
 
 
 def run_of(path):

@@ -14,6 +14,8 @@ from conftest import aria, tree
 from hypothesis import given, settings, strategies as st
 from tiny import tiny_model
 
+import cli
+import config
 from common.console import Damage, UserError
 from common.files import ROOT, write_json
 from edge import blocks, engine
@@ -22,6 +24,7 @@ pytest.importorskip("onnxruntime", reason="only an exported model needs it")
 pytest.importorskip("onnx", reason="only exporting needs it")
 
 from edge import checks, folder  # noqa: E402
+from sampling import exported as exported_files  # noqa: E402
 from sampling.decode import generate, infill  # noqa: E402
 from sampling.settings import Settings  # noqa: E402
 from sampling.torch_model import TorchModel  # noqa: E402
@@ -595,6 +598,34 @@ def test_what_an_export_cannot_do_is_said(flags, words, trained, tmp_path, monke
     (tmp_path / "exports" / "x").symlink_to(exported_folder)
     with pytest.raises(UserError, match=words):
         sample.main([*flags, "--quiet"])
+
+
+def test_the_starter_model_comes_with_the_code(tmp_path):
+    """It is whole, small, of our own text and of the recipe that the README names; without a run
+    and without PyTorch, `python -m sample` writes with it.
+    """
+    manifest = engine.read_manifest(exported_files.STARTER)
+    assert sum(entry["bytes"] for entry in manifest["files"].values()) < 5e6
+    assert manifest["bits"] == 8
+    # the text that `prepare --source builtin` makes for the starter run
+    assert manifest["data_sha256"] == (
+        "3a75ee3c8f84b09751f4247565911c7049a6396f6e45741263cc5d6435d16559"
+    )
+    settings_of_run = engine.read_json(exported_files.STARTER / "config.json")["args"]
+    recipe, _ = cli.parse(config.TrainArgs, ["--preset", "starter"], "train")
+    for name in ("preset", "max_steps", "batch_size", "lr", "train_block_sizes", "ar_fade"):
+        assert settings_of_run[name] == as_json(getattr(recipe, name)), name
+    done = subprocess.run(
+        [sys.executable, "-c", NO_PYTORCH, "--prompt", "mai kal bazaar", "--max_new_tokens", "20"],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the starter model that comes with Aria" in done.stderr
+    assert len(done.stdout) > len("mai kal bazaar") + 15
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
 
 
 def test_nothing_is_left_of_an_export_that_fails(trained, tmp_path, monkeypatch):
