@@ -46,7 +46,7 @@ def flags_page():
 
 def test_both_commands_come_first_and_say_how_long_they_take():
     top = README.splitlines()[:25]
-    lines = [line for line in top if line.startswith("python3 -m venv")]
+    lines = [line for line in top if line.startswith("python3 -m venv .venv")]
     assert (
         len(lines) == 2
         and "-m train --preset starter" in lines[0]
@@ -56,6 +56,8 @@ def test_both_commands_come_first_and_say_how_long_they_take():
         assert "-r requirements.txt" in line and "-c constraints.txt" in line
     prose = " ".join(top)
     assert len(re.findall(r"\d+ (?:minutes|seconds|s\b)", prose)) >= 2, "no times"
+    without_pytorch = "python3 -m venv .edge && .edge/bin/pip install -q -r requirements_edge.txt"
+    assert README.index(without_pytorch) > README.index(lines[1])
 
 
 def test_each_pin_fits_every_python_that_the_readme_promises():

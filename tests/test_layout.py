@@ -37,7 +37,7 @@ NEEDS_NO_TORCH = sorted(  # --help is instant: whatever a command imports before
        "sampling.cuda_graphs"}
     | {"edge.engine"})  # decoding is numpy's work
 EVERYTHING = [p for p in sorted(ROOT.rglob("*.py"))
-              if not {".venv", "data", "checkpoints"} & set(p.relative_to(ROOT).parts)]
+              if not {".venv", ".edge", "data", "checkpoints"} & set(p.relative_to(ROOT).parts)]
 
 
 def imports(tree, top_only=False):
