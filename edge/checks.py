@@ -10,7 +10,9 @@ import time
 
 import numpy as np
 
-REPEATS = 7
+from sampling.settings import DRAFT
+
+REPEATS = 15
 READ = 70              # tokens of a row that are read in one step: more than a graph's chunk
 
 
@@ -75,14 +77,24 @@ def difference(engine, reference, ids):
 def speed(model, ids):
     """Milliseconds of a forward, head included: {what: median of REPEATS}."""
     text = ids[:1]
-    cache = model.new_cache(1, 2 * text.shape[1] + REPEATS + 2)
+    cache = model.new_cache(1, 2 * text.shape[1] + 4 * REPEATS)
     model.step(text, cache)
     token = text[:, :1]
     found = {"one token": timed(lambda: all_logits(model, model.step(token, cache), token))}
     if not model.cfg.causal:
-        for rows in (8, 32):
+        for rows in (DRAFT, 32):
             found[f"block of {rows}"] = timed(lambda rows=rows: all_masks(model, rows, cache))
+        drafted = text[:, :DRAFT]
+        found[f"{DRAFT} tokens tried"] = timed(
+            lambda: all_logits(model, model.try_step(drafted, cache), drafted)
+        )
     return found
+
+
+def round_cost(milliseconds):
+    """What a draft and its verification take, in steps of one token (sampling/speculate.py)."""
+    both = milliseconds[f"block of {DRAFT}"] + milliseconds[f"{DRAFT} tokens tried"]
+    return round(both / milliseconds["one token"], 2)
 
 
 def all_masks(model, rows, cache):

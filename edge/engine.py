@@ -104,6 +104,8 @@ class Engine:
         self.threads = threads or default_threads()
         self.sessions = {}
         self.never = [cfg.pad_id, cfg.mask_id]
+        if "round_cost" in manifest:    # a number of the folder, so that a seed keeps its text
+            self.round_cost = manifest["round_cost"]
 
     def tokenizer_bytes(self):
         return (self.folder / TOKENIZER).read_bytes()

@@ -102,6 +102,8 @@ def write_and_check(args, model, saved, folder, windows):
 
     # what it costs
     manifest["milliseconds"] = checks.speed(runner, ids)
+    if not model.cfg.causal:
+        manifest["round_cost"] = checks.round_cost(manifest["milliseconds"])
     times = [f"{what} {ms:.2f} ms" for what, ms in manifest["milliseconds"].items()]
     say(f"a forward in {runner.threads} threads: {', '.join(times)}")
     manifest["bits_per_byte"] = bits_lost(args, saved, runner, model, windows)

@@ -23,7 +23,7 @@ from sampling import unmasking
 from sampling.unmasking import Look, must_be_finite, pick
 
 LOSS = 0.03         # of the text's steps: what rounds may cost in all beyond what they give
-ROUND_COST = 2.7    # steps of one token, if the engine does not say what a round takes
+ROUND_COST = 3.0    # steps of one token, if the engine does not say what a round takes
 
 DAMAGED = (
     "the denoiser returned NaN or infinity: the checkpoint is damaged, or its training went wrong; "

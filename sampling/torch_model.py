@@ -38,10 +38,10 @@ class TorchModel:
         # what a model may have is there only if it has it
         if hasattr(model, "step_and_states"):
             self.step_and_states = self.read_and_look
-        # medians of starter and Hindi models of 4M to 6M parameters, one CPU thread
-        self.round_cost = 3.4
+        # of EcoHybrid with 4M to 6M parameters on one CPU thread (docs/experiments/decoding.md)
+        self.round_cost = 3.7
         if model.head.product:
-            self.round_cost = 2.7       # packed: a few rows take little longer than one
+            self.round_cost = 2.9       # packed: a few rows take little longer than one
         if self.device.type == "cuda":
             self.device_memory = self.memory_of_gpu
 

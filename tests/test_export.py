@@ -24,7 +24,7 @@ pytest.importorskip("onnxruntime", reason="only an exported model needs it")
 pytest.importorskip("onnx", reason="only exporting needs it")
 
 from edge import checks, folder  # noqa: E402
-from sampling import exported as exported_files  # noqa: E402
+from sampling import exported as exported_files, speculate  # noqa: E402
 from sampling.decode import generate, infill  # noqa: E402
 from sampling.settings import Settings  # noqa: E402
 from sampling.torch_model import TorchModel  # noqa: E402
@@ -457,11 +457,13 @@ WAYS = (
     dict(mode="block_frozen", block_size=4, sampler="confidence", steps=2, guidance_scale=2.0),
     dict(mode="block_frozen", block_size=1, temperature=0.9, top_p=0.8, eos_id=7),
     dict(mode="block_frozen", block_size=1, window=16, repetition_penalty=1.3),
+    dict(mode="block_frozen", block_size=8, sampler="speculate", temperature=0.0),
+    dict(mode="block_frozen", block_size=5, sampler="speculate", temperature=0.8, top_k=9),
 )
 
 
 @pytest.mark.parametrize("way", range(len(WAYS)))
-def test_every_way_of_decoding_writes_what_pytorch_writes(pair, way):
+def test_every_way_of_decoding_writes_what_pytorch_writes(pair, way, monkeypatch):
     """The loop and the rules exist once, and in float32 both engines answer alike: ids, forwards
     and all. Rows of different lengths leave the batch at different times.
     """
@@ -469,6 +471,7 @@ def test_every_way_of_decoding_writes_what_pytorch_writes(pair, way):
     chosen = Settings(**({"max_new_tokens": 20, "steps": 1, "eos_id": None} | WAYS[way]))
     prompts = [row.tolist() for row in random_ids(3, 11)]
     prompts[1] = prompts[1][:4]
+    monkeypatch.setattr(speculate, "LOSS", 100)      # a draft is always affordable
     results = []
     for writer in (TorchModel(model), runner):
         results.append(generate(writer, prompts, chosen, [1, 2, 3]))
@@ -476,6 +479,8 @@ def test_every_way_of_decoding_writes_what_pytorch_writes(pair, way):
     assert found.full_rows == right.full_rows
     assert (found.forwards, found.row_forwards) == (right.forwards, right.row_forwards)
     assert found.cache_bytes == right.cache_bytes
+    assert (found.rounds, found.accepted) == (right.rounds, right.accepted)
+    assert found.rounds > 0 or not chosen.speculates
 
 
 def test_gaps_are_filled_as_in_pytorch(pair):
