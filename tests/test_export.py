@@ -591,7 +591,6 @@ def test_edge_benchmark_compares_the_engines(trained):
     (("exports/x", "--device", "cuda"), "an exported model runs on the CPU"),
     (("exports/x", "--model", "backup"), "holds a primary model, --model says backup"),
     (("checkpoints/y", "--engine", "onnx"), "make it with python -m export checkpoints/y"),
-    (("--engine", "onnx"), "name an exported folder"),
 ))
 def test_what_an_export_cannot_do_is_said(flags, words, trained, tmp_path, monkeypatch, capsys):
     import sample

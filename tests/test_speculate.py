@@ -88,19 +88,19 @@ class Toy:
     def draft(self, text, place):
         return self.quality * self.behind(text) + (1 - self.quality) * self.chances((2, place))
 
-    def read(self, x0, cache):
+    def clean_rows(self, x0, cache):
         assert self.cfg.mask_id not in x0, "a mask was read as clean text"
         assert cache.tried is None, "tokens wait to be kept"
         new = tuple(x0[0].tolist())
         return [("clean", cache.text + new[:n + 1]) for n in range(len(new))], new
 
     def step(self, x0, cache):
-        states, new = self.read(x0, cache)
+        states, new = self.clean_rows(x0, cache)
         cache.text += new
         return states
 
     def try_step(self, x0, cache):
-        states, cache.tried = self.read(x0, cache)
+        states, cache.tried = self.clean_rows(x0, cache)
         return states
 
     def states(self, xt, cache, depth=None):
