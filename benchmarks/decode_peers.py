@@ -190,7 +190,7 @@ class Recomputing:
 
     def __init__(self, net):
         self.net, self.cfg = net, net.cfg
-        self.parameters, self.logits = net.parameters, net.logits
+        self.parameters, self.logits, self.head = net.parameters, net.logits, net.head
 
     def new_cache(self, batch, length):
         return Ids(torch.empty(batch, 0, dtype=torch.long))

@@ -58,14 +58,15 @@ class Counted:
 
     def __init__(self, net):
         self.net, self.cfg, self.head, self.rows = net, net.cfg, net.head, 0
+        self.logits = net.logits        # (..., D) -> (..., V)
 
     def block_states(self, xt, x0, block, first):
         self.rows += len(xt)
         return self.net.block_states(xt, x0, block, first)
 
-    def logits(self, ids):
+    def answers(self, ids):
         # (B, T, V)
-        return self.head.logits(self.block_states(ids, ids, ids.shape[1], ids.shape[1]))
+        return self.logits(self.block_states(ids, ids, ids.shape[1], ids.shape[1]))
 
 
 class ForLLaDA:
@@ -76,7 +77,7 @@ class ForLLaDA:
         self.net = net
 
     def __call__(self, ids):
-        return SimpleNamespace(logits=self.net.logits(ids))
+        return SimpleNamespace(logits=self.net.answers(ids))
 
 
 class ForRADD(torch.nn.Module):
@@ -89,9 +90,8 @@ class ForRADD(torch.nn.Module):
         self.net = net
 
     def forward(self, ids):
-        return self.net.logits(torch.nn.functional.pad(ids, (1, 0), value=BOS))[:, 1:].log_softmax(
-            -1
-        )
+        ids = torch.nn.functional.pad(ids, (1, 0), value=BOS)
+        return self.net.answers(ids)[:, 1:].log_softmax(-1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -575,9 +575,9 @@ def test_edge_benchmark_compares_the_engines(trained):
     done = aria(
         "edge_benchmark", "checkpoints/eco_hybrid_hi", "--modes", "block_frozen", "--grid",
         "engine=torch,onnx", "--max_new_tokens", 8, "--runs_per_prompt", 1,
-        "--prompt", "mai kal", cwd=trained, check=0,
+        "--prompt", "mai kal", "--out_json", "engines.json", cwd=trained, check=0,
     )
-    results = json.loads((trained / "benchmarks/edge_benchmark.json").read_text())["results"]
+    results = json.loads((trained / "engines.json").read_text())["results"]
     torch_one = results["block_frozen engine=torch"]
     onnx_one = results["block_frozen engine=onnx"]
     assert onnx_one["precision"] == "onnx 8 bits" != torch_one["precision"]

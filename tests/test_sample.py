@@ -301,8 +301,11 @@ def test_the_bare_command(here, capsys, tmp_path, monkeypatch):
         in err
     )
     assert stats(err)[0]["mode"] == "block_frozen" and "warning" not in err and "notice" not in err
+    # without a run the starter model writes, unless PyTorch is asked for
     monkeypatch.chdir(tmp_path)
-    assert call(sample.main) == 2
+    assert call(sample.main, "--max_new_tokens", "4") == 0
+    assert "the starter model that comes with Aria" in capsys.readouterr().err
+    assert call(sample.main, "--engine", "torch") == 2
     assert "no run under checkpoints/" in capsys.readouterr().err
 
 

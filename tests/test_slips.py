@@ -171,7 +171,7 @@ SLIPS = {
     "a pickle": (put("old.pt", pickle.dumps({"a": 1})), "sample old.pt", ("old.pt", "foreign")),
     "no checkpoint named, and no run": (
         lambda folder: shutil.rmtree(folder / "checkpoints"),
-        "sample",
+        "sample --engine torch",
         ("--ckpt", "no run under checkpoints/"),
     ),
     "a result where none can be": (

@@ -8,6 +8,7 @@ and has the place in the stream, and whoever is stopped at any moment goes on th
 of tokens is the same file, byte for byte, however often its making was stopped. In memory is one
 batch of documents.
 """
+import glob
 import os
 import shutil
 import time
@@ -177,6 +178,9 @@ class TokenStream(hub.Stream):
         rename(self.part, self.path)
         sync(self.path.absolute().parent)
         self.state_path.unlink(missing_ok=True)
+        # what replace_file had aside in a run that was killed
+        for left in self.path.parent.glob(f".tmp-{glob.escape(self.path.name)}.*"):
+            left.unlink()
 
     def about(self, digest):
         """The lines of the .meta."""
