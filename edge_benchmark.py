@@ -78,7 +78,7 @@ def main(argv=None):
 
     # these import torch, which --help and a usage error do not wait for
     from common import machine
-    from evaluation.decode_modes import Judges, add_quality, measure
+    from evaluation.decode_modes import Judges, measure_all
     from evaluation.loading import load_models
 
     allocator = machine.start(args.threads)
@@ -112,16 +112,9 @@ def main(argv=None):
     data_dir = args.data_dir or saved.config["args"]["data_dir"]
     judges = Judges(data_dir, tokenizer, saved, device)
     if variants:
-        first, first_settings = next(iter(variants.values()))
-        rule = first_settings.sampler
-        if first_settings.speculates:
-            rule = "confidence"
-        reference = (first, dataclasses.replace(first_settings, mode="full", sampler=rule))
-        reference = variants.get("full", reference)
-        results |= measure(
-            tokenizer, prompts, variants, reference, args, not why_not_frozen, device
+        results |= measure_all(
+            tokenizer, prompts, variants, args, not why_not_frozen, device, judges
         )
-        add_quality(results, variants, judges, tokenizer, prompts)
 
     # The answer: cards for people, one document, a picture of a grid
     real = judges.real()

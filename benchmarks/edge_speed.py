@@ -29,8 +29,12 @@ import torch
 
 from harness import ROOT, arguments, in_turn  # first: it puts the repository on the path
 
+import cli
+import config
 import model_config
+import prepare
 from common import machine
+from common.flags import to_dict
 from edge import engine, folder
 from model import build_model
 from sampling import fast
@@ -96,7 +100,6 @@ def tokenizer_bytes(home):
     """A tokenizer of VOCAB pieces, so that sample can run on the folder."""
     path = home / "words" / "t.model"
     if not path.exists():
-        import prepare
         prepare.main(["--source", "builtin", "--tokenizer_vocab", str(VOCAB), "--quiet",
                       "--data_dir", str(path.parent), "--tokenizer", str(path)])
     return path.read_bytes()
@@ -104,10 +107,7 @@ def tokenizer_bytes(home):
 
 def settings_of_a_run(home):
     """The settings of a training on that text."""
-    import cli
-    import config
     args, _ = cli.parse(config.TrainArgs, ["--data_dir", str(home / "words")], "train")
-    from common.flags import to_dict
     return to_dict(args)
 
 

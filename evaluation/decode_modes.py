@@ -4,6 +4,7 @@ Used by edge_benchmark.py.
 """
 import contextlib
 import ctypes
+import dataclasses
 import math
 import statistics
 import sys
@@ -45,6 +46,19 @@ def agreement(row, reference):
     """Share of positions with the same token; a missing one differs."""
     longest = max(len(row), len(reference))
     return sum(a == b for a, b in zip(row, reference, strict=False)) / longest if longest else 1.0
+
+
+def measure_all(tokenizer, prompts, variants, args, frozen, device, judges):
+    """Speed and quality of variants {name: (Loaded, Settings)} -> {name: figures}. Their texts are
+    compared with that of the mode full.
+    """
+    first, settings = next(iter(variants.values()))
+    rule = "confidence" if settings.speculates else settings.sampler
+    in_one_piece = (first, dataclasses.replace(settings, mode="full", sampler=rule))
+    reference = variants.get("full", in_one_piece)
+    results = measure(tokenizer, prompts, variants, reference, args, frozen, device)
+    add_quality(results, variants, judges, tokenizer, prompts)
+    return results
 
 
 @torch.no_grad()

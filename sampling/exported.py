@@ -41,11 +41,18 @@ def folder_of(args):
         return None
     if not args.ckpt:
         raise UserError("--engine onnx: name an exported folder with --ckpt")
-    folder = FOLDER / run_of(Path(args.ckpt)).name
+    run, step = run_and_step(Path(args.ckpt))
+    folder = FOLDER / run.name
     if not engine.is_export(folder):
         raise UserError(
             f"--engine onnx: {args.ckpt} has no export at {folder}: make it with python -m export "
             f"{args.ckpt}"
+        )
+    made_of = engine.read_manifest(folder)["step"]
+    if step not in (None, made_of):
+        raise UserError(
+            f"--engine onnx: {folder} is of step {made_of}, {args.ckpt} of step {step}: write it "
+            f"again with python -m export {args.ckpt}"
         )
     return folder
 
@@ -55,11 +62,20 @@ def runs_here():
     return any(Path("checkpoints").glob("*/latest")) or any(Path("checkpoints").glob("*/step_*"))
 
 
-def run_of(path):
-    """The run folder that a spelling of a checkpoint names."""
-    if path.name.startswith("step_") or path.name in ("last.ckpt", "best.ckpt"):
-        return path.parent
-    return path
+def run_and_step(path):
+    """A spelling of a checkpoint -> (its run folder, its step: None if there is none)."""
+    if path.name.startswith("step_"):
+        return path.parent, int(path.name.removeprefix("step_"))
+    pointer = "latest"
+    if path.name in ("last.ckpt", "best.ckpt"):
+        if path.name == "best.ckpt":
+            pointer = "best"
+        path = path.parent
+    try:
+        name = (path / pointer).read_text(encoding="utf-8").split("\n")[0]
+        return path, int(name.removeprefix("step_"))
+    except (OSError, ValueError):
+        return path, None
 
 
 def load(folder, args):

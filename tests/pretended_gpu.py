@@ -125,3 +125,13 @@ def pretended_gpu():
         Operators(),
     ):
         yield
+
+
+def rerun(function, inputs):
+    """In the place of a CUDA graph: the function runs again on the same memory."""
+    results = function(*inputs)
+
+    def launch():
+        for result, value in zip(results, function(*inputs), strict=True):
+            result.copy_(value)
+    return launch, results

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pretended_gpu import rerun
 from tiny import TINIER, tiny_model
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -36,16 +37,6 @@ def frozen(function, inputs):
 
     def launch():
         for result, value in zip(results, operators(*inputs), strict=True):
-            result.copy_(value)
-    return launch, results
-
-
-def rerun(function, inputs):
-    """The same, quick: the function itself runs again."""
-    results = function(*inputs)
-
-    def launch():
-        for result, value in zip(results, function(*inputs), strict=True):
             result.copy_(value)
     return launch, results
 
@@ -115,6 +106,19 @@ def test_rows_that_end_leave_the_batch():
     assert len(rows) > 1, "one number of rows was recorded"
 
 
+def logits_in_turn(writer, caches, rows, turns):
+    """Every call of the protocol by turns on several contexts -> their logits."""
+    masks = np.full((rows, 4), V)
+    found = []
+    for turn in range(turns):
+        for number, cache in enumerate(caches):
+            x0 = ids_of(rows, 2, 10 * turn + number)
+            found.append(all_logits(writer, writer.states(masks, cache)))
+            found.append(all_logits(writer, writer.step(x0, cache)))
+            found.append(all_logits(writer, writer.step_and_states(x0, masks, cache)))
+    return found
+
+
 def test_two_caches_do_not_mix():
     """Every call of the protocol in turn on two contexts, to the last bit; rows leave, and two
     contexts become one.
@@ -123,14 +127,7 @@ def test_two_caches_do_not_mix():
     found = []
     for writer in (plain, graphs):
         caches = [writer.new_cache(3, 0) for _ in range(2)]
-        logits = []
-        for turn in range(12):
-            for number, cache in enumerate(caches):
-                x0 = ids_of(3, 2, 10 * turn + number)
-                xt = np.full((3, 4), V)
-                logits.append(all_logits(writer, writer.states(xt, cache)))
-                logits.append(all_logits(writer, writer.step(x0, cache)))
-                logits.append(all_logits(writer, writer.step_and_states(x0, xt, cache)))
+        logits = logits_in_turn(writer, caches, 3, 12)
         for cache, rows in zip(caches, ([0, 2], [1]), strict=True):
             cache.select(np.array(rows))
         both = caches[0].beside(caches[1])
@@ -446,14 +443,7 @@ def test_logits_on_a_gpu():
     found = []
     for writer in (TorchModel(net), writer_of(net)):
         caches = [writer.new_cache(2, 0) for _ in range(2)]
-        logits = []
-        for turn in range(8):
-            for number, cache in enumerate(caches):
-                x0 = ids_of(2, 3, 10 * turn + number)
-                xt = np.full((2, 4), V)
-                logits.append(all_logits(writer, writer.step(x0, cache)))
-                logits.append(all_logits(writer, writer.states(xt, cache)))
-                logits.append(all_logits(writer, writer.step_and_states(x0, xt, cache)))
+        logits = logits_in_turn(writer, caches, 2, 8)
         found.append(np.concatenate([each[np.isfinite(each)] for each in logits]))
     assert np.abs(found[0] - found[1]).max() <= 1e-5 * np.abs(found[0]).max()
 

@@ -545,6 +545,21 @@ def test_sample_needs_no_pytorch(run, trained):
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 2
 
 
+def test_an_older_export_does_not_stand_in_for_the_run(trained, tmp_path, monkeypatch):
+    """--engine onnx with a run asks for the export of the step that is meant."""
+    folder_of = exported_files.folder_of
+    aria("export", "checkpoints/eco_hybrid_hi", cwd=trained, check=0)
+    monkeypatch.chdir(trained)
+    run = "checkpoints/eco_hybrid_hi"
+    steps = sorted(int(path.name[5:]) for path in (trained / run).glob("step_*"))
+    newest = f"{run}/step_{steps[-1]:06d}"
+    for name in (run, f"{run}/last.ckpt", newest):
+        assert folder_of(SimpleNamespace(ckpt=name, engine="onnx")).name == "eco_hybrid_hi"
+    older = f"{run}/step_{steps[-1] - 1:06d}"
+    with pytest.raises(UserError, match=f"is of step {steps[-1]}, .* of step {steps[-1] - 1}"):
+        folder_of(SimpleNamespace(ckpt=older, engine="onnx"))
+
+
 def test_evaluate_scores_the_folder(trained):
     """Its bound and chain rule are those of the checkpoint, in float32 up to rounding; the text of
     its own is judged, too.

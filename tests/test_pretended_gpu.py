@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, log
-from pretended_gpu import THERE, There, pretended_gpu
+from pretended_gpu import THERE, There, pretended_gpu, rerun
 from tiny import TINIER, tiny_model
 
 import edge_benchmark
@@ -84,16 +84,6 @@ def test_training_steps(kind, optimizer):
         assert all(isinstance(parameter, There) for parameter in net.parameters())
         found = steps(net, optimizer, THERE)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-
-
-def rerun(function, inputs):
-    """In the place of a graph: the function runs again on the same memory."""
-    results = function(*inputs)
-
-    def launch():
-        for result, value in zip(results, function(*inputs), strict=True):
-            result.copy_(value)
-    return launch, results
 
 
 def graph_writer(net):

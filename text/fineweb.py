@@ -110,13 +110,7 @@ class TokenStream(hub.Stream):
         self.new["bytes"] += int(gpt2.piece_bytes()[batch].sum())
         self.show(len(batch))
 
-    def sync(self, place):
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        for name, number in self.new.items():
-            self.state[name] += number
-            self.new[name] = 0
-        self.state["at"] = place
+    def keep_state(self):
         replace_file(self.state_path, to_json(sealed(self.state)))
 
     def held(self):

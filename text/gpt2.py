@@ -5,11 +5,11 @@ folder.
     ids = tokenizer.encode("Hello world")   # [15496, 995]
 
 Used where text was made by prepare_fineweb, or by another tool in the same encoding. Nothing is
-downloaded: gpt2_merges.txt is the file vocab.bpe that OpenAI published with GPT-2 under the
-Modified MIT licence, byte for byte, and all 50,257 pieces follow from it: the 256 bytes, one piece
-for each merge, and the end of text. Text goes in as it is: no normaliser, so the ids are those that
-every other tool makes. There is no pad and no unknown; the end of text stands before each document,
-so it is the first id of a prompt, and it ends a text that a model writes.
+downloaded: gpt2_merges.txt is the file vocab.bpe that OpenAI published with GPT-2, byte for byte
+(its licence: gpt2_merges.licence.txt), and all 50,257 pieces follow from it: the 256 bytes, one
+piece for each merge, and the end of text. Text goes in as it is: no normaliser, so the ids are
+those that every other tool makes. There is no pad and no unknown; the end of text stands before
+each document, so it is the first id of a prompt, and it ends a text that a model writes.
 """
 import hashlib
 import os
@@ -134,7 +134,7 @@ class Gpt2Tokenizer:
     eos_id = END_ID
 
     def __init__(self, source=MERGES):
-        need("tokenizers", "for text in GPT-2's encoding")
+        need("tokenizers", "for text in GPT-2's encoding (requirements_gpt2.txt)")
         name = source
         if isinstance(source, bytes):
             name = "the tokenizer"

@@ -242,7 +242,8 @@ class Stream:
     missing()              so many characters are still wanted, at least about
     rewind()               back to what the state counts; called before each try
     keep(texts)            take the texts of the next rows
-    sync(place)            what was taken to the disk, then a state that counts it, with the place
+    file, new              what it writes to, and what is there beyond the state: {name: number}
+    keep_state()           the state to the disk
     held()                 what there is, in words
     """
 
@@ -331,6 +332,16 @@ class Stream:
         finally:
             if new_rows or state["ended"]:
                 self.sync(place)
+
+    def sync(self, place):
+        """The file to the disk, and after it a state that counts what came, too."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        for name, number in self.new.items():
+            self.state[name] += number
+            self.new[name] = 0
+        self.state["at"] = place
+        self.keep_state()
 
     def batch(self, rows, iterator, most, chars):
         """-> (texts of the next rows: so many, or so many characters, or what a second gives; was
@@ -425,14 +436,7 @@ class Raw(Stream):
             self.new["bytes"] += len(line)
             self.bar.update(len(text))
 
-    def sync(self, place):
-        """The file to the disk, and after it a state that counts these rows, too."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        for name, number in self.new.items():
-            self.state[name] += number
-            self.new[name] = 0
-        self.state["at"] = place
+    def keep_state(self):
         write_json(self.state_path, self.state)
 
     def held(self):
