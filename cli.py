@@ -84,8 +84,10 @@ def parse(cls, argv, prog, pinned=None, tier=None):
     for problem in problems_of(args):
         if not unreadable & set(re.findall(r"--(\w+)", problem)):
             problems.append(problem)
+    problems += typed_together(typed)
     if problems:
         raise UserError("\n  ".join(problems) + f"\nall flags: python -m {prog} --help_all")
+    follow_budget(args, origins)
 
     if preset != "none" and origins["d_ff"] == f"preset {preset}" and args.model == "primary":
         shape = model_config(args, vocab_size=1)  # the vocabulary is the same on both sides
@@ -174,6 +176,26 @@ def follow_optimizer(values, origins, rate_of):
     if "lr" in origins and origins["lr"] != "flag" and optimizer != rate_of:
         values["lr"] = RATES[optimizer]
         origins["lr"] = f"{origins['optimizer']}{DERIVED}{optimizer}"
+
+
+def typed_together(typed):
+    """What was typed together and cannot be; a preset's number of steps gives way to a budget."""
+    if {"max_steps", "target_tokens"} <= typed.keys():
+        yield (
+            f"--max_steps {typed['max_steps']} and --target_tokens {typed['target_tokens']}: give "
+            "only one of them"
+        )
+
+
+def follow_budget(args, origins):
+    """--target_tokens sets --max_steps, unless a later layer brought a number of steps."""
+    if getattr(args, "target_tokens", None) is None:
+        return
+    if origins["max_steps"] == "flag":
+        args.target_tokens = None
+        return
+    args.solve_steps()
+    origins["max_steps"] = "target_tokens"
 
 
 def changed(args, origins):
@@ -278,4 +300,22 @@ def resume_check(saved, args, origins):
     problems = problems or problems_of(args)
     if problems:
         raise UserError("cannot resume:\n  " + "\n  ".join(problems))
+    follow_budget_on_resume(args, old, origins, changes)
     return args, changes
+
+
+def follow_budget_on_resume(args, old, origins, changes):
+    """A number of steps that is asked for now replaces the checkpoint's budget of tokens; else a
+    budget is solved again, as a resume may change the batch.
+    """
+    asked_now = ("flag", "config")
+    steps = origins["max_steps"].startswith(asked_now)
+    if args.target_tokens is None:
+        return
+    if steps and not origins["target_tokens"].startswith(asked_now):
+        changes.append(f"target_tokens: {args.target_tokens} -> none")
+        args.target_tokens = None
+        return
+    args.solve_steps()
+    if args.max_steps != old["max_steps"]:
+        changes.append(f"max_steps: {old['max_steps']} -> {args.max_steps}")

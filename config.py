@@ -24,6 +24,7 @@ from common.flags import again, checked, flag, split_list
 from model_config import OLD_MODELS, ModelFlags, shape_problems
 from studies import ExperimentFlags
 from text import starter
+from training.lengths import MOST_STEPS, Lengths
 
 VERSION = "1.0"
 
@@ -392,11 +393,35 @@ def block_problems(name, text):
             yield f"--{name} {text}: {part!r} is neither T nor a number of at least 1"
 
 
+SIZES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def size_of(text):
+    """"1.5M" -> 1,500,000: a whole number or a decimal with K, M or B; None if it is none of these,
+    or no whole number above zero.
+    """
+    found = re.fullmatch(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?([KMB]?)", text.upper())
+    if not found:
+        return None
+    whole, decimals, suffix = found[1], found[2] or "", found[3]
+    size, rest = divmod(int(whole + decimals) * SIZES[suffix], 10 ** len(decimals))
+    if rest or not 0 < size < 2**60:
+        return None
+    return size
+
+
 @dataclass
 class OptimFlags:
     "Optimisation"
     max_steps: int = flag(5000, "optimizer steps in total", at_least=1, aliases=("steps",))
     seq_len: int = flag(512, "training length", "must", at_least=16, aliases=("train_seq_len",))
+    target_tokens: str = flag(
+        None,
+        "a budget such as 500000, 100M or 1.5B instead of --max_steps: the fewest steps that "
+        "reach it",
+        rare=True,
+        later=True,
+    )
     batch_size: int = flag(4, "sequences per forward", at_least=1)
     grad_accum: int = flag(8, "forwards per step", at_least=1, aliases=("accumulate_grad_batches",))
     auto_batch: bool = flag(
@@ -456,6 +481,38 @@ class OptimFlags:
     fsdp: bool = flag(
         False, "cut weights and optimizer up over torchrun's processes", "ignore", rare=True
     )
+
+    @property
+    def lengths(self):
+        """The length of a row as a function of the step."""
+        return Lengths.of(self.seq_len)
+
+    @property
+    def rows(self):
+        """Sequences of a step."""
+        return self.batch_size * self.grad_accum
+
+    def solve_steps(self):
+        """--target_tokens makes --max_steps."""
+        target = size_of(self.target_tokens)
+        steps = self.lengths.steps_for(target, self.rows)
+        if steps is None:
+            raise UserError(
+                f"--target_tokens {self.target_tokens}: {self.rows} rows a step reach only "
+                f"{self.lengths.tokens(MOST_STEPS, self.rows):,} tokens in "
+                f"{MOST_STEPS:,} steps, the most: give a larger --batch_size, --grad_accum "
+                "or --seq_len"
+            )
+        self.max_steps = steps
+
+
+def budget_problems(args):
+    """What is wrong with a budget of tokens, in sentences."""
+    if args.target_tokens is not None and not size_of(args.target_tokens):
+        yield (
+            f"--target_tokens {args.target_tokens}: must be a whole number of tokens above 0, such "
+            "as 500000, 100M or 1.5B"
+        )
 
 
 @dataclass
@@ -875,6 +932,7 @@ class TrainArgs(
     def problems(self):
         yield from shape_problems(self)
         yield from mask_problems(self)
+        yield from budget_problems(self)
         if self.amp_dtype == "fp16" and self.device in ("cpu", "mps"):
             yield f"--amp_dtype fp16 works only on CUDA, not with --device {self.device}"
         if 0 < self.spike_factor <= 1:
@@ -931,23 +989,6 @@ class PrepareArgs(PrepareFlags, CommonFlags):
         ("python -m prepare --source builtin", "the starter corpus, without a network"),
     )
     first = ("Preparation",)
-
-
-SIZES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-
-
-def size_of(text):
-    """"1.5M" -> 1,500,000: a whole number or a decimal with K, M or B; None if it is none of these,
-    or no whole number above zero.
-    """
-    found = re.fullmatch(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?([KMB]?)", text.upper())
-    if not found:
-        return None
-    whole, decimals, suffix = found[1], found[2] or "", found[3]
-    size, rest = divmod(int(whole + decimals) * SIZES[suffix], 10 ** len(decimals))
-    if rest or not 0 < size < 2**60:
-        return None
-    return size
 
 
 @dataclass

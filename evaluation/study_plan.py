@@ -27,6 +27,7 @@ FIELDS = dataclasses.fields(TrainArgs)
 # flags that change nothing of what is learned; the text is known by its hash, and train itself
 # moves to the starter corpus
 LOOSE = {
+    "target_tokens",      # the steps that it makes are compared
     "data_dir",
     "data_format",
     "vocab_size",
@@ -205,7 +206,8 @@ def flags(train_args):
         value = getattr(train_args, field.name)
         # the default of lr is that of the optimizer
         own_default = value == field.default and field.name != "lr"
-        if field.name in ("resume_latest", "quiet") or own_default:
+        # a budget has become the number of steps, and both together are refused
+        if field.name in ("resume_latest", "quiet", "target_tokens") or own_default:
             continue
         if field.type is bool:
             words.append(f"--{field.name}" if value else f"--no_{field.name}")

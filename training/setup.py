@@ -34,6 +34,7 @@ from training.state import RunState
 from training.step import probe
 
 MANY_EPOCHS = 8  # docs/experiments/, 2026-11-27: from there on left to right is learned by heart
+BUDGET_EPOCHS = 4  # a budget of more passes than these is warned of
 
 
 class Run:
@@ -161,7 +162,7 @@ def find_data(args, origins):
 def open_text(run):
     """Token files, windows, tokenizer; refuses text that does not belong to the checkpoint."""
     args, saved = run.args, run.saved
-    run.rows = args.batch_size * args.grad_accum
+    run.rows = args.rows
     run.step_tokens = run.rows * args.seq_len
     run.mine = run.ranks.share(args.batch_size, args.grad_accum)
     with run.ranks.main_first():
@@ -285,7 +286,7 @@ def say_what_runs(run):
         f"{torch.get_num_threads()} threads{processes}{sharded}; precision {run.precision}; "
         f"memory: {run.allocator}"
     )
-    run.planned = args.max_steps * run.step_tokens
+    run.planned = args.lengths.tokens(args.max_steps, run.rows)
     tokens = data.meta["train_tokens"]
     epochs = run.planned / tokens
     say(
@@ -311,6 +312,11 @@ def say_what_runs(run):
         say(
             f"notice: {epochs:.0f} passes over this text: left to right unlearns after some five; "
             "the best checkpoint is kept, more text is better"
+        )
+    elif args.target_tokens and epochs > BUDGET_EPOCHS:
+        say(
+            f"warning: --target_tokens {args.target_tokens} is {epochs:.1f} passes over this text; "
+            f"repeated text teaches less from {BUDGET_EPOCHS} on: more text is better"
         )
 
 
