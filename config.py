@@ -1308,20 +1308,34 @@ class ExportArgs(CheckpointFlags, EveryFlags):
             "a folder in exports/ that needs no PyTorch",
         ),
         ("python -m export checkpoints/eco_hybrid_hi --bits 32", "the same, with nothing lost"),
+        (
+            "python -m export checkpoints/eco_hybrid_hi --format hf --output exports/hindi",
+            "a folder that transformers loads",
+        ),
     )
     first = ("Export", "Checkpoint")
-    format: str = flag("onnx", "what is written", choices=("onnx",))
+    format: str = flag(
+        "onnx",
+        "what is written: onnx runs without PyTorch, hf in the transformers library",
+        choices=("onnx", "hf"),
+    )
     bits: str = flag(
         "8",
-        "of a weight: 8 loses next to nothing, 4 is smaller, 32 is exact",
+        "of a weight in onnx: 8 loses next to nothing, 4 is smaller, 32 is exact",
         choices=("8", "4", "32"),
     )
-    output: str = flag(None, "the folder; none = exports/ and the run's name")
+    output: str = flag(
+        None, "the folder; none = exports/ and the run's name, with -hf behind it for hf"
+    )
     weight_block: int = flag(
         32, "weights that share a scale: 16, 32, 64, 128 or 256", at_least=16, rare=True
     )
     data_dir: str = flag(
         None, "prepared text for the bits/byte that are lost; none = the checkpoint's", rare=True
+    )
+    figures: str = flag(None, "for the card of hf: a file that evaluate --out_json wrote")
+    licence: str = flag(
+        None, "of the weights, for the card of hf, as the hub calls it, such as apache-2.0"
     )
     seed: int = again(CommonFlags, "seed")
     threads: int = again(CommonFlags, "threads")
@@ -1329,6 +1343,11 @@ class ExportArgs(CheckpointFlags, EveryFlags):
     def problems(self):
         if self.weight_block not in (16, 32, 64, 128, 256):
             yield f"--weight_block {self.weight_block}: must be 16, 32, 64, 128 or 256"
+        for name in ("figures", "licence"):
+            if getattr(self, name) and self.format != "hf":
+                yield f"--{name} is for the model card, which only --format hf writes"
+        if self.licence and not re.fullmatch(r"[a-z0-9.-]+", self.licence):
+            yield f"--licence {self.licence}: name it as the hub does, such as apache-2.0 or mit"
 
 
 @dataclass

@@ -1,56 +1,44 @@
-"""A trained model for machines without PyTorch: a folder with graphs that ONNX Runtime runs.
+"""A trained model for others: graphs for machines without PyTorch, or a folder for transformers.
 
     python -m export --ckpt checkpoints/eco_hybrid_hi --format onnx
     python -m export checkpoints/eco_hybrid_hi --bits 32 --output exports/exact
+    python -m export checkpoints/eco_hybrid_hi --format hf --output exports/hindi
 
-Writes one weights file that all graphs share, the graphs, the tokenizer, the settings and a
-manifest with every file's hash; edge/engine.py reads it. The folder gets its name only when it has
-proved itself: the same graphs in float32 give PyTorch's logits to 1e-5 of their size, whatever the
-bits. Then it says what a forward takes, and how many bits/byte the coarser numbers lose on held-out
-text of the run's own data, if that is there.
+onnx: one weights file that all graphs share, the graphs, the tokenizer, the settings and a manifest
+with every file's hash; edge/engine.py reads it. Then it says what a forward takes, and how many
+bits/byte the coarser numbers lose on held-out text of the run's own data, if that is there.
+hf: safetensors, the network and its decoding in one Python file, an exact tokenizer.json and a
+model card; transformers loads it where there is no Aria.
+
+A folder gets its name only when it has proved itself: its logits are PyTorch's to 1e-5 of their
+size (onnx: those of the same graphs in float32, whatever the bits).
 """
-from pathlib import Path
-
 import cli
 import config
-from common.console import UserError, need, say
-from model_config import ATTENTION_OPTIONS
+from common.console import need, say
 
 WHY = "to export a model; requirements_export.txt has all that it takes"
+WHY_HF = "to prove the folder; requirements_hf.txt has all that it takes"
 
 
 def main(argv=None):
     args, origins = cli.parse(config.ExportArgs, argv, "export")
     say(f"settings: {cli.changed(args, origins)}")
-    need("onnx", WHY)
-    need("onnxruntime", WHY)
 
-    # it imports torch and onnx, which --help and a usage error do not wait for
-    from edge import folder
+    # each imports torch and more, which --help and a usage error do not wait for
+    if args.format == "hf":
+        need("transformers", WHY_HF)
+        need("tokenizers", WHY_HF)
+        from hf import folder
+    else:
+        need("onnx", WHY)
+        need("onnxruntime", WHY)
+        from edge import folder
 
-    model, tokenizer, saved = folder.load_checkpoint(args)
-    refuse_other_attention(model.cfg)
-    output = Path(args.output or Path("exports") / saved.path.parent.name)
-    if output.exists() and not (output / "weights.bin").is_file():
-        raise UserError(f"--output {output} is something else than an exported model: name another")
-    windows = folder.held_out_windows(args.data_dir, tokenizer, saved)
-    manifest = folder.export(args, model, saved, windows, output)
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    output = folder.export(args)
+    size = sum(path.stat().st_size for path in output.iterdir())
     say(f"{output}: {size / 1e6:.1f} MB")
     print(output)
-
-
-def refuse_other_attention(cfg):
-    """The graphs hold the transformer's mha, as it is without options."""
-    asked = [f"--attn {cfg.attn}"] if cfg.attn != "mha" else []
-    for name in ATTENTION_OPTIONS:
-        if getattr(cfg, name):
-            asked.append(f"--{name}")
-    if asked:
-        raise UserError(
-            f"this model was trained with {' '.join(asked)}, and the exported graphs know --attn "
-            "mha without options alone: write text from its checkpoint with python -m sample"
-        )
 
 
 if __name__ == "__main__":

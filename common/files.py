@@ -4,7 +4,8 @@ Who writes what:
 * write_text, write_json: a file that the user named; devices, pipes and links are written into.
   Trouble is a UserError that names the file. can_write asks beforehand whether they would succeed.
 * replace_file: a file of our own, such as a pointer of a run. Trouble stays an OSError.
-* write_file: a file in a folder that is itself still aside, as a checkpoint is while it is saved.
+* write_file: a file in a folder that is itself still aside, as a checkpoint is while it is saved,
+  or an exported model (folder_aside).
 """
 import contextlib
 import errno
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import time
 from pathlib import Path
@@ -171,6 +173,28 @@ def replace_file(path, data, folder=None):
             aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def folder_aside(output):
+    """Where a folder is written until it is whole: at the end it takes the name `output`, and an
+    older one there goes. After trouble nothing of it is left.
+    """
+    aside = aside_of(output)
+    with told_of(output):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            old = output.with_name(f".old-{output.name}-{os.getpid()}")
+            if output.exists():
+                rename(output, old)
+            rename(aside, output)
+            sync(output.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
 
 
 def in_place(path):

@@ -1,71 +1,48 @@
 """An exported folder is written, proved and put in its place. Used by export.py.
 
-    model, tokenizer, saved = load_checkpoint(args)
-    windows = held_out_windows(data_dir, tokenizer, saved)
-    manifest = export(args, model, saved, windows, output)
-
-Legend: L tokens of a row.
+    path = export(args)
 """
 import math
-import os
 import shutil
-from pathlib import Path
 
-import numpy as np
 import onnx
 
-import checkpoint
 import config
-from common import machine
 from common.console import UserError, say
-from common.files import aside_of, file_sha256, rename, sync, to_json, told_of, write_file
+from common.files import file_sha256, folder_aside, sync, to_json, write_file
 from edge import checks, engine, graphs
-from evaluation import estimators, held_out
+from edge.source import held_out_windows, load_checkpoint, output_of, text_for_logits
+from evaluation import estimators
 from evaluation.exported import ExportedModel
+from model_config import ATTENTION_OPTIONS
 from sampling.torch_model import TorchModel
 from text.gpt2 import open_tokenizer
 
 EXACT = 1e-5           # of the logits' size, between two ways to compute the same float32 numbers
-WINDOWS = 12           # of held-out text that are scored
-LEAST = 80             # tokens of a text on which logits are compared
 
 
-def load_checkpoint(args):
-    """The trained model on the CPU, its tokenizer, its checkpoint."""
-    machine.start(args.threads)
-    device = machine.pick_device("cpu")
-    return checkpoint.load_model(args.ckpt, device, config.check_saved)
+def export(args):
+    """Write the folder aside, and rename it when it has proved itself -> its path."""
+    model, tokenizer, saved = load_checkpoint(args)
+    refuse_other_attention(model.cfg)
+    output = output_of(args, saved, engine.WEIGHTS)
+    windows = held_out_windows(args.data_dir, tokenizer, saved)
+    with folder_aside(output) as aside:
+        write_and_check(args, model, saved, aside, windows)
+    return output
 
 
-def held_out_windows(data_dir, tokenizer, saved):
-    """Beginnings of held-out documents, lists of ids, or [] without the run's data."""
-    settings = saved.config["args"]
-    data_dir = data_dir or settings["data_dir"]
-    if not Path(data_dir, "meta.json").is_file() and not Path(data_dir).is_file():
-        say(f"notice: {data_dir} is not there, so the bits/byte that are lost are not measured")
-        return []
-    data = held_out.open_text(data_dir, "val", saved)
-    held_out.same_tokenizer(data, tokenizer, saved)
-    documents = [ids for ids in data.documents() if len(ids) > 1]
-    windows = []
-    for ids in held_out.spread_over(documents, WINDOWS, settings["seq_len"]):
-        windows.append(ids.tolist())
-    return windows
-
-
-def export(args, model, saved, windows, output):
-    """Write the folder aside, and rename it when it has proved itself -> its manifest."""
-    aside = aside_of(output)
-    with told_of(output):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            manifest = write_and_check(args, model, saved, aside, windows)
-            take_place(aside, output)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-    return manifest
+def refuse_other_attention(cfg):
+    """The graphs hold the transformer's mha, as it is without options."""
+    asked = [f"--attn {cfg.attn}"] if cfg.attn != "mha" else []
+    for name in ATTENTION_OPTIONS:
+        if getattr(cfg, name):
+            asked.append(f"--{name}")
+    if asked:
+        raise UserError(
+            f"this model was trained with {' '.join(asked)}, and the exported graphs know --attn "
+            "mha without options alone: write text from its checkpoint with python -m sample"
+        )
 
 
 def write_and_check(args, model, saved, folder, windows):
@@ -110,15 +87,6 @@ def write_and_check(args, model, saved, folder, windows):
     write_file(folder / engine.MANIFEST, to_json(manifest))
     sync(folder)
     return manifest
-
-
-def text_for_logits(cfg, windows):
-    """Two rows of ids (2, L): held-out text where there is enough of it, random pieces else."""
-    rows = [window for window in windows if len(window) >= LEAST][:2]
-    if len(rows) < 2:
-        pieces = np.random.default_rng(0).integers(4, cfg.vocab_size, (2, LEAST))
-        return pieces.astype(np.int64)
-    return np.array([row[:LEAST] for row in rows])
 
 
 def write_folder(model, saved, folder, bits, block):
@@ -181,13 +149,3 @@ def bits_lost(args, saved, runner, model, windows):
             f"({after / before - 1:+.2%}; {len(windows)} windows of held-out text)"
         )
     return found
-
-
-def take_place(aside, output):
-    """The new folder takes its name; an older export there goes."""
-    old = output.with_name(f".old-{output.name}-{os.getpid()}")
-    if output.exists():
-        rename(output, old)
-    rename(aside, output)
-    sync(output.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -785,7 +785,7 @@ def test_the_notebook_runs(corpus_dir, tmp_path, monkeypatch):
     shutil.copytree(corpus_dir / "data", home / "data")
     for path in [*ROOT.glob("*.py"), ROOT / "requirements_runtime.txt"]:
         shutil.copy(path, home)
-    for room in ("common", "text", "training", "sampling", "evaluation", "edge"):
+    for room in ("common", "text", "training", "sampling", "evaluation", "edge", "hf"):
         shutil.copytree(ROOT / room, home / room)
     for words in (
         ("init", "-q"),
