@@ -317,6 +317,15 @@ class MaskFlags:
     noisy_weight: float = flag(
         1.0, "weight of the noisy stream's loss; left to right has 1", above=0, rare=True
     )
+    conditioning_dropout: float = flag(
+        0.1,
+        "share of the pairs that are learned without their prompt, for sample --guidance_scale; "
+        "of prepare --source pairs only",
+        at_least=0,
+        below=1,
+        rare=True,
+        later=True,
+    )
 
     @property
     def causal(self):
@@ -652,6 +661,9 @@ class CommonFlags(EveryFlags):
 # --------------------------------------------------------------------------------------------------
 # the flags of the other commands, by group
 
+OF_INPUT = ("files", "pairs", "transliterate")     # sources that are read from --input
+
+
 @dataclass
 class PrepareFlags(DataFlags):
     "Preparation"
@@ -659,13 +671,27 @@ class PrepareFlags(DataFlags):
         "hindi",
         "the hub (hindi, fineweb), --input, or the offline starter corpus",
         "ignore",
-        choices=("hindi", "builtin", "files", "fineweb"),
+        choices=("hindi", "builtin", "files", "fineweb", "pairs", "transliterate"),
     )
     input: tuple = flag(
         (),
-        "text files or folders for --source files; - is standard input",
+        "text files or folders for --source files, .jsonl for pairs; - is standard input",
         "ignore",
         many="several",
+    )
+    pair_tokens: int = flag(
+        512,
+        "longest pair, and the least --seq_len of train; of --source pairs and transliterate",
+        "ignore",
+        at_least=8,
+    )
+    typists: int = flag(
+        2,
+        "people who type each sentence of --source transliterate in Latin letters",
+        "ignore",
+        at_least=1,
+        at_most=32,
+        rare=True,
     )
     raw_dir: str = flag("data/raw", "what was downloaded", "ignore", rare=True)
     tokenizer: str = flag("data/tokenizer/aria_hindi.model", "trained when missing", "ignore")
@@ -703,6 +729,11 @@ class PrepareFlags(DataFlags):
     offline: bool = flag(False, "never download; the starter corpus instead", "ignore")
     force: bool = flag(False, "rebuild what is there", "ignore")
 
+    @property
+    def of_pairs(self):
+        """Does the text consist of prompts and responses?"""
+        return self.source in ("pairs", "transliterate")
+
     def wants(self, what):
         """Is --clean or --romanise on for this source?"""
         asked = getattr(self, what)
@@ -716,11 +747,13 @@ class PrepareFlags(DataFlags):
                 f"--tokenizer_vocab {self.tokenizer_vocab}: must be 0 or at least 300 "
                 "(256 bytes, special pieces)"
             )
-        if (self.source == "files") != bool(self.input):
+        if (self.source in OF_INPUT) != bool(self.input):
             yield (
-                "--source files and --input go together "
+                f"--source {' or '.join(OF_INPUT)} and --input go together "
                 f"(now: source {self.source}, {len(self.input)} inputs)"
             )
+        if self.of_pairs and (self.wants("clean") or self.wants("romanise")):
+            yield f"--clean and --romanise are for documents, not for --source {self.source}"
         if self.report and not self.wants("clean"):
             yield f"--report {self.report} tells what cleaning removed: add --clean"
 
@@ -987,6 +1020,10 @@ class PrepareArgs(PrepareFlags, CommonFlags):
             "Hindi and Hinglish from the hub, cleaned",
         ),
         ("python -m prepare --source builtin", "the starter corpus, without a network"),
+        (
+            "python -m prepare --source pairs --input pairs.jsonl",
+            'prompts that are answered: {"prompt": "...", "response": "..."}',
+        ),
     )
     first = ("Preparation",)
 

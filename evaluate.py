@@ -57,6 +57,8 @@ def main(argv=None):
     device = machine.pick_device(args.device)
     loaded, tokenizer, saved = loading.load_model(args, device)
     model = loaded.model
+    if model.cfg.framed:
+        say_of_pairs(args, saved)
     ar_nats = None
     unread = []
     if args.judge:
@@ -76,7 +78,7 @@ def main(argv=None):
     chosen = held_out.choose(documents, length, args.batches * batch, args.max_docs)
 
     # their figures
-    if model.cfg.causal:
+    if model.cfg.causal or model.cfg.framed:
         blocks = [1]
     else:
         rules = {*config.block_sizes(args.blocks or trained["train_block_sizes"], length)}
@@ -108,6 +110,19 @@ def main(argv=None):
             "objective": "ar" if model.cfg.causal else "masked",
         }
         write_json(args.out_json, about | result)
+
+
+def say_of_pairs(args, saved):
+    """What is scored of a model of pairs; refuses what it was not trained for."""
+    if args.samples or args.text:
+        raise UserError(
+            f"{saved.path} was trained on pairs: it answers prompts and continues no text, so "
+            "leave --samples and --text out; prepared pairs are scored with --data_dir"
+        )
+    say(
+        "notice: a model of pairs: the responses are scored, left to right; training prints their "
+        "bound in blocks"
+    )
 
 
 def tell_without_effect(origins):

@@ -126,6 +126,13 @@ class MaskSample(NamedTuple):
     first: int              # length of block 0
     masked_count: int = 0   # masked tokens of the whole step
     clean_share: float = 0.0        # of the clean stream in the loss; 0: it is not asked
+    asked: torch.Tensor = None      # (R, T) bool, the responses of pairs; None: every token
+    asked_count: int = 0            # of them, in the whole step
+
+    @property
+    def tokens(self):
+        """What the whole step asks for."""
+        return self.asked_count or len(self.t) * self.mask.shape[1]
 
 
 def times(args, u):
@@ -141,9 +148,9 @@ def times(args, u):
     return t, (alpha(t, *bounds) - alpha(before, *bounds)) * args.timesteps
 
 
-def corrupt(args, seed, step, rows, length, block, first=None, part=slice(None)):
+def corrupt(args, seed, step, rows, length, block, first=None, part=slice(None), asked=None):
     """Corruption for a whole optimizer step: rows x blocks share one stratified grid of times.
-    part: only these rows' masks.
+    part: only these rows' masks. asked (R, T): the responses of pairs, nothing else is hidden.
     """
     generator = step_generator(seed, step, "mask")
     block = min(block, length)
@@ -153,27 +160,51 @@ def corrupt(args, seed, step, rows, length, block, first=None, part=slice(None))
     n = 1 + math.ceil((length - first) / block)
     position = torch.arange(n * block) - (block - first)
     real = (position >= 0) & (position < length)
-    real = real.view(n, block)                                                     # (n, S)
-    size = real.sum(-1)                                                            # (n,) tokens
+    real = real.view(n, block).expand(rows, n, block)                              # (R, n, S)
+    hidden = real
+    if asked is not None:
+        hidden = in_blocks(asked, block - first, real)
+    size = hidden.sum(-1)                                                          # (R, n) tokens
 
     # the time of each block, and from it the exact count of masked tokens
     u = strata(rows * n, args.timestep_sampling, generator).view(rows, n)          # (R, n)
     t, slope = times(args, u)
     rate = 1 - alpha(t, args.mask_schedule, args.min_mask_rate, args.max_mask_rate)
-    count = torch.ceil(rate * size - 1e-9).long().clamp(min=1)                     # (R, n)
+    count = torch.ceil(rate * size - 1e-9).long().clamp(min=1).minimum(size)       # (R, n)
 
     # which ones
     span = 1.0
     if args.masking_strategy == "span":
         span = args.mean_span_length
-    mask = hide(count, real.expand(rows, n, block), span, generator, part)         # (R, n, S)
+    mask = hide(count, hidden, span, generator, part)                              # (R, n, S)
 
     # what each of them weighs: times drawn from a part of the range count for the whole of it
-    weight = -slope / (args.max_mask_rate - args.min_mask_rate) * size / count       # (R, n)
+    weight = -slope / (args.max_mask_rate - args.min_mask_rate)
+    weight = weight * size / count.clamp(min=1)                                    # (R, n)
     weight = weight.float()[part].unsqueeze(-1).expand(mask.shape)                 # (R, n, S)
 
     # (R, n, S)[:, real] -> (R, T)
-    return MaskSample(mask[:, real], weight[:, real], t, block, first, int(count.sum()))
+    real = real[0]
+    sample = MaskSample(mask[:, real], weight[:, real], t, block, first, int(count.sum()))
+    return of_responses(sample, asked, part)
+
+
+def in_blocks(asked, before, real):
+    """Where the noisy stream may hide tokens of pairs (R, n, S): responses, asked (R, T), and what
+    stands behind one in its last block. There EOS is the answer, as a sampler has a whole block to
+    fill.
+    """
+    R, n, S = real.shape
+    after = n * S - before - asked.shape[1]
+    places = F.pad(asked, (before, after)).view(R, n, S)                           # (R, n, S)
+    return (places.cumsum(-1) > 0) & real
+
+
+def of_responses(sample, asked, part):
+    """The same sample, whose loss is that of the responses."""
+    if asked is None:
+        return sample
+    return sample._replace(asked=asked[part], asked_count=int(asked.sum()))
 
 
 def pick_blocks(sizes, length, seed, step, single=0.0):
@@ -197,11 +228,17 @@ def pick_blocks(sizes, length, seed, step, single=0.0):
     return block, block
 
 
-def left_to_right(rows, length, part=slice(None)):
-    """The sample of the clean stream alone: every token is asked for, and all weigh the same."""
+def left_to_right(rows, length, part=slice(None), asked=None):
+    """The sample of the clean stream alone: every token is asked for, or those of the responses,
+    asked (R, T), and all weigh the same.
+    """
     ones = torch.ones(rows, length)
-    weight = ones[part]
-    return MaskSample(weight.bool(), weight, ones[:, :1], 1, 1, rows * length, 1.0)
+    if asked is None:
+        weight = ones[part]
+        return MaskSample(weight.bool(), weight, ones[:, :1], 1, 1, rows * length, 1.0)
+    weight = asked[part].float()
+    sample = MaskSample(asked[part], weight, ones[:, :1], 1, 1, int(asked.sum()), 1.0)
+    return of_responses(sample, asked, part)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -284,6 +321,9 @@ def denoising_loss(
     mask = masks.mask[rows].to(x0.device)                                          # (R', T)
     clean_asked = masks.clean_share > 0
     noisy_asked = masks.clean_share < 1
+    everywhere = masks.asked is None
+    if not everywhere:
+        asked_clean = masks.asked[rows].to(x0.device)                              # (R', T)
     xt = None
     if noisy_asked:
         xt = torch.where(mask, model.cfg.mask_id, x0)
@@ -293,9 +333,9 @@ def denoising_loss(
     targets = []
     weights = []
     if clean_asked:
-        targets.append(x0.flatten())
-        each = masks.clean_share / (len(masks.t) * x0.shape[1])
-        weights.append(torch.full((x0.numel(),), each, device=x0.device))
+        targets.append(x0.flatten() if everywhere else x0[asked_clean])
+        each = masks.clean_share / masks.tokens
+        weights.append(torch.full((len(targets[0]),), each, device=x0.device))
     if noisy_asked:
         targets.append(x0[mask])
         weight = masks.weight[rows].to(x0.device)[mask]
@@ -313,7 +353,7 @@ def denoising_loss(
     for clean, noisy in found:
         asked = []
         if clean_asked:
-            asked.append(clean.flatten(0, 1))
+            asked.append(clean.flatten(0, 1) if everywhere else clean[asked_clean])
         if noisy_asked:
             asked.append(noisy[mask])
         states = torch.cat(asked)                                                  # (N, D)
@@ -343,11 +383,11 @@ class DenoisingLoss(torch.nn.Module):
 
 
 def normaliser(kind, masks):
-    """What one optimizer step's sum over masked tokens is divided by: all its tokens for the bound,
-    its masked tokens for the plain mean.
+    """What one optimizer step's sum over masked tokens is divided by: all tokens that it asks for
+    for the bound, its masked tokens for the plain mean.
     """
     if kind == "elbo":
-        return len(masks.t) * masks.mask.shape[1]
+        return masks.tokens
     return masks.masked_count
 
 
@@ -363,7 +403,8 @@ EXACT_COUNT = SimpleNamespace(
 
 @torch.no_grad()
 def row_bounds(
-    model, x0, block, first=None, seed=0, batch=8, part=slice(None), piece=contextlib.nullcontext
+    model, x0, block, first=None, seed=0, batch=8, part=slice(None), piece=contextlib.nullcontext,
+    asked=None,
 ):
     """What rows x0 (R, T) cost in nats, on the CPU: (R, 3), of each its bound per token, its plain
     sum of CE, its masked tokens.
@@ -371,13 +412,15 @@ def row_bounds(
     Linear time, so every count weighs the same; stratified over rows and blocks; masks fixed by the
     seed. In blocks of one token it is the clean stream's exact NLL, whatever the seed. part: only
     these rows, with the masks that they have among all. piece: a context for each batch, in which a
-    signal may end it.
+    signal may end it. asked (R, T): of pairs, the responses; "per token" is then per token of the
+    mean response.
     """
     R, T = x0.shape
     if block == 1:
-        masks = left_to_right(R, T, part)
+        masks = left_to_right(R, T, part, asked)
     else:
-        masks = corrupt(EXACT_COUNT, seed, 0, R, T, block, first, part)
+        masks = corrupt(EXACT_COUNT, seed, 0, R, T, block, first, part, asked)
+    tokens = masks.tokens / R
     x0 = x0[part]
     found = []
     for start in range(0, len(x0), batch):
@@ -386,15 +429,17 @@ def row_bounds(
             out = denoising_loss(model, x0[rows], masks, "elbo", rows)
         ce = torch.zeros(out.masked.shape, device=x0.device)                       # (R', T)
         ce[out.masked] = out.nll
-        nats = (ce * masks.weight[rows].to(x0.device)).sum(1) / T
+        nats = (ce * masks.weight[rows].to(x0.device)).sum(1) / tokens
         figures = torch.stack((nats, ce.sum(1), out.masked.sum(1)), dim=1)         # (R', 3)
         found.append(figures.cpu().double())
     return torch.cat(found)
 
 
-def bound(model, x0, block, first=None, seed=0, batch=8):
+def bound(model, x0, block, first=None, seed=0, batch=8, asked=None):
     """The exact-count bound in nats per token for rows x0 (R, T): (means per row (R,), mean CE of
     masked tokens).
     """
-    nats, plain, masked_count = row_bounds(model, x0, block, first, seed, batch).unbind(1)
+    nats, plain, masked_count = row_bounds(
+        model, x0, block, first, seed, batch, asked=asked
+    ).unbind(1)
     return nats.float(), float(plain.sum() / masked_count.sum())

@@ -146,6 +146,9 @@ class ModelConfig:
     pad: bool = flag(
         True, "id 0 is a pad, which no text holds; off: it is a piece, as in GPT-2's", later=True
     )
+    framed: bool = flag(
+        False, "trained on pairs: a prompt stands in a frame, and is answered", later=True
+    )
 
     def __post_init__(self):
         problems = list(shape_problems(self))
@@ -186,11 +189,13 @@ class ModelConfig:
         return cls(**checked(cls, {"args": saved}, "model configuration"))
 
 
-def model_config(args, vocab_size, pad=True):
+def model_config(args, vocab_size, pad=True, framed=False):
     """The ModelConfig that these training arguments and this many base pieces ask for. pad: whether
-    the first of them is kept for it.
+    the first of them is kept for it. framed: the text is pairs.
     """
-    settings = dict(vocab_size=vocab_size, exits=args.exit_loss_weight > 0, pad=pad)
+    settings = dict(
+        vocab_size=vocab_size, exits=args.exit_loss_weight > 0, pad=pad, framed=framed
+    )
     for field in dataclasses.fields(ModelConfig):
         if field.name not in settings:
             settings[field.name] = getattr(args, field.name)

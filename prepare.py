@@ -3,6 +3,7 @@
     python -m prepare --source files --input my_texts/ more.jsonl.gz --data_dir data/processed
     python -m prepare --source hindi --report report.html  # Hindi and Hinglish, cleaned
     python -m prepare --source builtin                     # the synthetic starter corpus, offline
+    python -m prepare --source pairs --input pairs.jsonl   # {"prompt": ..., "response": ...}
 
 text/documents.py says which files are read; "-" is standard input. An existing --tokenizer is
 reused and never overwritten: to train one on the new text, delete it or name another path. The work
@@ -29,8 +30,9 @@ def print_line(text):
 def main(argv=None):
     args, origins = cli.parse(config.PrepareArgs, argv, "prepare")
     cli.announce(args, origins)
-    build(args, say if args.quiet else print_line)
-    print_line(f"next: python -m train --data_dir {shlex.quote(args.data_dir)}")
+    meta = build(args, say if args.quiet else print_line)
+    length = f" --seq_len {max(16, meta['pairs']['longest'])}" if "pairs" in meta else ""
+    print_line(f"next: python -m train --data_dir {shlex.quote(args.data_dir)}{length}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,14 @@ import cli
 import config
 from common.console import printable, say
 from common.files import can_write, json_text, write_json
-from sampling.settings import in_words, masked_sampler, read_prompts, settings_of_sample, suited
+from sampling.settings import (
+    in_words,
+    masked_sampler,
+    opening,
+    read_prompts,
+    settings_of_sample,
+    suited,
+)
 
 STATISTICS = (
     "[stats] new={new_tokens} before_eos={tokens_before_eos} forwards={forwards} "
@@ -42,7 +49,8 @@ def main(argv=None, pinned=None):
 
     # The settings
     trained_length = saved.config["args"]["seq_len"]
-    longest_prompt = max(len(tokenizer.encode(prompt)) for prompt in prompts) + 1
+    framed = writer.cfg.framed
+    longest_prompt = max(len(opening(tokenizer, prompt, framed)) for prompt in prompts)
     args = suited(args, origins, saved, longest_prompt)
     settings = settings_of_sample(args, origins, saved, tokenizer)
     if not args.text:

@@ -27,7 +27,7 @@ from common.flags import checked
 from evaluation import sample_quality
 from evaluation.run_report import read_log
 from sampling.decode import generate
-from sampling.settings import Settings
+from sampling.settings import Settings, opening
 from sampling.torch_model import writer_of
 
 # the samples: of the four fixed prompts, with this seed
@@ -433,7 +433,8 @@ def write_samples(path, device):
     writer = writer_of(model)
     samples = []
     for prompt in config.PROMPTS:
-        out = generate(writer, [tokenizer.bos_id, *tokenizer.encode(prompt)], settings, [SEED])
+        ids = opening(tokenizer, prompt, model.cfg.framed)
+        out = generate(writer, ids, settings, [SEED])
         [ids] = out.rows
         samples.append(
             {

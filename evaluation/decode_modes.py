@@ -21,6 +21,7 @@ from evaluation.held_out import open_text
 from evaluation.ngram import NGram
 from evaluation.sample_quality import distinct, repeat_rate
 from sampling import decode
+from sampling.settings import opening
 
 HELD_OUT_ROWS = 64
 
@@ -66,7 +67,8 @@ def measure(tokenizer, prompts, variants, reference, args, frozen, device):
     """variants {name: (Loaded, Settings)} -> {name: its figures}; reference: the variant whose
     text the others are compared with.
     """
-    contexts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    framed = reference[0].writer.cfg.framed
+    contexts = [opening(tokenizer, prompt, framed) for prompt in prompts]
     reference_rows = []
     for prompt in prompts:
         result, _, _ = timed(reference, prompt, tokenizer, args.seed)
@@ -119,7 +121,7 @@ def timed(variant, prompt, tokenizer, seed):
     loaded, asked = variant
     started = time.perf_counter()
     cpu_started = time.process_time()
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = opening(tokenizer, prompt, loaded.writer.cfg.framed)
     result = decode.generate(loaded.writer, ids, asked, [seed])
     # it ends with a copy to the CPU
     return result, time.perf_counter() - started, time.process_time() - cpu_started
@@ -195,7 +197,8 @@ class Judges:
 @torch.no_grad()
 def add_quality(results, variants, judges, tokenizer, prompts):
     """The held-out bound and the judged text of every variant join its figures."""
-    contexts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    framed = next(iter(variants.values()))[0].writer.cfg.framed
+    contexts = [opening(tokenizer, prompt, framed) for prompt in prompts]
     for name, (loaded, asked) in variants.items():
         figures = results[name]
         whole = 10**9

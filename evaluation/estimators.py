@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import masking
 from masking import hide, step_generator, strata
+from text.tokenizer import PAD
 
 CHUNK = 512                   # logits that are there at once
 BINS = 10                     # of the curve of CE by mask rate
@@ -32,21 +33,23 @@ RATES = (0.15, 0.5, 0.85)     # of infilling
 
 # ---- windows of one stream, for training and for comparing settings ------------------------------
 
-def held_out(model, rows, blocks, seed, batch, draws, ranks=None, piece=contextlib.nullcontext):
+def held_out(
+    model, rows, blocks, seed, batch, draws, ranks=None, piece=contextlib.nullcontext, asked=None
+):
     """Held-out rows (R, T) -> {block: {"nats": bound per token, "se": standard error over rows,
     "masked_mean": plain CE}}.
 
-    ranks: the processes that share the rows; each gets the figures of all of them. piece: as in
-    row_bounds.
+    ranks: the processes that share the rows; each gets the figures of all of them. piece, asked: as
+    in row_bounds.
     """
     result = {}
     part = ranks.shard_rows(len(rows)) if ranks else slice(None)
     for block in blocks:
         passes = []
         for draw in range(draws):
-            passes.append(
-                masking.row_bounds(model, rows, block, None, seed + draw, batch, part, piece)
-            )
+            passes.append(masking.row_bounds(
+                model, rows, block, None, seed + draw, batch, part, piece, asked
+            ))
         sums = torch.stack(passes, dim=1)                                   # (R, draws, 3)
         if ranks:
             sums = ranks.gather_rows(sums, len(rows))
@@ -80,9 +83,10 @@ def at_depth(model, depth):
 
 
 def bits_per_byte(nats_per_token, meta):
-    """nats/token -> bits per byte of the raw validation text; None when the bytes were not
-    recorded.
+    """nats/token -> bits per byte of the raw validation text, of pairs that of the responses; None
+    when the bytes were not recorded.
     """
+    meta = meta | meta.get("pairs", {})
     if not meta.get("val_bytes"):
         return None
     return nats_per_token * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
@@ -110,11 +114,21 @@ def windows(tokens, length):
     return cuts
 
 
-def cut(documents, length, device="cpu"):
-    """Documents (lists of ids) -> [Piece]."""
+def given_tokens(ids):
+    """Tokens at the beginning of a document that are not scored: BOS, or the framed prompt of a
+    pair, which ends with the pad's id (text/pairs.py).
+    """
+    return 1 + ids.index(PAD) if PAD in ids else 1
+
+
+def cut(documents, length, device="cpu", framed=False):
+    """Documents (lists of ids) -> [Piece]. framed: they are pairs, which are never cut."""
     groups = {}
     for number, ids in enumerate(documents):
-        for start, size, given in windows(len(ids), length):
+        cuts = windows(len(ids), length)
+        if framed:
+            cuts = [(0, len(ids), given_tokens(ids))]
+        for start, size, given in cuts:
             group = groups.setdefault((size, given), [])
             group.append((number, ids[start:start + size]))
     pieces = []

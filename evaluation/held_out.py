@@ -89,13 +89,15 @@ def spread_over(documents, count, length):
     return [ids[:length] for ids in documents[::step][:count]]
 
 
-def measured(documents, tokenizer):
-    """What the figures are divided by: scored tokens, bytes and letters of each document, and its
-    script.
+def measured(documents, tokenizer, framed=False):
+    """What the figures are divided by: scored tokens, bytes and letters of each document, of a pair
+    those of the response, and its script.
     """
-    texts = [tokenizer.decode(ids) for ids in documents]
+    given = [estimators.given_tokens(ids) if framed else 1 for ids in documents]
+    scored = [ids[start:] for ids, start in zip(documents, given, strict=True)]
+    texts = [tokenizer.decode(ids) for ids in scored]
     return {
-        "tokens": [len(ids) - 1 for ids in documents],
+        "tokens": [len(ids) for ids in scored],
         "bytes": [len(text.encode()) for text in texts],
         "chars": [len(text) for text in texts],
         "script": [script_of(text) for text in texts],
@@ -155,13 +157,16 @@ def rule_name(block, length):
 
 def score(model, documents, tokenizer, blocks, args, length, batch):
     """The held-out figures, printed as they come -> what --out_json holds."""
+    framed = model.cfg.framed
     every = HeldOut(
-        estimators.cut(documents, length, model.device),
-        measured(documents, tokenizer),
+        estimators.cut(documents, length, model.device, framed),
+        measured(documents, tokenizer, framed),
     )
     # the costly figures: of fewer documents
     few = spread_over(documents, args.chain_docs, length)
-    few = HeldOut(estimators.cut(few, length, model.device), measured(few, tokenizer))
+    few = HeldOut(
+        estimators.cut(few, length, model.device, framed), measured(few, tokenizer, framed)
+    )
     bound = partial(estimators.bound, draws=args.draws, seed=args.seed, batch=batch)
 
     result = {
@@ -198,7 +203,7 @@ def score(model, documents, tokenizer, blocks, args, length, batch):
 
     if model.cfg.exits and hasattr(model, "both_states"):  # an exported model never leaves early
         result["exits"] = exits(model, every, blocks, length, bound)
-    if not model.cfg.causal:
+    if not model.cfg.causal and not framed:
         result["infilling"] = infilling(model, few, args.seed, batch)
         if args.repeats > 1:
             result["compared"] = compared(model, few.pieces, blocks, args, length, batch)

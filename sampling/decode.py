@@ -49,6 +49,10 @@ them to a PyTorch model.
                                         may change and has read when it asks for the next ones
     model.device_memory()               maybe -> (name, bytes) of a device with memory of its own
 
+Guidance: what the model says with the prompt, away from what it says without. A model of pairs was
+trained without prompts, too, and Settings.null_prompt has the ids that stand for none: the response
+so far follows them. Without it, the block stands alone.
+
 Legend: B rows, P tokens of the prompt, S positions of a block, T all positions, N masked positions
 that are looked at, V vocabulary rows.
 """
@@ -95,6 +99,7 @@ class Canvas:
         # the probability of each token when it was chosen
         self.chance = np.ones(ids.shape, dtype=np.float32)                         # (B, T)
         self.done = np.zeros(len(ids), dtype=bool)                                 # (B,)
+        self.bare = None                  # the cache without the prompt, of guided framed prompts
         self.forwards = [0] * len(ids)
         self.generators = [generator_of(seed) for seed in seeds]
 
@@ -105,6 +110,8 @@ class Canvas:
         self.done = self.done[rows]
         self.forwards = [self.forwards[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
+        if self.bare is not None:
+            self.bare.select(rows)
 
 
 def generator_of(seed):
@@ -186,6 +193,11 @@ def begin(model, group, prompts, settings, seeds, result, keep_chance):
             for start in range(0, known, size):
                 read(ids[:, start:min(known, start + size)], cache)
             result.context_passes += 1  # one pass over the prompt, whatever its number of parts
+        if settings.guidance_scale != 1 and settings.null_prompt:
+            null = np.tile(np.array(settings.null_prompt), (len(group), 1))
+            canvas.bare = model.new_cache(len(group), room)
+            model.step(null, canvas.bare)
+            result.context_passes += 1
     return canvas, cache
 
 
@@ -358,6 +370,8 @@ def forward_of_block(model, cache, canvas, P, lo, hi, settings, result):
         forward = forward_of(model, cache, canvas, P, lo, hi, settings)
         return joins_first(model, cache, finished, lo, hi, forward)
     model.step(finished, cache)
+    if canvas.bare is not None:
+        model.step(finished, canvas.bare)
     result.context_passes += 1
     return forward_of(model, cache, canvas, P, lo, hi, settings)
 
@@ -373,12 +387,14 @@ def forward_of(model, cache, canvas, P, lo, hi, settings):
     if cache is not None:
         if not guided:
             return lambda ids, depth: [Seen(model.states(ids[:, lo:hi], cache, depth))]
-        return both_contexts(model, cache, rows, lo, hi)
+        return both_contexts(model, cache, canvas, lo, hi)
 
     # nothing stands before the ids
     if not guided:
         empty = model.new_cache(rows, 0)
         return lambda ids, depth: [Seen(model.states(ids[:, :hi], empty, depth), 0, lo)]
+    if settings.null_prompt:
+        return without_prompt(model, canvas, P, lo, hi, settings.null_prompt)
     empty = model.new_cache(2 * rows, 0)
 
     def both_sides(ids, depth):
@@ -389,14 +405,33 @@ def forward_of(model, cache, canvas, P, lo, hi, settings):
     return both_sides
 
 
-def both_contexts(model, cache, rows, lo, hi):
-    """forward_of, guided, over a cache."""
+def without_prompt(model, canvas, P, lo, hi, null_prompt):
+    """forward_of, guided, in one piece: beside the prompt stands the null prompt, of another
+    length.
+    """
+    rows = len(canvas.ids)
+    null = np.tile(np.array(null_prompt), (rows, 1))
     empty = model.new_cache(rows, 0)
-    if not hasattr(cache, "beside"):
+
+    def both_sides(ids, depth):
+        given = model.states(ids[:, :hi], empty, depth)
+        bare = model.states(np.concatenate((null, ids[:, P:hi]), axis=1), empty, depth)
+        return [Seen(given, 0, lo), Seen(bare, 0, lo - P + len(null_prompt))]
+    return both_sides
+
+
+def both_contexts(model, cache, canvas, lo, hi):
+    """forward_of, guided, over a cache."""
+    rows = len(canvas.ids)
+    bare = canvas.bare
+    if bare is None:
+        bare = model.new_cache(rows, 0)
+    # a framed prompt and the null prompt have different lengths
+    if canvas.bare is not None or not hasattr(cache, "beside"):
         return lambda ids, depth: [
-            Seen(model.states(ids[:, lo:hi], context, depth)) for context in (cache, empty)
+            Seen(model.states(ids[:, lo:hi], context, depth)) for context in (cache, bare)
         ]
-    both = cache.beside(empty)                  # both sides in one batch
+    both = cache.beside(bare)                   # both sides in one batch
 
     def both_sides(ids, depth):
         states = model.states(np.tile(ids[:, lo:hi], (2, 1)), both, depth)

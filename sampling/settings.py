@@ -72,6 +72,7 @@ class Settings:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     guidance_scale: float = 1.0       # 1: plain conditional
+    null_prompt: tuple = None         # ids that stand for no prompt, of a model of pairs
     eos_id: int = None                # None: never stop early
     window: int = None                # positions that a growing cache keeps; None: all
     min_depth: int = 0                # layers of a block's first forward, all at its last; 0: all
@@ -117,6 +118,14 @@ def must_suit_drafts(settings):
 
 
 # ---- what was asked for --------------------------------------------------------------------------
+
+def opening(tokenizer, prompt, framed):
+    """The ids that a text begins with. framed: the model was trained on pairs (text/pairs.py)."""
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    if framed:
+        ids.append(tokenizer.pad_id)
+    return ids
+
 
 def read_prompts(args):
     """The prompts of --prompt and --prompts_file; without any, one empty prompt."""
@@ -201,6 +210,13 @@ def settings_of_sample(args, origins, saved, tokenizer):
         )
     eos_id = None if args.ignore_eos else tokenizer.eos_id
     settings = decode_settings(args, saved, mode, eos_id)
+    if is_framed(saved):
+        if args.text is not None:
+            raise UserError(
+                f"{saved.path} was trained on pairs and answers prompts: it fills no gaps; give a "
+                "--prompt instead of --text"
+            )
+        settings.null_prompt = tuple(opening(tokenizer, "", framed=True))
     if not causal:
         for line in idle(args, origins, settings):
             say(line)
@@ -287,6 +303,11 @@ def least_layers(args, saved):
 
 
 # ---- what the checkpoint was trained for ---------------------------------------------------------
+
+def is_framed(saved):
+    """Was it trained on pairs? Then a prompt stands in a frame, and the text is its answer."""
+    return saved.config["model"].get("framed", False)
+
 
 def trained_blocks(saved):
     trained = saved.config["args"]

@@ -9,7 +9,7 @@ import time
 
 from common.console import UserError, say
 from sampling import decode
-from sampling.settings import GAP, too_few
+from sampling.settings import GAP, opening, too_few
 from sampling.terminal import Stream
 
 
@@ -103,7 +103,7 @@ def continue_prompts(args, model, tokenizer, settings, prompts, watch, trained_l
             )
             for row, seed in enumerate(batch):
                 ids = result.rows[row]
-                text = prompt + tokenizer.written(ids)
+                text = before_answer(model, prompt) + tokenizer.written(ids)
                 yield record(args, settings, prompt, text, seed, result, row, len(ids))
             written += len(batch)
             if args.benchmark_runs > 1:
@@ -114,7 +114,8 @@ def timed_runs(args, model, tokenizer, settings, prompt, seeds, watch, divided):
     """Write one batch as often as --warmup_runs and --benchmark_runs say -> (the last Result,
     seconds of each run that counts). --stream prints the first of these, behind --- if divided.
     """
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = opening(tokenizer, prompt, model.cfg.framed)
+    shown = before_answer(model, prompt)
     for _ in range(args.warmup_runs):
         decode.generate(model, ids, settings, seeds, watch, None)
     times = []
@@ -125,22 +126,29 @@ def timed_runs(args, model, tokenizer, settings, prompt, seeds, watch, divided):
             if divided:
                 print("---")
             stream = Stream()
-            grow = grower(stream, tokenizer, settings, prompt, len(ids))
+            grow = grower(stream, tokenizer, settings, shown, len(ids))
         started = time.perf_counter()
         result = decode.generate(model, ids, settings, seeds, watch, grow)
         times.append(time.perf_counter() - started)
         if stream:
-            stream.grow(prompt + tokenizer.written(result.rows[0]), final=True)
+            stream.grow(shown + tokenizer.written(result.rows[0]), final=True)
     return result, times
 
 
-def grower(stream, tokenizer, settings, prompt, prompt_length):
+def before_answer(model, prompt):
+    """What of a text is shown in front of the new tokens: a prompt that is continued, not one that
+    is answered.
+    """
+    return "" if model.cfg.framed else prompt
+
+
+def grower(stream, tokenizer, settings, shown, prompt_length):
     """on_block of generate: the text so far, up to an EOS, goes to the stream."""
     def grow(canvas, lo, hi):
         new = canvas.ids[0, prompt_length:hi].tolist()
         if settings.eos_id in new:
             new = new[:new.index(settings.eos_id)]
-        stream.grow(prompt + tokenizer.written(new))
+        stream.grow(shown + tokenizer.written(new))
     return grow
 
 

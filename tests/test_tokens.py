@@ -243,7 +243,7 @@ def test_permutation_looks_random():
     assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.1
     assert np.abs(np.diff(order)).mean() == pytest.approx(n / 3, rel=0.1)
     assert len(set(np.diff(order).tolist())) > n / 2
-    first = permute(np.zeros(20_000, int), 10, dataset._hash(3, np.arange(20_000)))
+    first = permute(np.zeros(20_000, int), 10, dataset.hashed(3, np.arange(20_000)))
     counts = np.bincount(first.astype(int), minlength=10)
     assert ((counts - 2000) ** 2 / 2000).sum() < 30  # chi-square, 9 degrees: p about 0.0004
 

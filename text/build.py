@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.console import UserError
 from common.files import lock, read_json, rename, seal_holds, sealed, write_json
-from text import dataset, hub
+from text import dataset, hub, pairs, transliterate
 from text.clean import RULES, Cleaner
 from text.documents import find_files, kind_of, read_documents
 from text.spool import Spool
@@ -82,15 +82,37 @@ def read(args, spool, sources, paths, log):
         spool.file.close()
 
 
-def read_source(args, spool, cleaner, source, path, bar, log):
-    """One source into the spool; how much came of it is noted in `source`."""
-    docs_before = spool.docs.total()
-    bytes_before = spool.bytes
+def pairs_of(args, path, log):
+    """(pair, the part of it that says on which side of the split it belongs) of one file."""
+    if args.source == "pairs":
+        for prompt, response in pairs.read_pairs(path):
+            pair = pairs.MARK.join((prompt, response))
+            yield pair, pair
+        return
+    for text in read_documents(path, log):
+        for typed, meant, sentence in transliterate.typed_pairs(text, args.typists, args.seed):
+            yield pairs.MARK.join((typed, meant)), sentence
+
+
+def cleaned(args, cleaner, source, path, log):
+    """(document, itself) of one source: normalised and, if that is asked for, cleaned."""
     for text, kind in documents_of(args, source, path, log):
         text = normalise(text).strip()
         if cleaner and text:
             text = cleaner(text, kind)
-        if not spool.add(text):
+        yield text, text
+
+
+def read_source(args, spool, cleaner, source, path, bar, log):
+    """One source into the spool; how much came of it is noted in `source`."""
+    docs_before = spool.docs.total()
+    bytes_before = spool.bytes
+    if args.of_pairs:
+        texts = pairs_of(args, path, log)
+    else:
+        texts = cleaned(args, cleaner, source, path, log)
+    for text, decides in texts:
+        if not spool.add(text, decides):
             break
         bar.update()
     source["documents"] = spool.docs.total() - docs_before
@@ -101,9 +123,13 @@ def check_amount(args, spool, cleaner, given, log):
     """Dies without any text; says when a limit was reached and when there is little."""
     if not spool.bytes:
         why = "every document is empty"
+        if args.source == "transliterate":
+            why = "no sentence of it is in Devanagari"
         if cleaner:
             why = "the cleaning rules dropped every document; --no_clean keeps them"
         raise UserError(f"no text in {given}: {why}")
+    if args.of_pairs and len(spool.sizes) < 2:
+        raise UserError(f"{given} holds one pair only, and one is kept for validation: give more")
     if spool.full and args.source != "builtin":
         log(
             f"notice: stopped at the limit, {spool.docs.total():,} documents and "
@@ -125,7 +151,8 @@ def get_tokenizer(args, spool, log):
             f"tokenizer: training on {min(spool.bytes, SAMPLE_BYTES) / 1e6:.1f} MB of the training "
             "text ..."
         )
-        return train_tokenizer(spool.sample(), path, asked, args.model_type, spool.bytes, log)
+        texts = (text.replace(pairs.MARK, "\n") for text in spool.sample())
+        return train_tokenizer(texts, path, asked, args.model_type, spool.bytes, log)
     tok = Tokenizer(path)
     # a text too small for it may have given fewer than asked for
     with contextlib.suppress(UserError):
@@ -155,7 +182,7 @@ class Encoded:
     count: Counter                         # (split, script, what) -> number; split 0 train, 1 val
 
 
-def encode(folder, spool, tok, log):
+def encode(args, folder, spool, tok, log):
     """Pass 3: ids aside, in the work folder; -> (Counter of (split, script, what), both files'
     sha256).
 
@@ -187,7 +214,7 @@ def encode(folder, spool, tok, log):
         stack.enter_context(bar)
         synced = done.place
         for batch in spool.batches(done.place):
-            write_batch(batch, tok, files, done)
+            write_batch(args, batch, encoded(batch, tok, args, spool, done), files, done)
             bar.update(done.place - bar.n)
             if done.place - synced >= SYNC_BYTES:
                 synced = done.place
@@ -197,17 +224,48 @@ def encode(folder, spool, tok, log):
     return done.count, [digest.hexdigest() for digest in done.hashes]
 
 
-def write_batch(batch, tok, files, done):
-    """The ids of these records into the files; `done` follows."""
+def encoded(batch, tok, args, spool, done):
+    """The ids of these records, in their frame, and how many tokens stand in front of a pair's
+    response.
+    """
     dtype = dataset.token_dtype(tok.vocab_size)
     texts = [text for *_, text in batch]
-    ids_of_texts = tok.encode_many(texts, normalised=True)
-    for record, ids in zip(batch, ids_of_texts, strict=True):
-        place, split, script, _, text = record
+    if args.of_pairs:
+        before = sum(done.count[key] for key in done.count if key[2] == "docs")
+        rows = pairs.rows_of_pairs(texts, tok, dtype)
+        for number, (row, prompt) in enumerate(rows, before):
+            if len(row) > args.pair_tokens and args.source == "pairs":
+                raise UserError(
+                    f"{place_of(number, spool)}: this pair has {len(row):,} tokens, {prompt:,} of "
+                    f"them in front of the response: shorten it, or give --pair_tokens {len(row)} "
+                    "and train with such a --seq_len"
+                )
+            yield row, prompt
+        return
+    for ids in tok.encode_many(texts, normalised=True):
         row = np.empty(len(ids) + 2, dtype)
         row[0] = tok.bos_id
         row[1:-1] = ids
         row[-1] = tok.eos_id
+        yield row, 0
+
+
+def place_of(number, spool):
+    """The file and line of a pair, counted from 0 over all files: each line is one."""
+    for source in spool.extra["sources"]:
+        if number < source["documents"]:
+            return f"{source['name']}, line {number + 1}"
+        number -= source["documents"]
+
+
+def write_batch(args, batch, rows, files, done):
+    """These rows into the files; `done` follows."""
+    for record, (row, prompt) in zip(batch, rows, strict=True):
+        place, split, script, _, text = record
+        if prompt and len(row) > args.pair_tokens:      # of words that only bytes can spell
+            done.place = place
+            done.count[split, script, "too_long"] += 1
+            continue
         files[split].write(row)
         done.place = place
         done.sizes[split] += row.nbytes
@@ -216,6 +274,12 @@ def write_batch(batch, tok, files, done):
         done.count[split, script, "tokens"] += len(row)
         # of normalised text, which is what decoding gives
         done.count[split, script, "bytes"] += len(text.encode())
+        if prompt:
+            response = text.split(pairs.MARK)[1]
+            longest = max(len(row), done.count[split, script, "longest"])
+            done.count[split, script, "longest"] = longest
+            done.count[split, script, "response_tokens"] += len(row) - prompt
+            done.count[split, script, "response_bytes"] += len(response.encode())
 
 
 def sync_files(files):
@@ -273,7 +337,8 @@ def flags_of(args):
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     words = []
     for name in ("source", "input", "tokenizer", "tokenizer_vocab", "model_type", "hinglish_ratio",
-                 "val_doc_frac", "max_docs", "max_chars", "clean", "romanise", "raw_dir", "seed"):
+                 "pair_tokens", "typists", "val_doc_frac", "max_docs", "max_chars", "clean",
+                 "romanise", "raw_dir", "seed"):
         value = getattr(args, name)
         if name == "source" or value != defaults[name]:
             parts = value if isinstance(value, tuple) else [value]
@@ -317,7 +382,19 @@ def make_meta(args, spool, tok, digest, count, hashes):
             meta[f"{split}_{what}"] = sum(count[number, script, what] for script in SCRIPTS)
         meta[f"{split}_sha256"] = hashes[number]
         meta["scripts"][split] = {script: count[number, script, "docs"] for script in SCRIPTS}
+    if args.of_pairs:
+        meta["pairs"] = about_pairs(count)
     return meta
+
+
+def about_pairs(count):
+    """What meta.json says of pairs: the longest one, tokens and bytes of the responses."""
+    about = {"longest": max(number for key, number in count.items() if key[2] == "longest")}
+    for number, split in enumerate(SPLITS):
+        for what in ("tokens", "bytes"):
+            found = sum(count[number, script, f"response_{what}"] for script in SCRIPTS)
+            about[f"{split}_{what}"] = found
+    return about
 
 
 def publish(args, work, meta, count, log):
@@ -330,6 +407,12 @@ def publish(args, work, meta, count, log):
     for name in ("train.bin", "val.bin", "meta.json"):
         rename(work / name, folder / name)
 
+    left_out = sum(count[key] for key in count if key[2] == "too_long")
+    if left_out:
+        log(
+            f"notice: {left_out:,} pairs of more than {args.pair_tokens} tokens are left out; a "
+            "larger --pair_tokens keeps them"
+        )
     for script in SCRIPTS:
         train_docs = count[0, script, "docs"]
         val_docs = count[1, script, "docs"]
@@ -361,6 +444,10 @@ def find_sources(args, folder, log):
     settings["romanise"] = args.wants("romanise")
     if args.source == "builtin" or settings["romanise"]:
         settings["hinglish_ratio"] = args.hinglish_ratio
+    if args.of_pairs:
+        settings["pair_tokens"] = args.pair_tokens
+    if args.source == "transliterate":
+        settings["typists"] = args.typists
 
     if args.source == "builtin":
         sources = [grammar.describe()]
@@ -380,7 +467,7 @@ def find_sources(args, folder, log):
 
 def source_files(args, folder, log):
     """[(file, what meta.json says of it)]: the input, or what the hub gives."""
-    if args.source == "files":
+    if args.input:
         inputs = stdin_to_file(args.input, folder / WORK)
         return [
             (path, dict(name=printable(path), licence=None)) for path in find_files(inputs, log)
@@ -481,7 +568,7 @@ def build(args, log=print):
                 if not spool.restore(log):
                     read(args, spool, sources, paths, log)
                 tok = get_tokenizer(args, spool, log)
-                count, hashes = encode(work, spool, tok, log)
+                count, hashes = encode(args, work, spool, tok, log)
                 meta = make_meta(args, spool, tok, digest, count, hashes)
                 publish(args, work, meta, count, log)
     except OSError as error:

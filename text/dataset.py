@@ -61,6 +61,12 @@ def token_dtype(vocab_size):
     return np.dtype("<u2") if vocab_size + 1 <= 65536 else np.dtype("<u4")
 
 
+def tensor_of(array):
+    """The array as a tensor."""
+    import torch                                                 # late: prepare does without it
+    return torch.from_numpy(array)
+
+
 def file_sha256(path):
     try:
         return files.file_sha256(path)
@@ -279,8 +285,6 @@ class TokenData:
         """Windows from these positions on, (B, T) int64; the text is a ring, its end continues at
         its beginning.
         """
-        import torch                                             # late: prepare does without it
-
         rows = np.empty((len(starts), seq_len), np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
             head = self.tokens[start:start + seq_len]
@@ -288,7 +292,7 @@ class TokenData:
             row[len(head):] = self.tokens[:seq_len - len(head)]
         if len(rows) and len(self) * self.dtype.itemsize > SCAN_BYTES:
             self.check_ids(rows)
-        return torch.from_numpy(rows)                            # (B, T)
+        return tensor_of(rows)                                   # (B, T)
 
     def val_windows(self, n, seq_len):
         """The same evenly spaced, disjoint windows each time: n of them, or as many as the text
@@ -308,7 +312,7 @@ def _mix(x):
     return x ^ (x >> np.uint64(31))
 
 
-def _hash(seed, numbers):
+def hashed(seed, numbers):
     """uint64 array of pseudo-random numbers, one for each of `numbers`."""
     base = _mix(np.array([seed % 2**64], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     return _mix(base ^ _mix(numbers.astype(np.uint64) + np.uint64(0x632BE59BD9B4E019)))
@@ -347,15 +351,27 @@ class Windows:
         self.seed = seed
         self.per_epoch = len(data) // seq_len
 
-    def starts(self, index, count):
-        """Where windows index .. index+count-1 begin in the text."""
+    def places(self, index, count):
+        """Rows index .. index+count-1 -> (the key of each one's epoch, its number in the text)."""
         number = np.arange(index, index + count, dtype=np.int64)
         epoch, i = np.divmod(number, self.per_epoch)
-        key = _hash(self.seed, epoch)
-        place = permute(i, self.per_epoch, key).astype(np.int64)
+        key = hashed(self.seed, epoch)
+        return key, permute(i, self.per_epoch, key).astype(np.int64)
+
+    def starts(self, index, count):
+        """Where windows index .. index+count-1 begin in the text."""
+        key, place = self.places(index, count)
         offset = (_mix(~key) % np.uint64(len(self.data))).astype(np.int64)
         return (offset + place * self.seq_len) % len(self.data)
 
     def batch(self, index, count):
         """Windows number index .. index+count-1 as a (B, T) int64 tensor."""
         return self.data.gather(self.starts(index, count), self.seq_len)
+
+    def asked(self, index, count):
+        """Which tokens of these windows are asked for: None, all of them."""
+        return None
+
+    def first_block(self, index, count, block, first):
+        """The length of the first block of these windows: as it was drawn."""
+        return first

@@ -68,9 +68,10 @@ class Spool:
         self.file = open(self.path, "wb")
         self.hash = hashlib.sha256()
 
-    def add(self, text):
+    def add(self, text, decides):
         """False once a limit is reached; the first document comes in whatever its length. `text` is
-        normalised.
+        normalised. decides: the part of it that says on which side of the split it belongs, and in
+        what script it is.
         """
         if not text:
             return True
@@ -79,8 +80,8 @@ class Spool:
         if self.full:
             return False
         raw = text.encode()
-        script = SCRIPTS.index(script_of(text))
-        digest = hashlib.sha256(f"{self.args.seed}:".encode() + raw).digest()
+        script = SCRIPTS.index(script_of(decides))
+        digest = hashlib.sha256(f"{self.args.seed}:".encode() + decides.encode()).digest()
         key = int.from_bytes(digest[:8], "little")
         record = RECORD.pack(key, script, len(raw)) + raw
         self.file.write(record)

@@ -24,7 +24,7 @@ def give_up(run, result):
     windows = range(state.position - state.bad_in_a_row * run.rows, state.position)
     cause = recovery.likely_cause(
         run.model, run.held[:8], run.blocks[-1], run.autocast, result.loss, result.gnorm, windows,
-        args.lr, saved=checkpoint.is_run(run.folder),
+        args.lr, saved=checkpoint.is_run(run.folder), asked=run.held_part(8)[1],
     )
     message = (
         f"{state.bad_in_a_row} steps in a row were not finite, the last is step {state.step + 1}; "

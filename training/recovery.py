@@ -62,17 +62,20 @@ class SpikeWatch:
 # ---- steps that are not finite -------------------------------------------------------------------
 
 @torch.no_grad()
-def sound(model, rows, block, context):
-    """Whether these weights give the text of `rows` (B, T) a finite loss inside this context."""
+def sound(model, rows, block, context, asked=None):
+    """Whether these weights give the text of `rows` (B, T) a finite loss inside this context.
+    asked: as in masking.row_bounds.
+    """
     training = model.training
     model.eval()
     with context:
-        finite = math.isfinite(masking.bound(model, rows, block, batch=len(rows))[1])
+        bound = masking.bound(model, rows, block, batch=len(rows), asked=asked)
+        finite = math.isfinite(bound[1])
     model.train(training)
     return finite
 
 
-def can_learn(model, rows, block, context):
+def can_learn(model, rows, block, context, asked=None):
     """Whether the text of `rows` (B, T) has a finite loss and a finite gradient norm; the model's
     gradients stay as they are.
 
@@ -83,11 +86,11 @@ def can_learn(model, rows, block, context):
     model.eval()
     with torch.no_grad():
         if block == 1:
-            asked = masking.left_to_right(*rows.shape)
+            masks = masking.left_to_right(*rows.shape, asked=asked)
         else:
-            asked = masking.corrupt(masking.EXACT_COUNT, 0, 0, *rows.shape, block)
+            masks = masking.corrupt(masking.EXACT_COUNT, 0, 0, *rows.shape, block, asked=asked)
     with context:
-        loss = masking.denoising_loss(model, rows, asked, "elbo").loss
+        loss = masking.denoising_loss(model, rows, masks, "elbo").loss
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     norms = [gradient.norm() for gradient in gradients if gradient is not None]
@@ -96,7 +99,9 @@ def can_learn(model, rows, block, context):
 
 
 @torch.no_grad()
-def likely_cause(model, rows, block, autocast, loss, gnorm, windows, lr, saved=True):
+def likely_cause(
+    model, rows, block, autocast, loss, gnorm, windows, lr, saved=True, asked=None
+):
     """Why a step was not finite, as a sentence with the way out; `rows` (B, T) is held-out text,
     known to be sound.
 
@@ -112,8 +117,8 @@ def likely_cause(model, rows, block, autocast, loss, gnorm, windows, lr, saved=T
         if not torch.isfinite(p).all():
             return f"the learning rate: the weight {name} is not finite; {slower}"
 
-    sound_full = sound(model, rows, block, contextlib.nullcontext())
-    sound_half = sound(model, rows, block, autocast())
+    sound_full = sound(model, rows, block, contextlib.nullcontext(), asked)
+    sound_half = sound(model, rows, block, autocast(), asked)
     model.train()
     if not sound_full:
         return f"the learning rate: held-out text has no finite loss either; {slower}"

@@ -25,8 +25,8 @@ from common.flags import to_dict
 from model import build_model
 from text import starter
 from text.build import build as build_text
-from text.dataset import Windows
 from text.gpt2 import open_tokenizer
+from text.pairs import are_pairs, held_out_rows, windows_of
 from text.token_file import open_split
 from training import logs, optim, recovery, run_folder
 from training.saving import publish, restore
@@ -48,7 +48,8 @@ class Run:
     optimizer ema scaler spikes          what a checkpoint holds besides the weights
     state                                the counters (training/state.py)
     rows mine step_tokens micro         sequences of a step, this rank's, its tokens, rows a forward
-    held blocks                          the held-out windows, the block rules that are scored
+    held held_asked blocks prompts       the held-out windows, which of their tokens are asked, the
+                                         block rules that are scored, the prompts that are continued
     stop log progress                    signals, train.jsonl and its sinks, the console
     """
 
@@ -67,6 +68,11 @@ class Run:
     def averaged(self):
         """Inside, the model has its averaged weights, if it keeps some."""
         return self.ema.swap() if self.ema else contextlib.nullcontext()
+
+    def held_part(self, rows):
+        """The first held-out windows, and which of their tokens are asked (None: all)."""
+        asked = self.held_asked
+        return self.held[:rows], asked if asked is None else asked[:rows]
 
     def anomaly_detection(self):
         """Inside, --detect_anomaly names the operation whose gradient is NaN."""
@@ -176,8 +182,13 @@ def open_text(run):
     run.val = open_split(data_dir, "val", *how) if scores else None
     run.tokenizer = open_tokenizer(run.data.tokenizer_path)
     has_pad = run.tokenizer.pad_id is not None
-    run.cfg = model_config.model_config(args, run.data.vocab_size, has_pad)
-    run.windows = Windows(run.data, args.seq_len, args.seed)
+    framed = are_pairs(run.data)
+    run.cfg = model_config.model_config(args, run.data.vocab_size, has_pad, framed)
+    run.windows = windows_of(
+        run.data, args.seq_len, args.seed, args.conditioning_dropout, run.rows
+    )
+    if not framed and run.origins["conditioning_dropout"] == "flag":
+        say("notice: --conditioning_dropout does nothing here: this text has no prompts")
     if saved and run.ranks.main and saved.tokenizer_bytes != run.tokenizer.model_bytes:
         refuse_tokenizer(run)
     run.in_place = run.resuming and run.folder.resolve() == saved.path.parent.resolve()
@@ -288,7 +299,9 @@ def say_what_runs(run):
     )
     run.planned = args.lengths.tokens(args.max_steps, run.rows)
     tokens = data.meta["train_tokens"]
-    epochs = run.planned / tokens
+    epochs = args.max_steps * run.rows / run.windows.per_epoch
+    if not run.cfg.framed:
+        epochs = run.planned / tokens
     say(
         f"data: {args.data_dir} ({data.meta['source']}), {tokens:,} tokens, "
         f"{run.cfg.vocab_size} pieces; "
@@ -300,6 +313,13 @@ def say_what_runs(run):
         say(
             f"blocks: none at first, left to right alone, which until step {fade} gives way to "
             f"{args.train_block_sizes}"
+        )
+    if run.cfg.framed:
+        share = tokens / (run.windows.per_epoch * args.seq_len)
+        say(
+            f"pairs: {run.windows.per_epoch:,}, one a row, which fill {share:.0%} of it; the loss "
+            f"is that of the responses, and {args.conditioning_dropout:.0%} of the rows have no "
+            "prompt"
         )
     say(f"memory: {run.room}")
     if epochs > 2 * MANY_EPOCHS:
@@ -324,10 +344,17 @@ def hold_out(run):
     """The windows that are scored, the same at every evaluation, and their block rules."""
     args = run.args
     if run.val:
-        held = run.val.val_windows(args.eval_batches * args.batch_size, args.seq_len)
+        count = args.eval_batches * args.batch_size
+        held, run.held_asked = held_out_rows(run.val, count, args.seq_len)
     else:
         held = run.windows.batch(0, args.batch_size)
+        run.held_asked = run.windows.asked(0, args.batch_size)
     run.held = held.to(run.device)
+    run.prompts = config.PROMPTS
+    if run.cfg.framed:
+        # what stands before the response, without BOS and SEP, which decoding leaves out
+        pairs = zip(held[:len(config.PROMPTS)], run.held_asked, strict=False)
+        run.prompts = [run.tokenizer.decode(ids[:asked.int().argmax()]) for ids, asked in pairs]
     run.blocks = args.block_rules
     # a sharded model cannot speak by itself
     run.speaks = args.show_samples and run.ranks.main and not args.fsdp

@@ -37,13 +37,15 @@ class StepResult(NamedTuple):
     data_ms: float
 
 
-def mask_sample(run, step, block, first=None):
-    """What is asked of this rank's rows; whole rows do without the clean stream."""
+def mask_sample(run, step, block, first=None, asked=None):
+    """What is asked of this rank's rows; whole rows do without the clean stream. asked (R, T): the
+    responses of pairs, of all ranks.
+    """
     length = run.args.seq_len
     if block == 1:
-        return masking.left_to_right(run.rows, length, run.mine)
+        return masking.left_to_right(run.rows, length, run.mine, asked)
     masks = masking.corrupt(
-        run.args, run.args.seed, step, run.rows, length, block, first, run.mine
+        run.args, run.args.seed, step, run.rows, length, block, first, run.mine, asked
     )
     if block < length:
         return masks._replace(clean_share=1 / (1 + run.args.noisy_weight))
@@ -91,7 +93,8 @@ def gradients(run, x0, masks, step, micro, last=True):
 def probe(run, micro):
     """One real forward and backward of `micro` rows for each block rule: does it fit?"""
     for block in run.args.block_rules:
-        masks = mask_sample(run, 0, block)
+        asked = run.windows.asked(run.state.position, run.rows)
+        masks = mask_sample(run, 0, block, asked=asked)
         x0 = run.windows.batch(run.state.position + run.mine.start, micro).to(run.device)
         gradients(run, x0, masks, 0, micro, last=False)
 
@@ -163,7 +166,9 @@ def train_step(run):
     block, first = masking.pick_blocks(
         args.block_choices, args.seq_len, args.seed, state.step, args.single_chance(state.step)
     )
-    masks = mask_sample(run, state.step, block, first)
+    first = run.windows.first_block(state.position, run.rows, block, first)
+    asked = run.windows.asked(state.position, run.rows)
+    masks = mask_sample(run, state.step, block, first, asked)
 
     # the text: this rank's rows (B, T)
     begin = state.position + run.mine.start

@@ -12,7 +12,7 @@ from common import machine
 from common.console import printable, say
 from evaluation.estimators import bits_per_byte, held_out
 from sampling.decode import generate
-from sampling.settings import Settings
+from sampling.settings import Settings, opening
 from sampling.torch_model import TorchModel
 from training import recovery
 
@@ -27,7 +27,8 @@ def evaluate(run):
     try:
         with torch.no_grad(), run.autocast(), run.averaged():
             scores = held_out(
-                run.model, run.held, run.blocks, 0, run.micro, 1, run.ranks, run.stop.piece
+                run.model, run.held, run.blocks, 0, run.micro, 1, run.ranks, run.stop.piece,
+                run.held_asked,
             )
     except machine.Stopped:
         return
@@ -67,7 +68,7 @@ def log_samples(run):
     """Short continuations of two fixed prompts for the log."""
     if not run.speaks:
         return
-    for prompt in config.PROMPTS[:2]:
+    for prompt in run.prompts[:2]:
         try:
             run.log.write("sample", step=run.state.step, prompt=prompt, text=speak(run, prompt, 24))
         except FloatingPointError as error:               # NaN logits
@@ -89,7 +90,7 @@ def speak(run, prompt, length):
         top_k=50,
         eos_id=tokenizer.eos_id,
     )
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = opening(tokenizer, prompt, run.cfg.framed)
     with run.averaged(), run.stop.at_once():
         result = generate(TorchModel(run.model), ids, settings, [args.seed])
         return tokenizer.written(result.rows[0])
@@ -102,8 +103,9 @@ def print_samples(run):
     run.stop.answer = "leaving out the samples; the run is finished and saved"
     try:
         with run.stop, contextlib.suppress(machine.Stopped):
-            for prompt in config.PROMPTS:
-                print(f"{prompt}{printable(speak(run, prompt, 48))}\n---", flush=True)
+            for prompt in run.prompts:
+                between = "\n-> " if run.cfg.framed else ""
+                print(f"{prompt}{between}{printable(speak(run, prompt, 48))}\n---", flush=True)
     except FloatingPointError:  # NaN logits
         say(
             "error: the trained weights give no finite answer, so there are no samples: --lr "
@@ -125,7 +127,8 @@ def still_sound(run, rows):
     loss_only = run.args.compile or run.ranks.world > 1
     test = recovery.sound if loss_only else recovery.can_learn
     contexts = (run.autocast(), contextlib.nullcontext())
-    sound = any(test(run.model, run.held[:rows], run.blocks[-1], context) for context in contexts)
+    held, asked = run.held_part(rows)
+    sound = any(test(run.model, held, run.blocks[-1], context, asked) for context in contexts)
     run.ranks.reshard(run.model)
     if not sound:
         step = run.state.good.step

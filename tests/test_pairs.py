@@ -1,0 +1,340 @@
+"""Pairs: what is read and refused, what a row asks, which tokens a loss sees, and what guidance
+moves.
+"""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+
+import config
+import evaluate
+import masking
+import sample
+import train
+from common.console import UserError
+from sampling.decode import generate
+from sampling.settings import Settings, opening
+from sampling.torch_model import TorchModel
+from text import transliterate
+from text.build import build
+from text.dataset import TokenData
+from text.pairs import PairWindows, held_out_rows
+from text.tokenizer import Tokenizer, script_of
+
+WORDS = {"lal": "लाल", "nila": "नीला", "hara": "हरा", "kala": "काला", "bada": "बड़ा", "naya": "नया"}
+BOS, SEP, EOS = 2, 0, 3
+
+
+def toy_pairs(count):
+    """So many prompts of one to three colours, each with its only right answer."""
+    chance = np.random.default_rng(0)
+    for _ in range(count):
+        words = chance.choice(list(WORDS), chance.integers(1, 4)).tolist()
+        yield " ".join(words), " ".join(WORDS[word] for word in words)
+
+
+def write_pairs(path, pairs):
+    lines = [json.dumps({"prompt": p, "response": r}, ensure_ascii=False) for p, r in pairs]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def prepared(folder, source, path, **changes):
+    args = config.PrepareArgs(
+        source=source, input=(str(path),), data_dir=str(folder),
+        tokenizer=str(folder / "tok.model"), tokenizer_vocab=320, **changes,
+    )
+    args.said = []
+    build(args, args.said.append)
+    return args
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    home = tmp_path_factory.mktemp("pairs")
+    write_pairs(home / "pairs.jsonl", toy_pairs(600))
+    prepared(home / "data", "pairs", home / "pairs.jsonl")
+    return home
+
+
+@pytest.fixture(scope="module")
+def data(toy):
+    return TokenData(toy / "data")
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+GOOD = '{"prompt": "lal", "response": "लाल"}'
+
+
+@pytest.mark.parametrize("line, says", [
+    ('{"prompt": "lal"}', 'line 2: no "response"'),
+    ('{"prompt": "lal", "response": "  "}', 'line 2: the "response" is empty'),
+    ('{"prompt": 3, "response": "लाल"}', 'line 2: no "prompt"'),
+    ("[1]", 'line 2: no "prompt"'),
+    ("{", "line 2: not valid JSON"),
+    ("", "line 2: an empty line"),
+    (json.dumps({"prompt": "lal " * 250_000, "response": "x"}), "line 2: this pair has"),
+])
+def test_a_bad_line_is_named_and_nothing_is_lost(toy, tmp_path, line, says):
+    folder = tmp_path / "data"
+    write_pairs(tmp_path / "good.jsonl", toy_pairs(30))
+    args = prepared(folder, "pairs", tmp_path / "good.jsonl")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([GOOD, line, GOOD, ""]), encoding="utf-8")
+    args.input = (str(bad),)
+    with pytest.raises(UserError, match=f"bad.jsonl, {says}"):
+        build(args, args.said.append)
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert after == before and len(TokenData(folder)) > 0
+
+
+def test_the_line_of_a_long_pair_is_counted_over_all_files(tmp_path):
+    write_pairs(tmp_path / "a.jsonl", toy_pairs(40))
+    write_pairs(tmp_path / "b.jsonl", [*toy_pairs(7), ("lal " * 40, "लाल")])
+    args = config.PrepareArgs(
+        source="pairs", input=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")),
+        data_dir=str(tmp_path / "d"), tokenizer=str(tmp_path / "t.model"), pair_tokens=32,
+    )
+    with pytest.raises(UserError, match="b.jsonl, line 8: this pair has .* give --pair_tokens"):
+        build(args, [].append)
+
+
+def test_a_row_that_is_too_short_names_the_pair(data):
+    with pytest.raises(UserError, match="has .* tokens, but --seq_len is 8"):
+        PairWindows(data, 8, 0, 0.0, 1)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rows", [1, 7, 32])
+def test_an_epoch_has_each_pair_once_and_asks_for_its_response(toy, data, rows):
+    tok = Tokenizer(toy / "data" / "tok.model")
+    windows = PairWindows(data, 64, 5, 0.0, rows)
+    # an epoch is whole where it is whole chunks; the sorting stays inside a chunk
+    size = math.lcm(windows.per_epoch, 64 * rows)
+    numbers, _ = windows.chosen(0, size)
+    assert (np.bincount(numbers, minlength=windows.per_epoch) == size // windows.per_epoch).all()
+
+    x0 = windows.batch(3 * rows, rows)
+    asked = windows.asked(3 * rows, rows)
+    for ids, where in zip(x0, asked, strict=True):
+        response = ids[where]
+        prompt = ids[:where.int().argmax()]
+        assert prompt[0] == BOS and prompt[-1] == SEP and response[-1] == EOS
+        answer = " ".join(WORDS[word] for word in tok.decode(prompt).split())
+        assert tok.decode(response) == answer
+        assert (ids[len(prompt) + len(response):] == EOS).all()
+
+
+def test_rows_are_a_function_of_their_number_and_blocks_begin_with_responses(data):
+    windows = PairWindows(data, 64, 5, 0.3, 8)
+    again = PairWindows(data, 64, 5, 0.3, 8)
+    assert torch.equal(windows.batch(4, 40)[20:], again.batch(24, 20))
+    assert torch.equal(windows.asked(4, 40)[20:], again.asked(24, 20))
+
+    begins = PairWindows(data, 64, 5, 0.0, 8)
+    right = 0
+    for step in range(64):
+        first = begins.first_block(8 * step, 8, 16, 3)
+        starts = begins.asked(8 * step, 8).int().argmax(1)
+        right += int(((starts - first) % 16 == 0).sum())
+    assert right > 0.8 * 64 * 8
+    assert begins.first_block(0, 8, 64, 64) == 64
+
+
+def test_the_null_prompt_comes_as_often_as_asked(data):
+    windows = PairWindows(data, 64, 5, 0.25, 16)
+    x0 = windows.batch(0, 3200)
+    without = x0[:, 1] == SEP
+    assert 0.21 < without.float().mean() < 0.29
+    assert (windows.asked(0, 3200).int().argmax(1)[without] == 2).all()
+    held, asked = held_out_rows(TokenData(data.dir, "val"), 100, 64)
+    assert len(held) == len(asked) and not (held[:, 1] == SEP).any()
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+def a_row(length=24):
+    """BOS prompt SEP response EOS, EOS ... -> (ids (1, T), asked (1, T))."""
+    ids = [BOS, 5, 6, 7, SEP, 11, 12, 13, 14, EOS]
+    x0 = torch.tensor([ids + [EOS] * (length - len(ids))])
+    asked = torch.zeros(1, length, dtype=torch.bool)
+    asked[0, 5:10] = True
+    return x0, asked
+
+
+@pytest.mark.parametrize("block, first", [(24, 24), (8, 5), (8, 8), (4, 2)])
+def test_only_responses_are_hidden_and_what_stands_behind_one_in_its_block(block, first):
+    _, asked = a_row()
+    seen = torch.zeros(24, dtype=torch.bool)
+    for step in range(60):
+        masks = masking.corrupt(
+            config.TrainArgs(), 1, step, 1, 24, block, first, asked=asked
+        )
+        assert masks.tokens == 5
+        seen |= masks.mask[0]
+    end = next(edge for edge in range(first, 24 + block, block) if edge >= 10)
+    expected = torch.zeros(24, dtype=torch.bool)
+    expected[5:min(end, 24)] = True
+    assert torch.equal(seen, expected)
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+@pytest.mark.parametrize("block, first", [(8, 5), (8, 8), (1, 1)])
+def test_padding_is_never_seen(kind, block, first):
+    net = tiny_model(kind, framed=True, away=0.1)
+    x0, asked = a_row()
+    other = x0.clone()
+    last = 13 if first == 5 else 16
+    other[0, last:] = 21                                # behind the block of the first EOS
+    if block == 1:
+        other[0, 10:] = 21
+    found = []
+    for rows in (x0, other):
+        found.append(masking.row_bounds(net, rows, block, first, asked=asked)[0, 0])
+    assert found[0].isfinite() and found[0] == pytest.approx(float(found[1]), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_left_to_right_it_is_the_exact_cost_of_the_response(kind):
+    net = tiny_model(kind, framed=True, away=0.1)
+    x0, asked = a_row()
+    found = masking.row_bounds(net, x0, 1, asked=asked)[0]
+    with torch.no_grad():
+        logp = net.logits(net.clean_states(x0)).log_softmax(-1)[0]
+    exact = -logp[torch.arange(5, 10), x0[0, 5:10]].mean()
+    assert found[0] == pytest.approx(float(exact), rel=1e-5)
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+MODES = {
+    "full": dict(mode="full", steps=12),
+    "block": dict(mode="block", block_size=4, steps=4),
+    "block_frozen": dict(mode="block_frozen", block_size=4, steps=4),
+}
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+@pytest.mark.parametrize("mode", MODES)
+def test_guidance_goes_from_the_null_prompt_to_the_prompt(kind, mode):
+    net = TorchModel(tiny_model(kind, framed=True, away=0.3))
+    prompt = [BOS, 5, 6, 7, 8, SEP]
+    null = [BOS, SEP]
+
+    def write(ids, scale):
+        settings = Settings(
+            12, **MODES[mode], temperature=0.0, guidance_scale=scale, null_prompt=tuple(null)
+        )
+        return generate(net, ids, settings, [1, 2]).rows
+
+    plain = write(prompt, 1.0)
+    bare = write(null, 1.0)
+    assert plain != bare
+    assert write(prompt, 0.0) == bare
+    assert write(prompt, 1.0 + 1e-9) == plain
+    assert write(null, 3.0) == bare, "nothing to be guided by"
+
+
+@pytest.fixture(scope="module")
+def trained(toy):
+    """A model that has learned the colours, in seconds."""
+    run = toy / "run"
+    words = [
+        "--data_dir", toy / "data", "--output_dir", run, "--model", "backup", "--d_model", 48,
+        "--n_layers", 2, "--n_heads", 4, "--d_ff", 96, "--seq_len", 32, "--batch_size", 24,
+        "--grad_accum", 1, "--max_steps", 120, "--train_block_sizes", "16", "--max_mask_rate", 1,
+        "--ar_fade", 0.3, "--conditioning_dropout", 0.2, "--eval_interval", 120, "--threads", 1,
+        "--no_show_samples",
+    ]
+    assert train.main([*map(str, words)]) == 0
+    return run
+
+
+def test_trained_prompts_are_answered_and_guided(toy, trained, capsys):
+    prompts = ["lal nila", "hara kala", "naya lal bada", "nila", "bada kala", "kala nila hara"]
+    (toy / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+
+    def answers(*flags):
+        words = (trained, "--prompts_file", toy / "prompts.txt", "--temperature", 0, *flags)
+        capsys.readouterr()
+        sample.main([*map(str, words), "--blockwise", "--frozen_context", "--json"])
+        records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        right = 0
+        for record in records:
+            wanted = [WORDS[word] for word in record["prompt"].split()]
+            got = record["text"].split()
+            right += sum(a == b for a, b in zip(wanted, got, strict=False)) / len(wanted)
+        return right / len(records), {record["text"] for record in records}
+
+    assert answers("--block_size", 1)[0] > 0.9
+    assert answers("--sampler", "threshold")[0] > 0.7
+    share, texts = answers("--sampler", "threshold", "--guidance_scale", 0)
+    assert len(texts) == 1 and share < 0.5
+
+
+def test_what_a_model_of_pairs_was_not_trained_for_is_refused(toy, trained, capsys):
+    with pytest.raises(UserError, match="answers prompts: it fills no gaps"):
+        sample.main([str(trained), "--text", "lal ____"])
+    with pytest.raises(UserError, match="continues no text"):
+        evaluate.main(["--ckpt", str(trained), "--samples", "4"])
+    capsys.readouterr()
+    evaluate.main(["--ckpt", str(trained)])
+    lines = capsys.readouterr().out.splitlines()
+    [line] = [line for line in lines if "NLL" in line and " all " in line]
+    logged = [json.loads(line) for line in (trained / "train.jsonl").open()]
+    by_block = [event for event in logged if event["event"] == "eval"][-1]["by_block"]
+    assert float(line.split()[4]) == pytest.approx(by_block["1"], rel=0.15)
+
+
+# ---- transliteration -----------------------------------------------------------------------------
+
+def test_a_text_is_cut_into_sentences_and_no_word_is_lost():
+    text = "ye 3.5 rupaye hai. kal milte hain\n" + "bahut " * 30 + "\n" + "z" * 1000
+    found = transliterate.parts(text)
+    assert found[:2] == ["ye 3.5 rupaye hai.", "kal milte hain"]
+    assert "".join(found).replace(" ", "") == "".join(text.split())
+    assert max(len(part.split()) for part in found) == transliterate.WORDS
+    assert max(map(len, found)) <= transliterate.LETTERS + 1
+
+
+def test_typists_differ_and_are_the_same_each_time():
+    text = "मुझे कल सुबह दिल्ली जाना है। यह बहुत अच्छा समय है। hello world"
+    found = list(transliterate.typed_pairs(text, 8, 1))
+    assert found == list(transliterate.typed_pairs(text, 8, 1))
+    assert len(found) == 16 and len({typed for typed, _, _ in found}) > 8
+    for typed, meant, sentence in found:
+        assert script_of(typed) == "latin" and sentence.startswith(meant)
+        # a full stop is typed where it is meant
+        assert typed.endswith(".") == meant.endswith("।")
+
+
+def test_sentences_become_pairs_on_one_side_of_the_split(tmp_path):
+    chance = np.random.default_rng(1)
+    words = "मैं कल सुबह घर गया था और हम सब बहुत खुश थे लोग पानी आज मौसम".split()
+    lines = [" ".join(chance.choice(words, 6)) + "।" for _ in range(300)]
+    (tmp_path / "hindi.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    folder = tmp_path / "data"
+    prepared(folder, "transliterate", tmp_path / "hindi.txt", typists=3, val_doc_frac=0.1)
+    tok = Tokenizer(folder / "tok.model")
+    meant = {}
+    for split in ("train", "val"):
+        documents = [ids.tolist() for ids in TokenData(folder, split).documents()]
+        meant[split] = {tok.decode(ids[ids.index(SEP):]).strip("।") for ids in documents}
+    assert not meant["train"] & meant["val"]
+    assert len(meant["train"] | meant["val"]) == 300
+
+    (tmp_path / "latin.txt").write_text("only English here\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no sentence of it is in Devanagari"):
+        prepared(tmp_path / "none", "transliterate", tmp_path / "latin.txt")
+
+
+def test_an_empty_prompt_is_the_null_prompt(toy):
+    tok = Tokenizer(toy / "data" / "tok.model")
+    assert opening(tok, "", framed=True) == [BOS, SEP]
+    assert opening(tok, "", framed=False) == [BOS]
