@@ -1,25 +1,42 @@
 """Matrices in 8 or 4 bits. numpy only.
 
-pack_rows: signed bytes with a scale for each output; value = code * scale. pack: blocks of weights
-that share a scale, laid out as ONNX Runtime's MatMulNBits reads them; value = (code - middle) *
-scale, middle 128 or 8. even: what is done before, so that less is lost. Legend: O outputs, I inputs
-of a matrix, n blocks of a row, b weights of a block.
+pack_rows: bytes with a scale for each output. pack: blocks of weights that share a scale. Both are
+laid out as ONNX Runtime's MatMulNBits reads them: value = (code - middle) * scale, middle 128 or 8.
+even: what is done before, so that less is lost. Legend: O outputs, I inputs of a matrix, n blocks
+of a row, b weights of a block.
 """
 import numpy as np
 
+MIDDLE = 128           # the code of 0 in 8 bits
+BLOCKS = (128, 64, 32, 16)
+
 
 def pack_rows(weight):
-    """(O, I) float32 -> codes (O, I) int8, scales (O,) float32."""
+    """(O, I) float32 -> codes (O, n, b) uint8, scales (O,) float32. The last block of an output
+    ends in zeros if it has to.
+    """
     scale = np.maximum(np.abs(weight).max(1) / 127, 1e-12).astype(np.float32)
-    return np.round(weight / scale[:, None]).astype(np.int8), scale
+    codes = np.round(weight / scale[:, None]) + MIDDLE
+    return split(codes, block_of(weight.shape[1]), MIDDLE).astype(np.uint8), scale
 
 
-def split(weight, block):
-    """(O, I) -> (O, n, b), zero behind the last input."""
+def block_of(inputs):
+    """The size of block that needs the fewest zeros behind so many inputs."""
+    return min(BLOCKS, key=lambda block: -inputs % block)
+
+
+def split(weight, block, fill=0):
+    """(O, I) -> (O, n, b), `fill` behind the last input."""
     rows, inputs = weight.shape
-    padded = np.zeros((rows, -(-inputs // block) * block), np.float32)
+    padded = np.full((rows, -(-inputs // block) * block), fill, np.float32)
     padded[:, :inputs] = weight
     return padded.reshape(rows, -1, block)                                         # (O, n, b)
+
+
+def turned(codes, inputs):
+    """The codes (O, n, b) of pack_rows as a product of signed bytes reads them: (I, O) int8."""
+    flat = codes.reshape(len(codes), -1)[:, :inputs]
+    return (np.ascontiguousarray(flat.T) ^ MIDDLE).view(np.int8)
 
 
 def pack(weight, bits, block):

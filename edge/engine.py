@@ -6,7 +6,7 @@
     logits = engine.logits(states, rows, positions)                     # (N, V)
 
 Needs numpy and onnxruntime. Threads are set once, for the first engine of a process; no thread
-waits busily, neither between two products nor for the next call.
+waits busily for the next call.
 
 Legend: B batch, T clean rows, S block, R rows of both streams, D width, V vocabulary rows, C
 positions of the transformer's cache, E head size, N rows of any kind.
@@ -25,9 +25,10 @@ except ModuleNotFoundError:
 
 from common.console import Damage, UserError
 from common.files import file_sha256, read_json
+from edge import blocks
 from model_config import ModelConfig
 
-FORMAT = "aria-edge-1"
+FORMAT = "aria-edge-2"
 MANIFEST = "MANIFEST.json"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
@@ -123,7 +124,14 @@ class Engine:
         options.log_severity_level = 3
         # the graphs are fused as they are written: a search for more takes longer than it gives
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if cores_are_free(self.threads):
+            # between the products of a call a thread waits busily, as waking it takes longer than a
+            # product of one row; between calls all sleep
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        else:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        turned = self.turned_weights(name)
+        options.add_external_initializers(list(turned), list(turned.values()))
         path = self.folder / f"{name}.onnx"
         try:
             session = onnxruntime.InferenceSession(
@@ -137,6 +145,17 @@ class Engine:
             ) from None
         return session, [result.name for result in session.get_outputs()]
 
+    def turned_weights(self, name):
+        """What a graph wants in another order than it has in the file: {tensor: its value}."""
+        found = {}
+        for tensor, place in self.manifest["turned"].get(name, {}).items():
+            offset, outputs, row, inputs = place
+            codes = np.memmap(
+                self.folder / WEIGHTS, np.uint8, "r", offset=offset, shape=(outputs, row)
+            )
+            found[tensor] = OrtValue.ortvalue_from_numpy(blocks.turned(codes, inputs))
+        return found
+
     def run(self, name, feeds):
         """The results of a graph by their names."""
         session, names = self.session(name)
@@ -146,7 +165,10 @@ class Engine:
         """(B, R, D), whose (N,) rows and (N,) positions are asked -> (N, V); the mask's and the
         pad's logit is -inf.
         """
-        z = self.run("head", {"states": states[rows, positions]})["logits"]        # (N, V)
+        name = "head"
+        if len(rows) == 1 and self.manifest["bits"] != 32:
+            name = "head_one"
+        z = self.run(name, {"states": states[rows, positions]})["logits"]          # (N, V)
         z[:, self.never] = -np.inf
         return z
 
@@ -169,6 +191,18 @@ def default_threads():
     except AttributeError:  # macOS, Windows
         cores = os.cpu_count() or 1
     return min(cores, 8)
+
+
+def cores_are_free(threads):
+    """Is there a core for each thread? A thread that waits busily for one without a core makes
+    everything slower.
+    """
+    try:
+        others = os.getloadavg()[0]
+        cores = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # macOS has no affinity, Windows neither
+        return True
+    return others + threads < cores + 1
 
 
 def whole(ids):

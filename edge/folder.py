@@ -113,6 +113,7 @@ def write_folder(model, saved, folder, bits, block):
         "bits": bits,
         "weight_block": block,
         "chunk": graphs.CHUNK,
+        "turned": weights.turned,
         "step": saved.step,
         "data_sha256": saved.state.get("data_sha256"),
         "onnx": onnx.__version__,

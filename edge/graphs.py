@@ -16,10 +16,13 @@ The transformer:
                       states (B, R, D), their keys and values
 Both:
     head              states (N, D) -> logits (N, V)
+    head_one          the same for one state, (1, D) -> (1, V): in 8 bits only
 
 Legend: B batch, T clean rows, S block, R rows of both streams, D width, H heads, E head size, M
 slots, F feed-forward width, r the convolution's reach, C positions of the transformer's cache.
 """
+import math
+
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
@@ -43,6 +46,7 @@ class Weights:
         self.name = path.name
         self.file = open(path, "wb")
         self.places = {}
+        self.turned = {}        # by graph: {tensor: (place, outputs, bytes of an output, inputs)}
 
     def add(self, name, array):
         """Write a tensor once -> its name."""
@@ -54,6 +58,17 @@ class Weights:
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
             self.places[name] = (kind, array.shape, place, array.nbytes)
         return name
+
+    def turn(self, graph, name, inputs):
+        """The bytes (O, n, b) of a matrix that a graph wants as (I, O): whoever opens the graph
+        turns them (blocks.turned) -> the name of what comes of it.
+        """
+        _, (outputs, *row), place, _ = self.places[name]
+        turned = f"{name}.turned"
+        graph.root.turned[turned] = (place, outputs, math.prod(row), inputs)
+        self.places[turned] = (TensorProto.INT8, (inputs, outputs), place, inputs * outputs)
+        graph.root.used[turned] = self.initializer(turned)
+        return turned
 
     def initializer(self, name):
         """The tensor's place in the file, as a graph says it."""
@@ -78,6 +93,7 @@ class Graph:
         self.inputs = []
         self.outputs = []
         self.used = {}              # initializers by name
+        self.turned = {}            # those of them that are turned, see Weights.turn
         self.constants = {}
         self.count = 0
 
@@ -143,6 +159,7 @@ class Graph:
         return self.constant(values, np.int64)
 
     def model(self, name):
+        self.weights.turned[name] = self.turned
         graph = helper.make_graph(
             self.nodes, name, self.inputs, self.outputs, list(self.used.values())
         )
@@ -210,9 +227,10 @@ class Products:
     """How a model's matrices are kept: float32; 8 bits with a scale for each output; or 4 bits in
     blocks, and then the tied matrix of embedding and head has 8.
 
-    In 8 bits what is multiplied is rounded, too, each row by its own largest number: a row's answer
-    does not depend on the other rows. That takes more operators than MatMulNBits in 8 bits, and
-    from 8 rows on half of its time, as the product of bytes is what CPUs have units for.
+    A product of 8 bits has two ways, and both round what is multiplied, too, so that a row's answer
+    does not depend on the other rows. For one row MatMulNBits is fastest, one operator that reads
+    the bytes as they are. From 8 rows on a product of bytes takes half of its time, as CPUs have
+    units for it: seven operators, and the bytes turned around.
     """
 
     def __init__(self, weights, bits, block):
@@ -220,32 +238,46 @@ class Products:
         self.bits = bits
         self.block = block
 
-    def linear(self, graph, x, name, matrix):
+    def linear(self, graph, x, name, matrix, one_row=False):
         """x (..., I) times a matrix (O, I) -> (..., O)."""
         if self.bits == 32:
             return graph.op("MatMul", x, graph.weight(name, matrix.T))
-        if self.bits == 8:
-            return self.in_bytes(graph, x, name, matrix)
-        codes, scales = blocks.pack(matrix, self.bits, self.block)
+        if self.bits == 4:
+            codes, scales = blocks.pack(matrix, self.bits, self.block)
+            codes = graph.weight(f"{name}.codes", codes)
+            scales = graph.weight(f"{name}.scales", scales.reshape(-1))
+            return self.in_blocks(graph, x, codes, scales, matrix.shape, self.bits, self.block)
+        if one_row:
+            return self.of_one_row(graph, x, name, matrix)
+        return self.of_bytes(graph, x, name, matrix)
+
+    def in_blocks(self, graph, x, codes, scales, shape, bits, block):
+        """x (..., I) times codes with a scale for each block -> (..., O)."""
         return graph.fused(
-            "MatMulNBits", x,
-            graph.weight(f"{name}.codes", codes),
-            graph.weight(f"{name}.scales", scales.reshape(-1)),
-            K=matrix.shape[1], N=matrix.shape[0], bits=self.bits, block_size=self.block,
-            accuracy_level=4,
+            "MatMulNBits", x, codes, scales,
+            K=shape[1], N=shape[0], bits=bits, block_size=block, accuracy_level=4,
         )
 
     def byte_weights(self, graph, name, matrix):
-        """A matrix (O, I) in the file: bytes (I, O) and a scale for each output (O,)."""
+        """A matrix (O, I) in the file: bytes (O, n, b) and a scale for each output (O,)."""
         codes, scales = blocks.pack_rows(matrix)
-        return graph.weight(f"{name}.bytes", codes.T), graph.weight(f"{name}.scales", scales)
+        return graph.weight(f"{name}.bytes", codes), scales
 
-    def in_bytes(self, graph, x, name, matrix):
+    def of_one_row(self, graph, x, name, matrix):
         codes, scales = self.byte_weights(graph, name, matrix)
+        block = blocks.block_of(matrix.shape[1])
+        count = -(-matrix.shape[1] // block)
+        scales = graph.weight(f"{name}.block_scales", scales.repeat(count))        # (O * n,)
+        return self.in_blocks(graph, x, codes, scales, matrix.shape, 8, block)
+
+    def of_bytes(self, graph, x, name, matrix):
+        codes, scales = self.byte_weights(graph, name, matrix)
+        codes = self.weights.turn(graph, codes, matrix.shape[1])
+        scales = graph.weight(f"{name}.scales", scales)
         top = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(-1), keepdims=1)  # (..., 1)
         top = graph.op("Add", top, graph.constant(1e-12))
         step = graph.constant(1 / 127)
-        middle = graph.constant(128, np.uint8)
+        middle = graph.constant(blocks.MIDDLE, np.uint8)
         rounded = graph.op("QuantizeLinear", graph.op("Div", x, top), step, middle)
         product = graph.fused("MatMulIntegerToFloat", rounded, codes, step, scales, middle)
         return graph.op("Mul", product, top)
@@ -256,15 +288,20 @@ class Products:
             return graph.op("Gather", graph.weight("head.weight", matrix), ids)
         matrix, factors = blocks.even(matrix)
         codes, scales = self.byte_weights(graph, "head.weight", matrix)
-        columns = graph.op("Gather", codes, ids, axis=1)                           # (D, B, R)
-        values = graph.op("Transpose", columns, perm=(1, 2, 0))                    # (B, R, D)
-        scale = graph.op("Gather", scales, ids)                                    # (B, R)
-        scale = graph.op("Unsqueeze", scale, graph.ints(2))
-        values = graph.op("Mul", graph.op("Cast", values, to=TensorProto.FLOAT), scale)
+        values = graph.op("Gather", codes, ids)                                    # (B, R, n, b)
+        values = graph.op("Reshape", values, graph.ints(0, 0, -1))
+        if matrix.shape[1] % blocks.block_of(matrix.shape[1]):
+            width = graph.ints(matrix.shape[1])
+            values = graph.op("Slice", values, graph.ints(0), width, graph.ints(2))
+        values = graph.op("Cast", values, to=TensorProto.FLOAT)                    # (B, R, D)
+        values = graph.op("Sub", values, graph.constant(blocks.MIDDLE))
+        scale = graph.op("Gather", graph.weight("head.weight.scales", scales), ids)
+        scale = graph.op("Unsqueeze", scale, graph.ints(2))                        # (B, R, 1)
+        values = graph.op("Mul", values, scale)
         return graph.op("Mul", values, graph.weight("head.factors", factors))
 
-    def head(self, matrix):
-        """The graph head."""
+    def head(self, name, matrix):
+        """The graph head, or head_one."""
         graph = Graph(self.weights)
         x = graph.input("states", TensorProto.FLOAT, ["N", matrix.shape[1]])
         if self.bits == 32:
@@ -272,9 +309,10 @@ class Products:
         else:
             matrix, factors = blocks.even(matrix)
             x = graph.op("Mul", x, graph.weight("head.factors", factors))
-            z = self.in_bytes(graph, x, "head.weight", matrix)
+            product = self.of_one_row if name == "head_one" else self.of_bytes
+            z = product(graph, x, "head.weight", matrix)
         graph.output(z, "logits", TensorProto.FLOAT, ["N", matrix.shape[0]])
-        return graph.model("head")
+        return graph.model(name)
 
 
 class Eco:
@@ -391,7 +429,8 @@ class Eco:
         matrix = self.parameters[p + "in_proj.weight"].copy()
         # the scores of writes, divided by their cap: a power of two, so nothing is rounded
         matrix[-self.H * self.M:] /= SCORE_CAP
-        wide = self.products.linear(graph, h, p + "in_proj", matrix)
+        one_row = self.asked == ("one", False)
+        wide = self.products.linear(graph, h, p + "in_proj", matrix, one_row)
         sizes = (cfg.d_ff, cfg.d_ff, cfg.d_mem, cfg.d_mem, self.H * self.M)
         gate, up, *asked = graph.split(wide, *sizes)
         memory, num = self.by_streams(
@@ -399,7 +438,7 @@ class Eco:
         )
         y = graph.op("Concat", graph.gated(gate, up), memory, axis=-1)             # (B, R, F + H*E)
         matrix = self.parameters[p + "out_proj.weight"]
-        return self.products.linear(graph, y, p + "out_proj", matrix), num, halo
+        return self.products.linear(graph, y, p + "out_proj", matrix, one_row), num, halo
 
     def remember(self, graph, p, asked, num, clean, noisy):
         """q, v, s of all rows -> what they read of the memory (B, R, H*E), the state behind the
@@ -664,5 +703,7 @@ def build(cfg, parameters, products):
             graphs["rows"] = eco.graph("rows", "chunk", False)
         else:
             graphs["rows"] = eco.graph("rows", "any", "any")
-    graphs["head"] = products.head(parameters["head.weight"])
+    graphs["head"] = products.head("head", parameters["head.weight"])
+    if products.bits != 32:
+        graphs["head_one"] = products.head("head_one", parameters["head.weight"])
     return graphs

@@ -271,8 +271,10 @@ def test_a_block_is_rounded_by_half_a_step(bits, block, outputs, inputs, seed):
     assert (back[0] == 0).all()
 
     codes, scale = blocks.pack_rows(weight)
-    assert (np.abs(codes * scale[:, None] - weight) <= 0.5001 * scale[:, None]).all()
-    assert np.abs(codes).max() <= 127 and (codes[0] == 0).all()
+    back = blocks.unpack(codes, scale[:, None], 8, inputs)
+    assert (np.abs(back - weight) <= 0.5001 * scale[:, None]).all()
+    assert codes.min() >= 1 and (back[0] == 0).all()
+    assert (blocks.turned(codes, inputs).T * scale[:, None] == back).all()
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -300,18 +302,21 @@ def as_kept(model, bits):
     own = {name: value.numpy() for name, value in model.state_dict().items()}
     kept = blocks.even_layers(model.cfg, own)
     head, factors = blocks.even(own["head.weight"])
-    codes, scale = blocks.pack_rows(head)
-    kept["head.weight"] = codes * scale[:, None] * factors
+    kept["head.weight"] = rounded_rows(head) * factors
     for name, weight in kept.items():
         if "proj" not in name:
             continue
         if bits == 8:
-            codes, scale = blocks.pack_rows(weight)
-            kept[name] = codes * scale[:, None]
+            kept[name] = rounded_rows(weight)
         else:
             codes, scale = blocks.pack(weight, bits, 32)
             kept[name] = blocks.unpack(codes, scale, bits, weight.shape[1])
     model.load_state_dict({name: torch.tensor(value) for name, value in kept.items()})
+
+
+def rounded_rows(weight):
+    codes, scale = blocks.pack_rows(weight)
+    return blocks.unpack(codes, scale[:, None], 8, weight.shape[1])
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -333,8 +338,7 @@ def test_even_columns_change_nothing_and_round_better(kind):
     weight[:, :3] *= 10
     lost = []
     for matrix, factors in ((weight, 1), blocks.even(weight)):
-        codes, scale = blocks.pack_rows(matrix)
-        lost.append(np.abs(codes * scale[:, None] * factors - weight)[:, 3:].mean())
+        lost.append(np.abs(rounded_rows(matrix) * factors - weight)[:, 3:].mean())
     assert lost[1] < lost[0] / 2
 
 
@@ -377,7 +381,7 @@ def test_damage_is_named(name, whole):
 def test_another_version_is_refused(whole):
     manifest = json.loads((whole / "MANIFEST.json").read_text())
     write_json(whole / "MANIFEST.json", manifest | {"format": "aria-edge-0"})
-    with pytest.raises(UserError, match="aria-edge-0, this version reads aria-edge-1"):
+    with pytest.raises(UserError, match="aria-edge-0, this version reads aria-edge-2"):
         engine.load(whole)
     write_json(whole / "MANIFEST.json", manifest | {"files": {"../x": {}} | manifest["files"]})
     with pytest.raises(Damage, match="no file of it"):
