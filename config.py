@@ -1112,6 +1112,10 @@ class SampleArgs(GenerateFlags, CommonFlags):
             "python -m sample checkpoints/eco_hybrid_hi --prompts_file prompts.txt --json",
             "a line per prompt, as JSON",
         ),
+        (
+            'python -m sample --transliterate "mujhe kal subah dilli jana hai"',
+            "Hinglish to Hindi, with a model trained for it",
+        ),
     )
     first = ("Sampling", "Generation", "Checkpoint")
     # what is not typed is chosen to suit the checkpoint, by sampling/settings.py
@@ -1155,6 +1159,12 @@ class SampleArgs(GenerateFlags, CommonFlags):
     )
     text: str = flag(
         None, "infill: every ____ (two underscores a token) or [MASK] is filled, the rest stays"
+    )
+    transliterate: str = flag(
+        None,
+        "Hinglish to Hindi, with a model of prepare --source transliterate: this text; alone, the "
+        "lines of --prompts_file or of standard input, each answered as soon as it is read",
+        bare="-",
     )
     num_samples: int = flag(
         1,
@@ -1209,8 +1219,20 @@ class SampleArgs(GenerateFlags, CommonFlags):
                 "--text fills gaps, --prompt and --prompts_file are continued: "
                 "give only one of them"
             )
+        if self.transliterate is not None:
+            yield from self.problems_of_transliterate()
         if self.text == "":
             yield "--text is empty: write ____ or [MASK] where text is missing"
+
+
+    def problems_of_transliterate(self):
+        if self.prompt or self.text is not None or self.num_samples > 1:
+            yield (
+                "--transliterate has a text of its own and one answer: leave --prompt, --text and "
+                "--num_samples out"
+            )
+        if self.prompts_file and self.transliterate != "-":
+            yield "--transliterate TEXT and --prompts_file: give only one of them"
 
 
 @dataclass

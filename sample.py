@@ -35,11 +35,12 @@ def main(argv=None, pinned=None):
 
     # What is asked for, before anything is loaded
     can_write(args, "out_json")
-    prompts = read_prompts(args)
+    typed = args.transliterate is not None
+    prompts = [""] if typed else read_prompts(args)
     args.sampler = masked_sampler(args.sampler)
 
     # The model; what imports numpy or torch comes now, so that --help is instant
-    from sampling import exported, terminal, written
+    from sampling import exported, terminal, transliteration, written
     folder = exported.folder_of(args)
     if folder:
         writer, tokenizer, saved = exported.load(folder, args)
@@ -51,6 +52,9 @@ def main(argv=None, pinned=None):
     trained_length = saved.config["args"]["seq_len"]
     framed = writer.cfg.framed
     longest_prompt = max(len(opening(tokenizer, prompt, framed)) for prompt in prompts)
+    if typed:
+        transliteration.refuse_other_models(saved)
+        args, origins = transliteration.with_rule(args, origins)
     args = suited(args, origins, saved, longest_prompt)
     settings = settings_of_sample(args, origins, saved, tokenizer)
     if not args.text:
@@ -61,7 +65,12 @@ def main(argv=None, pinned=None):
 
     # The texts, each with its statistics
     watch = terminal.Watch(tokenizer) if args.show_steps else None
-    if args.text:
+    if typed:
+        texts = transliteration.lines(args)
+        records = transliteration.transliterate(
+            args, writer, tokenizer, settings, texts, trained_length
+        )
+    elif args.text:
         records = written.fill_text(args, writer, tokenizer, settings, watch)
     else:
         records = written.continue_prompts(
@@ -72,7 +81,7 @@ def main(argv=None, pinned=None):
         if args.json:
             print(json_text(record), flush=True)
         elif args.text or not args.stream:
-            if shown:
+            if shown and not typed:
                 print("---")
             print(printable(record["text"]), flush=True)
         say(STATISTICS.format(**record))

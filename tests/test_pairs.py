@@ -278,6 +278,29 @@ def test_trained_prompts_are_answered_and_guided(toy, trained, capsys):
     assert len(texts) == 1 and share < 0.5
 
 
+def test_lines_are_transliterated_as_they_come(toy, trained, capsys, monkeypatch):
+    path = toy / "typed.txt"
+    path.write_text("lal nila\n\nhara 12 kala\n" + "naya bada " * 40, encoding="utf-8")
+
+    def shown(*words):
+        capsys.readouterr()
+        sample.main([str(trained), "--transliterate", *map(str, words)])
+        return capsys.readouterr().out.split("\n")
+
+    whole = shown("--prompts_file", path)
+    assert whole[0] == "लाल नीला" and whole[1] == "" and len(whole) == 5
+    assert set(whole[3].split()) <= {"नया", "बड़ा"} and len(whole[3].split()) > 30
+    assert shown("--prompts_file", path, "--stream") == whole
+    monkeypatch.setattr("sys.stdin", open(path, encoding="utf-8"))
+    assert shown() == whole
+
+    assert shown("lal nila")[0] == "लाल नीला"
+    assert shown("वह लाल है")[0] == "वह लाल है"
+    path.write_bytes(b"lal\n\xff\xfe\n")
+    with pytest.raises(UserError, match="typed.txt, line 2: not valid UTF-8"):
+        shown("--prompts_file", path)
+
+
 def test_what_a_model_of_pairs_was_not_trained_for_is_refused(toy, trained, capsys):
     with pytest.raises(UserError, match="answers prompts: it fills no gaps"):
         sample.main([str(trained), "--text", "lal ____"])
@@ -307,7 +330,7 @@ def test_typists_differ_and_are_the_same_each_time():
     text = "मुझे कल सुबह दिल्ली जाना है। यह बहुत अच्छा समय है। hello world"
     found = list(transliterate.typed_pairs(text, 8, 1))
     assert found == list(transliterate.typed_pairs(text, 8, 1))
-    assert len(found) == 16 and len({typed for typed, _, _ in found}) > 8
+    assert len(found) == 8 * 4 and len({typed for typed, _, _ in found}) > 16
     for typed, meant, sentence in found:
         assert script_of(typed) == "latin" and sentence.startswith(meant)
         # a full stop is typed where it is meant
@@ -317,7 +340,7 @@ def test_typists_differ_and_are_the_same_each_time():
 def test_sentences_become_pairs_on_one_side_of_the_split(tmp_path):
     chance = np.random.default_rng(1)
     words = "मैं कल सुबह घर गया था और हम सब बहुत खुश थे लोग पानी आज मौसम".split()
-    lines = [" ".join(chance.choice(words, 6)) + "।" for _ in range(300)]
+    lines = [" ".join(chance.choice(words, 4)) + "।" for _ in range(300)]
     (tmp_path / "hindi.txt").write_text("\n\n".join(lines), encoding="utf-8")
     folder = tmp_path / "data"
     prepared(folder, "transliterate", tmp_path / "hindi.txt", typists=3, val_doc_frac=0.1)

@@ -7,7 +7,7 @@ A typist is a style of text/romanise.py. On top come slips of the fingers, a cap
 beginning and, as often as not, no full stop at the end. A long sentence is cut between words, so
 that a pair fits into a short row; what the model is asked later is cut in the same way.
 
-Used by prepare (--source transliterate).
+Used by prepare (--source transliterate) and by sample (--transliterate).
 """
 import random
 from functools import cache
@@ -15,8 +15,8 @@ from functools import cache
 from text.romanise import Romaniser
 from text.tokenizer import normalise, script_of
 
-WORDS = 8             # of a pair
-LETTERS = 56          # of a pair; a longer word is cut
+WORDS = 4             # of a pair
+LETTERS = 36          # of a pair; a longer word is cut
 STYLES = 32           # typists there are
 SLIPS = 0.04          # words with a slip
 ENDS = ("।", "॥", "?", "!", ".")
