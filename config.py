@@ -1112,10 +1112,6 @@ class SampleArgs(GenerateFlags, CommonFlags):
             "python -m sample checkpoints/eco_hybrid_hi --prompts_file prompts.txt --json",
             "a line per prompt, as JSON",
         ),
-        (
-            'python -m sample --transliterate "mujhe kal subah dilli jana hai"',
-            "Hinglish to Hindi, with a model trained for it",
-        ),
     )
     first = ("Sampling", "Generation", "Checkpoint")
     # what is not typed is chosen to suit the checkpoint, by sampling/settings.py

@@ -54,7 +54,8 @@ def lines(args):
     try:
         file = open(name, "rb") if name else sys.stdin.buffer
         with file:
-            for number, raw in enumerate(file, 1):
+            for raw in file:
+                number += 1
                 yield raw.decode().rstrip("\r\n")
     except UnicodeDecodeError:
         raise UserError(
