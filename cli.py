@@ -84,7 +84,7 @@ def parse(cls, argv, prog, pinned=None, tier=None):
     for problem in problems_of(args):
         if not unreadable & set(re.findall(r"--(\w+)", problem)):
             problems.append(problem)
-    problems += typed_together(typed)
+    problems += typed_together(typed, args)
     if problems:
         raise UserError("\n  ".join(problems) + f"\nall flags: python -m {prog} --help_all")
     follow_budget(args, origins)
@@ -178,13 +178,16 @@ def follow_optimizer(values, origins, rate_of):
         origins["lr"] = f"{origins['optimizer']}{DERIVED}{optimizer}"
 
 
-def typed_together(typed):
+def typed_together(typed, args):
     """What was typed together and cannot be; a preset's number of steps gives way to a budget."""
     if {"max_steps", "target_tokens"} <= typed.keys():
         yield (
             f"--max_steps {typed['max_steps']} and --target_tokens {typed['target_tokens']}: give "
             "only one of them"
         )
+    most = getattr(args, "max_context", None)
+    if "seq_schedule" in typed and most is not None and typed.get("seq_len", 0) > most:
+        yield f"--seq_len {typed['seq_len']} is above --max_context {most}: lower it, or raise that"
 
 
 def follow_budget(args, origins):

@@ -24,7 +24,7 @@ from common.flags import again, checked, flag, split_list
 from model_config import OLD_MODELS, ModelFlags, shape_problems
 from studies import ExperimentFlags
 from text import starter
-from training.lengths import MOST_STEPS, Lengths
+from training.lengths import MOST_STEPS, SHORTEST, Lengths, read_schedule
 
 VERSION = "1.0"
 
@@ -339,10 +339,16 @@ class MaskFlags:
 
     @property
     def block_choices(self):
-        """The numbers of --train_block_sizes, from which each step draws one."""
+        """The numbers of --train_block_sizes, from which each step draws one, in the longest rows
+        of the run.
+        """
+        return self.block_choices_at(self.longest)
+
+    def block_choices_at(self, length):
+        """The same, in rows of this length."""
         if self.causal:
             return [1]
-        return block_sizes(self.train_block_sizes, self.seq_len)
+        return block_sizes(self.train_block_sizes, length)
 
     def single_chance(self, step):
         """How likely this step is left to right alone, whatever --train_block_sizes says."""
@@ -353,7 +359,11 @@ class MaskFlags:
     @property
     def rule_shares(self):
         """{block rule: the share of a run's steps that have it}, the largest first."""
-        choices = self.block_choices
+        return self.rule_shares_at(self.longest)
+
+    def rule_shares_at(self, length):
+        """The same, of the steps with rows of this length."""
+        choices = self.block_choices_at(length)
         single = self.ar_fade / 2       # the chance falls evenly from 1 to 0 over the fade
         rules = {*choices, 1} if single else set(choices)
         shares = {}
@@ -365,11 +375,15 @@ class MaskFlags:
 
     @property
     def block_rules(self):
-        """All block rules that a run learns, the largest first. 1 is left to right, which all steps
-        learn but those of whole rows.
+        """All block rules that a run learns, the largest first, in its longest rows. 1 is left to
+        right, which all steps learn but those of whole rows.
         """
-        rules = set(self.rule_shares)
-        if min(rules) < self.seq_len:
+        return self.block_rules_at(self.longest)
+
+    def block_rules_at(self, length):
+        """The same, in rows of this length."""
+        rules = set(self.rule_shares_at(length))
+        if min(rules) < length:
             rules.add(1)
         return sorted(rules, reverse=True)
 
@@ -424,6 +438,27 @@ class OptimFlags:
     "Optimisation"
     max_steps: int = flag(5000, "optimizer steps in total", at_least=1, aliases=("steps",))
     seq_len: int = flag(512, "training length", "must", at_least=16, aliases=("train_seq_len",))
+    seq_schedule: str = flag(
+        None,
+        "training length by completed steps, LENGTH@STEP,..., such as 512@0,1024@2000; before the "
+        "first of them --seq_len",
+        rare=True,
+        later=True,
+    )
+    max_context: int = flag(
+        None,
+        "upper limit of the training lengths; none = the longest of them",
+        at_least=SHORTEST,
+        rare=True,
+        aliases=("block", "max_seq_len"),
+        later=True,
+    )
+    keep_tokens: bool = flag(
+        False,
+        "with --seq_schedule: each step has the tokens of the first, so longer rows are fewer rows",
+        rare=True,
+        later=True,
+    )
     target_tokens: str = flag(
         None,
         "a budget such as 500000, 100M or 1.5B instead of --max_steps: the fewest steps that "
@@ -494,12 +529,30 @@ class OptimFlags:
     @property
     def lengths(self):
         """The length of a row as a function of the step."""
-        return Lengths.of(self.seq_len)
+        return Lengths.of(self.seq_len, self.seq_schedule, self.keep_tokens)
+
+    @property
+    def stages(self):
+        """The parts of the run that have one length each."""
+        return self.lengths.stages(self.max_steps)
+
+    @property
+    def longest(self):
+        """The longest row of the run: what is scored."""
+        return self.lengths.longest(self.max_steps)
 
     @property
     def rows(self):
-        """Sequences of a step."""
+        """Sequences of a step; --keep_tokens changes their number, and this is the first one."""
         return self.batch_size * self.grad_accum
+
+    def rows_at(self, length):
+        """Sequences of a step with rows of this length."""
+        return self.lengths.rows(length, self.rows)
+
+    def batch_at(self, length):
+        """Sequences of a forward with rows of this length."""
+        return max(1, self.lengths.rows(length, self.batch_size))
 
     def solve_steps(self):
         """--target_tokens makes --max_steps."""
@@ -515,12 +568,31 @@ class OptimFlags:
         self.max_steps = steps
 
 
-def budget_problems(args):
-    """What is wrong with a budget of tokens, in sentences."""
+def length_problems(args):
+    """What is wrong with the lengths of the rows and the budget of tokens, in sentences."""
     if args.target_tokens is not None and not size_of(args.target_tokens):
         yield (
             f"--target_tokens {args.target_tokens}: must be a whole number of tokens above 0, such "
             "as 500000, 100M or 1.5B"
+        )
+    most = args.max_context
+    try:
+        if args.seq_schedule is not None:
+            read_schedule(args.seq_schedule, most)
+    except ValueError as error:
+        yield f"--seq_schedule {error}"
+        return
+
+    first = args.lengths.at(0)
+    if most is not None and first > most:
+        yield f"--seq_len {first} is above --max_context {most}: lower it, or raise that"
+    if args.keep_tokens and args.seq_schedule is None:
+        yield "--keep_tokens needs a --seq_schedule: without one all rows are equally long"
+    for length, tokens in args.lengths.uneven(args.rows):
+        yield (
+            f"--keep_tokens: the {tokens} tokens of the first step (--batch_size {args.batch_size} "
+            f"x --grad_accum {args.grad_accum} rows of {first}) are no whole number of rows of "
+            f"{length}: change --batch_size or --grad_accum"
         )
 
 
@@ -939,8 +1011,13 @@ class TrainArgs(
             ),
             (
                 ("noisy_weight",),
-                set(self.block_rules) <= {1, self.seq_len},
+                set(self.block_rules) <= {1, self.longest},
                 "left to right is learned beside blocks only, and --train_block_sizes has none",
+            ),
+            (
+                ("seq_len",),
+                self.lengths.entries[0] != (0, self.seq_len) and not self.resume,
+                "--seq_schedule begins at step 0",
             ),
             (("compile_mode",), not self.compile, "it needs --compile"),
             (("amp_dtype",), self.amp == "off", "--no_amp is given"),
@@ -965,7 +1042,7 @@ class TrainArgs(
     def problems(self):
         yield from shape_problems(self)
         yield from mask_problems(self)
-        yield from budget_problems(self)
+        yield from length_problems(self)
         if self.amp_dtype == "fp16" and self.device in ("cpu", "mps"):
             yield f"--amp_dtype fp16 works only on CUDA, not with --device {self.device}"
         if 0 < self.spike_factor <= 1:
@@ -1496,6 +1573,29 @@ def next_commands(run, step, max_steps):
 
 # what the users of a trained model read from the settings of its training
 READ_LATER = ("seq_len", "batch_size", "train_block_sizes", "sample_steps", "data_dir")
+READ_IF_THERE = ("seq_schedule", "max_steps")       # an older run has no schedule
+
+
+def longest_row(settings, steps=None):
+    """Of the settings in a checkpoint: the longest row of its run, or of so many steps of it."""
+    schedule = settings.get("seq_schedule")
+    if schedule is None:
+        return settings["seq_len"]
+    if steps is None:
+        steps = settings["max_steps"]
+    return Lengths.of(settings["seq_len"], schedule).longest(steps)
+
+
+def trained_length(saved):
+    """Tokens of the longest row that this checkpoint has learned from."""
+    return longest_row(saved.config["args"], saved.step)
+
+
+def scored_length(saved):
+    """Tokens of a held-out window: the longest row of the run, so that the figures of all its
+    checkpoints compare, with each other and with those of the training.
+    """
+    return longest_row(saved.config["args"])
 
 
 def check_saved(settings, where):
@@ -1509,9 +1609,24 @@ def check_saved(settings, where):
             "hand"
         )
 
-    values = checked(TrainArgs, {name: settings[name] for name in READ_LATER}, where)
+    read = {name: settings[name] for name in READ_LATER}
+    read |= {name: settings[name] for name in READ_IF_THERE if name in settings}
+    values = checked(TrainArgs, read, where)
     problems = list(block_problems("train_block_sizes", values["train_block_sizes"]))
+    problems += saved_schedule_problems(values)
     if "\0" in values["data_dir"]:
         problems.append("data_dir holds a zero byte, which no path can")
     if problems:
         raise UserError(f"{where}: " + "; ".join(problems))
+
+
+def saved_schedule_problems(values):
+    """What is wrong with the schedule in a checkpoint, in sentences."""
+    if values.get("seq_schedule") is None:
+        return
+    if "max_steps" not in values:
+        yield "seq_schedule needs max_steps, which is missing"
+    try:
+        read_schedule(values["seq_schedule"])
+    except ValueError as error:
+        yield f"seq_schedule {error}"

@@ -69,7 +69,8 @@ def main(argv=None):
 
     # held-out documents
     trained = saved.config["args"]
-    length, batch = trained["seq_len"], trained["batch_size"]
+    length = config.scored_length(saved)
+    batch = trained["batch_size"]
     data_dir = args.data_dir or trained["data_dir"]
     documents = held_out.read_documents(args, data_dir, tokenizer, saved)
     documents = [ids for ids in documents if len(ids) > 1]

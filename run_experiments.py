@@ -219,7 +219,7 @@ def figures(args, run, reference):
         """A block rule of the whole row is called T."""
         by_rule = {}
         for block, value in part.items():
-            whole = block == "T" or int(block) >= train_args.seq_len
+            whole = block == "T" or int(block) >= train_args.longest
             by_rule["T" if whole else block] = value
         return by_rule
 

@@ -49,7 +49,7 @@ def main(argv=None, pinned=None):
         writer, tokenizer, saved = trained.load(args)
 
     # The settings
-    trained_length = saved.config["args"]["seq_len"]
+    trained_length = config.trained_length(saved)
     framed = writer.cfg.framed
     longest_prompt = max(len(opening(tokenizer, prompt, framed)) for prompt in prompts)
     if typed:

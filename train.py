@@ -128,7 +128,7 @@ def loop(run):
         if save_due and state.can_be_saved:
             # a stop has to be quick: then only weights under suspicion are asked, with one row
             ask = signal is None or state.bad_in_a_row
-            rows = run.micro if signal is None else 1
+            rows = run.scoring_rows if signal is None else 1
             state.ruined_step = 0
             if ask and not validation.still_sound(run, rows):
                 state.ruined_step = state.good.step

@@ -163,7 +163,9 @@ def ours(setting, rate, model, **more):
         cfg = dataclasses.replace(cfg, d_ff=model_config.match_d_ff(cfg, target(setting)))
     net = build_model(cfg)
     moving = optim.make_optimizer(net, args)
-    run = SimpleNamespace(args=args, rows=setting.rows, mine=slice(None))
+    run = SimpleNamespace(
+        args=args, rows=setting.rows, length=args.seq_len, mine=slice(None)
+    )
 
     def step(x, n):
         moving.set_lr(

@@ -101,7 +101,10 @@ class Variant:
             )
         torch.manual_seed(0)
         self.args, self.cfg, self.dtype = args, cfg, dtype
-        self.rows, self.mine = batch, slice(None)                                  # of mask_sample
+        # what mask_sample asks a run for
+        self.rows = batch
+        self.mine = slice(None)
+        self.length = args.seq_len
         self.block = args.seq_len if block == "T" else int(block)
         self.model = build_model(cfg)
         self.optimizer = optim.make_optimizer(self.model, args)
@@ -127,7 +130,8 @@ class Variant:
                     layer.__dict__.pop("forward", None)
                 started = time.perf_counter()
                 with machine.autocast(torch.device("cpu"), self.dtype):
-                    setup.compile_step(self.model, args, (args.batch_size, args.seq_len), "cpu")
+                    shape = (args.batch_size, args.seq_len)
+                    setup.compile_step(self.model, args, [shape], "cpu")
                 self.compile_s[state] = time.perf_counter() - started
 
     def step(self):

@@ -129,7 +129,7 @@ def bits_lost(args, saved, runner, model, windows):
     if not size:
         return None
     settings = saved.config["args"]
-    length = settings["seq_len"]
+    length = config.scored_length(saved)
     ways = {"left to right": 1}
     if not model.cfg.causal:
         sizes = config.block_sizes(settings["train_block_sizes"], length)

@@ -54,7 +54,7 @@ def held_out_windows(data_dir, tokenizer, saved):
     held_out.same_tokenizer(data, tokenizer, saved)
     documents = [ids for ids in data.documents() if len(ids) > 1]
     windows = []
-    for ids in held_out.spread_over(documents, WINDOWS, settings["seq_len"]):
+    for ids in held_out.spread_over(documents, WINDOWS, config.scored_length(saved)):
         windows.append(ids.tolist())
     return windows
 

@@ -56,7 +56,7 @@ def ar_model(path, device, tokenizer, longest, scored):
             f"--judge {path} has another tokenizer than the checkpoint: train it on the same "
             "prepared text"
         )
-    trained = saved.config["args"]["seq_len"]
+    trained = config.trained_length(saved)
     if trained < longest:
         say(
             f"notice: the judge {path} was trained on {trained} positions and reads up to "
@@ -104,7 +104,7 @@ def words_of(train, tokenizer):
 
 def decoding(args, writer, saved, tokenizer):
     """The decoding settings: with a frozen context, if the checkpoint was trained for it."""
-    length = saved.config["args"]["seq_len"]
+    length = config.trained_length(saved)
     if settings.cannot_freeze(saved):
         chosen = settings.decode_settings(args, saved, "full", tokenizer.eos_id)
         room = length - PROMPT

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import config
 from common import machine
 from common.console import UserError
 from evaluation.estimators import Piece, bound, left_to_right, scored_tokens
@@ -175,7 +176,8 @@ class Judges:
             )
             return
         self.ngram = NGram(train.tokens, train.vocab_size)
-        self.rows = self.val.val_windows(HELD_OUT_ROWS, self.args["seq_len"]).to(device)
+        length = config.scored_length(saved)
+        self.rows = self.val.val_windows(HELD_OUT_ROWS, length).to(device)
 
     def real(self):
         """The judge's value of held-out text: what a perfect writer scores."""

@@ -28,6 +28,7 @@ FIELDS = dataclasses.fields(TrainArgs)
 # moves to the starter corpus
 LOOSE = {
     "target_tokens",      # the steps that it makes are compared
+    "max_context",
     "data_dir",
     "data_format",
     "vocab_size",
@@ -115,9 +116,17 @@ def vocabulary(data_dir):
 
 
 def flops(shape, train_args):
-    return model_config.flops_per_token(
-        shape, train_args.seq_len, train_args.rule_shares, mean_mask_rate(train_args)
-    )
+    """Of a token, as a mean over those of the run."""
+    lengths = train_args.lengths
+    planned = lengths.tokens(train_args.max_steps, train_args.rows)
+    total = 0
+    for begin, end, length in train_args.stages:
+        share = (end - begin) * lengths.step_tokens(length, train_args.rows) / planned
+        rules = train_args.rule_shares_at(length)
+        total += share * model_config.flops_per_token(
+            shape, length, rules, mean_mask_rate(train_args)
+        )
+    return total
 
 
 def settings(args):
@@ -253,7 +262,7 @@ def scoring(args, run):
     rules = args.block_rules
     if run.args.block_rules == [1]:
         rules = [1]
-    names = ["T" if block == args.seq_len else str(block) for block in rules]
+    names = ["T" if block == args.longest else str(block) for block in rules]
     return {
         "blocks": ",".join(names),
         "batches": args.batches,
@@ -293,7 +302,7 @@ def tell(args, runs, root):
         study = STUDIES[args.study]
         print(f"study {args.study}: {study.question}\nmeasured: {study.measure}")
     first = runs[0].args
-    tokens = first.max_steps * first.batch_size * first.grad_accum * first.seq_len
+    tokens = first.lengths.tokens(first.max_steps, first.rows)
     without = ""
     if not vocabulary(first.data_dir):
         without = "; no prepared text yet, so parameters are without embedding"

@@ -8,6 +8,7 @@ in card.md.
 """
 from pathlib import Path
 
+import config
 from common.console import UserError
 from common.files import read_json
 from model_config import count_params
@@ -30,7 +31,7 @@ def model_card(args, name, model, tokenizer, saved):
         parameters=count_params(model.cfg),
         kind={"primary": "EcoHybrid", "backup": "transformer"}[model.cfg.model],
         step=saved.step,
-        length=saved.config["args"]["seq_len"],
+        length=config.trained_length(saved),
         licence_line=f"license: {args.licence}\n" if args.licence else "",
         licence=licence,
         licence_hindi=licence_hindi,

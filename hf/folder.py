@@ -118,7 +118,7 @@ def model_settings(model, tokenizer, saved):
         "hidden_size": cfg.d_model,
         "num_hidden_layers": cfg.n_layers,
         "num_attention_heads": cfg.n_heads,
-        "max_position_embeddings": saved.config["args"]["seq_len"],
+        "max_position_embeddings": config.trained_length(saved),
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": pad_of(tokenizer),
@@ -152,7 +152,7 @@ def tokenizer_settings(tokenizer, saved):
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": saved.config["args"]["seq_len"],
+        "model_max_length": config.trained_length(saved),
     }
     if tokenizer.unk_id is not None:
         found["unk_token"] = names[tokenizer.unk_id]

@@ -174,7 +174,7 @@ def suited(args, origins, saved, longest):
 
     found = {}
     if args.max_new_tokens is None:
-        trained = saved.config["args"]["seq_len"]
+        trained = config.trained_length(saved)
         found["max_new_tokens"] = min(config.LONGEST, max(trained - longest, trained // 2))
     usual = config.OLDER if said("steps") else config.NEWER
     rest = dict(usual)
@@ -202,7 +202,7 @@ def settings_of_sample(args, origins, saved, tokenizer):
     else:
         mode = mode_of(args, saved)
     largest = max(trained_blocks(saved))
-    if mode == "full" and largest < saved.config["args"]["seq_len"]:
+    if mode == "full" and largest < config.trained_length(saved):
         say(
             f"notice: {saved.path} never saw a whole text, only blocks of {largest} tokens and "
             "their past: what is written in one piece will be poor; --blockwise --frozen_context "
@@ -310,16 +310,14 @@ def is_framed(saved):
 
 
 def trained_blocks(saved):
-    trained = saved.config["args"]
-    return config.block_sizes(trained["train_block_sizes"], trained["seq_len"])
+    sizes = saved.config["args"]["train_block_sizes"]
+    return config.block_sizes(sizes, config.trained_length(saved))
 
 
 def parts_of_a_text(saved):
     """The trained blocks that may follow other text; a whole sequence never does."""
-    return sorted(
-        {size for size in trained_blocks(saved) if size < saved.config["args"]["seq_len"]},
-        reverse=True,
-    )
+    whole = config.trained_length(saved)
+    return sorted({size for size in trained_blocks(saved) if size < whole}, reverse=True)
 
 
 def usual_block(saved):
@@ -334,7 +332,7 @@ def usual_block(saved):
 def cannot_freeze(saved):
     """Why this checkpoint's context cannot be frozen; empty if it can."""
     trained = saved.config["args"]
-    if min(trained_blocks(saved)) < trained["seq_len"] or saved.config["model"]["causal"]:
+    if min(trained_blocks(saved)) < config.trained_length(saved) or saved.config["model"]["causal"]:
         return ""
     return (
         f"{saved.path} was not trained in blocks (--train_block_sizes "

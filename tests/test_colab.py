@@ -200,7 +200,7 @@ def corrupted(steps=500, **settings):
         **{"seq_len": 64, "batch_size": 16, "grad_accum": 1, "max_steps": 500, **settings}
     )
     rows = args.batch_size * args.grad_accum
-    run = SimpleNamespace(args=args, rows=rows, mine=slice(None))
+    run = SimpleNamespace(args=args, rows=rows, length=args.seq_len, mine=slice(None))
     log = [{"event": "meta", "config": {"args": to_dict(args, config.TrainArgs)}}]
     for step in range(steps):
         chance = args.single_chance(step)
@@ -396,7 +396,7 @@ def test_the_probe_counts_what_comes_later(monkeypatch, capsys):
         micro = recovery.measure_rows(
             lambda n: now.update(rows=n),
             8,
-            32,
+            (32, args.seq_len),
             args,
             torch.device("cpu"),
             later,

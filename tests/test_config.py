@@ -71,7 +71,7 @@ def another(f):
         choice = others[0] if others else f.default         # a flag that is there for later
         return choice, (choice,) if f.type is tuple else choice
     if f.type is int:
-        value = (f.default or 0) + 1
+        value = max((f.default or 0) + 1, meta.get("at_least", 0))
         return str(value), value
     if f.type is float:
         return "0.625", 0.625
@@ -231,7 +231,7 @@ def test_gpu_tiers(memory, row):
     [
         (TrainArgs, "--d_mode 3", ["--d_mode", "--d_model"]),
         (TrainArgs, "--grad-acum 3", ["--grad_accum"]),
-        (TrainArgs, "--block 64", ["unknown flag --block", "--block_size"]),  # no abbreviations
+        (TrainArgs, "--block_siz 64", ["unknown flag --block_siz", "--block_size"]),
         (TrainArgs, "--max 5", ["unknown flag --max"]),
         (TrainArgs, "--temperature 1", ["it belongs to sample"]),
         (TrainArgs, "--edge_profile max", ["that is a profile of sample"]),

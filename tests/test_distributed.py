@@ -335,7 +335,7 @@ def test_the_parts_of_a_draw_are_the_draw(block, first, strategy):
     args = config.TrainArgs(masking_strategy=strategy)
     whole = masking.corrupt(args, 1, 5, 12, 24, block, first)
     parts = [
-        masking.corrupt(args, 1, 5, 12, 24, block, first, distributed.Ranks(r, 4).share(4, 3))
+        masking.corrupt(args, 1, 5, 12, 24, block, first, distributed.Ranks(r, 4).share(12))
         for r in range(4)
     ]
     assert torch.equal(torch.cat([p.mask for p in parts]), whole.mask)
@@ -386,8 +386,8 @@ def test_an_evaluation_is_shared(kind, tmp_path):
 
 
 def test_slips_of_many_processes(text, tmp_path, monkeypatch, capsys):
-    with pytest.raises(UserError, match=r"4 x --grad_accum 2 = 8 .* over 3 processes"):
-        distributed.Ranks(0, 3).share(4, 2)
+    with pytest.raises(UserError, match="8 sequences .* over 3 processes"):
+        distributed.Ranks(0, 3).share(8)
     with pytest.raises(UserError, match="torchrun --nproc_per_node"):
         alone("--data_dir", text, *SHAPE, "--fsdp", "--output_dir", tmp_path / "run")
     for words in (("--optimizer", "muon"), ("--compile",)):

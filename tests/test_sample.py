@@ -315,6 +315,7 @@ def resolved(line, blocks="T,8", length=32, stored=64, prompt=1, exits=False):
     args.sampler = settings.masked_sampler(args.sampler)
     saved = SimpleNamespace(
         path="x",
+        step=10,
         config={
             "model": dict(block_size=stored, n_layers=2, exits=exits, causal=False),
             "args": dict(train_block_sizes=blocks, seq_len=length, sample_steps=12),

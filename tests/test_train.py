@@ -172,7 +172,12 @@ def test_one_layer_has_no_early_exit(text, tmp_path):
 def test_the_probe_for_memory_tries_every_block_rule(text, tmp_path, monkeypatch):
     """Those of the fade, too."""
     asked, real = [], training_step.mask_sample
-    monkeypatch.setattr(training_step, "mask_sample", lambda *a: asked.append(a[2]) or real(*a))
+
+    def noted(run, step, block, *rest, **more):
+        asked.append(block)
+        return real(run, step, block, *rest, **more)
+
+    monkeypatch.setattr(training_step, "mask_sample", noted)
     words = ("--train_block_sizes", "T,8", "--ar_fade", 0.5, "--max_steps", 1, "--eval_interval", 0)
     assert fresh(text, tmp_path / "run", *words, "--auto_batch") == 0
     assert asked[:3] == [16, 8, 1]
@@ -232,7 +237,7 @@ def test_every_kind_of_step_gives_every_weight_a_gradient(kind, early):
     """DistributedDataParallel waits for all of them. With early exits both streams leave there."""
     net = tiny_model(kind, 50, shape=TINIER | {"n_layers": 3}, exits=bool(early))
     args = config.TrainArgs(seq_len=16)
-    run = SimpleNamespace(args=args, rows=2, mine=slice(None))
+    run = SimpleNamespace(args=args, rows=2, length=16, mine=slice(None))
     x0 = torch.randint(4, 50, (2, 16))
     for block, first in ((16, 16), (8, 8), (8, 3), (1, 1)):
         net.zero_grad(set_to_none=True)
@@ -247,7 +252,7 @@ def test_what_a_step_asks_of_the_clean_stream():
     is asked for.
     """
     args = config.TrainArgs(seq_len=16, noisy_weight=3.0)
-    run = SimpleNamespace(args=args, rows=4, mine=slice(1, 3))
+    run = SimpleNamespace(args=args, rows=4, length=16, mine=slice(1, 3))
     asked = {block: training_step.mask_sample(run, 0, block) for block in (16, 4, 1)}
     shares = {block: masks.clean_share for block, masks in asked.items()}
     assert shares == {16: 0, 4: 0.25, 1: 1}
@@ -894,11 +899,11 @@ def test_compile_compiles_the_step_that_runs(text, tmp_path, monkeypatch):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("length", [32, 20])
+@pytest.mark.parametrize("lengths", [(32,), (16, 20)])
 @pytest.mark.parametrize("kind", ["backup", "primary"])
-def test_nothing_is_compiled_in_mid_run(kind, length, monkeypatch, capsys):
+def test_nothing_is_compiled_in_mid_run(kind, lengths, monkeypatch, capsys):
     """The graphs before step 1 are those of every step, with first blocks of any length and early
-    exits, whether the block divides the row or not; depth adds none.
+    exits, whether the block divides the row or not, of every length of a schedule; depth adds none.
     """
     from torch._dynamo.utils import counters
     real = torch.compile  # graphs are counted, so nobody needs the C++ compiler
@@ -912,7 +917,8 @@ def test_nothing_is_compiled_in_mid_run(kind, length, monkeypatch, capsys):
         n_heads=2,
         d_ff=24,
         memory_slots=2,
-        seq_len=length,
+        seq_len=lengths[0],
+        seq_schedule=f"{lengths[-1]}@9",
         train_block_sizes="T,8,1",
         ar_fade=0.0,
         exit_loss_weight=0.1,
@@ -920,21 +926,23 @@ def test_nothing_is_compiled_in_mid_run(kind, length, monkeypatch, capsys):
     net = models.build_model(model_config.model_config(args, 50))
     torch.compiler.reset()
     counters.clear()
-    setup.compile_step(net, args, (2, length), "cpu")
+    setup.compile_step(net, args, [(2, length) for length in lengths], "cpu")
     assert "failed" not in capsys.readouterr().err
     graphs = counters["stats"]["unique_graphs"]
-    assert graphs == len(setup.forms_of_a_step(args)) == 4, "T, two of 8, left to right"
-    run = SimpleNamespace(args=args, rows=2, mine=slice(None))
     short = [(8, first) for first in range(1, 9)]
-    for step, (block, first) in enumerate([(length, length), (1, 1), *short]):
-        masking.denoising_loss(
-            net,
-            torch.randint(4, 50, (2, length)),
-            training_step.mask_sample(run, step, block, first),
-            "elbo",
-            early=masking.pick_exit(3, 0, step),
-            early_weight=0.1,
-        ).loss.backward()
+    for length in lengths:
+        assert len(setup.forms_of_a_step(args, length)) == 4, "T, two of 8, left to right"
+        run = SimpleNamespace(args=args, rows=2, length=length, mine=slice(None))
+        for step, (block, first) in enumerate([(length, length), (1, 1), *short]):
+            masking.denoising_loss(
+                net,
+                torch.randint(4, 50, (2, length)),
+                training_step.mask_sample(run, step, block, first),
+                "elbo",
+                early=masking.pick_exit(3, 0, step),
+                early_weight=0.1,
+            ).loss.backward()
+    assert graphs == 4 * len(lengths)
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
     torch.compiler.reset()
 
@@ -1145,7 +1153,7 @@ def test_the_memory_for_activations_is_a_lower_bound_of_what_a_step_keeps(kind):
             kept[storage.data_ptr()] = storage
             return tensor
 
-        run = SimpleNamespace(args=args, rows=2, mine=slice(None))
+        run = SimpleNamespace(args=args, rows=2, length=64, mine=slice(None))
         masks = training_step.mask_sample(run, 0, args.block_choices[0])
         x0 = torch.randint(4, 20, (2, 64))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -1296,7 +1304,7 @@ def test_each_rank_has_its_own_dropout(text, tmp_path, monkeypatch):
     real = torch.manual_seed
     for rank in (0, 1):
         ranks, taken = distributed.Ranks(), seeds.setdefault(rank, [])
-        ranks.rank, ranks.share = rank, lambda batch, accum: slice(0, batch * accum)
+        ranks.rank, ranks.share = rank, lambda rows: slice(0, rows)
         monkeypatch.setattr(
             distributed, "process_group", lambda args, ranks=ranks: contextlib.nullcontext(ranks)
         )
@@ -1327,7 +1335,7 @@ def test_compile_shows_how_far_it_is_and_names_its_cache(monkeypatch, capsys, br
     monkeypatch.setattr(torch, "compile", compiled)
     net = tiny_model("backup", 50, shape=TINIER)
     args = config.TrainArgs(seq_len=16, train_block_sizes="T,4", ar_fade=0.0)
-    setup.compile_step(net, args, (2, 16), torch.device("cpu"))
+    setup.compile_step(net, args, [(2, 16)], torch.device("cpu"))
     said = capsys.readouterr().err
     assert (
         ("form 4 of 4" in said and "failed" not in said)

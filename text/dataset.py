@@ -276,9 +276,8 @@ class TokenData:
     def need(self, seq_len):
         if len(self) < seq_len:
             raise UserError(
-                f"{self.path} has {len(self):,} tokens, fewer than one window of --seq_len "
-                f"{seq_len}: use "
-                f"a shorter --seq_len, more text, or (for val) {self.LONGER_VAL}"
+                f"{self.path} has {len(self):,} tokens, fewer than one window of {seq_len}: use a "
+                f"shorter --seq_len or --seq_schedule, more text, or (for val) {self.LONGER_VAL}"
             )
 
     def gather(self, starts, seq_len):

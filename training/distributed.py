@@ -59,13 +59,12 @@ class Ranks:
         self.sharded = sharded
         self.code = 1                          # of the exit
 
-    def share(self, batch_size, grad_accum):
+    def share(self, rows):
         """The rows of a step that are this rank's: equal parts, as on one process in sum."""
-        rows = batch_size * grad_accum
         if rows % self.world:
             raise UserError(
-                f"--batch_size {batch_size} x --grad_accum {grad_accum} = {rows} sequences per "
-                f"step do not divide over {self.world} processes: change one of the three"
+                f"{rows} sequences per step (--batch_size x --grad_accum) do not divide over "
+                f"{self.world} processes: change one of the three"
             )
         each = rows // self.world
         return slice(self.rank * each, (self.rank + 1) * each)

@@ -19,7 +19,7 @@ from training.validation import still_sound
 def give_up(run, result):
     """Too many steps in a row were not finite: save what is sound, and say the likely cause."""
     state, args = run.state, run.args
-    if state.can_be_saved and still_sound(run, run.micro):
+    if state.can_be_saved and still_sound(run, run.scoring_rows):
         save(run)                            # what the advice below goes on from
     windows = range(state.position - state.bad_in_a_row * run.rows, state.position)
     cause = recovery.likely_cause(

@@ -342,7 +342,9 @@ class Progress:
         self.first = start
         self.done = start
         self.began = time.perf_counter()
-        self.seconds = deque(maxlen=50)      # of the last steps
+        self.lengths = args.lengths
+        self.rows = args.rows
+        self.seconds = deque(maxlen=50)      # of a token, in the last steps
         self.speeds = []                     # tokens per second of every step
         self.bar = None
 
@@ -365,9 +367,9 @@ class Progress:
         self.done = done
         if done == self.first + 11:
             self.seconds.clear()
-        self.seconds.append(seconds)
+        self.seconds.append(seconds / tokens)
         self.speeds.append(tokens / seconds)
-        self.tok_s = tokens / statistics.median(self.seconds)
+        self.tok_s = 1 / statistics.median(self.seconds)
         if self.bar is None:
             return
         scored = ""
@@ -385,7 +387,9 @@ class Progress:
 
     @property
     def eta(self):
-        return duration((self.total - self.done) * statistics.mean(self.seconds))
+        tokens = self.lengths.tokens(self.total, self.rows)
+        tokens -= self.lengths.tokens(self.done, self.rows)
+        return duration(tokens * statistics.mean(self.seconds))
 
     @property
     def elapsed(self):
@@ -415,6 +419,10 @@ def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step
     if args.attn != "mha":
         attention = f", attention {args.attn}"
 
+    rows = f"{args.rows} rows of {args.lengths.at(0)} tokens a step"
+    if args.seq_schedule:
+        rows = f"{args.rows} rows a step, length by step {args.lengths}"
+
     lines = [
         f"# {run_dir}: step {step} of {args.max_steps}",
         "",
@@ -422,6 +430,7 @@ def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step
         f"{args.n_layers} layers, d_ff {args.d_ff}{attention}",
         f"- text: {args.data_dir}, source {source}, {data.meta['train_tokens']:,} tokens; "
         f"{tokens_seen:,} seen, {tokens_seen / params:.2f} per parameter",
+        f"- rows: {rows}",
         f"- best held-out {args.measure}: {bound}",
         f"- speed: median {tok_s:,.0f} tokens/s; {progress.elapsed:.0f} s in all; peak memory "
         f"{peak_memory_mb():.0f} MB",

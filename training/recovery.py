@@ -195,10 +195,10 @@ def memory_needed(model_config, args, micro, world=1):
         width += 2 * 3 * model_config.d_ff  # gate, up and their product in 2 bytes
     rows = 0
     for block in args.block_rules:
-        step = rows_of_step(model_config, args.seq_len, block)
+        step = rows_of_step(model_config, args.longest, block)
         rows = max(rows, step.clean + step.noisy)
     activations = micro * rows * model_config.n_layers * width
-    logits = 4 * min(512, micro * args.seq_len) * model_config.rows
+    logits = 4 * min(512, micro * args.longest) * model_config.rows
     return fixed, activations + logits
 
 
@@ -211,7 +211,7 @@ def check_memory(model_config, args, micro, device, world=1):
     if free is not None and fixed + least > free:
         raise UserError(
             f"this run cannot fit: {count_params(model_config):,} parameters need "
-            f"{fixed / 1e9:,.1f} GB with gradients and optimizer, {micro} x {args.seq_len} tokens "
+            f"{fixed / 1e9:,.1f} GB with gradients and optimizer, {micro} x {args.longest} tokens "
             f"at least {least / 1e9:,.1f} GB more, and {free / 1e9:,.1f} GB are free: give a "
             "smaller --d_model, --n_layers, --batch_size or --seq_len, or --preset starter"
         )
@@ -251,11 +251,13 @@ def fewer_rows(micro, rows):
     return None
 
 
-def memory_advice(args, micro):
-    """What to reduce, in this order: seq_len, then batch_size, then d_model or n_layers; each with
-    a value that is allowed.
+def memory_advice(args, micro, length):
+    """What to reduce, in this order: the length of the rows, then batch_size, then d_model or
+    n_layers; each with a value that is allowed.
     """
-    length = max(16, args.seq_len // 2)
+    shorter = f"--seq_len first (--seq_len {max(16, length // 2)})"
+    if args.seq_schedule:
+        shorter = f"the {length} of --seq_schedule first (to {max(16, length // 2)})"
     batch = "(--batch_size is at 1 already)"
     if micro > 1:
         batch = f"--batch_size {max(1, micro // 2)} or --auto_batch"
@@ -263,8 +265,8 @@ def memory_advice(args, micro):
     width = max(unit, args.d_model * 3 // 4 // unit * unit)
     layers = max(1, args.n_layers - max(1, args.n_layers // 5))
     return (
-        f"out of memory with {micro} x {args.seq_len} tokens per forward: reduce --seq_len first "
-        f"(--seq_len {length}), then {batch}, then --d_model {width} or --n_layers {layers}"
+        f"out of memory with {micro} x {length} tokens per forward: reduce {shorter}, then "
+        f"{batch}, then --d_model {width} or --n_layers {layers}"
     )
 
 
@@ -281,13 +283,14 @@ def attempt(work, micro):
         return None, lines[0][:200]
 
 
-def backing_off(work, micro, rows, args, undo, say, alone=True):
+def backing_off(work, micro, step, args, undo, say, alone=True):
     """work(micro), with fewer rows per forward each time that memory runs out -> (its result, the
-    rows that fit).
+    rows that fit). step: (rows of a step, their length).
 
     Not alone, when other processes are in the midst of adding up their gradients, nobody can do the
     step again.
     """
+    rows, length = step
     while True:
         result, trouble = attempt(work, micro)
         if not trouble:
@@ -299,18 +302,18 @@ def backing_off(work, micro, rows, args, undo, say, alone=True):
             torch.cuda.empty_cache()
         fewer = fewer_rows(micro, rows) if args.auto_batch and alone else None
         if fewer is None:
-            raise UserError(f"{memory_advice(args, micro)}\n  ({trouble})", code=1)
+            raise UserError(f"{memory_advice(args, micro, length)}\n  ({trouble})", code=1)
         say(
-            f"notice: out of memory with {micro} x {args.seq_len} tokens per forward: from here on "
+            f"notice: out of memory with {micro} x {length} tokens per forward: from here on "
             f"{fewer} rows, {rows // fewer} forwards per step, the same "
-            f"{rows * args.seq_len:,} tokens ({trouble})"
+            f"{rows * length:,} tokens ({trouble})"
         )
         micro = fewer
 
 
-def measure_rows(probe, micro, rows, args, device, later, undo, say):
+def measure_rows(probe, micro, step, args, device, later, undo, say):
     """--auto_batch, before the first step: probe(micro) is a real forward and backward -> the rows
-    per forward that fit.
+    per forward that fit. step: (rows of a step, their length).
 
     later: bytes that the optimizer will take at its first step and that the probe cannot see.
     """
@@ -325,13 +328,14 @@ def measure_rows(probe, micro, rows, args, device, later, undo, say):
             raise MemoryError(f"{need / 1e9:.1f} GB needed, {limit / 1e9:.1f} GB there")
         return need
 
-    need, micro = backing_off(work, micro, rows, args, undo, say)
+    need, micro = backing_off(work, micro, step, args, undo, say)
     undo()
+    rows, length = step
     limits = ", all of this process"
     if limit < float("inf"):
         limits = f" of {limit / 1e9:.1f} GB"
     say(
-        f"memory: {micro} x {args.seq_len} tokens per forward, {rows // micro} forwards per step: "
+        f"memory: {micro} x {length} tokens per forward, {rows // micro} forwards per step: "
         f"{need / 1e9:.2f} GB at most{limits}"
     )
     return micro

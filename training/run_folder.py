@@ -12,7 +12,7 @@ from pathlib import Path
 import checkpoint
 from common.console import Damage, UserError, say
 from common.files import rename, replace_file, sync
-from config import TrainArgs
+from config import TrainArgs, longest_row
 from training import drive, optim
 
 # settings: two validation figures of a run compare while these stay
@@ -32,6 +32,7 @@ FOLDERS = re.compile(r"step_[0-9]{6,12}|previous_[0-9]+|\.(tmp|trash|old|corrupt
 # what a run resumes from in state.json -> the smallest value of a whole number, or a type
 COUNTERS = {
     "position": 0,
+    "window": 1,
     "tokens_seen": 0,
     "skipped": 0,
     "ema_updates": 0,
@@ -212,7 +213,9 @@ def same_validation(config, state, args, meta):
     """
     old = config.get("args", {})
     asked = all(old.get(key) == getattr(args, key) for key in VALIDATION)
-    return asked and state.get("val_sha256") in (None, meta["val_sha256"])
+    if not asked or longest_row(old) != args.longest:
+        return False
+    return state.get("val_sha256") in (None, meta["val_sha256"])
 
 
 def best_score(steps, args, meta):
@@ -298,9 +301,9 @@ def rate_of(args, step):
 
 
 def counters(saved):
-    """state.json as train needs it."""
+    """state.json as train needs it; an older one has no window, as all rows were equally long."""
     where = saved.path / "state.json"
-    state = saved.state
+    state = {"window": saved.config["args"]["seq_len"]} | saved.state
     for key, rule in COUNTERS.items():
         value = state.get(key, ...)
         if not fits(value, rule):

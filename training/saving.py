@@ -69,6 +69,7 @@ def state_json(run, is_best, score):
     return {
         "tokens_seen": good.tokens_seen,
         "position": good.position,
+        "window": good.window,
         "skipped": good.skipped,
         "best": logs.finite(state.best),
         "kept": state.nats if is_best else logs.finite(state.kept),

@@ -26,9 +26,9 @@ from model import build_model
 from text import starter
 from text.build import build as build_text
 from text.gpt2 import open_tokenizer
-from text.pairs import are_pairs, held_out_rows, windows_of
+from text.pairs import are_pairs, held_out_rows
 from text.token_file import open_split
-from training import logs, optim, recovery, run_folder
+from training import lengths, logs, optim, recovery, row_length, run_folder
 from training.saving import publish, restore
 from training.state import RunState
 from training.step import probe
@@ -47,7 +47,8 @@ class Run:
     cfg model loss_of params             the network, and the module whose forward is its loss
     optimizer ema scaler spikes          what a checkpoint holds besides the weights
     state                                the counters (training/state.py)
-    rows mine step_tokens micro         sequences of a step, this rank's, its tokens, rows a forward
+    length rows mine step_tokens        tokens of a row now, rows of a step, this rank's, its tokens
+    micro fits                           rows of a forward; tokens of one, if memory ran out
     held held_asked blocks prompts       the held-out windows, which of their tokens are asked, the
                                          block rules that are scored, the prompts that are continued
     stop log progress                    signals, train.jsonl and its sinks, the console
@@ -61,6 +62,7 @@ class Run:
         self.notes = []
         self.state = RunState()
         self.timed = False           # whether the time to go was said
+        self.fits = None             # tokens of a forward, once memory ran out
 
     def autocast(self):
         return machine.autocast(self.device, self.dtype)
@@ -68,6 +70,11 @@ class Run:
     def averaged(self):
         """Inside, the model has its averaged weights, if it keeps some."""
         return self.ema.swap() if self.ema else contextlib.nullcontext()
+
+    @property
+    def scoring_rows(self):
+        """Held-out rows in a forward; all are as long as the longest rows of the run."""
+        return row_length.micro_at(self, self.args.longest)
 
     def held_part(self, rows):
         """The first held-out windows, and which of their tokens are asked (None: all)."""
@@ -97,7 +104,7 @@ def setup(args, origins, ranks, run_dir, source, resuming):
     claim_folder(run)
     if run.args.compile:
         with run.autocast():
-            compile_step(run.model, run.args, (run.micro, run.args.seq_len), run.device)
+            compile_step(run.model, run.args, shapes_to_come(run), run.device)
     run.loss_of = ranks.replicate(run.loss_of)  # after the probe and the compiler: see there
     run.environment = machine.environment(run.device)
     return run
@@ -168,9 +175,8 @@ def find_data(args, origins):
 def open_text(run):
     """Token files, windows, tokenizer; refuses text that does not belong to the checkpoint."""
     args, saved = run.args, run.saved
-    run.rows = args.rows
-    run.step_tokens = run.rows * args.seq_len
-    run.mine = run.ranks.share(args.batch_size, args.grad_accum)
+    for stage in args.stages:
+        run.ranks.share(args.rows_at(stage.length))
     with run.ranks.main_first():
         data_dir = find_data(args, run.origins)
     args.data_dir = str(data_dir)
@@ -178,15 +184,22 @@ def open_text(run):
     run.stop = machine.StopFlag(run.ranks)
     how = (args.val_frac, args.data_format, args.vocab_size)
     run.data = open_split(data_dir, "train", *how)
-    scores = args.eval_interval > 0 or run.data.meta["val_tokens"] >= args.seq_len
+    scores = args.eval_interval > 0 or run.data.meta["val_tokens"] >= args.longest
     run.val = open_split(data_dir, "val", *how) if scores else None
     run.tokenizer = open_tokenizer(run.data.tokenizer_path)
     has_pad = run.tokenizer.pad_id is not None
     framed = are_pairs(run.data)
     run.cfg = model_config.model_config(args, run.data.vocab_size, has_pad, framed)
-    run.windows = windows_of(
-        run.data, args.seq_len, args.seed, args.conditioning_dropout, run.rows
-    )
+    if not framed:
+        run.data.need(args.longest)
+    elif args.seq_schedule is not None:
+        raise UserError(
+            f"--seq_schedule {args.seq_schedule}: {data_dir} has one pair a row, and no row may be "
+            "shorter than its pair: leave the flag out, --seq_len is enough"
+        )
+    begin = saved.step if run.resuming else 0
+    row_length.use_length(run, args.lengths.at(begin))
+    run.state.window = run.length
     if not framed and run.origins["conditioning_dropout"] == "flag":
         say("notice: --conditioning_dropout does nothing here: this text has no prompts")
     if saved and run.ranks.main and saved.tokenizer_bytes != run.tokenizer.model_bytes:
@@ -233,8 +246,7 @@ def build(run):
     run.dtype = known[ranks.broadcast_object(str(dtype))]          # rank 0's, if it was measured
     if args.fsdp and run.dtype is torch.float16:
         raise UserError("--fsdp works in bf16 or float32: add --no_amp, or use GPUs with bf16")
-    run.micro = min(args.batch_size, run.mine.stop - run.mine.start)
-    run.room = recovery.check_memory(run.cfg, args, run.micro, run.device, ranks.world)
+    run.room = recovery.check_memory(run.cfg, args, run.scoring_rows, run.device, ranks.world)
 
     machine.seed_everything(args.seed)
     here = saved and ranks.main and not args.fsdp       # the weights are in this process
@@ -268,6 +280,7 @@ def resume(run):
     if run.resuming:
         restore(run, saved, not run.fresh_optimizer)
         state.position = run.counters["position"]
+        state.window = run.counters["window"]
         state.rollbacks = run.counters["rollbacks"]
         state.held_step = state.first_step - run.counters["eval_due"]
         if run.fresh_optimizer:
@@ -297,7 +310,10 @@ def say_what_runs(run):
         f"{torch.get_num_threads()} threads{processes}{sharded}; precision {run.precision}; "
         f"memory: {run.allocator}"
     )
-    run.planned = args.lengths.tokens(args.max_steps, run.rows)
+    run.planned = args.lengths.tokens(args.max_steps, args.rows)
+    each = f"{run.rows} x {run.length}"
+    if args.seq_schedule:
+        each = f"{args.rows} x {args.lengths}"
     tokens = data.meta["train_tokens"]
     epochs = args.max_steps * run.rows / run.windows.per_epoch
     if not run.cfg.framed:
@@ -305,9 +321,11 @@ def say_what_runs(run):
     say(
         f"data: {args.data_dir} ({data.meta['source']}), {tokens:,} tokens, "
         f"{run.cfg.vocab_size} pieces; "
-        f"{args.max_steps} steps of {run.rows} x {args.seq_len} = {run.planned / 1e6:.1f}M tokens, "
+        f"{args.max_steps} steps of {each} = {run.planned / 1e6:.1f}M tokens, "
         f"{epochs:.2f} epochs; run folder {run.folder}"
     )
+    for warning in lengths.warnings(args.lengths, args.max_steps):
+        say(f"warning: {warning}")
     fade = round(args.ar_fade * args.max_steps)
     if run.state.first_step < fade and not args.causal:
         say(
@@ -323,7 +341,7 @@ def say_what_runs(run):
         )
     say(f"memory: {run.room}")
     if epochs > 2 * MANY_EPOCHS:
-        advised = max(1, round(MANY_EPOCHS * tokens / run.step_tokens))
+        advised = args.lengths.steps_for(MANY_EPOCHS * tokens, args.rows)
         say(
             f"notice: {epochs:.0f} passes over this text are far too many: it is learned by heart; "
             f"advised is --max_steps {advised} ({MANY_EPOCHS} passes), or more text"
@@ -345,10 +363,11 @@ def hold_out(run):
     args = run.args
     if run.val:
         count = args.eval_batches * args.batch_size
-        held, run.held_asked = held_out_rows(run.val, count, args.seq_len)
+        held, run.held_asked = held_out_rows(run.val, count, args.longest)
     else:
-        held = run.windows.batch(0, args.batch_size)
-        run.held_asked = run.windows.asked(0, args.batch_size)
+        windows = row_length.windows_at(run, args.longest)
+        held = windows.batch(0, args.batch_size)
+        run.held_asked = windows.asked(0, args.batch_size)
     run.held = held.to(run.device)
     run.prompts = config.PROMPTS
     if run.cfg.framed:
@@ -363,17 +382,22 @@ def hold_out(run):
 # ---- memory, the run folder, the compiler --------------------------------------------------------
 
 def fit_memory(run):
-    """--auto_batch: as many rows in a forward as fit; every rank does the same number of them."""
+    """--auto_batch: as many rows in a forward as fit, the longest of the run; every rank does the
+    same number of them.
+    """
     if not run.args.auto_batch:
         return
     # the optimizer's state comes with the first step
     later = 8 * run.params if run.fresh_optimizer else 0
-    rows = run.mine.stop - run.mine.start
+    first = run.length
+    row_length.use_length(run, run.args.longest)
+    step = (run.mine.stop - run.mine.start, run.length)
     micro = recovery.measure_rows(
-        lambda micro: probe(run, micro), run.micro, rows, run.args, run.device, later,
+        lambda micro: probe(run, micro), run.micro, step, run.args, run.device, later,
         run.optimizer.zero_grad, say,
     )
-    run.micro = run.ranks.all_reduce_min(micro)
+    row_length.found_to_fit(run, run.ranks.all_reduce_min(micro))
+    row_length.use_length(run, first)
 
 
 def claim_folder(run):
@@ -391,13 +415,22 @@ def claim_folder(run):
         run.state.kept = run.ranks.broadcast_object(kept)
 
 
-def forms_of_a_step(args):
-    """[(block, first)]: each block rule with a first block for every shape that its tensors can
-    have, which are another number of blocks, and blocks with padding.
+def shapes_to_come(run):
+    """[(rows, length)] of the forwards of all steps that are left."""
+    found = []
+    for stage in run.args.stages:
+        shape = (row_length.micro_at(run, stage.length), stage.length)
+        if stage.end > run.state.step and shape not in found:
+            found.append(shape)
+    return found
+
+
+def forms_of_a_step(args, length):
+    """[(block, first)]: each block rule of rows of this length with a first block for every shape
+    that its tensors can have, which are another number of blocks, and blocks with padding.
     """
-    length = args.seq_len
     forms = []
-    for block in args.block_rules:
+    for block in args.block_rules_at(length):
         if block in (1, length):                        # there is no shorter first block
             forms.append((block, block))
             continue
@@ -411,27 +444,31 @@ def forms_of_a_step(args):
     return forms
 
 
-def compile_step(model, args, shape, device):
-    """Compile the layers' training form; if that fails, say why and go on uncompiled.
+def compile_step(model, args, shapes, device):
+    """Compile the layers' training form for rows of these shapes (B, T); if that fails, say why and
+    go on uncompiled.
 
     All layers share their graphs: those of forms_of_a_step. What else changes from step to step
     (where block 0 ends, which early exit) stays outside, so that nothing is compiled in mid-run.
     """
+    forms = []
+    for shape in shapes:
+        for block, first in forms_of_a_step(args, shape[1]):
+            forms.append((shape, block, first))
     # beyond its own 8 graphs, PyTorch would go on in eager silently
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = max(64, 2 * len(forms))
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, mode=args.compile_mode, dynamic=False)
     started = time.perf_counter()
     try:
-        ids = torch.zeros(shape, dtype=torch.long, device=device)
-        forms = forms_of_a_step(args)
         say(
             f"compile: {len(forms)} forms of a step; on a CPU that takes minutes (each is kept for "
             "the next run)"
         )
-        for number, (block, first) in enumerate(forms, 1):
+        for number, (shape, block, first) in enumerate(forms, 1):
+            ids = torch.zeros(shape, dtype=torch.long, device=device)
             noisy = ids if block > 1 else None
-            (states,) = model.both_states(ids, noisy, block, first, with_clean=block < args.seq_len)
+            (states,) = model.both_states(ids, noisy, block, first, with_clean=block < shape[1])
             sum(each.sum() for each in states if each is not None).backward()
             seconds = time.perf_counter() - started
             say(f"compile: form {number} of {len(forms)}, {seconds:.0f} s so far")

@@ -11,6 +11,7 @@ class Reached(NamedTuple):
     """The counters after the last finite step: what a checkpoint says."""
     step: int
     position: int
+    window: int
     tokens_seen: int
     skipped: int
 
@@ -20,6 +21,7 @@ class RunState:
     """The counters of a run. `step` is the number of optimizer steps that are done."""
     step: int = 0
     position: int = 0            # windows of the text that were drawn, those of skipped steps too
+    window: int = 1              # tokens of such a window: the length of the rows
     tokens_seen: int = 0
     skipped: int = 0             # steps whose loss or gradient was not finite
     rollbacks: int = 0           # times that a loss spike took the run back
@@ -36,7 +38,7 @@ class RunState:
     bad_in_a_row: int = 0        # steps that were not finite, since the last finite one
     unsaved: int = 0             # saves in a row that failed
     saved_at: float = 0.0        # time.monotonic() of the last save
-    good: Reached = field(default_factory=lambda: Reached(0, 0, 0, 0))
+    good: Reached = field(default_factory=lambda: Reached(0, 0, 1, 0, 0))
 
     def remember_good(self):
         """A step that is not finite is skipped and changes no weight. So until the next finite step
@@ -44,7 +46,9 @@ class RunState:
         that failed.
         """
         if not self.bad_in_a_row:
-            self.good = Reached(self.step, self.position, self.tokens_seen, self.skipped)
+            self.good = Reached(
+                self.step, self.position, self.window, self.tokens_seen, self.skipped
+            )
 
     @property
     def scored(self):

@@ -18,7 +18,7 @@ import masking
 import model_config
 from common import machine
 from common.console import UserError, say
-from training import logs, optim, recovery
+from training import logs, optim, recovery, row_length
 from training.saving import restore
 
 MEASURED = 20     # steps after which the time of the whole run is said
@@ -41,7 +41,7 @@ def mask_sample(run, step, block, first=None, asked=None):
     """What is asked of this rank's rows; whole rows do without the clean stream. asked (R, T): the
     responses of pairs, of all ranks.
     """
-    length = run.args.seq_len
+    length = run.length
     if block == 1:
         return masking.left_to_right(run.rows, length, run.mine, asked)
     masks = masking.corrupt(
@@ -154,6 +154,7 @@ def train_step(run):
     """One optimizer step -> StepResult; None if a signal or a loss spike gave it up."""
     args, state, ranks = run.args, run.state, run.ranks
     started = time.perf_counter()
+    row_length.follow_schedule(run)
 
     # the rate, the dropout and the masks are functions of (seed, step)
     run.model.train()
@@ -164,7 +165,8 @@ def train_step(run):
     dropout = masking.step_generator(args.seed, state.step, "drop")
     torch.manual_seed(dropout.initial_seed() + ranks.rank)
     block, first = masking.pick_blocks(
-        args.block_choices, args.seq_len, args.seed, state.step, args.single_chance(state.step)
+        args.block_choices_at(run.length), run.length, args.seed, state.step,
+        args.single_chance(state.step),
     )
     first = run.windows.first_block(state.position, run.rows, block, first)
     asked = run.windows.asked(state.position, run.rows)
@@ -178,12 +180,14 @@ def train_step(run):
     # forward and backward, with fewer rows at a time where memory runs out
     work = functools.partial(gradients, run, x0, masks, state.step)
     try:
-        loss, run.micro = recovery.backing_off(
-            work, run.micro, len(x0), args, run.optimizer.zero_grad, say, ranks.world == 1
+        loss, micro = recovery.backing_off(
+            work, run.micro, (len(x0), run.length), args, run.optimizer.zero_grad, say,
+            ranks.world == 1,
         )
     except machine.Stopped:  # nothing of this step has happened: save what was before
         run.optimizer.zero_grad()
         return None
+    row_length.found_to_fit(run, micro)
 
     # the ranks' losses, clipping, bad numbers
     loss = ranks.all_reduce_sum(loss)
@@ -212,7 +216,7 @@ def log_step(run, result):
     done = state.step + 1
     tok_s = run.step_tokens / result.seconds
     memory = machine.peak_memory_mb(run.device)
-    flops = model_config.train_flops(run.cfg, args.seq_len, result.block, result.mask)
+    flops = model_config.train_flops(run.cfg, run.length, result.block, result.mask)
     mfu = tok_s * flops / run.peak
     run.progress.step(
         done, run.step_tokens, result.seconds, loss=result.loss, bound=state.nats,
@@ -228,7 +232,7 @@ def log_step(run, result):
         gnorm=logs.finite(result.gnorm),
         tok_s=tok_s,
         mfu=mfu,
-        seq_len=args.seq_len,
+        seq_len=run.length,
         block=result.block,
         first=result.first,
         global_batch=run.rows,
@@ -240,10 +244,11 @@ def log_step(run, result):
         overflows=run.scaler.overflows,
     )
     if state.step == state.first_step or done % args.log_interval == 0 or done == args.max_steps:
+        length = f" | length {run.length}" if args.seq_schedule else ""
         run.progress.line(
             f"step {done}/{args.max_steps} | loss {result.loss:.4f} | mask {result.mask:.2f} | "
             f"lr {result.lr:.1e} | gnorm {result.gnorm:.2f} | tok/s {run.progress.tok_s:.0f} | "
-            f"ETA {run.progress.eta} | MFU {mfu:.0%} | {memory / 1024:.1f} GB"
+            f"ETA {run.progress.eta} | MFU {mfu:.0%} | {memory / 1024:.1f} GB{length}"
         )
     say_time_to_go(run, done)
 

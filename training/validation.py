@@ -27,7 +27,7 @@ def evaluate(run):
     try:
         with torch.no_grad(), run.autocast(), run.averaged():
             scores = held_out(
-                run.model, run.held, run.blocks, 0, run.micro, 1, run.ranks, run.stop.piece,
+                run.model, run.held, run.blocks, 0, run.scoring_rows, 1, run.ranks, run.stop.piece,
                 run.held_asked,
             )
     except machine.Stopped:
@@ -61,7 +61,7 @@ def evaluate(run):
 
 def block_name(run, block):
     """A block rule as the flags call it."""
-    return "T" if block >= run.args.seq_len else str(block)
+    return "T" if block >= run.args.longest else str(block)
 
 
 def log_samples(run):
@@ -80,7 +80,7 @@ def log_samples(run):
 def speak(run, prompt, length):
     """The model's continuation of a prompt, in the largest blocks that it was trained for."""
     args, tokenizer = run.args, run.tokenizer
-    frozen = next((block for block in run.blocks if block < args.seq_len), None)
+    frozen = next((block for block in run.blocks if block < args.longest), None)
     settings = Settings(
         max_new_tokens=length,
         steps=length,
