@@ -1321,6 +1321,10 @@ class EvaluateArgs(DecodeFlags, CheckpointFlags, CommonFlags):
             "python -m evaluate --check_run checkpoints/eco_hybrid_hi",
             "the runbook's verdict on a run",
         ),
+        (
+            "python -m evaluate checkpoints/eco_hybrid_hi --needle --lengths 128 256 512",
+            "what a long context is worth",
+        ),
     )
     first = ("Evaluation", "Checkpoint")
     engine: str = again(GenerateFlags, "engine")
@@ -1360,6 +1364,17 @@ class EvaluateArgs(DecodeFlags, CheckpointFlags, CommonFlags):
     judge_text: str = flag(
         None, "text that the model has not read, .txt or .jsonl: its n-gram model judges them, too"
     )
+    lengths: tuple = flag(
+        (),
+        "instead: bits/byte left to right by position, up to these lengths, such as 128 256 512",
+        many="several",
+    )
+    needle: bool = flag(
+        False,
+        "instead: is a value found again whose key stood earlier in held-out text? in --lengths, "
+        "or half, once and twice the trained length",
+    )
+    cache_dtype: str = again(SampleArgs, "cache_dtype")
     out_json: str = flag(None, "write the numbers")
     out_png: str = flag(None, "draw the cross-entropy by mask rate")
 
@@ -1370,6 +1385,23 @@ class EvaluateArgs(DecodeFlags, CheckpointFlags, CommonFlags):
         for name in ("judge", "judge_text"):
             if getattr(self, name) and not self.samples:
                 yield f"--{name} {getattr(self, name)} judges samples: add --samples 64"
+        yield from self.context_problems()
+
+    def context_problems(self):
+        """What is wrong with --lengths and --needle, in sentences."""
+        wrong = [word for word in self.lengths if not re.fullmatch("[0-9]{2,7}", word)]
+        if wrong or any(length < 32 for length in self.lengths_asked):
+            yield f"--lengths {' '.join(self.lengths)}: must be numbers of tokens of at least 32"
+        if (self.lengths or self.needle) and (self.samples or self.check_run):
+            other = "samples" if self.samples else "check_run"
+            yield f"--lengths and --needle come instead of --{other}: give only one of them"
+        if self.cache_dtype != "auto" and not (self.lengths or self.needle):
+            yield f"--cache_dtype {self.cache_dtype} belongs to --lengths and --needle: add one"
+
+    @property
+    def lengths_asked(self):
+        """--lengths as numbers, the shortest first."""
+        return sorted({int(word) for word in self.lengths if word.isdecimal()})
 
 
 @dataclass

@@ -7,6 +7,9 @@
         --judge_text unread.jsonl
     python -m evaluate --check_run checkpoints/eco_hybrid_hi       # instead: does the run work?
                                                                    # (evaluation/check_run.py)
+    python -m evaluate --ckpt checkpoints/eco_hybrid_hi --lengths 128 256 512 --needle
+                                                                   # instead: what is a long context
+                                                                   # worth? (long_context.py)
 
 NLL         the exact -log p of writing left to right (block 1), from one pass
 bound       the exact-count bound on -log p in each larger block rule
@@ -42,7 +45,7 @@ def main(argv=None):
 
     # what imports torch comes after parsing, so that --help is instant
     from common import machine
-    from evaluation import check_run, continuations, held_out, loading
+    from evaluation import check_run, continuations, held_out, loading, long_context
 
     machine.start(args.threads)
     can_write(args, "out_json", "out_png")
@@ -76,6 +79,17 @@ def main(argv=None):
     documents = [ids for ids in documents if len(ids) > 1]
     if not documents:
         raise UserError(f"{args.text or data_dir} holds no held-out text")
+    about = {
+        "checkpoint": str(saved.path),
+        "step": saved.step,
+        "seed": args.seed,
+        "objective": "ar" if model.cfg.causal else "masked",
+    }
+    if args.lengths or args.needle:
+        result = long_context.examine(model, saved, documents, tokenizer, args)
+        if args.out_json:
+            write_json(args.out_json, about | {"cache_dtype": args.cache_dtype} | result)
+        return 0
     chosen = held_out.choose(documents, length, args.batches * batch, args.max_docs)
 
     # their figures
@@ -104,12 +118,6 @@ def main(argv=None):
             loaded.writer, documents, tokenizer, saved, args, data_dir, ar_nats, unread
         )
     if args.out_json:
-        about = {
-            "checkpoint": str(saved.path),
-            "step": saved.step,
-            "seed": args.seed,
-            "objective": "ar" if model.cfg.causal else "masked",
-        }
         write_json(args.out_json, about | result)
 
 

@@ -1,13 +1,12 @@
 """What a long context is worth to a model: for evaluate.py --lengths and --needle.
 
-    found = by_position(model, rows, (128, 256, 512), trained, tokenizer, batch)
-    found = needles(model, rows, (128, 256, 512), batch, seed)
+    result = examine(model, saved, documents, tokenizer, args)       # printed as it comes
 
-Both read held-out text left to right through the model's own cache, as it is stored (--cache_dtype),
-and look at the exact -log p of tokens.
+Both read held-out text left to right through the model's own cache, as it is stored
+(--cache_dtype), and look at the exact -log p of tokens.
 
-by_position  bits/byte of the tokens at the positions 1 to 127, 128 to 255, ... of rows as long as
-             the last length, beside the same tokens in rows of the trained length, which begin anew:
+by_position  bits/byte of the tokens at positions 1 to 127, 128 to 255, ... of rows as long as the
+             last length, beside the same tokens in rows of the trained length, which begin anew:
              what the text before them is worth, or costs where the model never was
 needles      a needle, KEY VALUE, stands somewhere in held-out text, and behind the text stands KEY
              again: what does VALUE cost now, and is it the best guess? Key and value are pieces of
@@ -22,14 +21,42 @@ import numpy as np
 import torch
 
 from attention import CACHES
-from common.console import UserError
+from common.console import UserError, say
 from evaluation.estimators import cross_entropy, ratio
+from sampling import fast, settings
 
 READ = 512              # tokens of a text that join the cache at once
 LEAST_ROWS = 8          # for an error that means something
 KEY = 4                 # tokens of a key, and of a value
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NEEDLES = 32            # questions at each depth of each length
+
+
+def examine(model, saved, documents, tokenizer, args):
+    """What --lengths and --needle ask for -> what --out_json holds of it."""
+    if not hasattr(model, "new_cache"):
+        raise UserError("--lengths and --needle need a checkpoint, not an exported folder")
+    reason = settings.cannot_freeze(saved)
+    if reason:
+        raise UserError(f"--lengths and --needle read left to right, and {reason}")
+    fast.store_cache(model, args.cache_dtype)
+    trained, batch = (saved.config["args"][name] for name in ("seq_len", "batch_size"))
+    lengths = args.lengths_asked or [trained // 2, trained, 2 * trained]
+    longest = lengths[-1]
+    rows = rows_of(documents, longest, args.batches * batch * trained // longest)
+    say(
+        f"{saved.path}  step {saved.step}  trained on {trained} tokens, reads {len(rows)} rows of "
+        f"{longest:,} held-out tokens left to right"
+    )
+    result = {"trained_length": trained, "rows": len(rows)}
+    if args.lengths:
+        nats = costs(model, rows, batch)                                           # (R, T - 1)
+        result["lengths"] = by_position(model, rows, nats, lengths, trained, tokenizer, batch)
+        if not is_exact(model):
+            result["cache"] = cost_of_storage(model, rows, nats, batch)
+    if args.needle:
+        result["needle"] = needles(model, rows, lengths, batch, args.seed)
+    return result
 
 
 # ---- held-out text -------------------------------------------------------------------------------
@@ -95,12 +122,12 @@ def begun_anew(rows, length):
 
 # ---- bits/byte by position -----------------------------------------------------------------------
 
-def by_position(model, rows, lengths, trained, tokenizer, batch):
-    """-> [figures of the tokens between two of the lengths]; prints them as a table.
+def by_position(model, rows, nats, lengths, trained, tokenizer, batch):
+    """rows (R, T) and what their tokens cost (R, T - 1) -> [figures of the tokens between two of
+    the lengths]; prints them as a table.
 
     The first token of a row is given, in the long rows and in those that begin anew.
     """
-    nats = costs(model, rows, batch)                                               # (R, T - 1)
     longest = rows.shape[1]
     anew = None
     if longest > trained and longest % trained == 0:
@@ -128,7 +155,7 @@ def by_position(model, rows, lengths, trained, tokenizer, batch):
             "bits_per_byte_se": byte_error,
         }
         told = "-"
-        if anew is not None:
+        if anew is not None and high > trained:
             told = beside_anew(figures, mine, anew[:, part])
         found.append(figures)
         print(
@@ -244,23 +271,18 @@ def needles(model, rows, lengths, batch, seed):
 
 # ---- what a smaller cache costs ------------------------------------------------------------------
 
-def cost_of_storage(model, rows, batch):
-    """What the model's cache costs against an exact one on these rows, token by token -> figures;
-    None where it is exact. Prints a line.
+def cost_of_storage(model, rows, nats, batch):
+    """What tokens cost behind the model's cache (R, T - 1) beside an exact one -> figures; prints
+    them in a line.
     """
-    if is_exact(model):
-        return None
     stored = model.cache_type
-    rounded = costs(model, rows, batch)
     model.cache_type = CACHES["fp32"]
-    try:
-        moved = rounded - costs(model, rows, batch)
-    finally:
-        model.cache_type = stored
+    moved = nats - costs(model, rows, batch)
+    model.cache_type = stored
     more, error = ratio(moved.sum(1), torch.full((len(rows),), moved.shape[1]))
     size = float(moved.square().mean().sqrt())
     print(
-        f"cache in {stored.stored}: {more:+.2e} +- {error:.1e} nats a token against the exact one, "
-        f"a single token's move by {size:.1e} (root mean square), over {moved.numel():,} tokens"
+        f"cache in {stored.stored}: {more:+.1e} +- {error:.1e} nats a token against the exact one; "
+        f"a single token's move by {size:.1e} (root mean square)"
     )
     return {"stored": stored.stored, "nats": more, "se": error, "rms": size}
