@@ -482,6 +482,22 @@ class OptimFlags:
     min_lr_ratio: float = flag(0.1, "last rate / peak rate", at_least=0, at_most=1, rare=True)
     weight_decay: float = flag(0.05, "on matrices only", at_least=0)
     optimizer: str = flag("muon", "update rule", "must", choices=tuple(RATES))
+    param_dtype: str = flag(
+        "fp32",
+        "how matrices and the embedding are kept; bf16, rounded at random: half the memory, "
+        "optimizer included",
+        "must",
+        choices=("fp32", "bf16"),
+        rare=True,
+        later=True,
+    )
+    opt_fused: bool = flag(
+        True,
+        "AdamW's update in one kernel; off: PyTorch's plain one",
+        "ignore",
+        rare=True,
+        later=True,
+    )
     ema: float = flag(0.0, "decay of averaged weights; 0 = off", at_least=0, below=1)
     grad_clip: float = flag(1.0, "limit of the gradient norm; 0 = off", at_least=0, rare=True)
     amp: str = flag(

@@ -132,11 +132,51 @@ class LocalConv(nn.Module):
         return y.squeeze(2).transpose(1, 2)                                        # (N, S, D)
 
 
+class Widened(torch.autograd.Function):
+    """A bf16 weight in float32, whose gradient stays float32: PyTorch would round it on its way."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.float()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class WideRows(torch.autograd.Function):
+    """The rows of a bf16 weight (V, D) in float32, whose gradient is added up in float32. In bf16 a
+    sum of ones ends at 256, and the mask's row alone gets thousands.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.save_for_backward(ids)
+        ctx.rows = len(weight)
+        return F.embedding(ids, weight).float()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ids, = ctx.saved_tensors
+        total = torch.ops.aten.embedding_dense_backward(gradient, ids, ctx.rows, -1, False)
+        return total, None
+
+
+def product(x, weight):
+    """x W^T in the type of x, or of autocast: bf16 is how a weight is kept, not how it counts."""
+    if weight.dtype is torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
+        weight = Widened.apply(weight)
+    return F.linear(x, weight)
+
+
 class Linear(nn.Linear):
     """A matrix without bias. In decoding sampling/fast.py puts other layouts in its place."""
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return product(x, self.weight)
 
     def residual_add(self, x, y, dropout):
         """x + dropout(the product with y): the end of a residual branch."""
@@ -157,13 +197,15 @@ class TiedEmbedding(nn.Module):
         self.product = None  # in decoding, the product with sampling/fast.py's layout
 
     def embed(self, ids):
+        if self.weight.dtype is torch.bfloat16:
+            return WideRows.apply(self.weight, ids)                                # (..., D)
         return F.embedding(ids, self.weight)                                       # (..., D)
 
     def logits(self, states):
         if self.product:
             z = self.product(states).float()
         else:
-            z = F.linear(states, self.weight).float()                              # (..., V)
+            z = product(states, self.weight).float()                               # (..., V)
         for row in self.never:
             z[..., row] = -math.inf
         return z

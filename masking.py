@@ -260,7 +260,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         d_weight = None
         if with_gradient:
             d_states = torch.empty_like(states)                                    # (N, D)
-            d_weight = torch.zeros_like(weight)                                    # (V, D)
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)               # (V, D)
 
         for start in range(0, len(states), chunk):
             n = min(chunk, len(states) - start)

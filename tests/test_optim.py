@@ -54,7 +54,7 @@ class Fake(nn.Module):
 
 
 def args(optimizer):
-    return SimpleNamespace(optimizer=optimizer, lr=3e-3, weight_decay=0.05)
+    return SimpleNamespace(optimizer=optimizer, lr=3e-3, weight_decay=0.05, opt_fused=True)
 
 
 def build(kind, dtype=torch.float32):
@@ -68,6 +68,7 @@ def train(model, opt, start, stop):
         g = torch.Generator().manual_seed(step)
         ids = torch.randint(0, 11, (4, 6), generator=g)
         opt.set_lr(optim.lr_at(step, 20, 3e-3, None, "cosine", 0.1))
+        opt.set_seed(step)
         opt.zero_grad()
         loss = nn.functional.cross_entropy(
             model(ids).float().flatten(0, 1), (ids.flatten() + 1) % 11
@@ -83,9 +84,10 @@ def bits(model, opt):
     return {key: t.clone() for key, t in tensors.items()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["adamw", "muon", "lion"])
-def test_2n_steps_equal_n_save_load_n(kind, tmp_path):
-    model, opt = build(kind)
+def test_2n_steps_equal_n_save_load_n(kind, dtype, tmp_path):
+    model, opt = build(kind, dtype)
     first = train(model, opt, 0, 1)
     train(model, opt, 1, 5)
     checkpoint.save(
@@ -100,7 +102,7 @@ def test_2n_steps_equal_n_save_load_n(kind, tmp_path):
     assert train(model, opt, 5, 10) < first
     straight = bits(model, opt)
     for _ in range(2):  # resumed twice, and once from a resumed run's own save
-        model, opt = build(kind)
+        model, opt = build(kind, dtype)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(1)

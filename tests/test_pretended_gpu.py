@@ -51,7 +51,8 @@ def test_numbers_and_views_and_gradients():
 
 def steps(net, optimizer, device):
     """(loss, gradient norm) of a step under each block rule, with averaged weights and exits."""
-    parts = optim.Optimizers(net, SimpleNamespace(optimizer=optimizer, lr=1e-3, weight_decay=0.1))
+    wanted = SimpleNamespace(optimizer=optimizer, lr=1e-3, weight_decay=0.1, opt_fused=True)
+    parts = optim.Optimizers(net, wanted)
     averages = optim.EMA(net, 0.9)
     x0 = torch.randint(1, 40, (4, 24), generator=torch.Generator().manual_seed(1)).to(device)
     found = []

@@ -220,11 +220,19 @@ class Ranks:
         gives every weight one. Call it after every backward pass that is not a training step (the
         probe of --auto_batch, --compile): DDP would take its gradients for those of the first step.
         """
-        if self.world == 1 or self.sharded:
+        if self.world == 1 or self.sharded or has_bf16(loss):
             return loss
         replica = nn.parallel.DistributedDataParallel(loss, gradient_as_bucket_view=True)
         replica.register_comm_hook(None, sum_gradients)
         return replica
+
+    def add_up_gradients(self, model):
+        """After the last backward of a step: the sums of the gradients of bf16 weights, in float32.
+        DDP would add up in bf16.
+        """
+        if self.world > 1 and not self.sharded and has_bf16(model):
+            for p in model.parameters():
+                dist.all_reduce(p.grad)
 
     def accumulate(self, replica):
         """Inside, backward leaves the gradients of this rank as they are: all forwards of a step
@@ -235,11 +243,13 @@ class Ranks:
         return contextlib.nullcontext()
 
     def reshard(self, model):
-        """After a forward without backward: the gathered copy of the root's weights is stale as
-        soon as they change.
+        """After a forward without backward: the gathered copy of the weights of root and head is
+        stale as soon as they change.
         """
         if self.sharded:
             model.reshard()
+            if hasattr(model.head, "reshard"):
+                model.head.reshard()
 
     def save(self, write, **parts):
         """write(**tensors) on rank 0 -> its result; sharded it gets a function instead, by which
@@ -264,6 +274,10 @@ class Ranks:
         return sharded_checkpoints().read_beside(saved.files[part], model)
 
 
+def has_bf16(module):
+    return any(p.dtype is torch.bfloat16 for p in module.parameters())
+
+
 def sum_gradients(_, bucket):
     """DDP's hook for a bucket of gradients that is complete: their sum, where its own would make it
     a mean.
@@ -275,7 +289,8 @@ def sum_gradients(_, bucket):
 def shard(model, device, dtype, world):
     """FSDP2: each layer's matrices are one unit, gathered in `dtype` when needed; the rest (head,
     norms, convolutions) is the root's, in float32 like everything that autocast leaves alone, and
-    stays gathered from forward to backward.
+    stays gathered from forward to backward. A head in bf16 is a unit of its own, as a unit has one
+    type, and stays gathered as well.
     """
     from torch.distributed.fsdp import (
         FSDPModule,
@@ -288,6 +303,9 @@ def shard(model, device, dtype, world):
     for layer in model.layers:
         matrices = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         fully_shard(matrices, mesh=mesh, mp_policy=policy)
+    if model.head.weight.dtype is torch.bfloat16:
+        fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        register_fsdp_forward_method(model.head, "embed")
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "both_states")
     for module in model.modules():

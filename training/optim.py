@@ -5,10 +5,21 @@ Used by train.py; nothing here runs by itself. Notable:
 * every trainable parameter is in exactly one group, by a rule on its name; only matrices decay;
 * all optimizer state is a flat dict of named tensors, so it lives in safetensors and resumes bit
   for bit;
-* the weights are always float32 (autocast casts them for each product), so small updates are not
-  rounded away.
+* no small update is rounded away. By default the weights are float32 (autocast casts them for each
+  product); with --param_dtype bf16 they and the optimizer's state are bf16, and rounded at random
+  (training/rounding.py). Gradients add up in float32 in both cases.
+
+Bytes of a parameter: weight, gradient, state; of AdamW, of Muon (the embedding: as AdamW), of Lion
+    fp32        4 + 4 + 8 = 16      4 + 4 + 4 = 12      4 + 4 + 4 = 12
+    bf16        2 + 4 + 4 = 10      2 + 4 + 2 = 8       2 + 4 + 2 = 8
+A bf16 weight beside a float32 master would be 2 + 4 + 4 + 8 = 18 with AdamW, more than float32
+weights alone. In bf16 are the matrices and the embedding; --ema keeps 4 bytes more in both cases.
+While an update is made, PIECE = 4M numbers of one weight are wide, which takes some 100 MB; with
+Muon one whole matrix, 20 bytes a number. On float32 weights autocast keeps a second, 16-bit copy of
+the matrices from forward to backward, 2 bytes more, which bf16 weights do not need.
 """
 import contextlib
+import functools
 import math
 import re
 from types import SimpleNamespace
@@ -17,6 +28,7 @@ import torch
 from torch import nn
 
 from common.console import UserError
+from training.rounding import Rounded, local
 
 BETAS = (0.9, 0.95)       # AdamW; the short second moment suits few, noisy steps
 LION_BETAS = (0.9, 0.99)  # of the update; of the momentum
@@ -77,13 +89,33 @@ class Lion(torch.optim.Optimizer):
                 m.mul_(b2).add_(p.grad, alpha=1 - b2)
 
 
+def one_optimizer(kind, fused, groups, lr):
+    """The torch optimizer of that kind for these groups."""
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
+    if kind == "muon":
+        # match_rms_adamw makes Muon's updates as large as AdamW's: one --lr serves all
+        return torch.optim.Muon(groups, lr=lr, adjust_lr_fn="match_rms_adamw")
+    return Lion(groups, lr)
+
+
+def accumulate_in_float32(p):
+    """Let the gradients of a bf16 weight add up in float32."""
+    p.grad_dtype = torch.float32
+    if hasattr(p, "to_local"):  # --fsdp adds to a gradient that is there, and would make a bf16 one
+        p.grad = torch.zeros_like(p, dtype=torch.float32)
+
+
 class Optimizers:
     """One or two torch optimizers that act as one; their whole state is a flat dict of named
-    tensors.
+    tensors. Of args it reads optimizer, lr, weight_decay and opt_fused.
     """
 
     def __init__(self, model, args):
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.bf16 = [p for p in self.named.values() if p.dtype is torch.bfloat16]
+        for p in self.bf16:
+            accumulate_in_float32(p)
         others = "lion" if args.optimizer == "lion" else "adamw"  # of what Muon does not take
 
         # which optimizer gets which part of which group
@@ -99,18 +131,15 @@ class Optimizers:
                     plans[kind].append({**group, "names": names, "params": params})
 
         self.parts = {}
-        fused = all(p.device.type in ("cpu", "cuda") for p in self.named.values())
+        able = all(p.device.type in ("cpu", "cuda") for p in self.named.values())
         for kind, groups in plans.items():
             if not groups:
                 continue
-            if kind == "adamw":
-                part = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=fused)
-            elif kind == "muon":
-                # match_rms_adamw makes Muon's updates as large as AdamW's: one --lr serves all
-                part = torch.optim.Muon(groups, lr=args.lr, adjust_lr_fn="match_rms_adamw")
+            make = functools.partial(one_optimizer, kind, args.opt_fused and able)
+            if self.bf16:
+                self.parts[kind] = Rounded(groups, args.lr, make, SLOTS[kind], kind == "muon")
             else:
-                part = Lion(groups, args.lr)
-            self.parts[kind] = part
+                self.parts[kind] = make(groups, args.lr)
         self.check(model)
 
     def check(self, model):
@@ -127,17 +156,21 @@ class Optimizers:
         for part in self.parts.values():
             part.step()
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self):
         for p in self.named.values():
-            if set_to_none or p.grad is None:
-                p.grad = None
-            else:
-                p.grad.zero_()
+            p.grad = None
+        for p in self.bf16:
+            accumulate_in_float32(p)
 
     def set_lr(self, lr):
         for part in self.parts.values():
             for group in part.param_groups:
                 group["lr"] = lr
+
+    def set_seed(self, seed):
+        """The seed of the next step's rounding; only bf16 weights need it."""
+        for part in self.parts.values():
+            part.seed = seed
 
     def state_tensors(self):
         """{"adamw.<parameter>.exp_avg": tensor, ...}: references, so save or copy them before the
@@ -189,7 +222,7 @@ class Optimizers:
             self.parts[kind].load_state_dict(state)
 
 
-make_optimizer = Optimizers  # (model, args); of args it reads optimizer, lr, weight_decay
+make_optimizer = Optimizers
 
 
 class LossScaler:
@@ -264,11 +297,6 @@ def lr_at(step, max_steps, lr, warmup, schedule, min_ratio):
     return lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def local(tensors):
-    """What this process holds of them, in the same memory: with --fsdp a part, else all of it."""
-    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-
-
 class EMA:
     """Averaged weights in float32. The decay starts small, min(decay, (1 + n) / (10 + n)) at update
     n, or a short run would be an average of its random start. Store `updates`, the n, beside
@@ -285,8 +313,8 @@ class EMA:
     @torch.no_grad()
     def update(self):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [p.detach().float() for p in local(self.params)]
-        torch._foreach_lerp_(local(self.shadow), weights, 1 - decay)
+        weights = [local(p).detach().float() for p in self.params]
+        torch._foreach_lerp_([local(average) for average in self.shadow], weights, 1 - decay)
         self.updates += 1
 
     def state(self):
@@ -312,9 +340,10 @@ class EMA:
     @contextlib.contextmanager
     def swap(self):
         """Inside, the model has the averaged weights; afterwards its own again, bit for bit."""
-        params = [p.detach() for p in local(self.params)]  # the same memory, without autograd
+        # the same memory, without autograd
+        params = [local(p).detach() for p in self.params]
         own = [p.clone() for p in params]
-        torch._foreach_copy_(params, local(self.shadow))
+        torch._foreach_copy_(params, [local(average) for average in self.shadow])
         try:
             yield
         finally:

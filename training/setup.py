@@ -28,7 +28,7 @@ from text.build import build as build_text
 from text.gpt2 import open_tokenizer
 from text.pairs import are_pairs, held_out_rows
 from text.token_file import open_split
-from training import lengths, logs, optim, recovery, row_length, run_folder
+from training import lengths, logs, optim, recovery, rounding, row_length, run_folder
 from training.saving import publish, restore
 from training.state import RunState
 from training.step import probe
@@ -259,6 +259,8 @@ def build(run):
     model = build_model(run.cfg)
     if here:
         checkpoint.load_into(model, getattr(saved, part))
+    if args.param_dtype == "bf16":
+        rounding.store_in_bf16(model)
     run.model = ranks.to_device(model, run.device, run.dtype, saved and saved.files[part])
     run.loss_of = masking.DenoisingLoss(run.model)
     run.model.recompute = args.activation_checkpointing
@@ -388,7 +390,7 @@ def fit_memory(run):
     if not run.args.auto_batch:
         return
     # the optimizer's state comes with the first step
-    later = 8 * run.params if run.fresh_optimizer else 0
+    later = recovery.optimizer_bytes(run.args) * run.params if run.fresh_optimizer else 0
     first = run.length
     row_length.use_length(run, run.args.longest)
     step = (run.mine.stop - run.mine.start, run.length)

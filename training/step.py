@@ -162,6 +162,7 @@ def train_step(run):
         state.step, args.max_steps, args.lr, args.warmup, args.lr_schedule, args.min_lr_ratio
     )
     run.optimizer.set_lr(lr)
+    run.optimizer.set_seed(masking.step_generator(args.seed, state.step, "round").initial_seed())
     dropout = masking.step_generator(args.seed, state.step, "drop")
     torch.manual_seed(dropout.initial_seed() + ranks.rank)
     block, first = masking.pick_blocks(
@@ -189,8 +190,9 @@ def train_step(run):
         return None
     row_length.found_to_fit(run, micro)
 
-    # the ranks' losses, clipping, bad numbers
+    # the ranks' losses and gradients, clipping, bad numbers
     loss = ranks.all_reduce_sum(loss)
+    ranks.add_up_gradients(run.model)
     run.scaler.unscale()
     gnorm = float(optim.clip_grad_norm(run.model, args.grad_clip))
     overflow = run.scaler.update(loss, gnorm)
