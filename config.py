@@ -936,7 +936,9 @@ class GenerateFlags(DecodeFlags, CheckpointFlags):
     model: str = flag(
         "auto", "a check, not a cast", choices=("auto", "primary", "backup"), values=OLD_MODELS
     )
-    prompt: tuple = flag((), "text to continue; may be repeated", many="repeat")
+    prompt: tuple = flag(
+        (), "text to continue; may be repeated; - is standard input", many="repeat"
+    )
     prompts_file: str = flag(None, "a file with one prompt per line")
     precision: str = flag(
         "auto",
@@ -1185,6 +1187,9 @@ def starter_args(folder=starter.FOLDER, chars=None):
 # ones measured (docs/experiments/decoding.md)
 OLDER = dict(sampler="confidence", temperature=1.0, top_k=50)
 NEWER = dict(sampler="threshold", temperature=0.7, top_k=0)
+INTERACTIVE_LEAVES_OUT = (
+    "prompt", "prompts_file", "text", "transliterate", "json", "out_json", "stream",
+)
 LONGEST = 128             # new tokens of sample, if --max_new_tokens is not typed
 
 
@@ -1286,6 +1291,9 @@ class SampleArgs(GenerateFlags, CommonFlags):
         aliases=("kv_cache",),
         rare=True,
     )
+    interactive: bool = flag(
+        False, "prompts are typed one after the other; /help there lists what else is possible"
+    )
     stream: bool = flag(False, "print each block as soon as it is final")
     show_steps: bool = flag(
         False, "watch the unmasking: every forward, coloured by confidence (stderr)"
@@ -1294,6 +1302,12 @@ class SampleArgs(GenerateFlags, CommonFlags):
     benchmark_runs: int = flag(1, "timed runs; more than one prints [bench]", at_least=1, rare=True)
     warmup_runs: int = flag(0, "untimed runs before them", at_least=0, rare=True)
     out_json: str = flag(None, "write texts and statistics", rare=True)
+    completion: str = flag(
+        None,
+        "print a script that lets the tab key complete all commands' flags, then stop",
+        choices=("bash", "zsh"),
+        rare=True,
+    )
 
     needs_ckpt = False
 
@@ -1310,6 +1324,13 @@ class SampleArgs(GenerateFlags, CommonFlags):
             )
         if self.transliterate is not None:
             yield from self.problems_of_transliterate()
+        if self.interactive:
+            for name in INTERACTIVE_LEAVES_OUT:
+                if getattr(self, name):
+                    yield (
+                        f"--interactive asks for prompts and prints each text while it grows: "
+                        f"leave --{name} out"
+                    )
         if self.text == "":
             yield "--text is empty: write ____ or [MASK] where text is missing"
 

@@ -4,14 +4,18 @@ frozen context.
     python -m sample               # the newest run, and what suits its checkpoint
     python -m sample --ckpt checkpoints/eco_hybrid_hi --prompt "mai kal bazaar gaya tha"
     python -m sample --ckpt checkpoints/eco_hybrid_hi --text "mai kal ____ gaya tha"
+    python -m sample --interactive              # prompts one after the other
 
 A checkpoint needs nothing but itself: shape, tokenizer and defaults come out of its folder.
 Whatever is not typed is chosen for it (sampling/settings.py); the texts are written in
 sampling/written.py. Text goes to stdout, statistics to stderr: new tokens before EOS, forwards,
 seconds with the prompt's encoding included.
 """
+import sys
+
 import cli
 import config
+from common import completion
 from common.console import printable, say
 from common.files import can_write, json_text, write_json
 from sampling.settings import (
@@ -31,6 +35,9 @@ STATISTICS = (
 
 def main(argv=None, pinned=None):
     args, origins = cli.parse(config.SampleArgs, argv, "sample", pinned=pinned)
+    if args.completion:
+        print(completion.script(config.COMMANDS, args.completion), end="")
+        return
     cli.announce(args, origins)
 
     # What is asked for, before anything is loaded
@@ -40,13 +47,17 @@ def main(argv=None, pinned=None):
     args.sampler = masked_sampler(args.sampler)
 
     # The model; what imports numpy or torch comes now, so that --help is instant
-    from sampling import exported, terminal, transliteration, written
+    from sampling import conversation, exported, terminal, transliteration, written
     folder = exported.folder_of(args)
     if folder:
         writer, tokenizer, saved = exported.load(folder, args)
     else:
         from sampling import trained  # torch, which an exported model does without
         writer, tokenizer, saved = trained.load(args)
+    if args.interactive:
+        words = sys.argv[1:] if argv is None else argv
+        conversation.hold(words, pinned, writer, tokenizer, saved)
+        return
 
     # The settings
     trained_length = config.trained_length(saved)

@@ -12,6 +12,7 @@ checkpoint as checkpoint.load returns it; `origins` says where each argument's v
 """
 import dataclasses
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +131,10 @@ def opening(tokenizer, prompt, framed):
 def read_prompts(args):
     """The prompts of --prompt and --prompts_file; without any, one empty prompt."""
     prompts = list(args.prompt)
+    if "-" in prompts:
+        if prompts.count("-") > 1:
+            raise UserError("--prompt - reads standard input to its end: give it once")
+        prompts[prompts.index("-")] = typed_prompt()
     path = args.prompts_file
     if path:
         try:
@@ -148,6 +153,19 @@ def read_prompts(args):
             )
         prompts += found
     return prompts or [""]
+
+
+def typed_prompt():
+    """All of standard input, without its last line break."""
+    try:
+        text = sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--prompt -: standard input is not UTF-8 (byte {error.start}): convert it"
+        ) from None
+    if not text.strip():
+        raise UserError("--prompt -: standard input is empty: pipe a text into it")
+    return text
 
 
 def masked_sampler(name):
