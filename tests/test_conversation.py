@@ -195,7 +195,7 @@ def script(tmp_path_factory):
 @pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash here")
 def test_bash_completes_every_flag_and_its_choices(script):
     assert completed(script, "python", "-m", "sam") == ["sample"]
-    assert completed(script, ".venv/bin/python", "-u", "-m", "train", "--max_s") == ["--max_steps"]
+    assert completed(script, ".venv/bin/python", "-u", "-m", "train", "--max_st") == ["--max_steps"]
     assert completed(script, "python", "-m", "sample", "--sampler", "th") == ["threshold"]
     assert completed(script, "python", "-m", "sample", "--sampler", "=", "th") == ["threshold"]
     assert completed(script, "python", "-m", "sample", "--sampler", "=") == list(config.SAMPLERS)
