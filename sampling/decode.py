@@ -90,10 +90,13 @@ class Result:
 class Canvas:
     """The rows of one group while they are written: their ids, how sure each choice was, which rows
     are finished, and each row's own randomness.
+
+    numbers: which of the rows of the whole request these are, as finished ones leave.
     """
 
-    def __init__(self, ids, seeds, mask_id, keep_chance):
+    def __init__(self, ids, seeds, mask_id, keep_chance, numbers=None):
         self.ids = ids                                                             # (B, T)
+        self.numbers = list(range(len(ids))) if numbers is None else list(numbers)
         self.mask_id = mask_id
         self.keep_chance = keep_chance
         # the probability of each token when it was chosen
@@ -108,6 +111,7 @@ class Canvas:
         self.ids = self.ids[rows]
         self.chance = self.chance[rows]
         self.done = self.done[rows]
+        self.numbers = [self.numbers[row] for row in rows]
         self.forwards = [self.forwards[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
         if self.bare is not None:
@@ -177,7 +181,7 @@ def begin(model, group, prompts, settings, seeds, result, keep_chance):
     must_fit(model, len(group), T, settings)
     ids = np.full((len(group), T), model.cfg.mask_id, dtype=np.int64)
     ids[:, :P] = [prompts[row] for row in group]
-    canvas = Canvas(ids, [seeds[row] for row in group], model.cfg.mask_id, keep_chance)
+    canvas = Canvas(ids, [seeds[row] for row in group], model.cfg.mask_id, keep_chance, group)
 
     # The cache, with the prompts in it
     cache = None
@@ -227,9 +231,8 @@ def write_group(model, group, prompts, settings, seeds, result, on_step, on_bloc
     T = P + settings.max_new_tokens
 
     # Block after block; a finished row leaves the batch
-    alive = group                     # the numbers of the rows that the canvas still holds
     lo = P
-    while lo < T and alive:
+    while lo < T and canvas.numbers:
         hi = min(T, lo + block_length(settings))
         forward = forward_of_block(model, cache, canvas, P, lo, hi, settings, result)
         forwards, layers = fill_block(model, canvas, lo, hi, forward, settings, on_step)
@@ -241,12 +244,11 @@ def write_group(model, group, prompts, settings, seeds, result, on_step, on_bloc
         ending = canvas.done if lo < T else np.ones_like(canvas.done)
         if ending.any():
             for at in np.flatnonzero(ending):
-                row = alive[at]
+                row = canvas.numbers[at]
                 written = canvas.ids[at, :lo].tolist()
                 result.row_forwards[row] = canvas.forwards[at]
                 keep_answer(result, row, written, prompts[row], settings, model)
             going = np.flatnonzero(~ending)
-            alive = [alive[at] for at in going]
             canvas.select(going)
             if cache is not None:
                 cache.select(going)

@@ -1,6 +1,6 @@
 """What sample.py writes: prompts continued, gaps filled, and a record of each text.
 
-Used by sample.py only, which turns the records into lines. A record is what --json and --out_json
+Used by sample.py, which turns the records into lines, and by serving/ for its gaps. A record is what --json and --out_json
 hold for one text; it comes as soon as its text is finished.
 """
 import dataclasses
@@ -48,39 +48,70 @@ def with_gaps(text, tokenizer):
     return fixed, sizes
 
 
-def fill_text(args, model, tokenizer, settings, watch):
-    """Infill --text once per seed -> records."""
-    # The ids of the text, masks in its gaps
-    fixed, sizes = with_gaps(args.text, tokenizer)
-    ids = [tokenizer.bos_id]
-    gaps = []
-    for part, size in zip(fixed, [*sizes, 0], strict=True):
-        # a piece carries the space before it, so the space before a gap is the gap's first piece's,
-        # not a token of its own
-        if size and part.endswith(" "):
-            part = part[:-1]
-        ids += tokenizer.encode(part)
-        gaps.append(slice(len(ids), len(ids) + size))
-        ids += [tokenizer.vocab_size] * size
+class GappedText:
+    """A text with ____ or [MASK] in it: its ids, with masks in its gaps, and the text again when
+    they are filled.
+    """
 
-    tokens = sum(sizes)
-    settings = dataclasses.replace(
-        settings, mode="full", eos_id=None, steps=args.steps or tokens, guidance_scale=1.0
-    )
-    for line in too_few(settings, tokens):
-        say(line)
-    for seed in range(args.seed, args.seed + args.num_samples):
-        result = decode.infill(model, ids, settings, [seed], watch)
-        text = ""
-        for part, gap in zip(fixed, gaps, strict=True):
-            answer = tokenizer.written(result.rows[0][gap])
+    def __init__(self, text, tokenizer):
+        self.tokenizer = tokenizer
+        self.fixed, sizes = with_gaps(text, tokenizer)
+        self.masked = sum(sizes)                        # tokens
+        self.ids = [tokenizer.bos_id]
+        self.gaps = []                                  # where each is in the ids
+        for part, size in zip(self.fixed, [*sizes, 0], strict=True):
+            # a piece carries the space before it, so the space before a gap is the gap's first
+            # piece's, not a token of its own
+            if size and part.endswith(" "):
+                part = part[:-1]
+            self.ids += tokenizer.encode(part)
+            self.gaps.append(slice(len(self.ids), len(self.ids) + size))
+            self.ids += [tokenizer.vocab_size] * size
+
+    def answers(self, ids):
+        """The text of each gap in ids that a model filled; the last one has no gap and is empty."""
+        found = []
+        for part, gap in zip(self.fixed, self.gaps, strict=True):
+            answer = self.tokenizer.written(ids[gap])
             if part.endswith(" "):
                 answer = answer.removeprefix(" ")
-            text += part + answer
-        yield record(args, settings, args.text, text, seed, result, 0, tokens)
+            found.append(answer)
+        return found
+
+    def filled(self, ids):
+        """The whole text."""
+        pairs = zip(self.fixed, self.answers(ids), strict=True)
+        return "".join(part + answer for part, answer in pairs)
+
+
+def settings_of_gaps(settings, steps, masked):
+    """Settings for the gaps of a text, `masked` tokens in all; steps: 0 for a forward a token."""
+    return dataclasses.replace(
+        settings, mode="full", eos_id=None, steps=steps or masked, guidance_scale=1.0
+    )
+
+
+def fill_text(args, model, tokenizer, settings, watch):
+    """Infill --text once per seed -> records."""
+    text = GappedText(args.text, tokenizer)
+    settings = settings_of_gaps(settings, args.steps, text.masked)
+    for line in too_few(settings, text.masked):
+        say(line)
+    for seed in range(args.seed, args.seed + args.num_samples):
+        result = decode.infill(model, text.ids, settings, [seed], watch)
+        whole = text.filled(result.rows[0])
+        yield record(args, settings, args.text, whole, seed, result, 0, text.masked)
 
 
 # ---- prompts -------------------------------------------------------------------------------------
+
+def with_window(settings, model, trained_length):
+    """The transformer's cache grows, so it gets a window."""
+    if model.cfg.model != "backup" or settings.mode != "block_frozen":
+        return settings
+    window = max(trained_length, settings.block_size)
+    return dataclasses.replace(settings, window=window)
+
 
 def continue_prompts(args, model, tokenizer, settings, prompts, watch, trained_length):
     """Every prompt with all its seeds as a batch -> records; with --stream one by one, printed
@@ -88,10 +119,7 @@ def continue_prompts(args, model, tokenizer, settings, prompts, watch, trained_l
 
     No two samples share a seed: prompts of one file that did would share their errors.
     """
-    # its cache grows, so it gets a window
-    if model.cfg.model == "backup" and settings.mode == "block_frozen":
-        window = max(trained_length, settings.block_size)
-        settings = dataclasses.replace(settings, window=window)
+    settings = with_window(settings, model, trained_length)
     written = 0
     for number, prompt in enumerate(prompts):
         first = args.seed + number * args.num_samples
