@@ -1552,6 +1552,43 @@ class ExportArgs(CheckpointFlags, EveryFlags):
 
 
 @dataclass
+class ServeArgs(CheckpointFlags, EveryFlags):
+    "Serving"
+    examples = (
+        ("python -m serve", "the newest run, at http://127.0.0.1:8000/"),
+        ("python -m serve checkpoints/eco_hybrid_hi --port 9000", "another run, another port"),
+        ("python -m serve --ckpt exports/eco_hybrid_hi", "an exported model, without PyTorch"),
+    )
+    first = ("Serving", "Checkpoint")
+    ckpt: str = again(SampleArgs, "ckpt")
+    host: str = flag(
+        "127.0.0.1", "address to listen at; another than this machine's own needs --token_file"
+    )
+    port: int = flag(8000, "where it listens; 0 = any free one", at_least=0, below=65536)
+    token_file: str = flag(
+        None, "a file whose first line clients must send as their API key; none = no key"
+    )
+    queue: int = flag(64, "requests that may wait; more are refused with 429", at_least=1)
+    max_length: int = flag(2048, "tokens of a text at most, prompt included", at_least=2)
+    max_work: int = flag(
+        1_000_000,
+        "positions that go through the network for a request at most: forwards x what each reads",
+        at_least=1,
+        rare=True,
+    )
+    engine: str = again(GenerateFlags, "engine")
+    precision: str = again(GenerateFlags, "precision")
+    device: str = again(CommonFlags, "device")
+    threads: int = again(CommonFlags, "threads")
+    print_config: bool = again(CommonFlags, "print_config")
+
+    needs_ckpt = False
+
+    def problems(self):
+        yield from CommonFlags.problems(self)
+
+
+@dataclass
 class ReportArgs(CheckpointFlags, EveryFlags):
     "Report"
     examples = (
@@ -1616,6 +1653,7 @@ COMMANDS = dict(
     evaluate=EvaluateArgs,
     edge_benchmark=BenchArgs,
     export=ExportArgs,
+    serve=ServeArgs,
     report=ReportArgs,
     colab_train_eco=ColabArgs,
     run_experiments=ExperimentArgs,

@@ -48,12 +48,7 @@ def main(argv=None, pinned=None):
 
     # The model; what imports numpy or torch comes now, so that --help is instant
     from sampling import conversation, exported, terminal, transliteration, written
-    folder = exported.folder_of(args)
-    if folder:
-        writer, tokenizer, saved = exported.load(folder, args)
-    else:
-        from sampling import trained  # torch, which an exported model does without
-        writer, tokenizer, saved = trained.load(args)
+    writer, tokenizer, saved = exported.model_of(args)
     if args.interactive:
         words = sys.argv[1:] if argv is None else argv
         conversation.hold(words, pinned, writer, tokenizer, saved)

@@ -3,8 +3,8 @@
     folder = folder_of(args)        # None: --ckpt is for PyTorch, see sampling/trained.py
     writer, tokenizer, saved = load(folder, args)
 
-Used by sample.py, evaluate.py and edge_benchmark.py. `saved` is what checkpoint.load gives, as far
-as anybody asks: path, step, config, state.
+Used by sample.py, serve.py, evaluate.py and edge_benchmark.py. `saved` is what checkpoint.load
+gives, as far as anybody asks: path, step, config, state.
 """
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +55,15 @@ def folder_of(args):
             f"again with python -m export {args.ckpt}"
         )
     return folder
+
+
+def model_of(args):
+    """-> (engine, tokenizer, saved): whatever --ckpt and --engine name, exported or a run."""
+    folder = folder_of(args)
+    if folder:
+        return load(folder, args)
+    from sampling import trained  # torch, which an exported model does without
+    return trained.load(args)
 
 
 def runs_here():

@@ -2,7 +2,8 @@
 
     writer, tokenizer, saved = load(args)
 
-Used by sample.py; sampling/exported.py is the same for an exported model, without torch.
+Used by sample.py and serve.py; sampling/exported.py is the same for an exported model, without
+torch.
 """
 from pathlib import Path
 
@@ -32,11 +33,15 @@ def load(args):
             )
         path = NEWEST
     model, tokenizer, saved = checkpoint.load_model(
-        path, device, config.check_saved, args.model, args.tokenizer
+        path,
+        device,
+        config.check_saved,
+        getattr(args, "model", "auto"),
+        getattr(args, "tokenizer", None),
     )
     precision, why = fast.pick(args.precision, device)
     fast.prepare(model, precision)
-    fast.store_cache(model, args.cache_dtype)
+    fast.store_cache(model, getattr(args, "cache_dtype", "auto"))
     say(
         f"model: {model.cfg.model}, {model_config.count_params(model.cfg):,} parameters; products "
         f"in {precision} ({why})"

@@ -1,7 +1,7 @@
 """What sample.py writes: prompts continued, gaps filled, and a record of each text.
 
-Used by sample.py, which turns the records into lines, and by serving/ for its gaps. A record is what --json and --out_json
-hold for one text; it comes as soon as its text is finished.
+Used by sample.py, which turns the records into lines, and by serving/, for its gaps. A record is
+what --json and --out_json hold for one text; it comes as soon as its text is finished.
 """
 import dataclasses
 import statistics

@@ -15,7 +15,7 @@ import pytest
 import config
 from common.files import ROOT
 
-ROOMS = ("common", "text", "training", "sampling", "evaluation", "edge", "hf")
+ROOMS = ("common", "text", "training", "sampling", "evaluation", "edge", "hf", "serving")
 PATHS = sorted(
     [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
 )
@@ -32,7 +32,7 @@ NEEDS_NO_TORCH = sorted(  # --help is instant: whatever a command imports before
     {*COMMANDS, "config", "cli", "model_config", "studies", "training.lengths",
      "evaluation.study_plan",
      "evaluation.study_report",
-     *(name for name in TREES if name.startswith(("common", "text", "sampling")))}
+     *(name for name in TREES if name.startswith(("common", "text", "sampling", "serving")))}
     - {"common.machine", "sampling.fast", "sampling.torch_model", "sampling.trained",
        "sampling.cuda_graphs"}
     | {"edge.engine"})  # decoding is numpy's work
