@@ -159,9 +159,9 @@ TRAIN_PROFILES = {
     "laptop": dict(d_model=320, d_ff=960, memory_slots=12, timesteps=24, sample_steps=10),
 }
 
-# Of sample. Each forward reveals all tokens that the model is sure of, at least one, in blocks of
-# the size that the checkpoint was trained in, at most 64: a fixed number of steps would also reveal
-# tokens that it is not sure of.
+# Of sample: left to right, unless a flag asks for blocks. Then each forward reveals all tokens that
+# the model is sure of, at least one, in blocks of the size that the checkpoint was trained in, at
+# most 64: a fixed number of steps would also reveal tokens that it is not sure of.
 SURE = dict(sampler="threshold", steps=64, top_k=0, blockwise=True, frozen_context=True)
 SAMPLE_PROFILES = {
     "none": {},
@@ -923,7 +923,9 @@ class DecodeFlags:
         rare=True,
         aliases=("cfg_scale",),
     )
-    block_size: int = flag(0, "block of the block modes; 0 = the checkpoint's", at_least=0)
+    block_size: int = flag(
+        0, "block of the block modes; 0 = the checkpoint's; 1 = left to right", at_least=0
+    )
     min_decode_layers: int = flag(
         0, "layers of a block's first forward; 0 = all", at_least=0, rare=True
     )
@@ -1183,8 +1185,8 @@ def starter_args(folder=starter.FOLDER, chars=None):
     )
 
 
-# of sample, where they are not typed: with --steps, as in the older guides; without it, the best
-# ones measured (docs/experiments/decoding.md)
+# of sample in blocks, where they are not typed: with --steps, as in the older guides; without it,
+# the best ones measured (docs/experiments/decoding.md); left to right has the same temperature
 OLDER = dict(sampler="confidence", temperature=1.0, top_k=50)
 NEWER = dict(sampler="threshold", temperature=0.7, top_k=0)
 INTERACTIVE_LEAVES_OUT = (
@@ -1237,8 +1239,9 @@ class SampleArgs(GenerateFlags, CommonFlags):
     sampler: str = flag(
         None,
         "which positions come first; speculate = left to right in verified drafts; ddim = "
-        "confidence, ddpm = ancestral; none = "
-        f"{NEWER['sampler']}, with --steps {OLDER['sampler']}",
+        "confidence, ddpm = ancestral; none = left to right where the checkpoint was trained in "
+        f"blocks and no other flag asks for them, else {NEWER['sampler']}, with --steps "
+        f"{OLDER['sampler']}",
         aliases=("scheduler",),
         choices=SAMPLERS,
         values={"first_hitting": "random"},
@@ -1267,8 +1270,8 @@ class SampleArgs(GenerateFlags, CommonFlags):
     )
     blockwise: bool = flag(
         None,
-        "left to right in blocks; none = where the checkpoint was trained in blocks, but not with "
-        "--steps",
+        "in blocks, one after the other; none = where the checkpoint was trained in blocks, but "
+        "not with --steps",
         bare="on",
     )
     frozen_context: bool = flag(
@@ -1278,7 +1281,8 @@ class SampleArgs(GenerateFlags, CommonFlags):
     )
     edge_profile: str = flag(
         "none",
-        "exact blocks, all that the model is sure of at once",
+        "balanced = temperature 0.8, max = greedy; left to right, or in blocks where "
+        "edge_benchmark --profiles proved them faster or a flag asks for them",
         choices=tuple(SAMPLE_PROFILES),
         elsewhere=dict.fromkeys(("tiny", "laptop"), "that is a profile of train"),
     )
@@ -1296,7 +1300,9 @@ class SampleArgs(GenerateFlags, CommonFlags):
     )
     stream: bool = flag(False, "print each block as soon as it is final")
     show_steps: bool = flag(
-        False, "watch the unmasking: every forward, coloured by confidence (stderr)"
+        False,
+        "watch every forward on stderr, coloured by confidence; --sampler threshold shows a block "
+        "that is filled in",
     )
     json: bool = flag(False, "one JSON object per sample instead of text")
     benchmark_runs: int = flag(1, "timed runs; more than one prints [bench]", at_least=1, rare=True)
@@ -1451,7 +1457,7 @@ class BenchArgs(GenerateFlags, CommonFlags):
         ),
         (
             "python -m edge_benchmark checkpoints/eco_hybrid_hi --profiles balanced max",
-            "what sample's profiles cost",
+            "which rule sample's profiles take here",
         ),
         (
             "python -m edge_benchmark checkpoints/eco_hybrid_hi --grid threshold=0.7,0.9",
@@ -1482,7 +1488,8 @@ class BenchArgs(GenerateFlags, CommonFlags):
     )
     profiles: tuple = flag(
         (),
-        "instead: these profiles of sample, each beside itself at one token a forward",
+        "instead: these profiles of sample in blocks and left to right; sample takes what is "
+        "proved to be faster here and to lose nothing",
         many="several",
         choices=tuple(SAMPLE_PROFILES)[1:],
     )

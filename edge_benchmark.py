@@ -6,7 +6,8 @@ same prompts.
         --grid steps=4,8,16,32 precision=fp32,bf16,int8
     python -m edge_benchmark --ckpt checkpoints/eco_hybrid_hi --profiles balanced max
 
---profiles measures what sample's profiles cost and give here (evaluation/profiles.py). --grid takes
+--profiles measures sample's profiles left to right and in blocks, and keeps beside the checkpoint
+which of the two sample takes on this machine (evaluation/profiles.py). --grid takes
 every combination of the named settings of sample, in every mode, and draws quality against speed
 (evaluation/grid.py); --peer adds another engine's measured speed to that picture. One line per
 variant for people; the last line on stdout, and benchmarks/edge_benchmark.json, hold everything.
@@ -32,13 +33,13 @@ from pathlib import Path
 import cli
 import config
 import model_config
-from common.console import say
+from common.console import UserError, say
 from common.files import can_write, json_text, write_json
 from common.flags import to_dict
 from evaluation import grid, speed_picture
 from evaluation.peer_figures import read_peers
 from evaluation.profiles import price, profiles
-from sampling import settings
+from sampling import proved, settings
 
 
 def show(value, form):
@@ -139,7 +140,9 @@ def main(argv=None):
     for name, figures in results.items():
         print(card(name, figures, width))
     if args.profiles:
-        document["profiles"] = {name: price(name, results) for name in args.profiles}
+        document["profiles"] = {name: price(name, results, args) for name in args.profiles}
+        if not causal:
+            keep_proved(saved.path, args, document["profiles"])
     write_json(args.out_json, document)
     if args.grid:
         picture = Path(args.out_json).with_suffix(".png")
@@ -170,6 +173,19 @@ def variants_of(args, origins, chosen, models, tokenizer, saved, why_not_frozen)
     if not without_effect:
         return variants, skipped, []
     return variants, skipped, sorted(set.intersection(*without_effect))
+
+
+def keep_proved(folder, args, prices):
+    """What was measured of the profiles goes beside the checkpoint, where sample finds it."""
+    entries = {name: entry for name, entry in prices.items() if entry}
+    if not entries:
+        return
+    try:
+        path = proved.keep(folder, args, entries)
+    except UserError as error:
+        say(f"notice: sample will not know of this: {error}")
+        return
+    say(f"{path}: python -m sample --edge_profile goes by it on this machine")
 
 
 if __name__ == "__main__":

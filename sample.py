@@ -1,5 +1,5 @@
-"""Text from a checkpoint: continue a prompt in one piece, in blocks, or in blocks over an exact
-frozen context.
+"""Text from a checkpoint: left to right, in blocks over an exact frozen context, in blocks, or in
+one piece; and gaps in a text.
 
     python -m sample               # the newest run, and what suits its checkpoint
     python -m sample --ckpt checkpoints/eco_hybrid_hi --prompt "mai kal bazaar gaya tha"
@@ -21,10 +21,12 @@ from common.files import can_write, json_text, write_json
 from sampling.settings import (
     in_words,
     masked_sampler,
+    nothing_else_asked,
     opening,
     read_prompts,
     settings_of_sample,
     suited,
+    why_so,
 )
 
 STATISTICS = (
@@ -64,7 +66,10 @@ def main(argv=None, pinned=None):
     args = suited(args, origins, saved, longest_prompt)
     settings = settings_of_sample(args, origins, saved, tokenizer)
     if not args.text:
-        say(in_words(settings, writer.cfg.causal))
+        line = in_words(settings, writer.cfg.causal)
+        if nothing_else_asked(origins, saved):
+            line += f" ({why_so(args, saved)})"
+        say(line)
         length = longest_prompt + settings.max_new_tokens
         if length > trained_length:
             say_too_long(writer, settings, length, trained_length)

@@ -1,4 +1,5 @@
-"""The README's pictures: what `sample --show_steps` prints, and quality against speed.
+"""The README's pictures: what `sample --sampler threshold --show_steps` prints, and quality
+against speed.
 
     python -m train --preset starter
     python benchmarks/readme_pictures.py --ckpt checkpoints/eco_hybrid_hi    # -> docs/pictures/
@@ -30,7 +31,9 @@ OPENINGS = {                                # 32 beginnings: each time with each
     "कल|आज सुबह|एक दिन|बचपन में": "राहुल|मीना|दादी|एक किसान",
     "kal|aaj subah|ek din|bachpan me": "rahul|meena|dadi|ek kisan",
 }
+LEFT_TO_RIGHT = "left to right"             # the default of sample: blocks of one token
 GRIDS = [
+    ["block_size=1"],
     ["sampler=threshold", "threshold=0.3,0.5,0.7,0.9"],
     ["sampler=confidence", "steps=8,16,32,64"],
 ]
@@ -74,7 +77,7 @@ def run(*words):
 def watched(ckpt):
     """The block after each forward, as --show_steps prints it: [[word or mask, ...], ...]."""
     _, told = run(
-        "sample", "--ckpt", ckpt, "--prompt", PROMPT, "--show_steps",
+        "sample", "--ckpt", ckpt, "--prompt", PROMPT, "--sampler", "threshold", "--show_steps",
         "--max_new_tokens", str(NEW_TOKENS),
     )
     lines = re.findall(r"^\[\d+-\d+ +\d+\] (.*)$", told, re.M)
@@ -139,7 +142,8 @@ def measured(ckpt):
             )
             document = json.loads(path.read_text(encoding="utf-8"))
             for name, result in document["results"].items():
-                rule, setting = re.search(r"sampler=(\w+) \w+=([\d.]+)", name).groups()
+                found = re.search(r"sampler=(\w+) \w+=([\d.]+)", name)
+                rule, setting = found.groups() if found else (LEFT_TO_RIGHT, "")
                 point = (setting, result["tokens_per_forward"], result["judge_nats"])
                 lines.setdefault(rule, []).append(point)
                 print(name, *point[1:], result["mean_tok_s"], result["repeat_rate"])
@@ -147,12 +151,15 @@ def measured(ckpt):
 
 
 def quality(path, lines, held_out):
-    """Quality against tokens a forward, a line for each reveal rule."""
+    """Quality against tokens a forward: a line for each reveal rule, a point for left to right."""
     figure, axes = pyplot().subplots(figsize=(7.6, 3.9))
     for rule, points in lines.items():
         forwards = [point[1] for point in points]
         nats = [point[2] for point in points]
-        axes.plot(forwards, nats, "o-", markersize=4, label=rule)
+        marker = "o-"
+        if rule == LEFT_TO_RIGHT:
+            marker = "kD"
+        axes.plot(forwards, nats, marker, markersize=4, label=rule)
         beside = (6, -6)
         if rule == "confidence":
             beside = (-18, 0)

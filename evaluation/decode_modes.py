@@ -211,3 +211,7 @@ def add_quality(results, variants, judges, tokenizer, prompts):
         figures["held_out_nats"] = judges.held_out(loaded, block)
         rows = [tokenizer.encode(text) for text in figures["texts"]]
         figures["judge_nats"] = judges.ngram and judges.ngram.nats(rows, contexts)
+        figures["judge_nats_each"] = []
+        for row, context in zip(rows, contexts, strict=True):
+            nats = judges.ngram and judges.ngram.nats([row], [context])
+            figures["judge_nats_each"].append(nats)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import config
 from common.console import UserError, say
+from sampling import proved
 
 MODES = ("full", "block", "block_frozen")
 ADAPTIVE = ("threshold", "factor", "entropy")  # rules whose text decides how many forwards it takes
@@ -33,6 +34,12 @@ AT_ONCE = dict(confidence=1.5, margin=1, random=1, ancestral=1)
 UNREAD_LEFT_TO_RIGHT = (
     "steps", "sampler", "threshold", "alg_temp", "remask", "remask_rule", "reveal",
     "temperature_end",
+)
+
+# a text is written left to right, unless one of these flags asks for another way
+ASK_FOR_ANOTHER_WAY = (
+    *UNREAD_LEFT_TO_RIGHT, "block_size", "blockwise", "frozen_context", "text", "guidance_scale",
+    "min_decode_layers",
 )
 
 # flags that an autoregressive checkpoint does not read
@@ -184,7 +191,8 @@ def suited(args, origins, saved, longest):
     prompt.
 
     --steps alone is a command of the older guides and keeps its meaning: the text in one piece, by
-    confidence. Else the rule and temperature of the best judged text, in blocks over the exact
+    confidence. If no flag asks for another way, the text is written left to right, which is both
+    the fastest and the best judged (docs/experiments/decoding.md). Else in blocks over the exact
     cache if the checkpoint was trained for it.
     """
     def said(*names):
@@ -202,11 +210,52 @@ def suited(args, origins, saved, longest):
         # the flags need a schedule; a gap is small, so it gets a forward for each token
         rest["sampler"] = "confidence"
     found |= {name: value for name, value in rest.items() if getattr(args, name) is None}
-    if args.blockwise is None:
+    if nothing_else_asked(origins, saved):
+        rule = proved.settings_of(saved.path, args, args.edge_profile)
+        rule = rule or left_to_right(args.edge_profile)
+        if origins["temperature"] == "flag":
+            rule.pop("temperature", None)
+        found |= dict(blockwise=True, frozen_context=True) | rule
+    elif args.blockwise is None:
         found["blockwise"] = not said("steps") and args.text is None and not cannot_freeze(saved)
         if args.frozen_context is None:
             found["frozen_context"] = found["blockwise"]
     return dataclasses.replace(args, **found)
+
+
+def nothing_else_asked(origins, saved):
+    """Is the text to be written left to right because no flag asks for another way?"""
+    if cannot_freeze(saved) or saved.config["model"]["causal"]:
+        return False
+    for name in ASK_FOR_ANOTHER_WAY:
+        origin = origins[name]
+        if origin != "default" and not origin.startswith("profile "):
+            return False
+    return True
+
+
+def left_to_right(profile):
+    """The settings of sample that make one token at a time of a profile: of two temperatures, the
+    one in the middle.
+    """
+    settings = config.SAMPLE_PROFILES[profile]
+    found = dict(block_size=1)
+    if "temperature_end" in settings:
+        found["temperature"] = (settings["temperature"] + settings["temperature_end"]) / 2
+    return found
+
+
+def why_so(args, saved):
+    """In words, why a text is written so if no flag asks for another way."""
+    profile = args.edge_profile
+    if profile == "none":
+        return "the default; --sampler threshold writes in blocks, in any order"
+    if proved.settings_of(saved.path, args, profile) is not None:
+        return f"--edge_profile {profile}, as measured here"
+    return (
+        f"--edge_profile {profile}, not measured here: edge_benchmark {saved.path} --profiles "
+        f"{profile}"
+    )
 
 
 # ---- from arguments to Settings ------------------------------------------------------------------

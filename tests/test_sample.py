@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ import train
 from common.files import write_json
 from conftest import RUNS, TINY, aria, call
 from evaluation import check_run, decode_modes, estimators, profiles, sample_quality
-from sampling import decode, settings
+from sampling import decode, proved, settings
 from sampling.torch_model import TorchModel
 from text.dataset import TokenData
 
@@ -286,9 +287,7 @@ def test_several_prompts_and_samples(here, capsys, tmp_path):
 
 
 def test_the_bare_command(here, capsys, tmp_path, monkeypatch):
-    """The run that saved last, named; its blocks over the cache, the best rule, no more tokens than
-    it was trained for.
-    """
+    """The run that saved last, named; left to right, no more tokens than it was trained for."""
     assert call(sample.main) == 0
     out, err = capsys.readouterr()
     assert (
@@ -296,8 +295,8 @@ def test_the_bare_command(here, capsys, tmp_path, monkeypatch):
         and out.strip()
     )
     assert (
-        "text: up to 31 tokens in blocks of 8 over the exact cache; threshold 0.9, temperature "
-        "0.7\n"
+        "text: up to 31 tokens one token at a time; left to right, temperature 0.7 (the default; "
+        "--sampler threshold writes in blocks, in any order)\n"
         in err
     )
     assert stats(err)[0]["mode"] == "block_frozen" and "warning" not in err and "notice" not in err
@@ -331,24 +330,34 @@ BEST, OLD = ("threshold", 0.7, 0), ("confidence", 1.0, 50)
 
 
 @pytest.mark.parametrize("line, mode, block, rule", [
-    ("", "block_frozen", 8, BEST),
+    ("", "block_frozen", 1, BEST),
+    ("--temperature 0.7 --top_p 0.9 --num_samples 3", "block_frozen", 1, BEST),
     ("--steps 12", "full", 8, OLD),
     ("--num_steps 12 --sampler margin", "full", 8, ("margin", 1.0, 50)),
     ("--steps 12 --temperature 0.8 --top_k 30", "full", 8, ("confidence", 0.8, 30)),
     ("--threshold 0.8", "block_frozen", 8, BEST),
     ("--steps 8 --blockwise --frozen_context", "block_frozen", 8, OLD),
     ("--blockwise", "block", 8, BEST),
+    ("--blockwise --frozen_context", "block_frozen", 8, BEST),
     ("--no_blockwise", "full", 8, BEST),
     ("--no_frozen_context", "block", 8, BEST),
     ("--block_size 4", "block_frozen", 4, BEST),
     ("--remask 0.2", "block_frozen", 8, ("confidence", 0.7, 0)),
     ("--text a__b", "full", 8, ("confidence", 0.7, 0)),
-    ("--edge_profile max", "block_frozen", 8, ("threshold", 0.0, 0)),
+    ("--sampler threshold", "block_frozen", 8, BEST),
+    ("--guidance_scale 2", "block_frozen", 8, BEST),
+    ("--min_decode_layers 1", "block_frozen", 8, BEST),
+    ("--temperature_end 0.5", "block_frozen", 8, BEST),
+    ("--edge_profile max", "block_frozen", 1, ("threshold", 0.0, 0)),
+    ("--edge_profile balanced", "block_frozen", 1, BEST),
+    ("--edge_profile balanced --temperature 0.5", "block_frozen", 1, ("threshold", 0.5, 0)),
+    ("--edge_profile max --threshold 0.8", "block_frozen", 8, ("threshold", 0.0, 0)),
+    ("--edge_profile balanced --blockwise", "block_frozen", 8, ("threshold", 0.8, 0)),
     ("--scheduler ddim", "block_frozen", 8, ("confidence", 0.7, 0)),
     ("--num_steps 100 --scheduler ddpm", "full", 8, ("ancestral", 1.0, 50))])
 def test_what_is_not_typed_suits_the_checkpoint(line, mode, block, rule):
-    """--steps alone is a command of the older guides and means what it meant; what is typed always
-    wins.
+    """Left to right if no flag asks for another way. --steps alone is a command of the older guides
+    and means what it meant; what is typed always wins.
     """
     s = resolved(line)
     assert (s.mode, s.block_size) == (mode, block) and (s.sampler, s.temperature, s.top_k) == rule
@@ -362,7 +371,9 @@ def test_length_and_block_are_those_of_the_training():
         ("T,64,32", 16, 32),
         ("T", 64, 64),
     ):
-        assert resolved("", blocks, 512, stored).block_size == wanted
+        assert resolved("--sampler threshold", blocks, 512, stored).block_size == wanted
+        if blocks != "T":
+            assert resolved("", blocks, 512, stored).left_to_right
     assert resolved("", "T").mode == "full", "no block was trained"
     for length, prompt, wanted in ((2048, 1, 128), (64, 20, 44), (64, 60, 32), (64, 500, 32)):
         assert resolved("", "T,8", length, prompt=prompt).max_new_tokens == wanted
@@ -738,48 +749,76 @@ def test_a_grid_of_settings(here, capsys, tmp_path):
     assert "is a folder" in capsys.readouterr().err
 
 
-def test_the_price_of_profiles(here, capsys, tmp_path):
-    """Each beside itself at one token a forward; a rule that guesses much at once is found out."""
-    assert (
-        call(
-            edge_benchmark.main, RUNS["primary"], "--out_json", tmp_path / "p.json",
-            "--max_new_tokens", 12, "--prompt", "ek", "--prompt", "भारत में", "--prompt", "namaste",
-            "--prompt", "yaar mujhe", "--prompt", "aaj mausam", "--runs_per_prompt", 1,
-            "--warmup_runs", 0, "--profiles", "balanced", "max", "--block_size", 12,
+def test_what_the_profiles_are_proved_to_be(here, capsys, tmp_path):
+    """Each in blocks and left to right; what was measured is what sample takes here, and nowhere
+    else.
+    """
+    kept = Path(RUNS["primary"], proved.FILE)
+    asked = ("--edge_profile", "max", "--max_new_tokens", 2)
+    try:
+        assert (
+            call(
+                edge_benchmark.main, RUNS["primary"], "--out_json", tmp_path / "p.json",
+                "--max_new_tokens", 12, "--prompt", "ek", "--prompt", "भारत में", "--prompt",
+                "namaste", "--runs_per_prompt", 1, "--warmup_runs", 0, "--profiles", "balanced",
+                "max", "--block_size", 12,
+            )
+            == 0
         )
-        == 0
-    )
-    err, document = (
-        capsys.readouterr().err,
-        json.loads((tmp_path / "p.json").read_text(encoding="utf-8")),
-    )
-    rows = document["results"]
-    for name in ("balanced", "max"):
-        fast, slow = (
-            rows[f"block_frozen {name}"],
-            rows[f"block_frozen {name}{profiles.CAREFUL}"],
-        )
-        assert slow["mean_forwards"] == 12 >= fast["mean_forwards"], (
-            "a token each, whether the text ends early or not"
-        )
-        assert document["profiles"][name]["judged"] == pytest.approx(
-            fast["judge_nats"] / slow["judge_nats"] - 1
-        )
-    assert len(re.findall(r"^profile (?:balanced|max): \S+ judged", err, re.M)) == 2
-    cards = {
-        f"block_frozen max{end}": dict(
-            judge_nats=n, mean_tok_s=1.0, repeat_rate=0.0, tokens_per_forward=1.0
-        )
-        for end, n in (("", 5.3), (profiles.CAREFUL, 5.0))
-    }
-    assert (
-        profiles.price("max", cards)["judged"] == pytest.approx(0.06)
-        and "NOT justified" in capsys.readouterr().err
-    )
-    # it wrote nothing but an end
-    cards["block_frozen max" + profiles.CAREFUL]["judge_nats"] = None
-    assert profiles.price("max", cards) is None
+        err = capsys.readouterr().err
+        document = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
+        for name in ("balanced", "max"):
+            blocks = document["results"][f"block_frozen {name}{profiles.IN_BLOCKS}"]
+            single = document["results"][f"block_frozen {name}{profiles.LEFT_TO_RIGHT}"]
+            assert blocks["mean_forwards"] <= 12 and single["tokens_per_forward"] <= 1
+            assert document["profiles"][name]["faster"] == pytest.approx(
+                blocks["mean_tok_s"] / single["mean_tok_s"]
+            )
+        assert len(re.findall(r"^profile (?:balanced|max): blocks are", err, re.M)) == 2
+        assert str(kept) in err
+
+        # what was kept, and what sample makes of it
+        content = json.loads(kept.read_text(encoding="utf-8"))
+        content["step_000012"]["profiles"]["max"]["settings"] = {"block_size": 8, "threshold": 0.8}
+        write_json(kept, content)
+        assert call(sample.main, RUNS["primary"], *asked) == 0
+        said = capsys.readouterr().err
+        assert "in blocks of 8 over the exact cache; threshold 0.8, temperature 0 (" in said
+        assert "as measured here" in said
+        for other in (("--threads", 1), ("--precision", "fp32"), ("--edge_profile", "none")):
+            assert call(sample.main, RUNS["primary"], *asked, *other) == 0
+            said = capsys.readouterr().err
+            assert "left to right" in said and "as measured here" not in said, other
+        assert call(sample.main, RUNS["primary"], *asked, "--threshold", 0.7) == 0
+        assert "threshold 0.7" in capsys.readouterr().err
+        kept.write_text("{", encoding="utf-8")
+        assert call(sample.main, RUNS["primary"], *asked) == 2
+        assert f"{kept} is not valid JSON" in capsys.readouterr().err
+    finally:
+        kept.unlink(missing_ok=True)
     assert call(edge_benchmark.main, RUNS["primary"], "--profiles", "max", "--grid", "steps=2") == 2
+
+
+@pytest.mark.parametrize("speed, nats, block", [
+    (2.0, (5.0, 5.1, 4.9, 5.0), 16),        # faster, and as good
+    (1.02, (5.0, 5.1, 4.9, 5.0), 0),        # no faster than noise
+    (2.0, (5.4, 5.5, 5.3, 5.4), 0),         # faster, and worse
+    (2.0, (5.0, 9.0, 1.0, 5.0), 0),         # perhaps as good
+    (2.0, (None, None, None, 5.0), None),   # wrote nothing but ends
+])
+def test_blocks_are_taken_if_they_are_proved(capsys, speed, nats, block):
+    blocks = dict(mean_tok_s=speed, judge_nats_each=nats, repeat_rate=0.0)
+    single = dict(mean_tok_s=1.0, judge_nats_each=(5.0, 5.0, 5.0, 5.0), repeat_rate=0.0)
+    results = {
+        f"block_frozen max{profiles.IN_BLOCKS}": blocks,
+        f"block_frozen max{profiles.LEFT_TO_RIGHT}": single,
+    }
+    found = profiles.price("max", results, SimpleNamespace(block_size=16, threshold=0.9))
+    assert capsys.readouterr().err.startswith("profile max: ")
+    if block is None:
+        assert found is None
+    else:
+        assert found["settings"].get("block_size", 0) == block
 
 
 def test_a_prompt_that_no_terminal_should_see_raw(here, capsys, tmp_path):
