@@ -78,16 +78,17 @@ def log_samples(run):
 
 
 def speak(run, prompt, length):
-    """The model's continuation of a prompt, in the largest blocks that it was trained for."""
+    """The model's continuation of a prompt as sample writes it: left to right, if it was trained in
+    blocks.
+    """
     args, tokenizer = run.args, run.tokenizer
-    frozen = next((block for block in run.blocks if block < args.longest), None)
+    in_blocks = min(run.blocks) < args.longest
     settings = Settings(
         max_new_tokens=length,
         steps=length,
-        mode="block_frozen" if frozen else "full",
-        block_size=min(args.block_size, frozen or args.block_size),
-        temperature=0.5,
-        top_k=50,
+        mode="block_frozen" if in_blocks else "full",
+        block_size=1 if in_blocks else args.block_size,
+        temperature=config.NEWER["temperature"],
         eos_id=tokenizer.eos_id,
     )
     ids = opening(tokenizer, prompt, run.cfg.framed)
