@@ -68,7 +68,7 @@ def write_folder(folder, model, tokenizer, saved, card):
     described = model_settings(model, tokenizer, saved)
     texts = {
         f"{MODELING}.py": joined(FILES, head_of_modeling()),
-        "tokenizer.json": tokenizer_json(tokenizer),
+        "tokenizer.json": tokenizer_json(tokenizer, model.cfg.framed),
         "README.md": card,
     }
     for name, text in texts.items():
@@ -185,7 +185,7 @@ def prove(folder, model, tokenizer, saved, windows, ids):
     # ids
     wrong = []
     for text, theirs in zip(strings, found["strings"], strict=True):
-        if theirs != [tokenizer.bos_id, *tokenizer.encode(text)]:
+        if theirs != settings.opening(tokenizer, text, model.cfg.framed):
             wrong.append(text)
     if wrong or found["mask_id"] != model.cfg.mask_id:
         raise broken(f"{len(wrong)} of {len(strings)} strings get other ids, such as {wrong[:1]!a}")

@@ -1,6 +1,6 @@
 """A tokenizer of ours as the tokenizer.json that transformers and others read, with equal ids.
 
-    text = tokenizer_json(tokenizer)        # of text/tokenizer.py or text/gpt2.py
+    text = tokenizer_json(tokenizer, framed)    # of text/tokenizer.py or text/gpt2.py
     names = special_pieces(tokenizer)
 
 Used by hf/folder.py, which proves it on awkward strings. SentencePiece's BPE becomes a BPE with
@@ -55,28 +55,37 @@ def special_pieces(tokenizer):
     return {number: pieces[number] for number in special} | {tokenizer.vocab_size: MASK}
 
 
-def tokenizer_json(tokenizer):
-    """The file's text."""
+def tokenizer_json(tokenizer, framed):
+    """The file's text. framed: the model was trained on pairs, so a prompt has an end, too, as in
+    sampling.settings.opening.
+    """
     if isinstance(tokenizer, Gpt2Tokenizer):
         found = json.loads(tokenizer.bpe.to_str())
     else:
         found = from_sentencepiece(tokenizer)
     names = special_pieces(tokenizer)
     found["model"]["vocab"][names[tokenizer.vocab_size]] = tokenizer.vocab_size
-    found["post_processor"] = begins_with(names[tokenizer.bos_id], tokenizer.bos_id)
+    frame = {names[tokenizer.bos_id]: tokenizer.bos_id}
+    if framed:
+        frame[names[tokenizer.pad_id]] = tokenizer.pad_id
+    found["post_processor"] = framing(frame)
     return json.dumps(found, ensure_ascii=False, indent=1) + "\n"
 
 
-def begins_with(piece, number):
-    """Every text, and every pair of texts, begins with this piece."""
-    special = {"SpecialToken": {"id": piece, "type_id": 0}}
+def framing(frame):
+    """Every text stands behind the first of these pieces {name: id}, and before the other, if there
+    is one.
+    """
+    parts = [{"SpecialToken": {"id": name, "type_id": 0}} for name in frame]
     first = {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 0}}
     return {
         "type": "TemplateProcessing",
-        "single": [special, first],
-        "pair": [special, first, second],
-        "special_tokens": {piece: {"id": piece, "ids": [number], "tokens": [piece]}},
+        "single": [parts[0], first, *parts[1:]],
+        "pair": [parts[0], first, *parts[1:], second],
+        "special_tokens": {
+            name: {"id": name, "ids": [number], "tokens": [name]} for name, number in frame.items()
+        },
     }
 
 

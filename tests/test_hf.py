@@ -22,6 +22,7 @@ from hf import card, folder, join
 from hf.awkward import awkward_strings
 from hf.tokenizer_json import special_pieces, tokenizer_json
 from sampling import decode
+from sampling.settings import opening
 from sampling.torch_model import TorchModel
 from text.tokenizer import EOS, Tokenizer, normalise, train_tokenizer
 
@@ -73,10 +74,10 @@ def test_a_name_of_ours_that_is_missing_shows():
 
 # ---- ids -----------------------------------------------------------------------------------------
 
-def exact(tokenizer):
+def exact(tokenizer, framed=False):
     """tokenizer.json as the package tokenizers reads it."""
     tokenizers = pytest.importorskip("tokenizers", reason="only a folder for transformers needs it")
-    return tokenizers.Tokenizer.from_str(tokenizer_json(tokenizer))
+    return tokenizers.Tokenizer.from_str(tokenizer_json(tokenizer, framed))
 
 
 def test_ids_are_ours_on_awkward_strings(tokenizer):
@@ -88,6 +89,12 @@ def test_ids_are_ours_on_awkward_strings(tokenizer):
     for text in strings[:500]:
         ids = tokenizer.encode(text)
         assert theirs.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
+
+
+def test_a_prompt_of_a_model_of_pairs_has_an_end(tokenizer):
+    theirs = exact(tokenizer, framed=True)
+    for text in awkward_strings(100, 2):
+        assert theirs.encode(text).ids == opening(tokenizer, text, framed=True)
 
 
 def test_no_text_is_a_special_piece(tokenizer):
@@ -113,7 +120,7 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path):
     lines = ["मैं कल बाज़ार गया था और मिठाई लाया।", "the weather is nice today"] * 50
     tokenizer = train_tokenizer(lines, tmp_path / "u.model", 350, "unigram")
     with pytest.raises(UserError, match="unigram.*--format onnx"):
-        tokenizer_json(tokenizer)
+        tokenizer_json(tokenizer, False)
 
 
 # ---- the folder ----------------------------------------------------------------------------------
