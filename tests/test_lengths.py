@@ -96,6 +96,7 @@ def test_warnings_name_the_step():
     assert "step 10, 64 -> 32" in found[0]
     assert "128@20 is never reached, the run ends at step 20" in found[1]
     assert not warnings(Lengths.of(64, "128@19"), 20)
+    assert len(warnings(Lengths.of(64, "32@20"), 20)) == 1, "nobody sees the shorter rows"
 
 
 # ---- token budgets
@@ -334,6 +335,9 @@ def test_a_resume_around_a_change_of_length_equals_the_whole_run(text, tmp_path,
     told = capsys.readouterr().err
     assert "rows become shorter at step 10, 32 -> " in told
     assert "rows of 32 tokens from step 6 on" in told and " | length 32\n" in told
+    unit = "128 tokens" if "kept" in case else "8"
+    summary = (whole / "summary.md").read_text()
+    assert f"rows: {unit} a step, length by step 16@0,{schedule}" in summary
 
     lengths = [line["seq_len"] for line in log(whole)]
     assert lengths == [16] * 5 + [32] * 5 + [last] * 4

@@ -134,7 +134,10 @@ def warnings(lengths, steps):
     """What a person should know of a schedule before a run of so many steps: [sentence]."""
     found = []
     for step, was, now in lengths.falls():
-        found.append(f"--seq_schedule: rows become shorter at step {step}, {was} -> {now} tokens")
+        if step < steps:
+            found.append(
+                f"--seq_schedule: rows become shorter at step {step}, {was} -> {now} tokens"
+            )
     for step, length in lengths.never_reached(steps):
         found.append(
             f"--seq_schedule: {length}@{step} is never reached, the run ends at step {steps}"

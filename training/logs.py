@@ -419,9 +419,12 @@ def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step
     if args.attn != "mha":
         attention = f", attention {args.attn}"
 
-    rows = f"{args.rows} rows of {args.lengths.at(0)} tokens a step"
+    rows = f"{args.rows} of {args.lengths.at(0)} tokens a step"
     if args.seq_schedule:
-        rows = f"{args.rows} rows a step, length by step {args.lengths}"
+        rows = f"{args.rows} a step, length by step {args.lengths}"
+        if args.keep_tokens:
+            tokens = args.lengths.step_tokens(args.lengths.at(0), args.rows)
+            rows = f"{tokens} tokens a step, length by step {args.lengths}"
 
     lines = [
         f"# {run_dir}: step {step} of {args.max_steps}",
