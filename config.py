@@ -178,6 +178,16 @@ GPU_TIERS = (
 )
 CPU_TIER = dict(batch_size=1, grad_accum=8, seq_len=256)
 
+# of run_1b_launch: {name: (least bytes of memory, settings)}, as in the guide, but for the variant
+LAUNCH_TIERS = {
+    "80gb": (70e9, dict(seq_len=2048, seq_schedule=None, grad_accum=8)),
+    "48gb": (
+        35e9, dict(seq_len=1024, seq_schedule="512@0,1024@2000,2048@12000", grad_accum=16)
+    ),
+    "24gb": (20e9, dict(seq_len=512, seq_schedule="512@0,1024@12000", grad_accum=32)),
+    "16gb": (14e9, dict(seq_len=256, seq_schedule="256@0,512@12000", grad_accum=64)),
+}
+
 
 def gpu_tier(memory, typed=()):
     """Settings for a GPU with so many bytes (None: a CPU). A batch_size typed alone keeps the
@@ -1652,6 +1662,130 @@ class ExperimentArgs(TrainArgs, ExperimentFlags):
     chain_docs: int = again(EvaluateArgs, "chain_docs", 8)
 
 
+@dataclass
+class LaunchFlags:
+    "Launch"
+    run: bool = flag(False, "start it; without this flag only the plan is printed", "ignore")
+    tier: str = flag(
+        "none",
+        "lengths and --grad_accum for this memory of a GPU; auto = of the GPU that is here",
+        "ignore",
+        choices=("none", "auto", *LAUNCH_TIERS),
+    )
+    match: str = flag(
+        "none",
+        "params: the --d_ff that gives the variant as many parameters as the baseline has",
+        "ignore",
+        choices=("none", "params"),
+    )
+    run_root: str = flag("runs", "where run folders go", "ignore")
+    tag: str = flag("oneb", "the run folder is RUN_ROOT/TAG_VARIANT_seedSEED", "ignore")
+    tok_s: str = flag(
+        "10000-25000",
+        "tokens a second, for the hours: a number, two, or a run folder that measured it",
+        "ignore",
+    )
+    price: float = flag(
+        0.0, "of an hour of one GPU, for the cost; 0 = not known", "ignore", at_least=0
+    )
+    gpus: int = flag(1, "processes on this machine, one a GPU, by torchrun", "ignore", at_least=1)
+    python: str = flag(None, "the interpreter; none = the one that runs this", "ignore")
+    param_dtype: str = flag("fp32", "number type of the weights", choices=("fp32", "bf16"))
+    instrument: str = flag(
+        "off", "what train measures besides", choices=("off", "basic", "medium", "full")
+    )
+    analysis_every: int = flag(0, "steps between analyses; 0 = never", at_least=0)
+    save_optim: bool = flag(True, "the optimizer's state in checkpoints")
+
+
+@dataclass
+class LaunchArgs(TrainArgs, LaunchFlags):
+    examples = (
+        ("python -m run_1b_launch --data fineweb_1b.npy", "the plan of a run, and its command"),
+        ("python -m run_1b_launch --data fineweb_1b.npy --run", "the same, and start it"),
+        (
+            "python -m run_1b_launch --data fineweb_1b.npy --variant gqa --tier 24gb",
+            "another attention, for a smaller GPU",
+        ),
+    )
+    first = ("Launch",)
+    data_dir: str = again(DataFlags, "data_dir", "fineweb_1b.npy")
+    model: str = again(ModelFlags, "model", "backup")
+    attn: str = again(ModelFlags, "attn", "decoupled")
+    d_model: int = again(ModelFlags, "d_model", 2048)
+    n_layers: int = again(ModelFlags, "n_layers", 22)
+    n_heads: int = again(ModelFlags, "n_heads", 32)
+    d_ff: int = again(ModelFlags, "d_ff", 5632)
+    max_steps: int = again(OptimFlags, "max_steps", 20_000)
+    seq_len: int = again(OptimFlags, "seq_len", 1024)
+    seq_schedule: str = again(OptimFlags, "seq_schedule", "1024@0,2048@10000")
+    max_context: int = again(OptimFlags, "max_context", 2048)
+    batch_size: int = again(OptimFlags, "batch_size", 1)
+    grad_accum: int = again(OptimFlags, "grad_accum", 16)
+    optimizer: str = again(OptimFlags, "optimizer", "lion")
+    lr: float = again(OptimFlags, "lr", 2e-4)
+    activation_checkpointing: bool = again(OptimFlags, "activation_checkpointing", True)
+    save_interval: int = again(RunFlags, "save_interval", 0)
+    log_interval: int = again(RunFlags, "log_interval", 20)
+    if_exists: str = again(RunFlags, "if_exists", "suffix")
+    live: str = flag(
+        "off",
+        "console lines: plain (off), redrawn (basic), a view of the run (rich)",
+        "ignore",
+        choices=("auto", "off", "basic", "rich"),
+        rare=True,
+    )
+
+    @property
+    def run_dir(self):
+        return Path(self.run_root, f"{self.tag}_{variant_name(self)}_seed{self.seed}")
+
+    @property
+    def speeds(self):
+        """--tok_s as numbers, the lowest first; none if it names a run folder."""
+        found = re.fullmatch(r"([0-9.]{1,12})(?:-([0-9.]{1,12}))?", self.tok_s)
+        if not found:
+            return []
+        try:
+            return sorted(float(number) for number in found.groups() if number)
+        except ValueError:
+            return []
+
+    def problems(self):
+        if self.model != "backup":
+            yield f"--model {self.model}: the launcher plans the transformer: use python -m train"
+        for name in ("output_dir", "run_name"):
+            if getattr(self, name):
+                yield f"--{name}: the launcher names the folder: use --run_root and --tag"
+        if not re.fullmatch(r"\w[^/\\\0]*", self.tag):
+            yield f"--tag {self.tag}: must be a plain name (a path goes to --run_root)"
+        if self.batch_size * self.grad_accum % self.gpus:
+            yield (
+                f"--batch_size {self.batch_size} x --grad_accum {self.grad_accum} do not divide "
+                f"over --gpus {self.gpus}: change one of the three"
+            )
+        if self.speeds and self.speeds[0] <= 0:
+            yield f"--tok_s {self.tok_s}: must be above 0"
+
+
+def variant_name(args):
+    """The guide's name of an attention variant."""
+    return "baseline" if args.attn == "mha" else args.attn
+
+
+def launch_base(typed):
+    """The settings of run_1b_launch just above its defaults: a tier's, and what follows from what
+    was typed. A typed --seq_len, or a preset's, takes the place of the default schedule.
+    """
+    # together, so that the rate is taken for that of this optimizer
+    settings = {"lr": LaunchArgs.lr, "optimizer": typed.get("optimizer", LaunchArgs.optimizer)}
+    if typed.get("tier", "none") in LAUNCH_TIERS:
+        settings |= LAUNCH_TIERS[typed["tier"]][1]
+    if "seq_len" in typed or typed.get("preset", "none") != "none":
+        settings["seq_schedule"] = None
+    return settings
+
+
 COMMANDS = dict(
     train=TrainArgs,
     sample=SampleArgs,
@@ -1664,6 +1798,7 @@ COMMANDS = dict(
     report=ReportArgs,
     colab_train_eco=ColabArgs,
     run_experiments=ExperimentArgs,
+    run_1b_launch=LaunchArgs,
 )
 
 

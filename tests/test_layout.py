@@ -30,6 +30,7 @@ COMMANDS = [
 ON_COMMANDS = {"colab_train_eco": {"train"}}  # this command is another one with settings of its own
 NEEDS_NO_TORCH = sorted(  # --help is instant: whatever a command imports before it knows what to do
     {*COMMANDS, "config", "cli", "model_config", "studies", "training.lengths",
+     "training.footprint", "training.launch_plan",
      "evaluation.study_plan",
      "evaluation.study_report",
      *(name for name in TREES if name.startswith(("common", "text", "sampling", "serving")))}
