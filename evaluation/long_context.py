@@ -20,6 +20,7 @@ import math
 import numpy as np
 import torch
 
+import config
 from attention import CACHES
 from common.console import UserError, say
 from evaluation.estimators import cross_entropy, ratio
@@ -36,11 +37,17 @@ def examine(model, saved, documents, tokenizer, args):
     """What --lengths and --needle ask for -> what --out_json holds of it."""
     if not hasattr(model, "new_cache"):
         raise UserError("--lengths and --needle need a checkpoint, not an exported folder")
+    if model.cfg.framed:
+        raise UserError(
+            "--lengths and --needle read running text, and this model was trained on pairs: leave "
+            "them out"
+        )
     reason = settings.cannot_freeze(saved)
     if reason:
         raise UserError(f"--lengths and --needle read left to right, and {reason}")
     fast.store_cache(model, args.cache_dtype)
-    trained, batch = (saved.config["args"][name] for name in ("seq_len", "batch_size"))
+    trained = config.scored_length(saved)
+    batch = saved.config["args"]["batch_size"]
     lengths = args.lengths_asked or [trained // 2, trained, 2 * trained]
     longest = lengths[-1]
     rows = rows_of(documents, longest, args.batches * batch * trained // longest)

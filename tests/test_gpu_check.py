@@ -59,12 +59,11 @@ def test_one_part_that_fails_stops_no_other(tmp_path):
 
 
 def test_what_takes_too_long_is_cut_and_said(tmp_path):
-    words = ("--tiny", "--parts", "exact", "decode", "--seconds", "4")
+    words = ("--tiny", "--parts", "exact", "--seconds", "2")
     code, document, _, seconds = checked(tmp_path / "found.json", *words)
     assert code == 1 and seconds < 20
     assert document["parts"]["exact"]["state"] == "cut"
     assert "ended after its" in document["parts"]["exact"]["error"]
-    assert document["parts"]["decode"]["state"] in ("cut", "skipped")
 
 
 def test_wrong_figures_are_found_at_every_depth():

@@ -11,6 +11,7 @@ from tiny import nll_by_steps, tiny_model
 import evaluate
 import train
 from attention import CACHES
+from common.console import UserError
 from conftest import RUNS, TINY, call
 from evaluation import long_context
 from evaluation.held_out import measured
@@ -154,7 +155,7 @@ def test_both_commands_on_held_out_text(here, tmp_path, capsys, kind):
 def test_all_caches_of_the_transformer(here, tmp_path, capsys):
     for stored in CACHES:
         path = tmp_path / f"{stored}.json"
-        words = ("--lengths", 32, 64, "--needle", "--batches", 2, "--cache_dtype", stored)
+        words = ("--lengths", 48, "--needle", "--batches", 2, "--cache_dtype", stored)
         assert call(evaluate.main, RUNS["backup"], *words, "--out_json", path) == 0
     found = {stored: json.loads((tmp_path / f"{stored}.json").read_text()) for stored in CACHES}
     assert "cache" not in found["fp32"]
@@ -191,3 +192,9 @@ def test_a_model_that_only_knows_whole_rows_is_refused(here, tmp_path, capsys):
     assert call(train.main, *words, *quick) == 0
     assert call(evaluate.main, run, "--needle") == 2
     assert "not trained in blocks" in capsys.readouterr().err
+
+
+def test_a_model_of_pairs_is_refused():
+    model = tiny_model("primary", framed=True)
+    with pytest.raises(UserError, match="pairs"):
+        long_context.examine(model, None, [], None, None)
