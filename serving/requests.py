@@ -217,6 +217,8 @@ def settings_of(served, values, longest, mode=None, text=None):
     if text is not None:
         as_sent["max_new_tokens"] = "default"  # the gaps say how many
     origins["steps"] = "default"               # else it means the mode of the older guides
+    if mode is not None or text is not None:
+        origins["blockwise"] = "flag"          # another way than left to right is asked for
     args = suited(config.SampleArgs(**values, text=text), origins, saved, longest)
 
     if mode is None:

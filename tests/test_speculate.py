@@ -468,6 +468,7 @@ def resolved(line, blocks="T,8", length=32, causal=False):
     args, origins = cli.parse(config.SampleArgs, ["x", *shlex.split(line)], "sample")
     saved = SimpleNamespace(
         path="x",
+        step=10,
         config={
             "model": dict(block_size=64, n_layers=2, exits=False, causal=causal),
             "args": dict(train_block_sizes=blocks, seq_len=length, sample_steps=12),
