@@ -3,6 +3,7 @@ client harms nobody else.
 """
 import json
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -461,6 +462,121 @@ def test_a_token_is_needed_where_there_is_one(tmp_path):
     finally:
         assert running.stop() == 0
     assert "correct horse" not in running.log.read_text()
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def browser_page(running):
+    """The page in a real Chromium; it may say nothing to the console and ask for nothing outside.
+    """
+    sync = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser_path = next(filter(None, map(shutil.which, names)), None)
+    if not browser_path:
+        pytest.skip("no browser")
+    home = f"http://127.0.0.1:{running.port}/"
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(
+            executable_path=browser_path,
+            args=[
+                "--no-sandbox", "--disable-gpu", "--disable-quic",
+                "--disable-background-networking",
+            ],
+        )
+        page = browser.new_page(viewport={"width": 1000, "height": 900}, locale="en-GB")
+        trouble = []
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on(
+            "request", lambda request: request.url.startswith((home, "data:"))
+            or trouble.append(request.url)
+        )
+        page.goto(home)
+        page.wait_for_selector("#model:not(:empty)")
+        yield page
+        browser.close()
+    assert not [line for line in trouble if "400 (Bad Request)" not in line]
+
+
+def finished(page):
+    page.wait_for_selector("#copy:enabled")
+    wait_until(lambda: page.evaluate("!drawing"))
+
+
+def test_the_page_writes_replays_and_fills_gaps(browser_page, running):
+    page = browser_page
+    # type, and write by keyboard
+    page.fill("#prompt", PROMPT)
+    page.fill("#seed", "4")
+    page.focus("#prompt")
+    page.keyboard.press("Control+Enter")
+    finished(page)
+    settings = dict(mode="block_frozen", block_size=64, sampler="threshold", threshold=0.9)
+    right = complete(running.port, prompt=PROMPT, seed=4, max_tokens=127, **settings)
+    text = PROMPT + right["choices"][0]["text"]
+    shown = page.inner_text("#out").split("■")[0].rstrip()
+    assert shown == text
+    assert page.evaluate("run.text") == text
+    assert f"{right['aria']['forwards']} forwards" in page.inner_text("#numbers")
+    assert page.locator("#out .mask").count() == 0 < page.locator("#out .c4").count()
+
+    # the time slider, by keyboard
+    last = int(page.get_attribute("#time", "max"))
+    page.focus("#time")
+    page.keyboard.press("Home")
+    wait_until(lambda: page.evaluate("!drawing"))
+    assert page.inner_text("#when") == f"0 / {last}"
+    assert page.locator("#out .mask").count() == 64
+    page.keyboard.press("ArrowRight")
+    masks = page.locator("#out .mask").count()
+    assert masks < 64 and masks + page.evaluate("run.numbers[1].tokens") == 64
+
+    # gaps; Hindi; a link that gives the same again
+    page.fill("#prompt", "मैं कल ____ गया था और ____ खाए।")
+    page.click("#language")
+    assert page.inner_text("#write") == "लिखो" and page.get_attribute("html", "lang") == "hi"
+    assert page.is_disabled("#threshold") and page.is_disabled("#length")
+    page.click("#write")
+    finished(page)
+    _, filled = post(running.port, "/v1/infill", text="मैं कल ____ गया था और ____ खाए।", seed=4)
+    assert page.evaluate("run.text") == filled["choices"][0]["text"] == page.inner_text("#out")
+    page.click("#share")
+    link = page.url
+    assert "seed=4" in link and "#text=" in link
+    page.goto("about:blank")
+    page.goto(link)
+    page.wait_for_selector("#model:not(:empty)")
+    page.click("#write")
+    finished(page)
+    assert page.evaluate("run.text") == filled["choices"][0]["text"]
+
+    # a phone, in the dark
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.emulate_media(color_scheme="dark")
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(wide) == 0
+
+
+def test_the_page_stops_and_shows_errors(browser_page, running):
+    page = browser_page
+    before = metric(running.port, "aria_cancelled_total")
+    page.evaluate("at('length').value = 512; at('steps').value = 128; showValues()")
+    page.check("[value=full]")
+    page.fill("#prompt", "<img src=x onerror=alert(1)> " + PROMPT)
+    page.click("#write")
+    wait_until(lambda: page.evaluate("run.shots.length > 3"))
+    page.keyboard.press("Escape")
+    finished(page)
+    wait_until(lambda: metric(running.port, "aria_cancelled_total") == before + 1)
+    assert page.inner_text("#told") == "stopped" and page.locator("#out img").count() == 0
+    assert page.locator("#out .mask").count() > 0
+
+    page.evaluate("at('length').value = 1024; at('steps').value = 0; showValues()")
+    page.click("#write")
+    page.wait_for_selector("#error:not(:empty)")
+    assert "positions in the network" in page.inner_text("#error")
+    assert page.is_enabled("#write")
 
 
 # ---- broken clients ------------------------------------------------------------------------------
