@@ -518,9 +518,7 @@ class EcoLayer(nn.Module):
 
 class EcoHybrid(Denoiser):
     """The denoiser; its methods are the protocol at the top of model.py."""
-
-    def __init__(self, cfg):
-        super().__init__(cfg, [EcoLayer(cfg) for _ in range(cfg.n_layers)])
+    layer_type = EcoLayer
 
     # ---- training --------------------------------------------------------------------------------
 

@@ -233,17 +233,17 @@ class Exits(nn.Module):
 
 class Denoiser(nn.Module):
     """What both denoisers have in common; the protocol is at the top of model.py. A subclass has
-    states, step and new_cache, and for both_states
+    the class of its layers, layer_type(cfg); states, step and new_cache; and for both_states
 
         rows_of_step(x0, xt, block, first, with_clean) -> the ids of all rows that a step needs; the
             function from the states of these rows to (clean, noisy); what else a layer is given
     """
 
-    def __init__(self, cfg, layers):
+    def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.head = TiedEmbedding(cfg.rows, cfg.d_model, (cfg.pad_id, cfg.mask_id))
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(self.layer_type(cfg) for _ in range(cfg.n_layers))
         self.exits = Exits(cfg)
         self.recompute = False  # train.py's --activation_checkpointing
         initialise(self, depth=cfg.n_layers)
@@ -291,18 +291,46 @@ def initialise(model, std=0.02, depth=1):
     forgotten.
     """
     for name, p in model.named_parameters():
-        if name.endswith(("norm.weight", "early_norm")):
-            nn.init.ones_(p)
-        elif "conv." in name:
-            nn.init.normal_(p, std=p.shape[1] ** -0.5)
-        elif name.endswith(("null_key", "log_temperature")):
-            nn.init.zeros_(p)  # the score 0, the factor 1
-        elif "decay" in name or "slot" in name:
-            pass  # set by their module: they are constants with a meaning, not noise
-        elif p.dim() == 2:
-            scale = std if name.startswith("head") else p.shape[1] ** -0.5
-            if "out_proj" in name:
-                scale = scale / math.sqrt(2 * depth)
-            nn.init.normal_(p, std=scale)
-        else:
-            raise AssertionError(f"no initialisation rule for {name} {tuple(p.shape)}")
+        initialise_one(name, p, std, depth)
+
+
+def initialise_one(name, p, std=0.02, depth=1):
+    if name.endswith(("norm.weight", "early_norm")):
+        nn.init.ones_(p)
+    elif "conv." in name:
+        nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    elif name.endswith(("null_key", "log_temperature")):
+        nn.init.zeros_(p)  # the score 0, the factor 1
+    elif set_by_module(name):
+        pass  # constants with a meaning, not noise
+    elif p.dim() == 2:
+        scale = std if name.startswith("head") else p.shape[1] ** -0.5
+        if "out_proj" in name:
+            scale = scale / math.sqrt(2 * depth)
+        nn.init.normal_(p, std=scale)
+    else:
+        raise AssertionError(f"no initialisation rule for {name} {tuple(p.shape)}")
+
+
+def set_by_module(name):
+    return "decay" in name or "slot" in name
+
+
+def first_weights(model):
+    """What the parameters of a denoiser on the meta device would be if it had been built in memory,
+    one after the other, in the order of named_parameters(): the same random numbers, while never
+    more than one layer or one parameter is there.
+    """
+    # PyTorch draws weights for a matrix when it is made, which initialise() then replaces
+    constants = {}
+    for i in range(model.cfg.n_layers):
+        layer = model.layer_type(model.cfg)
+        for name, p in layer.named_parameters():
+            if set_by_module(name):
+                constants[f"layers.{i}.{name}"] = p.detach()
+    for name, p in model.named_parameters():
+        whole = constants.get(name)
+        if whole is None:
+            whole = torch.empty(p.shape)
+            initialise_one(name, whole, depth=model.cfg.n_layers)
+        yield whole

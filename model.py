@@ -130,9 +130,10 @@ class TransformerLayer(nn.Module):
 
 class Transformer(Denoiser):
     """The denoiser; its methods are the protocol at the top of this file."""
+    layer_type = TransformerLayer
 
     def __init__(self, cfg):
-        super().__init__(cfg, [TransformerLayer(cfg) for _ in range(cfg.n_layers)])
+        super().__init__(cfg)
         self.cache_type = CACHES["fp32"]  # whoever decodes may choose another one
 
     def table(self, positions):

@@ -949,6 +949,37 @@ def test_recomputed_layers_give_the_same_gradients(model, exits, block):
             assert not states.requires_grad, "an evaluation has nothing to recompute"
 
 
+@pytest.mark.parametrize("model", ["primary", "backup"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_error_inside_a_recomputed_layer_comes_out(model, call):
+    """Of the forward pass (1) or when the layer is computed again (2): the error itself, out of
+    memory too, and each layer ran once in each pass, not again by another way.
+    """
+    net = tiny(model, n_layers=3, memory_slots=2).train()
+    inside = net.layers[1].norm if model == "primary" else net.layers[1].attn_norm
+    real, calls = inside.forward, []
+
+    def failing(x):
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("raised inside layer 2")
+        return real(x)
+    inside.forward = failing
+    with pytest.raises(torch.OutOfMemoryError, match="raised inside layer 2"):
+        one_step(net, 48, True)
+    assert len(calls) == call
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters())
+
+    # and the same step can be done afterwards, with the same result
+    del inside.forward
+    net.zero_grad()
+    loss, grads, _ = one_step(net, 48, True)
+    again, plain, _ = one_step(tiny(model, n_layers=3, memory_slots=2).train(), 48, False)
+    assert loss == again
+    for name in plain:
+        torch.testing.assert_close(grads[name], plain[name], rtol=0, atol=1e-6)
+
+
 # clean rows, and noisy blocks with a front row each; the primary's blocks are all of one size
 ROWS = {
     ("primary", 48): 1 + 49,

@@ -22,11 +22,12 @@ from tiny import TINIER, scratch, tiny_config, tiny_model
 
 import checkpoint
 import checkpoint_shards
+import model_config
 from common.console import Damage, UserError
 from common.files import file_sha256, to_json
 from config import TrainArgs
 from model import build_model
-from training import distributed, optim
+from training import distributed, optim, rounding
 
 # two heads over three and four ranks: some of them hold nothing of a slot's names
 CFG = tiny_config("primary", 50, shape=TINIER)
@@ -71,16 +72,18 @@ def together(world, work, folder):
     return found
 
 
-def whole_model(seed=3):
+def unmade_model(seed=3, cfg=CFG):
+    """On the meta device: what --fsdp begins with."""
     torch.manual_seed(seed)
-    return build_model(CFG)
+    with torch.device("meta"):
+        return build_model(cfg)
 
 
 def trained(ranks):
     """A sharded model after two steps of AdamW, and the averages of it: (model, optimizer, ema).
     Every rank alike.
     """
-    model = ranks.to_device(whole_model(), torch.device("cpu"), None)
+    model = ranks.to_device(unmade_model(), torch.device("cpu"), None)
     optimizer, ema = (
         optim.make_optimizer(model, TrainArgs(optimizer="adamw")),
         optim.EMA(model, 0.9),
@@ -169,7 +172,8 @@ def test_other_numbers_of_ranks_read_it(saved, ram, world, source):
             checkpoint.load(ram / source, parts=()) if ranks.main else None
         )
         assert seen.model is None and seen.optimizer is None, "nobody holds the whole"
-        model = ranks.to_device(whole_model(seed=4), torch.device("cpu"), None, seen.files["model"])
+        model = unmade_model(seed=4)
+        model = ranks.to_device(model, torch.device("cpu"), None, seen.files["model"])
         same(whole(model.state_dict()), found.model)
         optimizer, ema = (
             optim.make_optimizer(model, TrainArgs(optimizer="adamw")),
@@ -397,6 +401,60 @@ def test_a_flipped_bit_in_any_shard_is_found(saved, tmp_path):
         (folder / name).write_bytes(data)
         with pytest.raises(Damage, match=re.escape(name)):
             checkpoint.load(folder, parts=())
+
+
+# ---- a model that no process holds ---------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_parts_are_those_of_the_plain_build(ram, kind, narrow):
+    """The same seed, the same weights, bit for bit; in bf16 they are rounded to the nearest."""
+    cfg = tiny_config(kind, 50, shape=TINIER, exits=True)
+    torch.manual_seed(3)
+    plain = build_model(cfg)
+    if narrow:
+        rounding.store_in_bf16(plain)
+
+    def work(ranks):
+        model = unmade_model(cfg=cfg)
+        if narrow:
+            rounding.store_in_bf16(model)
+        model = ranks.to_device(model, torch.device("cpu"), None)
+        same(whole(model.state_dict()), plain.state_dict())
+        return True
+    assert together(3, work, ram / f"parts {kind} {narrow}") == [True] * 3
+
+
+def peak_growth(work):
+    """Bytes by which this process was larger at its peak inside work() than before."""
+    def kilobytes(what):
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(re.search(rf"{what}:\s+(\d+) kB", status)[1])
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")        # the peak begins anew
+    before = kilobytes("VmRSS")
+    work()
+    return 1024 * (kilobytes("VmHWM") - before)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no Linux")
+def test_no_process_holds_the_whole(ram):
+    """Of two ranks each has half of the weights, and while it makes them hardly more: not the
+    whole, as it would take to build a model first and cut it then.
+    """
+    shape = dict(d_model=256, n_layers=16, n_heads=4, d_ff=1024, memory_slots=4)
+    cfg = tiny_config("backup", 1000, shape=shape)
+    size = 4 * model_config.count_params(cfg)
+
+    def work(ranks):
+        # what the libraries take at the first use
+        ranks.to_device(unmade_model(), torch.device("cpu"), None)
+        held = []
+        parts = peak_growth(lambda: held.append(
+            ranks.to_device(unmade_model(cfg=cfg), torch.device("cpu"), None)))
+        plain = peak_growth(lambda: held.append(build_model(cfg)))
+        return [parts / size, plain / size]
+    for parts, plain in together(2, work, ram / "peak"):
+        assert parts < 0.75 < 0.9 < plain, (parts, plain)
 
 
 # ---- gradients, without --fsdp -------------------------------------------------------------------

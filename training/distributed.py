@@ -31,7 +31,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+import layers
 from common.console import UserError
+from training.rounding import local
 
 # the environment that torchrun gives each process
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -197,20 +199,36 @@ class Ranks:
     # ---- weights, gradients, optimizer state -----------------------------------------------------
 
     def to_device(self, model, device, dtype, source=None):
-        """The model on its device, with rank 0's weights on every rank; with --fsdp only this
-        rank's part of them, filled from the checkpoint files `source` if given."""
+        """The model on its device, with rank 0's weights on every rank. With --fsdp it comes on the
+        meta device, and only this rank's part of it is made: filled from the checkpoint files
+        `source`, else with the first weights.
+        """
         if not self.sharded:
             model = model.to(device)
             if self.world > 1:
                 for p in model.parameters():
                     dist.broadcast(p.detach(), 0)
             return model
-        for p in model.parameters():
-            dist.broadcast(p.detach(), 0)
         model = shard(model, device, dtype, self.world)
+        model.to_empty(device=device)
         if source:
             sharded_checkpoints().read_into(source, model)
+        else:
+            self.fill(model)
         return model
+
+    @torch.no_grad()
+    def fill(self, model):
+        """The first weights of a sharded model: rank 0 draws one parameter after the other, and
+        each rank keeps its rows.
+        """
+        drawn = layers.first_weights(model) if self.main else itertools.repeat(None)
+        for p, whole in zip(model.parameters(), drawn, strict=False):
+            if whole is None:
+                whole = torch.empty(p.shape)
+            dist.broadcast(whole, 0)
+            rows = -(-len(whole) // self.world)
+            local(p).copy_(whole[self.rank * rows:(self.rank + 1) * rows])
 
     def replicate(self, loss):
         """The module whose forward is the loss -> the same, its gradients summed over the ranks

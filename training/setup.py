@@ -256,7 +256,9 @@ def build(run):
         part = "ema"
     if here:
         checkpoint.may_fit(run.cfg, saved.model)
-    model = build_model(run.cfg)
+    # with --fsdp in no memory: each rank makes its part in to_device
+    with torch.device("meta" if args.fsdp else "cpu"):
+        model = build_model(run.cfg)
     if here:
         checkpoint.load_into(model, getattr(saved, part))
     if args.param_dtype == "bf16":
