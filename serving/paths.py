@@ -120,7 +120,7 @@ class Client(Connection):
         """Every forward, for the page."""
         served = self.server.served
         request = requests.watched(self.body(), served)
-        shown = Shown(request, served.tokenizer, served.model.cfg.mask_id)
+        shown = Shown(request, served.tokenizer, served.model.cfg.mask_id, served.framed)
         for event in self.events_of(request.job):
             if not self.streaming:
                 self.begin_events()

@@ -26,9 +26,11 @@ from sampling.settings import (
     decode_settings,
     degenerate,
     idle,
+    opening,
     suited,
     too_few,
     trained_blocks,
+    usual_block,
 )
 from serving.errors import wrong
 from serving.worker import Job
@@ -86,6 +88,11 @@ class Served:
     @property
     def causal(self):
         return self.model.cfg.causal
+
+    @property
+    def framed(self):
+        """Was it trained on pairs? Then a text is the answer to its prompt."""
+        return self.model.cfg.framed
 
 
 class Request(NamedTuple):
@@ -231,7 +238,9 @@ def settings_of(served, values, longest, mode=None, text=None):
         settings = decode_settings(args, saved, mode, eos_id)
     except UserError as error:
         raise wrong(str(error).replace("--", "")) from None
-    settings = written.with_window(settings, served.model, saved.config["args"]["seq_len"])
+    settings = written.with_window(settings, served.model, config.trained_length(saved))
+    if served.framed:
+        settings.null_prompt = tuple(opening(served.tokenizer, "", framed=True))
 
     notices = []
     if not served.causal:
@@ -291,15 +300,16 @@ def must_be_bounded(served, settings, prompt_length, texts):
 def described(served):
     """What a client can know of the model: what it gets without settings, and the bounds."""
     settings, _ = settings_of(served, {}, 1)
-    trained = served.saved.config["args"]["seq_len"]
     return {
         "kind": served.model.cfg.model,
         "parameters": model_config.count_params(served.model.cfg),
         "step": served.saved.step,
         "left_to_right_only": served.causal,
         "can_freeze": not cannot_freeze(served.saved),
-        "trained_length": trained,
+        "fills_gaps": not served.causal and not served.framed,
+        "trained_length": config.trained_length(served.saved),
         "trained_blocks": sorted(set(trained_blocks(served.saved)), reverse=True),
+        "usual_block": usual_block(served.saved),
         "max_length": served.max_length,
         "defaults": {
             "mode": settings.mode,
@@ -340,7 +350,7 @@ def continued(body, served, watched):
     if texts > MOST_TEXTS:
         raise wrong(f"{texts} texts in one request: at most {MOST_TEXTS}", "n")
     tokenizer = served.tokenizer
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    ids = [opening(tokenizer, prompt, served.framed) for prompt in prompts]
     longest = max(map(len, ids))
     settings, notices = settings_of(served, values, longest, mode_of(body, served))
     block = must_be_bounded(served, settings, longest, texts)
@@ -359,8 +369,8 @@ def continued(body, served, watched):
 def infill(body, served, watched=False):
     """The body of POST /v1/infill -> Request."""
     known_fields(body, served, (*OF_GAPS, "model", "text", "user"))
-    if served.causal:
-        raise wrong(f"{served.name} was trained left to right alone and fills no gaps")
+    if served.causal or served.framed:
+        raise wrong(f"{served.name} fills no gaps: it was trained left to right alone, or on pairs")
     text = text_of(body, "text")
     values = flag_values(body, OF_GAPS)
     n = values.pop("num_samples", 1)

@@ -1,7 +1,7 @@
 """What the page is sent of a text that is being written: after each forward the parts of the block
 that have changed, as words with their confidence.
 
-    shown = Shown(request, tokenizer, mask_id)
+    shown = Shown(request, tokenizer, mask_id, framed)
     start = shown.start()                       # all positions as they are at the beginning
     change = shown.step(event)                  # a worker.Step
 
@@ -16,8 +16,9 @@ from text.tokenizer import opens_cluster
 class Shown:
     """The parts that the page has, so that only changes are sent."""
 
-    def __init__(self, request, tokenizer, mask_id):
+    def __init__(self, request, tokenizer, mask_id, framed):
         self.request = request
+        self.framed = framed                    # a model of pairs: the text is an answer
         self.tokenizer = tokenizer
         self.mask_id = mask_id
         self.eos_id = request.settings.eos_id
@@ -45,6 +46,8 @@ class Shown:
             self.parts = self.parts_of(1, ids[1:], [1.0] * (len(ids) - 1))
         else:
             found["prompt"] = self.request.prompts[0]
+            if self.framed:
+                found["prompt"] += "\n"         # an answer is no part of its prompt
             end = len(ids) + self.request.block
             self.block = (len(ids), end)
             self.parts = [{"at": at, "n": 1} for at in range(len(ids), end)]
@@ -112,7 +115,9 @@ class Shown:
             text = request.gapped.filled(ids)
             tokens = request.gapped.masked
         else:
-            text = request.prompts[0] + self.tokenizer.written(ids)
+            text = self.tokenizer.written(ids)
+            if not self.framed:
+                text = request.prompts[0] + text
             tokens = len(result.full_rows[0])
         job = request.job
         return {

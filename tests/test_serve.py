@@ -326,7 +326,7 @@ def test_a_part_waits_for_the_rest_of_its_letter(model):
         settings=Settings(20, 1, eos_id=tokenizer.eos_id), gapped=None,
         job=SimpleNamespace(prompts=[[2]]),
     )
-    shown = steps.Shown(request, tokenizer, mask)
+    shown = steps.Shown(request, tokenizer, mask, framed=False)
     alone = shown.parts_of(1, [mask, sign], [1, 0.5])
     assert alone == [{"at": 1, "n": 1}, {"at": 2, "n": 1, "text": "", "p": 0.5}]
     letter = tokenizer.encode("म")
@@ -773,7 +773,7 @@ def test_usage_errors_are_one_sentence(tmp_path, running, capsys):
 
 def test_a_model_that_reads_left_to_right_fills_no_gaps(model):
     writer, tokenizer, saved = model
-    causal = SimpleNamespace(cfg=SimpleNamespace(causal=True, model="primary"))
+    causal = SimpleNamespace(cfg=SimpleNamespace(causal=True, framed=False, model="primary"))
     served = served_of((causal, tokenizer, saved))
     with pytest.raises(Refused, match="fills no gaps"):
         requests.infill(dict(text="a ____"), served)
