@@ -258,12 +258,12 @@ def words_of(settings):
 
 
 def trained(figures, name, settings, deadline, kill_after=0):
-    """A training, put into the figures under this name. kill_after: it is killed with SIGKILL
-    behind the checkpoint of this step, and resumed.
+    """A training, put into the figures under this name; one of the 1B reads GPT-2's ids, if there
+    are any. kill_after: it is killed with SIGKILL behind the checkpoint of this step, and resumed.
     """
     run = figures.folder / "runs" / name
     run.parent.mkdir(exist_ok=True)
-    large = settings.get("seq_len") == ONE_B["seq_len"]
+    large = "attn" in settings
     words = ["--data_dir", str(text_for(figures, large)), "--output_dir", str(run)]
     words += words_of(settings)
     told = {"command": " ".join(words_of(settings))}
