@@ -1690,7 +1690,6 @@ class LaunchFlags:
     )
     gpus: int = flag(1, "processes on this machine, one a GPU, by torchrun", "ignore", at_least=1)
     python: str = flag(None, "the interpreter; none = the one that runs this", "ignore")
-    param_dtype: str = flag("fp32", "number type of the weights", choices=("fp32", "bf16"))
     instrument: str = flag(
         "off", "what train measures besides", choices=("off", "basic", "medium", "full")
     )
@@ -1724,6 +1723,7 @@ class LaunchArgs(TrainArgs, LaunchFlags):
     grad_accum: int = again(OptimFlags, "grad_accum", 16)
     optimizer: str = again(OptimFlags, "optimizer", "lion")
     lr: float = again(OptimFlags, "lr", 2e-4)
+    param_dtype: str = again(OptimFlags, "param_dtype", "bf16")
     activation_checkpointing: bool = again(OptimFlags, "activation_checkpointing", True)
     save_interval: int = again(RunFlags, "save_interval", 0)
     log_interval: int = again(RunFlags, "log_interval", 20)

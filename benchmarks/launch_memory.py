@@ -29,9 +29,10 @@ SIZES = (
     "--d_model 1024 --n_layers 10 --n_heads 16 --d_ff 2816 --seq_len 512 --batch_size 1",
 )
 KINDS = (
-    "--no_amp",
-    "--no_amp --no_activation_checkpointing",
-    "--amp --optimizer adamw",
+    "--no_amp --param_dtype fp32",
+    "--no_amp --param_dtype fp32 --no_activation_checkpointing",
+    "--amp --param_dtype fp32 --optimizer adamw",
+    "--amp --param_dtype bf16",
 )
 NOTHING = "--d_model 8 --n_layers 1 --n_heads 1 --d_ff 8 --seq_len 16 --batch_size 1"
 STEPS = 3
@@ -83,9 +84,11 @@ def plan_of(argv):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", type=int, choices=range(len(SIZES)))
+    parser.add_argument("--kind", type=int, choices=range(len(KINDS)))
     parser.add_argument("--kept", action="store_true")
     asked = parser.parse_args()
     sizes = range(len(SIZES)) if asked.only is None else [asked.only]
+    kinds = KINDS if asked.kind is None else [KINDS[asked.kind]]
     allocators = ALLOCATORS if asked.kept else ["lives"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -94,12 +97,12 @@ def main():
             "--eval_interval 0 --no_show_samples --save_interval 0 --grad_accum 2 "
             "--train_block_sizes 4 --ar_fade 0"
         )
-        plan, words = plan_of(f"{common} {NOTHING} --no_amp".split())
+        plan, words = plan_of(f"{common} {NOTHING} --no_amp --param_dtype fp32".split())
         base = {}
         for allocator in allocators:
             base[allocator] = peak_of(words, folder, allocator) - plan.peak.total
             print(f"Python and PyTorch, {allocator}: {base[allocator] / 1e9:.3f} GB", flush=True)
-        for size, kind in itertools.product(sizes, KINDS):
+        for size, kind in itertools.product(sizes, kinds):
             plan, words = plan_of(f"{common} {SIZES[size]} {kind}".split())
             planned = plan.peak.total
             line = f"{size} {kind}: {plan.params / 1e6:.0f}M, planned {planned / 1e9:.3f} GB"

@@ -127,6 +127,7 @@ class Moments:
         self.shape = shape
         self.rows = rows
         self.number = 2 if mixed else 4
+        self.weight = 2 if args.param_dtype == "bf16" else 4        # bytes of a weight
         self.shards = ranks if args.fsdp else 1
         share = max(1, args.rows_at(length) // ranks)
         self.micro = min(args.batch_at(length), share)
@@ -163,13 +164,13 @@ class Moments:
         params = count_params(self.shape)
         if self.accumulates:
             gradients = 4 * params
-        optimizer = {"adamw": 8, "lion": 4, "muon": 4}[self.args.optimizer] * params
+        optimizer = {"adamw": 2, "lion": 1, "muon": 1}[self.args.optimizer] * params
         if self.args.optimizer == "muon":
-            optimizer += 4 * self.head                              # AdamW takes the embedding
+            optimizer += self.head                                  # AdamW takes the embedding
         parts = {
-            "weights": 4 * params,
+            "weights": self.weight * params,
             "gradients": gradients,
-            "optimizer": optimizer,
+            "optimizer": self.weight * optimizer,
             "average": 4 * params if self.args.ema else 0,
         }
         return {name: size / self.shards for name, size in parts.items()}
@@ -194,8 +195,8 @@ class Moments:
         return layers * each + mask
 
     def copies(self, layers):
-        """16-bit copies of the matrices of so many layers, made by autocast."""
-        if self.number == 4 or self.shards > 1:
+        """16-bit copies of the matrices of so many layers, made by autocast of float32 ones."""
+        if self.number == self.weight or self.shards > 1:
             return 0
         return self.number * layers * layer_matrices(self.shape)
 
@@ -207,7 +208,7 @@ class Moments:
         logits = self.chunk_of_logits()
         logits += 4 * self.head                                     # the gradient of its matrix
         copies = self.copies(layers)
-        if self.number == 2:
+        if self.number < self.weight:
             copies += self.number * self.head
         # input, normalised input and output of the last norm; answers; states and their gradient
         states = self.row * (3 * self.both + 2 * self.asked)
@@ -278,12 +279,13 @@ class Moments:
         }
 
     def update(self):
-        """Lion has one tensor as large as the largest for a while, Muon two and a half."""
-        largest = {
-            "adamw": 0,
-            "lion": 4 * max(self.head, 2 * self.shape.d_model * self.shape.d_ff),
-            "muon": 10 * 2 * self.shape.d_model * self.shape.d_ff,
-        }
+        """What the optimizer takes for a while, of the largest tensor: Lion one like it, Muon two
+        and a half; of bf16 weights Muon five float32 ones, the others some pieces.
+        """
+        matrix = 2 * self.shape.d_model * self.shape.d_ff
+        largest = {"adamw": 0, "lion": 4 * max(self.head, matrix), "muon": 10 * matrix}
+        if self.weight == 2:
+            largest = {"adamw": 1e8, "lion": 1e8, "muon": 20 * matrix}
         return self.fixed(gradients=4 * count_params(self.shape)) | {
             "copies": largest[self.args.optimizer] / self.shards,
             "activations": 0,

@@ -47,7 +47,6 @@ SHAPE = {
 TRAIN_KNOWS = {field.name for field in dataclasses.fields(TrainArgs)}
 # flags of the launcher that train may lack -> the value that is what train does without them
 WITHOUT = {
-    "param_dtype": "fp32",
     "instrument": "off",
     "analysis_every": 0,
     "save_optim": True,
