@@ -657,6 +657,13 @@ class RunFlags:
     )
     keep_last: int = flag(0, "numbered checkpoints kept; 0 = all", at_least=0, rare=True)
     keep_full: int = flag(2, "newest ones that keep the optimizer file", at_least=1, rare=True)
+    save_optim: bool = flag(
+        True,
+        "optimizer state in checkpoints; without it a resume begins with a fresh optimizer",
+        "ignore",
+        rare=True,
+        later=True,
+    )
     if_exists: str = flag(
         "archive",
         "a fresh start in a used folder",
@@ -1052,6 +1059,7 @@ class TrainArgs(
             (("compile_mode",), not self.compile, "it needs --compile"),
             (("amp_dtype",), self.amp == "off", "--no_amp is given"),
             (("eval_batches",), not self.eval_interval, "--eval_interval 0 never validates"),
+            (("keep_full",), not self.save_optim, "--no_save_optim keeps no optimizer file"),
             (("keep_last",), not self.save_interval, "--save_interval 0 keeps the latest only"),
             (("reset_optimizer",), not (self.resume or self.resume_latest), "nothing is resumed"),
         )

@@ -20,6 +20,7 @@ import pytest
 import torch
 from tiny import TINIER, tiny_model
 
+import checkpoint
 import cli
 import config
 import conftest
@@ -299,6 +300,18 @@ def test_resume_equals_the_uninterrupted_run(text, tmp_path, kind, optimizer):
         ends[0][key] == ends[1][key]
         for key in ("position", "tokens_seen", "skipped", "ema_updates")
     )
+
+
+def test_a_checkpoint_without_the_optimizer(text, tmp_path, capsys):
+    """--no_save_optim: no file of it, and a resume says that it begins with a fresh one."""
+    run = tmp_path / "run"
+    words = ("--max_steps", 2, "--no_save_optim")
+    assert fresh(text, run, *HARD, *words) == 0
+    saved = checkpoint.load(run, parts=checkpoint.PARTS)
+    assert saved.optimizer is None and saved.model
+    capsys.readouterr()
+    assert call("--resume", run, "--max_steps", 4) == 0
+    assert "the optimizer starts fresh" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("kind, optimizer", [("primary", "muon"), ("backup", "adamw")])

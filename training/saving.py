@@ -24,7 +24,7 @@ def save(run, is_best=False, score=None):
     tensors = {
         "model": run.model.state_dict(),
         "ema": run.ema.state() if run.ema else None,
-        "optimizer": run.optimizer.state_tensors(),
+        "optimizer": run.optimizer.state_tensors() if run.args.save_optim else None,
     }
     return run.ranks.save(functools.partial(write, run, is_best, score), **tensors)
 
