@@ -227,10 +227,12 @@ class Moments:
         if self.number == 4:
             # log-probabilities, and a copy for their sum; or the product of the matrix's gradient
             return max(8 * logits + 4 * before, 4 * logits + 4 * self.head)
+        # a CPU widens a 16-bit product before it adds it to float32 numbers
+        product = 6 if self.args.device == "cpu" else 2
         return max(
             6 * logits + 6 * before,                                # in 16 bits, then in 32
             8 * logits + 2 * before,
-            6 * logits + 2 * self.head,
+            6 * logits + product * self.head,
         )
 
     def head_backward(self):
