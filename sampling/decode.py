@@ -643,6 +643,24 @@ def temperature(settings, step, steps):
     return start + step / max(1, steps - 1) * (end - start)
 
 
+def choose(look, logits, count, settings, generator):
+    """Which of the positions that are looked at (N,) the rule reveals.
+
+    In the answer of a model of pairs, nothing behind the first end that it guesses, and the end
+    only with all before it: the surest positions are those behind the answer, and an answer that is
+    told early where it ends gets too short.
+    """
+    rule = LOOKING[settings.sampler]
+    ends = np.flatnonzero(logits.argmax(-1) == settings.eos_id)
+    if settings.null_prompt is None or not len(ends):
+        return rule(look, count, settings, generator)
+    end = ends[0]
+    chosen = rule(Look(logits[:end + 1]), count, settings, generator)
+    if len(chosen) == end + 1:
+        return chosen
+    return rule(Look(logits[:end]), count, settings, generator)
+
+
 def reveal(canvas, turn, logits, lo, hi, heat, settings):
     """Choose among the positions of one row, draw their tokens, write them."""
     row = turn.row
@@ -657,7 +675,7 @@ def reveal(canvas, turn, logits, lo, hi, heat, settings):
     look = Look(logits)
     chosen = slice(None)
     if turn.count is not None:
-        chosen = LOOKING[settings.sampler](look, turn.count, settings, generator)
+        chosen = choose(look, logits, turn.count, settings, generator)
     tokens = unmasking.draw(logits[chosen], heat, settings, generator)
     positions = lo + turn.look_at[chosen]
     canvas.ids[row, positions] = tokens

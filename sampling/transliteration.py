@@ -22,16 +22,18 @@ from text.transliterate import parts
 BATCH = 64            # parts that are answered at once
 LEAST_ROOM = 0.4      # of a row, for the answer
 LATIN = re.compile("[a-zA-Z]")
-RULE = dict(
-    sampler="threshold", temperature=0.0, top_k=0, blockwise=True, frozen_context=True
-)
+RULE = dict(temperature=0.0, top_k=0, blockwise=True, frozen_context=True)
 
 
 # ---- what is asked for ---------------------------------------------------------------------------
 
 def with_rule(args, origins):
-    """The arguments with the rule for an answer that is almost fixed by its question."""
+    """The arguments with the likeliest answer, left to right: the best and, with small models, the
+    fastest (docs/CPU_GUIDE.md). A --sampler or --block_size that was typed stays.
+    """
     found = {name: value for name, value in RULE.items() if getattr(args, name) is None}
+    if args.sampler is None and not args.block_size:
+        found["block_size"] = 1
     chosen = dict.fromkeys(found, "transliterate")
     return dataclasses.replace(args, **found), origins | chosen
 

@@ -15,9 +15,11 @@ import masking
 import sample
 import train
 from common.console import UserError
+from sampling import decode
 from sampling.decode import generate
 from sampling.settings import Settings, opening
 from sampling.torch_model import TorchModel
+from sampling.unmasking import Look
 from text import transliterate
 from text.build import build
 from text.dataset import TokenData
@@ -239,6 +241,23 @@ def test_guidance_goes_from_the_null_prompt_to_the_prompt(kind, mode):
     assert write(prompt, 0.0) == bare
     assert write(prompt, 1.0 + 1e-9) == plain
     assert write(null, 3.0) == bare, "nothing to be guided by"
+
+
+@pytest.mark.parametrize("guesses, sure, wanted", [
+    ([7, EOS, EOS, EOS], [0.3, 0.5, 0.6, 0.99], [0]),         # not the end, nor what is behind it
+    ([7, EOS, EOS, EOS], [0.95, 0.95, 0.6, 0.99], [0, 1]),    # the end, with all before it
+    ([EOS, 7, 7, EOS], [0.4, 0.99, 0.99, 0.99], [0]),
+    ([7, 8, 9, 7], [0.99, 0.2, 0.95, 0.3], [0, 2]),           # no end in sight
+])
+def test_an_answer_is_not_told_early_where_it_ends(guesses, sure, wanted):
+    p = np.full((4, 20), 1e-9)
+    for row, guess, chance in zip(p, guesses, sure, strict=True):
+        row[:] = (1 - chance) / 19
+        row[guess] = chance
+    logits = np.log(p).astype(np.float32)
+    settings = Settings(4, 4, sampler="threshold", eos_id=EOS, null_prompt=(BOS, SEP))
+    chosen = decode.choose(Look(logits), logits, 1, settings, None)
+    assert sorted(chosen.tolist()) == wanted
 
 
 @pytest.fixture(scope="module")
