@@ -1702,7 +1702,6 @@ class LaunchFlags:
         "off", "what train measures besides", choices=("off", "basic", "medium", "full")
     )
     analysis_every: int = flag(0, "steps between analyses; 0 = never", at_least=0)
-    save_optim: bool = flag(True, "the optimizer's state in checkpoints")
 
 
 @dataclass

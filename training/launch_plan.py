@@ -49,7 +49,6 @@ TRAIN_KNOWS = {field.name for field in dataclasses.fields(TrainArgs)}
 WITHOUT = {
     "instrument": "off",
     "analysis_every": 0,
-    "save_optim": True,
 }
 
 
