@@ -129,6 +129,7 @@ def test_a_terminal_stops_a_text_and_keeps_what_was_typed(here, tmp_path):
         until(b"up to 4 tokens")
         os.write(terminal, b"mai kal\n")
         until(b"[4 tokens")
+        until(b"> ")                      # before that, an end of input would get lost
         os.write(terminal, b"\x04")
         _, status = os.waitpid(pid, 0)
         assert status == 0
