@@ -124,7 +124,7 @@ class Engine:
         options.log_severity_level = 3
         # the graphs are fused as they are written: a search for more takes longer than it gives
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if cores_are_free(self.threads):
+        if a_core_is_free():
             # between the products of a call a thread waits busily, as waking it takes longer than a
             # product of one row; between calls all sleep
             options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -193,16 +193,14 @@ def default_threads():
     return min(cores, 8)
 
 
-def cores_are_free(threads):
-    """Is there a core for each thread? A thread that waits busily for one without a core makes
-    everything slower.
+def a_core_is_free():
+    """Has the machine less to do than it has cores? A thread that waits busily for one without a
+    core makes everything slower.
     """
     try:
-        others = os.getloadavg()[0]
-        cores = len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):  # macOS has no affinity, Windows neither
+        return os.getloadavg()[0] < os.cpu_count()
+    except (AttributeError, OSError):  # Windows
         return True
-    return others + threads < cores + 1
 
 
 def whole(ids):
