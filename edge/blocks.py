@@ -1,9 +1,9 @@
 """Matrices in 8 or 4 bits. numpy only.
 
-pack_rows: bytes with a scale for each output. pack: blocks of weights that share a scale. Both are
-laid out as ONNX Runtime's MatMulNBits reads them: value = (code - middle) * scale, middle 128 or 8.
-even: what is done before, so that less is lost. Legend: O outputs, I inputs of a matrix, n blocks
-of a row, b weights of a block.
+pack_rows: bytes with a scale for each output. pack: 4 bits, blocks of weights that share a scale.
+Both are laid out as ONNX Runtime's MatMulNBits reads them: value = (code - middle) * scale, middle
+128 or 8. even: what is done before, so that less is lost. Legend: O outputs, I inputs of a matrix,
+n blocks of a row, b weights of a block.
 """
 import numpy as np
 
@@ -39,28 +39,26 @@ def turned(codes, inputs):
     return (np.ascontiguousarray(flat.T) ^ MIDDLE).view(np.int8)
 
 
-def pack(weight, bits, block):
-    """(O, I) float32 -> codes (O, n, b * bits / 8) uint8, scales (O, n) float32."""
+def pack(weight, block):
+    """(O, I) float32 -> codes of 4 bits, two in a byte, (O, n, b / 2) uint8, scales (O, n) float32.
+    """
     parts = split(weight, block)
-    if bits == 8:
-        scale = np.abs(parts).max(-1) / 127                                        # (O, n)
-    else:
-        # the value that is farthest from 0 becomes the code 0, as 4 bits reach from -8 to 7
-        far = np.abs(parts).argmax(-1)[..., None]                                  # (O, n, 1)
-        scale = np.take_along_axis(parts, far, -1)[..., 0] / -8                    # (O, n)
-    middle = 1 << (bits - 1)
+    # the value that is farthest from 0 becomes the code 0, as 4 bits reach from -8 to 7
+    far = np.abs(parts).argmax(-1)[..., None]                                      # (O, n, 1)
+    scale = np.take_along_axis(parts, far, -1)[..., 0] / -8                        # (O, n)
     divisor = np.where(scale == 0, 1, scale)[..., None]
-    codes = np.clip(np.round(parts / divisor) + middle, 0, 2 * middle - 1).astype(np.uint8)
-    if bits == 4:
-        codes = codes[..., 0::2] | codes[..., 1::2] << 4
-    return codes, scale.astype(np.float32)
+    codes = np.clip(np.round(parts / divisor) + 8, 0, 15).astype(np.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, scale.astype(np.float32)
 
 
 def unpack(codes, scale, bits, inputs):
-    """What pack made -> the weights that the product uses, (O, inputs) float32."""
+    """What pack or pack_rows made -> the weights that the product uses, (O, inputs) float32; scale
+    (O, n), or (O, 1) for all blocks of an output.
+    """
+    middle = MIDDLE
     if bits == 4:
         codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(*codes.shape[:2], -1)
-    middle = 1 << (bits - 1)
+        middle = 8
     values = (codes.astype(np.float32) - middle) * scale[..., None]                # (O, n, b)
     return values.reshape(len(values), -1)[:, :inputs]
 

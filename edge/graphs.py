@@ -243,7 +243,7 @@ class Products:
         if self.bits == 32:
             return graph.op("MatMul", x, graph.weight(name, matrix.T))
         if self.bits == 4:
-            codes, scales = blocks.pack(matrix, self.bits, self.block)
+            codes, scales = blocks.pack(matrix, self.block)
             codes = graph.weight(f"{name}.codes", codes)
             scales = graph.weight(f"{name}.scales", scales.reshape(-1))
             return self.in_blocks(graph, x, codes, scales, matrix.shape, self.bits, self.block)

@@ -22,6 +22,7 @@ import cli
 import config
 import model_config
 import run_experiments as experiments
+from browser import a_page
 from common.console import UserError
 from common.files import read_lines
 from common.flags import to_dict
@@ -604,12 +605,6 @@ def test_a_matrix_without_matplotlib_is_no_failure(folder, monkeypatch, capsys):
 
 
 def test_the_report_opens_in_a_browser_and_the_page_of_results_is_renewed(folder):
-    sync = pytest.importorskip("playwright.sync_api")
-    browser_path = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if not browser_path:
-        pytest.skip("no browser")
     pytest.importorskip("matplotlib")
     (folder / "out/results.md").write_text(
         "# Kept\n\n<!-- begin out -->\nold\n<!-- end out -->\n\nKept, too.\n"
@@ -622,17 +617,8 @@ def test_the_report_opens_in_a_browser_and_the_page_of_results_is_renewed(folder
         and page_text.count("Kept") == 2
         and page_text.count("| backup_continuous_token |") == 1
     )
-    with sync.sync_playwright() as play:
-        browser = play.chromium.launch(
-            executable_path=browser_path,
-            args=[
-                "--no-sandbox", "--disable-gpu", "--disable-quic",
-                "--disable-background-networking",
-            ],
-        )
-        page = browser.new_page(viewport={"width": 1000, "height": 900})
-        trouble, asked = [], []
-        page.on("console", lambda message: trouble.append(message.text))
+    asked = []
+    with a_page() as (page, trouble):
         page.on("request", lambda request: asked.append(request.url))
         page.goto((folder / "out/report.html").as_uri())
         widths = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth)")
@@ -640,7 +626,6 @@ def test_the_report_opens_in_a_browser_and_the_page_of_results_is_renewed(folder
         overflow = page.evaluate(
             "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
-        browser.close()
     assert len(widths) == 2 and min(widths) > 400 and not trouble and overflow <= 0
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     lines = latest(folder / "out/results.jsonl").values()

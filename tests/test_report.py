@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from browser import BROWSER
 from hypothesis import given, settings, strategies as st
 
 import config
@@ -187,11 +188,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "a.html").read_text(encoding="utf-8") == page
     with pytest.raises(UserError, match="cannot write"):
         report.main([str(run), "--out", str(tmp_path / "no/such/a.html")])
-
-
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no browser here")

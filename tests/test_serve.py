@@ -3,7 +3,6 @@ client harms nobody else.
 """
 import json
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from http.client import HTTPConnection
 from types import SimpleNamespace
 
 import pytest
+from browser import a_page
 from conftest import call
 
 import config
@@ -470,24 +470,8 @@ def test_a_token_is_needed_where_there_is_one(tmp_path):
 def browser_page(running):
     """The page in a real Chromium; it may say nothing to the console and ask for nothing outside.
     """
-    sync = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser_path = next(filter(None, map(shutil.which, names)), None)
-    if not browser_path:
-        pytest.skip("no browser")
     home = f"http://127.0.0.1:{running.port}/"
-    with sync.sync_playwright() as play:
-        browser = play.chromium.launch(
-            executable_path=browser_path,
-            args=[
-                "--no-sandbox", "--disable-gpu", "--disable-quic",
-                "--disable-background-networking",
-            ],
-        )
-        page = browser.new_page(viewport={"width": 1000, "height": 900}, locale="en-GB")
-        trouble = []
-        page.on("console", lambda message: trouble.append(message.text))
-        page.on("pageerror", lambda error: trouble.append(str(error)))
+    with a_page(locale="en-GB") as (page, trouble):
         page.on(
             "request", lambda request: request.url.startswith((home, "data:"))
             or trouble.append(request.url)
@@ -495,7 +479,6 @@ def browser_page(running):
         page.goto(home)
         page.wait_for_selector("#model:not(:empty)")
         yield page
-        browser.close()
     assert not [line for line in trouble if "400 (Bad Request)" not in line]
 
 

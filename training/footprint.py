@@ -3,10 +3,11 @@
     peak = footprint(args, shape, length=2048, mixed=True)
     peak.total, peak.parts, peak.moment     # bytes; {part: bytes} that add up; when it is reached
 
-Used by training/launch_plan.py. No torch: a plan has to be instant. The peak is the largest of
-several moments of a step, and the parts are those of that moment. What autograd keeps of a layer is
-checked against autograd itself, the totals against the peak of real processes (docs/LAUNCH_1B.md).
-Not in it: the interpreter with PyTorch, a GPU's context and the allocator's own losses.
+Used by training/launch_plan.py, and of_a_parameter by recovery.py and setup.py. No torch: a plan
+has to be instant. The peak is the largest of several moments of a step, and the parts are those of
+that moment. What autograd keeps of a layer is checked against autograd itself, the totals against
+the peak of real processes (docs/LAUNCH_1B.md). Not in it: the interpreter with PyTorch, a GPU's
+context and the allocator's own losses.
 
 Legend: D width, V vocabulary rows, E numbers of a head's key; a row is one input of a layer, of the
 clean stream or of a noisy block; `number` is the bytes of a number in the products.
@@ -45,6 +46,18 @@ def footprint(args, shape, length, mixed, ranks=1):
                 moments[name] = parts
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return Footprint(moments[moment], moment)
+
+
+def of_a_parameter(args):
+    """Bytes of one parameter: {part: bytes}. In Muon, the embedding has AdamW's state."""
+    weight = 2 if args.param_dtype == "bf16" else 4
+    kept = {"adamw": 2, "lion": 1, "muon": 1}[args.optimizer]
+    return {
+        "weights": weight,
+        "gradients": 4,
+        "optimizer": weight * kept,
+        "average": 4 if args.ema else 0,
+    }
 
 
 def step_rows(args, shape, length):
@@ -127,7 +140,8 @@ class Moments:
         self.shape = shape
         self.rows = rows
         self.number = 2 if mixed else 4
-        self.weight = 2 if args.param_dtype == "bf16" else 4        # bytes of a weight
+        self.each = of_a_parameter(args)
+        self.weight = self.each["weights"]
         self.shards = ranks if args.fsdp else 1
         share = max(1, args.rows_at(length) // ranks)
         self.micro = min(args.batch_at(length), share)
@@ -161,18 +175,11 @@ class Moments:
         """Weights, so many bytes of gradients unless earlier forwards have left all of them,
         optimizer, average.
         """
-        params = count_params(self.shape)
-        if self.accumulates:
-            gradients = 4 * params
-        optimizer = {"adamw": 2, "lion": 1, "muon": 1}[self.args.optimizer] * params
+        parts = {name: size * count_params(self.shape) for name, size in self.each.items()}
+        if not self.accumulates:
+            parts["gradients"] = gradients
         if self.args.optimizer == "muon":
-            optimizer += self.head                                  # AdamW takes the embedding
-        parts = {
-            "weights": self.weight * params,
-            "gradients": gradients,
-            "optimizer": self.weight * optimizer,
-            "average": 4 * params if self.args.ema else 0,
-        }
+            parts["optimizer"] += self.weight * self.head           # AdamW takes the embedding
         return {name: size / self.shards for name, size in parts.items()}
 
     def gathered(self):

@@ -5,8 +5,7 @@
     lengths.tokens(20_000, rows=16)                # of all steps together
     lengths.steps_for(10**10, rows=16)             # the fewest steps that reach so many tokens
 
-Used by whoever plans a training. No torch and no numpy: a plan has to
-be instant.
+Used by whoever plans a training. No torch and no numpy: a plan has to be instant.
 """
 import re
 from typing import NamedTuple

@@ -19,6 +19,7 @@ import masking
 from common import machine
 from common.console import UserError
 from model_config import count_params, rows_of_step
+from training.footprint import of_a_parameter
 
 WINDOW = 50      # losses whose median says what is usual
 ENOUGH = 10      # below so many, nothing is called a spike
@@ -175,12 +176,6 @@ def free_memory(device):
     return max(0, free)
 
 
-def optimizer_bytes(args):
-    """Bytes that the optimizer keeps of a parameter; in Muon's embedding as many as in AdamW."""
-    each = {"adamw": 8, "muon": 4, "lion": 4}[args.optimizer]
-    return each // 2 if args.param_dtype == "bf16" else each
-
-
 def memory_needed(model_config, args, micro, world=1):
     """Bytes, from shapes alone: (weights, gradients and optimizer; the least that micro rows per
     forward keep for backward).
@@ -188,13 +183,7 @@ def memory_needed(model_config, args, micro, world=1):
     The second is a lower bound: the input of each layer, its wide activations once, one chunk of
     logits.
     """
-    # bytes of a parameter: weight and gradient, optimizer, average
-    each = 8 + optimizer_bytes(args)
-    if args.param_dtype == "bf16":
-        each -= 2
-    if args.ema:
-        each += 4
-    fixed = count_params(model_config) * each
+    fixed = count_params(model_config) * sum(of_a_parameter(args).values())
     if args.fsdp:
         fixed //= world
 

@@ -29,6 +29,7 @@ from text.gpt2 import open_tokenizer
 from text.pairs import are_pairs, held_out_rows
 from text.token_file import open_split
 from training import lengths, logs, optim, recovery, rounding, row_length, run_folder
+from training.footprint import of_a_parameter
 from training.saving import publish, restore
 from training.state import RunState
 from training.step import probe
@@ -392,7 +393,9 @@ def fit_memory(run):
     if not run.args.auto_batch:
         return
     # the optimizer's state comes with the first step
-    later = recovery.optimizer_bytes(run.args) * run.params if run.fresh_optimizer else 0
+    later = 0
+    if run.fresh_optimizer:
+        later = of_a_parameter(run.args)["optimizer"] * run.params
     first = run.length
     row_length.use_length(run, run.args.longest)
     step = (run.mine.stop - run.mine.start, run.length)
