@@ -62,21 +62,26 @@ def attend(q, k, v, scale, mask=None, causal=False):
 
 
 def kernel(q, k, v, scale, mask, causal):
-    """The one call of the attention kernel. Those that make no table of scores want one width and
-    neighbouring numbers. So where keys and values differ in width, zeros fill the narrower ones up,
-    which changes nothing; and a tensor whose last stride is not 1, as torch.cat of single numbers
-    makes it, is copied.
+    """The one call of the attention kernel. Those that make no table of scores are choosy:
+
+    - they want keys and values of one width, on CUDA a multiple of 8: zeros fill up what is
+      missing, which changes nothing;
+    - they want neighbouring numbers: a tensor whose last stride is not 1, as torch.cat of single
+      numbers makes it, is copied;
+    - with a mask, CUDA's know no heads that share a key: each group of heads becomes a row of its
+      own, in which all heads have the one key without a copy of it.
     """
     width = v.shape[-1]
-    missing = q.shape[-1] - width
-    if missing > 0:
-        v = F.pad(v, (0, missing))
-    if missing < 0:
-        q = F.pad(q, (0, -missing))
-        k = F.pad(k, (0, -missing))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    filled = kernel_width(q.shape[-1], width, q.device.type)
+    q, k, v = (fill_up(x, filled) for x in (q, k, v))
     if mask is not None and mask.dtype not in (torch.bool, q.dtype):
         mask = mask.to(q.dtype)
+    groups = q.shape[1] // k.shape[1]
+    apart = mask is not None and groups > 1
+    if apart:
+        rows = len(q)
+        q = q.unflatten(1, (-1, groups)).flatten(0, 1)                 # (N x K, H / K, Tq, E)
+        k, v = (x.flatten(0, 1)[:, None].expand(-1, groups, -1, -1) for x in (k, v))
     y = F.scaled_dot_product_attention(
         q,
         k,
@@ -86,7 +91,24 @@ def kernel(q, k, v, scale, mask, causal):
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+    if apart:
+        y = y.unflatten(0, (rows, -1)).flatten(1, 2)                   # (N, H, Tq, F)
     return y[..., :width]
+
+
+def kernel_width(key, value, device):
+    """Numbers of a head that the kernel gets."""
+    width = max(key, value)
+    if device == "cuda":
+        width += -width % 8
+    return width
+
+
+def fill_up(x, width):
+    """x (..., E) with zeros behind it, (..., width), its last numbers beside each other."""
+    if x.shape[-1] < width:
+        return F.pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # --------------------------------------------------------------------------------------------------

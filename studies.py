@@ -62,6 +62,41 @@ def rates(optimizer, *peaks):
     return {f"{optimizer}_{peak:g}": dict(optimizer=optimizer, lr=peak) for peak in peaks}
 
 
+# The attentions that run_1b_launch offers, at a size that a small machine trains, with heads as
+# wide as there. --d_ff makes their parameters equal, so that a narrower one has a wider MLP.
+ATTENTIONS = dict(
+    mha={},
+    gqa=dict(attn="gqa"),
+    bottleneck=dict(attn="bottleneck"),
+    decoupled=dict(attn="decoupled"),
+)
+ATTENTION = dict(
+    model="backup",
+    d_model=256,
+    n_layers=4,
+    n_heads=4,
+    d_ff=512,
+    seq_len=256,
+    batch_size=8,
+    grad_accum=1,
+    optimizer="muon",
+    lr=1e-2,
+    max_steps=600,
+    eval_interval=200,
+    save_interval=600,
+    show_samples=False,
+)
+
+
+def rates_of(arms, peaks):
+    """A variant for each arm at each of these peak rates."""
+    return {
+        f"{arm}_{peak:g}": settings | dict(lr=peak)
+        for arm, settings in arms.items()
+        for peak in peaks
+    }
+
+
 def rates_of_arms():
     """A variant for each arm at each of three peak rates."""
     variants = {}
@@ -191,6 +226,16 @@ STUDIES = {
             "--tokenizer_vocab 4000 "
             "--tokenizer data/tokenizer/small.model --data_dir data/small",
         ),
+    ),
+    "attention_rates": Study(
+        "At which rate does each attention of the transformer learn best?",
+        rates_of(ATTENTIONS, (1e-2, 5e-3, 2e-2)),
+        base=ATTENTION,
+    ),
+    "attention": Study(
+        "What does a smaller cache cost the transformer at equal parameters?",
+        ATTENTIONS,
+        base=ATTENTION,
     ),
 }
 

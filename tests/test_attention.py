@@ -249,6 +249,45 @@ def test_attend_is_softmax_with_the_scale_that_is_given(
             assert_same(found.double(), by_hand(q, k, v, scale, mask))
 
 
+@pytest.mark.parametrize("size, value", [(12, 12), (12, 3), (3, 12)])
+@pytest.mark.parametrize("keys", [4, 2, 1])
+def test_what_the_kernels_of_cuda_take(monkeypatch, keys, size, value):
+    """With a mask: one number of heads, one width, a multiple of 8, and no copy of a shared key.
+    Output and gradients are those of the definition.
+    """
+    met = []
+
+    def kernel(q, k, v, **options):
+        met.append((q, k, v, options))
+        return plain(q, k, v, **options)
+
+    plain = torch.nn.functional.scaled_dot_product_attention
+    width = attention.kernel_width
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", kernel)
+    monkeypatch.setattr(attention, "kernel_width", lambda key, val, device: width(key, val, "cuda"))
+    tensors = [
+        torch.randn(2, heads, rows, numbers, requires_grad=True)
+        for heads, rows, numbers in ((4, 9, size), (keys, 11, size), (keys, 11, value))
+    ]
+    mask = torch.rand(9, 11) < 0.5
+    mask[:, 0] = True
+    found = attend(*tensors, 0.3, mask)
+
+    (q, k, v, options), = met
+    assert q.shape[1] == k.shape[1] == v.shape[1] and not options["enable_gqa"]
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 16
+    assert all(x.stride(-1) == 1 for x in (q, k, v))
+    assert k.untyped_storage().nbytes() == 2 * keys * 11 * 16 * 4
+
+    right = by_hand(*tensors, 0.3, mask)
+    assert_same(found.double(), right)
+    weights = torch.randn_like(found)
+    asked = torch.autograd.grad((found * weights).sum(), tensors)
+    defined = torch.autograd.grad((right * weights).sum(), tensors)
+    for gradient, true in zip(asked, defined, strict=True):
+        assert_same(gradient, true)
+
+
 PEAK = """
 import json, resource, torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
