@@ -673,12 +673,37 @@ class RunFlags:
     )
     live: str = flag(
         "auto",
-        "console lines: redrawn (basic) or plain (off)",
+        "console: plain lines (off), a bar (basic), a view of the run (rich, the package)",
         "ignore",
         rare=True,
-        choices=("auto", "off", "basic"),
+        choices=("auto", "off", "basic", "rich"),
     )
     show_samples: bool = flag(True, "continue fixed prompts at the end", "ignore", rare=True)
+    sample_every: int = flag(
+        0,
+        "steps between continuations of fixed prompts, in the console and every log; 0 = off",
+        at_least=0,
+        rare=True,
+        later=True,
+    )
+    sample_prompts: tuple = flag(
+        (),
+        "these prompts, each in quotes; none = four of ours, of pairs the first held-out ones",
+        many="several",
+        rare=True,
+        later=True,
+    )
+    instrument: str = flag(
+        "basic",
+        "what --analysis_every measures: gradients (basic), attention or memory slots too "
+        "(medium), ranks of matrices too (full)",
+        choices=("off", "basic", "medium", "full"),
+        rare=True,
+        later=True,
+    )
+    analysis_every: int = flag(
+        0, "steps between analyses; 0 = never", at_least=0, rare=True, later=True
+    )
 
 
 @dataclass
@@ -1059,6 +1084,17 @@ class TrainArgs(
             (("compile_mode",), not self.compile, "it needs --compile"),
             (("amp_dtype",), self.amp == "off", "--no_amp is given"),
             (("eval_batches",), not self.eval_interval, "--eval_interval 0 never validates"),
+            (("sample_prompts",), not self.sample_every, "it needs --sample_every"),
+            (
+                ("instrument",),
+                self.instrument != "off" and not self.analysis_every,
+                "it needs --analysis_every",
+            ),
+            (
+                ("analysis_every",),
+                self.analysis_every and self.instrument == "off",
+                "--instrument off measures nothing",
+            ),
             (("keep_full",), not self.save_optim, "--no_save_optim keeps no optimizer file"),
             (("keep_last",), not self.save_interval, "--save_interval 0 keeps the latest only"),
             (("reset_optimizer",), not (self.resume or self.resume_latest), "nothing is resumed"),
@@ -1099,6 +1135,13 @@ class TrainArgs(
                 "--fsdp with --auto_batch or --spike_rollback: "
                 "one process cannot step back alone; leave it out"
             )
+        if self.fsdp and self.analysis_every and self.instrument in ("medium", "full"):
+            yield (
+                f"--fsdp with --instrument {self.instrument}: no process has a whole layer to look "
+                "at: use --instrument basic"
+            )
+        if self.fsdp and self.sample_every:
+            yield "--fsdp with --sample_every: no process has a whole model to ask: leave it out"
         if self.run_name and not re.fullmatch(r"\w[^/\\\0]*", self.run_name):
             yield (
                 f"--run_name {self.run_name}: must be a plain folder name "
@@ -1698,10 +1741,6 @@ class LaunchFlags:
     )
     gpus: int = flag(1, "processes on this machine, one a GPU, by torchrun", "ignore", at_least=1)
     python: str = flag(None, "the interpreter; none = the one that runs this", "ignore")
-    instrument: str = flag(
-        "off", "what train measures besides", choices=("off", "basic", "medium", "full")
-    )
-    analysis_every: int = flag(0, "steps between analyses; 0 = never", at_least=0)
 
 
 @dataclass
@@ -1735,13 +1774,7 @@ class LaunchArgs(TrainArgs, LaunchFlags):
     save_interval: int = again(RunFlags, "save_interval", 0)
     log_interval: int = again(RunFlags, "log_interval", 20)
     if_exists: str = again(RunFlags, "if_exists", "suffix")
-    live: str = flag(
-        "off",
-        "console lines: plain (off), redrawn (basic), a view of the run (rich)",
-        "ignore",
-        choices=("auto", "off", "basic", "rich"),
-        rare=True,
-    )
+    live: str = again(RunFlags, "live", "off")
 
     @property
     def run_dir(self):

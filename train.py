@@ -82,7 +82,8 @@ def train(args, origins, ranks, run_dir, source, resuming):
         return 0, None
 
     # ---- train; a signal ends the loop, and the end of the log is written all the same
-    run.progress = logs.Progress(run.args, run.state.first_step)
+    title = f"{run.folder}: {run.args.model}, {run.params:,} parameters"
+    run.progress = logs.Progress(run.args, run.state.first_step, title)
     with run.stop, run.progress, run.anomaly_detection():
         setup.open_log(run)
         code = loop(run)
@@ -117,6 +118,8 @@ def loop(run):
         state.eval_due = bool(new and on_schedule)
         if state.eval_due and not state.scored:
             validation.evaluate(run)                          # or a signal gives it up
+        if new and run.samples and (last or state.step % args.sample_every == 0):
+            validation.follow(run, last)
 
         # ---- save? one rank's clock and one rank's signal are everybody's
         late = args.save_minutes and ranks.broadcast_object(

@@ -90,7 +90,7 @@ def history(events):
     """The events of a log, oldest first -> {event: {step: the last one}}, less what a resume or a
     rollback took back.
     """
-    kept = {"train": {}, "eval": {}, "sample": {}}
+    kept = {"train": {}, "eval": {}, "sample": {}, "analysis": {}}
     for event in events:
         name = event["event"]
         step = number(event.get("to", event.get("step")))
@@ -102,7 +102,7 @@ def history(events):
         elif name == "sample":
             texts = kept["sample"].setdefault(step, {})
             texts[str(event.get("prompt"))] = str(event.get("text"))
-        elif name in ("train", "eval"):
+        elif name in ("train", "eval", "analysis"):
             kept[name][step] = event
     return {kind: dict(sorted(steps.items())) for kind, steps in kept.items()}
 

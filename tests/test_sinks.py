@@ -3,7 +3,9 @@ never stop or change a training.
 
     python -m pytest tests/test_sinks.py
 """
+import html
 import json
+import socket
 import threading
 import time
 
@@ -14,6 +16,9 @@ import config
 from common.console import UserError
 from conftest import aria, log
 from training import logs as sinks
+
+CONNECT = socket.socket.connect         # before the tests refuse it
+QUICKLY = ("--threads", 1, "--no_show_samples")
 
 # ---- a sink may do what it likes -----------------------------------------------------------------
 
@@ -146,34 +151,54 @@ def test_tensorboard_holds_the_log(text, tmp_path):
     ].decode().startswith(spoken[0][7:])
 
 
-def test_wandb_offline_goes_on_with_its_run(text, tmp_path):
-    """The real package, twice: figures in its file on the disk, and the same run after a resume.
-    Nothing is sent.
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """The real package in this process, without a network: its service answers on this machine."""
+    wandb = pytest.importorskip("wandb")
+
+    def local(sock, address):
+        here = sock.family == getattr(socket, "AF_UNIX", None) or address[0] == "127.0.0.1"
+        assert here, f"a test tried to connect to {address}"
+        return CONNECT(sock, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    wandb.teardown()
+
+
+def test_wandb_offline_goes_on_with_its_run(text, offline, capsys):
+    """Twice: figures and texts in its files on the disk, and the same run after a resume. Nothing
+    is sent.
     """
-    pytest.importorskip("wandb")
-    env = {"WANDB_MODE": "offline", "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:1"}
-    first = (
-        "--data_dir", text, "--output_dir", "run", "--max_steps", 3, "--eval_interval", 3,
-        "--d_model", 16, "--n_layers", 1, "--n_heads", 2, "--d_ff", 16, "--seq_len", 16,
-        "--batch_size", 2, "--eval_batches", 1, "--show_samples",
-    )
-    done = aria("train", *first, "--wandb", "--wandb_tags", "a,b", cwd=tmp_path, env=env, check=0)
-    assert "Weights" not in done.stderr, "a warning of the sink"
-    state = json.loads((tmp_path / "run/step_000003/state.json").read_text())
-    aria("train", "--resume", "run", "--max_steps", 4, "--wandb", cwd=tmp_path, env=env, check=0)
-    files = sorted(tmp_path.glob(f"logs/wandb/offline-run-*/run-{state['wandb_id']}.wandb"))
-    assert len(files) == 2 and all(b"train/loss" in p.read_bytes() for p in files)
-    assert (
-        json.loads((tmp_path / "run/step_000004/state.json").read_text())["wandb_id"]
-        == state["wandb_id"]
-    )
+    def run_id(step):
+        return json.loads((offline / f"run/step_{step:06}/state.json").read_text())["wandb_id"]
+
+    prompts = ("mai kal", "a/b: *c* ../d")
+    following = ("--sample_every", 2, "--sample_prompts", *prompts)
+    words = ("--wandb", "--wandb_tags", "a,b", "--max_steps", 3, "--eval_interval", 3, *following)
+    assert fresh(text, offline / "run", *words) == 0
+    assert call("--resume", offline / "run", "--max_steps", 4, "--wandb", *QUICKLY) == 0
+    assert "Weights" not in capsys.readouterr().err, "a warning of the sink"
+    files = sorted(offline.glob(f"logs/wandb/offline-run-*/run-{run_id(3)}.wandb"))
+    assert len(files) == 2 and run_id(4) == run_id(3)
+    for path in files:
+        assert b"train/loss" in path.read_bytes()
+
+    # the texts of the first run: steps 0, 2 and 3, each prompt
+    pages = sorted(files[0].parent.glob("files/media/html/**/*.html"))
+    shown = [page.read_text(encoding="utf-8") for page in pages]
+    said = [event["text"] for event in log(offline / "run", "sample") if event["step"] < 4]
+    assert len(shown) == len(said) == 6
+    for answer in said:
+        assert any(html.escape(answer) in page for page in shown)
+
     # not asked for: not fed
-    assert call("--resume", tmp_path / "run", "--max_steps", 5, "--no_show_samples") == 0
-    assert len(list(tmp_path.glob("logs/wandb/offline-run-*"))) == 2
-    assert (
-        json.loads((tmp_path / "run/step_000005/state.json").read_text())["wandb_id"]
-        == state["wandb_id"]
-    )
+    assert call("--resume", offline / "run", "--max_steps", 5, *QUICKLY) == 0
+    assert len(list(offline.glob("logs/wandb/offline-run-*"))) == 2 and run_id(5) == run_id(3)
 
 
 # ---- usage errors --------------------------------------------------------------------------------

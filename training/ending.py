@@ -11,7 +11,7 @@ from common import machine
 from common.console import say
 from evaluation import run_report
 from evaluation.estimators import bits_per_byte
-from training import drive, logs, recovery, run_folder
+from training import drive, instrument, logs, recovery, run_folder
 from training.saving import publish, save
 from training.validation import still_sound
 
@@ -66,6 +66,8 @@ def close_log(run, code):
     if ranks.main:
         with contextlib.suppress(OSError):                # its log cannot be read
             publish(run, "report.html", run_report.page(run.folder / "train.jsonl"))
+            if args.instrument == "full" and args.analysis_every:
+                publish(run, "analysis.npz", instrument.table(run.folder / "train.jsonl"))
     return stopped
 
 

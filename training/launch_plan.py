@@ -4,7 +4,7 @@
     plan = Plan(args, origins)           # a UserError says what cannot be
     plan.lines()                         # [plan] ...
     plan.command()                       # the words of a shell
-    plan.remarks                         # what a person should know; plan.missing: what train lacks
+    plan.remarks                         # what a person should know
 
 Used by run_1b_launch.py. No torch and nothing of the model is built: a plan has to be instant.
 """
@@ -43,12 +43,6 @@ OURS = {"output_dir", "resume", "resume_latest", "ckpt", "preset", "config", "ed
 OF_PRIMARY = {"memory_slots", "conv_kernel", "d_mem"}
 SHAPE = {
     field.name for field in dataclasses.fields(ModelFlags) if field.metadata["resume"] == "must"
-}
-TRAIN_KNOWS = {field.name for field in dataclasses.fields(TrainArgs)}
-# flags of the launcher that train may lack -> the value that is what train does without them
-WITHOUT = {
-    "instrument": "off",
-    "analysis_every": 0,
 }
 
 
@@ -161,7 +155,7 @@ def train_words(args, origins, folder):
             wanted = wanted or not folder or name in SHAPE
         if name == "target_tokens":
             wanted = wanted and folder
-        if wanted and name not in OURS and name not in without(args):
+        if wanted and name not in OURS:
             words += words_of(name, value)
     if folder:
         source = args.resume if args.resume not in (None, "latest") else args.ckpt
@@ -172,17 +166,6 @@ def train_words(args, origins, folder):
     if args.resume_latest:
         words.append("--resume_latest")
     return words
-
-
-def without(args):
-    """Flags that train does not have yet, and that ask for more than it does: {name: its words}."""
-    found = {}
-    for name, value in WITHOUT.items():
-        if name not in TRAIN_KNOWS and getattr(args, name) != value:
-            found[name] = " ".join(words_of(name, getattr(args, name)))
-    if args.live not in TrainArgs.__dataclass_fields__["live"].metadata["choices"]:
-        found["live"] = f"--live {args.live}"
-    return found
 
 
 def match_baseline(args):
@@ -218,7 +201,6 @@ class Plan:
 
         # what train makes of its words, with all of its own checks
         self.words = train_words(args, origins, self.folder)
-        self.missing = list(without(args).values())
         words = self.words
         if self.folder and not saved:
             words = train_words(args, origins, None)
@@ -279,11 +261,6 @@ class Plan:
             say(f"warning: {sentence}")
         for sentence in model_config.attention_warnings(train):
             say(f"warning: {sentence}")
-        if self.missing:
-            say(
-                f"notice: train cannot do this yet: {', '.join(self.missing)}; with --run this "
-                "ends in an error"
-            )
         if train.device != "cpu" and not gpu_memory():
             say("warning: no GPU is seen here (nvidia-smi)")
         if not Path(args.data_dir).exists():

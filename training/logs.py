@@ -7,7 +7,8 @@
 
 Used by the other files of training/. No sink can stop the training: one that raises, hangs or falls
 behind is named once and dropped, as the training only puts into its queue. Both packages are
-imported when a sink opens, in its thread; the numbers of an event become EVENT/KEY.
+imported when a sink opens, in its thread; the numbers of an event become EVENT/KEY. The picture of
+--live rich is drawn by training/live.py.
 """
 import errno
 import html
@@ -124,54 +125,10 @@ def numbers(event, values):
     return flat
 
 
-class TensorBoard:
-    """Event files in a folder; what an earlier run or a rewound one had written there from `step`
-    on no longer counts.
-    """
-
-    def __init__(self, folder, step):
-        from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self.event = event_pb2
-        self.summary = summary_pb2
-        self.tensor = tensor_pb2
-        self.shape = tensor_shape_pb2
-        self.writer = EventFileWriter(str(folder))
-        self.begin(step)
-
-    def begin(self, step):
-        start = self.event.SessionLog(status=self.event.SessionLog.START)
-        self.writer.add_event(self.event.Event(wall_time=time.time(), step=step, session_log=start))
-
-    def text(self, tag, words):
-        plugin = self.summary.SummaryMetadata.PluginData(plugin_name="text")
-        metadata = self.summary.SummaryMetadata(plugin_data=plugin)
-        one = self.shape.TensorShapeProto.Dim(size=1)
-        tensor = self.tensor.TensorProto(
-            dtype="DT_STRING",
-            string_val=[words.encode()],
-            tensor_shape=self.shape.TensorShapeProto(dim=[one]),
-        )
-        return self.summary.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
-
-    def write(self, event, values):
-        if event == "rollback":
-            self.begin(values["to"] + 1)
-        rows = []
-        for tag, value in numbers(event, values).items():
-            rows.append(self.summary.Summary.Value(tag=tag, simple_value=value))
-        if event == "sample":
-            rows.append(self.text(f"sample/{values['prompt']}", values["prompt"] + values["text"]))
-        if rows and "step" in values:
-            summary = self.summary.Summary(value=rows)
-            self.writer.add_event(
-                self.event.Event(wall_time=time.time(), step=values["step"], summary=summary)
-            )
-            self.writer.flush()  # a full disk shows here
-
-    def close(self):
-        self.writer.close()
+def event_files(folder, step):
+    """TensorBoard's part; its package is imported here, in the thread of the sink."""
+    from training.event_files import EventFiles
+    return EventFiles(folder, step, numbers)
 
 
 def wandb_package():
@@ -269,6 +226,8 @@ class Sink(threading.Thread):
 def check_sinks(args):
     """Before anything is loaded: a package or an account that a flag asks for is there, or exit 3.
     """
+    if args.live == "rich":
+        need("rich", "for --live rich")
     if args.tensorboard == "on":
         need("tensorboard", "for --tensorboard on")
     if args.wandb:
@@ -307,7 +266,7 @@ def open_sinks(args, run_dir, run_id, step):
         )
     elif wanted:
         folder = Path(args.log_dir, run_dir.name)
-        sinks.append(Sink("TensorBoard", lambda: TensorBoard(folder, step)))
+        sinks.append(Sink("TensorBoard", lambda: event_files(folder, step)))
     if args.wandb:
         sinks.append(Sink("Weights & Biases", lambda: WandB(args, run_dir, run_id)))
     return sinks
@@ -325,18 +284,50 @@ def duration(seconds):
     return f"{left // 60}:{left % 60:02d}"
 
 
+class Bar:
+    """--live basic: one line that is redrawn."""
+
+    def __init__(self, progress):
+        self.bar = tqdm(
+            total=progress.total,
+            initial=progress.done,
+            unit="step",
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}{postfix}",
+        )
+
+    def show(self, progress, loss, bound, gnorm, mask, mfu, memory, **_):
+        scored = ""
+        if bound is not None:
+            scored = f"{progress.measure} {bound:.3f}, "
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, {scored}{progress.tok_s:,.0f} tok/s, ETA {progress.eta}, "
+            f"MFU {mfu:.0%}, gnorm {gnorm:.2f}, mask {mask:.2f}, {memory / 1024:.1f} GB",
+            refresh=False,
+        )
+        self.bar.update(progress.done - self.bar.n)          # less than 0 after a rollback
+
+    def close(self):
+        self.bar.close()
+
+
 class Progress:
-    """The progress of a run: a redrawn bar on a terminal, else plain lines; speed and time left
-    from its own steps.
+    """The progress of a run: a picture of it on a terminal, or plain lines alone; speed and time
+    left from its own steps.
 
     Only training steps are timed: evaluation and saving do not count. The first ten steps warm up
     and are left out of the estimate as soon as there are others.
     """
 
-    def __init__(self, args, start):
-        self.live = args.live == "basic"
+    def __init__(self, args, start, title):
+        self.live = args.live
+        self.title = title
+        terminal = sys.stderr.isatty()
         if args.live == "auto":
-            self.live = sys.stderr.isatty() and not args.quiet
+            self.live = "basic" if terminal and not args.quiet else "off"
+        if args.live == "rich" and not terminal:
+            say("notice: --live rich needs a terminal, and this is none: plain lines")
+            self.live = "off"
         self.measure = args.measure
         self.total = args.max_steps
         self.first = start
@@ -346,42 +337,32 @@ class Progress:
         self.rows = args.rows
         self.seconds = deque(maxlen=50)      # of a token, in the last steps
         self.speeds = []                     # tokens per second of every step
-        self.bar = None
+        self.picture = None
 
     def __enter__(self):
-        if self.live:
-            self.bar = tqdm(
-                total=self.total,
-                initial=self.done,
-                unit="step",
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}{postfix}",
-            )
+        if self.live == "basic":
+            self.picture = Bar(self)
+        if self.live == "rich":
+            from training.live import View
+            self.picture = View(self.title)
         return self
 
     def __exit__(self, *_):
-        if self.bar is not None:
-            self.bar.close()
+        if self.picture is not None:
+            self.picture.close()
 
-    def step(self, done, tokens, seconds, loss, bound, gnorm, mask, mfu, memory):
+    def step(self, done, tokens, seconds, **figures):
+        """figures: loss bound gnorm mask mfu memory lr of the step."""
         self.done = done
         if done == self.first + 11:
             self.seconds.clear()
         self.seconds.append(seconds / tokens)
         self.speeds.append(tokens / seconds)
         self.tok_s = 1 / statistics.median(self.seconds)
-        if self.bar is None:
+        if self.picture is None:
             return
-        scored = ""
-        if bound is not None:
-            scored = f"{self.measure} {bound:.3f}, "
-        self.bar.set_postfix_str(
-            f"loss {loss:.3f}, {scored}{self.tok_s:,.0f} tok/s, ETA {self.eta}, MFU {mfu:.0%}, "
-            f"gnorm {gnorm:.2f}, mask {mask:.2f}, {memory / 1024:.1f} GB",
-            refresh=False,
-        )
         try:
-            self.bar.update(done - self.bar.n)               # less than 0 after a rollback
+            self.picture.show(self, **figures)
         except OSError:
             mute(sys.stderr)
 

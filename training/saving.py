@@ -119,10 +119,12 @@ def restore(run, saved, with_optimizer=True):
 
 
 def publish(run, name, text):
-    """Write a small file of the run folder; trouble is told and changes nothing."""
+    """Write a small file of the run folder, a text or bytes; trouble is told and changes nothing.
+    """
     if not run.ranks.main:
         return
+    data = text if isinstance(text, bytes) else text.encode(errors="replace")
     try:
-        replace_file(run.folder / name, text.encode(errors="replace"))
+        replace_file(run.folder / name, data)
     except OSError as error:
         say(f"warning: {run.folder / name} could not be written: {error.strerror}")

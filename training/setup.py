@@ -379,9 +379,12 @@ def hold_out(run):
         # what stands before the response, without BOS and SEP, which decoding leaves out
         pairs = zip(held[:len(config.PROMPTS)], run.held_asked, strict=False)
         run.prompts = [run.tokenizer.decode(ids[:asked.int().argmax()]) for ids, asked in pairs]
+    run.prompts = args.sample_prompts or run.prompts
     run.blocks = args.block_rules
     # a sharded model cannot speak by itself
-    run.speaks = args.show_samples and run.ranks.main and not args.fsdp
+    alone = run.ranks.main and not args.fsdp
+    run.speaks = args.show_samples and alone
+    run.samples = args.sample_every and alone
 
 
 # ---- memory, the run folder, the compiler --------------------------------------------------------

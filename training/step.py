@@ -18,7 +18,7 @@ import masking
 import model_config
 from common import machine
 from common.console import UserError, say
-from training import logs, optim, recovery, row_length
+from training import instrument, logs, optim, recovery, row_length
 from training.saving import restore
 
 MEASURED = 20     # steps after which the time of the whole run is said
@@ -194,6 +194,7 @@ def train_step(run):
     loss = ranks.all_reduce_sum(loss)
     ranks.add_up_gradients(run.model)
     run.scaler.unscale()
+    instrument.analyse(run)
     gnorm = float(optim.clip_grad_norm(run.model, args.grad_clip))
     overflow = run.scaler.update(loss, gnorm)
     usual = run.spikes.spike(loss, block) if math.isfinite(loss) else None
@@ -222,7 +223,7 @@ def log_step(run, result):
     mfu = tok_s * flops / run.peak
     run.progress.step(
         done, run.step_tokens, result.seconds, loss=result.loss, bound=state.nats,
-        gnorm=result.gnorm, mask=result.mask, mfu=mfu, memory=memory,
+        gnorm=result.gnorm, mask=result.mask, mfu=mfu, memory=memory, lr=result.lr,
     )
     run.log.write(
         "train",

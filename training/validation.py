@@ -16,6 +16,8 @@ from sampling.settings import Settings, opening
 from sampling.torch_model import TorchModel
 from training import recovery
 
+LENGTH = 48     # tokens of a continuation that a person reads
+
 
 def evaluate(run):
     """Score the held-out windows in every block rule; the mean becomes run.state.nats.
@@ -65,16 +67,39 @@ def block_name(run, block):
 
 
 def log_samples(run):
-    """Short continuations of two fixed prompts for the log."""
-    if not run.speaks:
-        return
-    for prompt in run.prompts[:2]:
+    """Short continuations of two fixed prompts for the log, unless --sample_every asks for more."""
+    if run.speaks and not run.args.sample_every:
+        write_samples(run, run.prompts[:2], 24)
+
+
+def follow(run, last):
+    """--sample_every: the same prompts with the same seed again, for the console and every log. The
+    end of a run prints them anyway.
+    """
+    for prompt, text in write_samples(run, run.prompts, LENGTH):
+        if not last or not run.speaks:
+            say(f"sample {run.state.step}/{run.args.max_steps} | {prompt} ▸ {one_line(text)}")
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+def write_samples(run, prompts, length):
+    """Continuations of prompts into the log -> those that came about: [(prompt, text)]."""
+    run.model.eval()
+    found = []
+    for prompt in prompts:
         try:
-            run.log.write("sample", step=run.state.step, prompt=prompt, text=speak(run, prompt, 24))
+            text = speak(run, prompt, length)
         except FloatingPointError as error:               # NaN logits
             run.log.write("warn", step=run.state.step, message=f"no sample: {error}")
+            continue
         except machine.Stopped:
             break
+        run.log.write("sample", step=run.state.step, prompt=prompt, text=text)
+        found.append((prompt, text))
+    return found
 
 
 def speak(run, prompt, length):
@@ -106,7 +131,7 @@ def print_samples(run):
         with run.stop, contextlib.suppress(machine.Stopped):
             for prompt in run.prompts:
                 between = "\n-> " if run.cfg.framed else ""
-                print(f"{prompt}{between}{printable(speak(run, prompt, 48))}\n---", flush=True)
+                print(f"{prompt}{between}{printable(speak(run, prompt, LENGTH))}\n---", flush=True)
     except FloatingPointError:  # NaN logits
         say(
             "error: the trained weights give no finite answer, so there are no samples: --lr "
