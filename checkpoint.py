@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import lora
 from common import files
 from common.console import Damage, UserError, say
 from common.files import file_sha256, lock, rename, replace_file, sync, to_json, write_file
@@ -467,6 +468,37 @@ def read_folder(folder, parts):
     )
 
 
+def weights(saved):
+    """{name: tensor} of the model that a loaded checkpoint means: averaged, if it has averages, and
+    with its adapters merged into their base.
+    """
+    if saved.state.get("base"):
+        return lora.merged(base_weights(saved), saved.model)
+    return saved.ema or saved.model
+
+
+def base_weights(saved):
+    """The weights that a checkpoint's adapters were trained beside: those of another checkpoint,
+    which has to be there, unchanged.
+    """
+    base = saved.state["base"]
+    if not isinstance(base, dict) or not all(type(base.get(k)) is str for k in ("path", "sha256")):
+        raise Damage(f"{saved.path / 'state.json'}: base is {str(base)[:60]!r}")
+    try:
+        found = load(base["path"], parts=("model", "ema"))
+    except UserError as error:
+        raise UserError(
+            f"{saved.path} holds adapters alone, and their base cannot be read: {error}"
+        ) from None
+    tensors = found.ema or found.model
+    if lora.fingerprint(tensors) != base["sha256"]:
+        raise UserError(
+            f"{saved.path} holds adapters for {base['path']}, whose weights are others now "
+            f"(not sha256 {base['sha256'][:12]}): put the old ones there"
+        )
+    return tensors
+
+
 def section(saved, name):
     """config.json's "model" or "args"."""
     if not isinstance(saved.config.get(name), dict):
@@ -694,7 +726,8 @@ def load_model(path, device, check_settings, model="auto", tokenizer_path=None):
     saved = load(path, parts=("model", "ema"))
     shape = ModelConfig.from_dict(section(saved, "model"))
     check_settings(section(saved, "args"), saved.path / "config.json")
-    may_fit(shape, saved.model)
+    tensors = weights(saved)
+    may_fit(shape, tensors)
     if model not in ("auto", shape.model):
         raise UserError(
             f"{saved.path} holds a {shape.model} model, --model says {model}: use --model "
@@ -704,5 +737,5 @@ def load_model(path, device, check_settings, model="auto", tokenizer_path=None):
     if tokenizer_path is not None:
         check_tokenizer(tokenizer_path, tokenizer)
     net = build_model(shape)
-    load_into(net, saved.ema or saved.model)
+    load_into(net, tensors)
     return net.eval().to(device), tokenizer, saved

@@ -26,7 +26,7 @@ from config import (
     TrainArgs,
     token_file_pieces,
 )
-from model_config import count_params, match_d_ff, model_config
+from model_config import ModelFlags, count_params, match_d_ff, model_config
 
 DERIVED = ": that of "       # in the origin of a rate that comes with the optimizer
 
@@ -305,6 +305,24 @@ def resume_check(saved, args, origins):
         raise UserError("cannot resume:\n  " + "\n  ".join(problems))
     follow_budget_on_resume(args, old, origins, changes)
     return args, changes
+
+
+def take_shape(saved, args, origins):
+    """The first weights of a training bring their shape and the length of their rows: (args of the
+    checkpoint's config.json, arguments now, their origins) -> the arguments, with each of these
+    flags that nobody set as the checkpoint has it.
+    """
+    old = defaults_of_later(TrainArgs) | checked(TrainArgs, saved, "the checkpoint's config.json")
+    kept = {}
+    for name in ("seq_len", *(field.name for field in dataclasses.fields(ModelFlags))):
+        if origins[name] == "default" and name in old:
+            kept[name] = old[name]
+            origins[name] = "checkpoint"
+    args = dataclasses.replace(args, **kept)
+    problems = problems_of(args)
+    if problems:
+        raise UserError("\n  ".join(problems))
+    return args
 
 
 def follow_budget_on_resume(args, old, origins, changes):

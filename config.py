@@ -761,9 +761,20 @@ class ResumeFlags:
         False, "like --resume, but start fresh when nothing is there", "ignore", rare=True
     )
     ckpt: str = flag(
-        None, "with --resume: what to resume; without: first weights, step 0", "ignore"
+        None,
+        "with --resume: what to resume; without: first weights, step 0, and their shape",
+        "ignore",
     )
     reset_optimizer: bool = flag(False, "fresh optimizer on resume", "ignore", rare=True)
+    lora_rank: int = flag(
+        0,
+        "with --ckpt: learn adapters of this rank beside the layers' matrices, and leave the "
+        "weights as they are; 0 = learn all weights",
+        "must",
+        at_least=0,
+        rare=True,
+        later=True,
+    )
 
 
 @dataclass
@@ -814,6 +825,12 @@ class PrepareFlags(DataFlags):
         "longest pair, and the least --seq_len of train; of --source pairs and transliterate",
         "ignore",
         at_least=8,
+    )
+    cut_documents: bool = flag(
+        False,
+        "--source pairs out of documents: the title or first sentence of each, answered by what "
+        "follows",
+        "ignore",
     )
     typists: int = flag(
         2,
@@ -884,6 +901,8 @@ class PrepareFlags(DataFlags):
             )
         if self.of_pairs and (self.wants("clean") or self.wants("romanise")):
             yield f"--clean and --romanise are for documents, not for --source {self.source}"
+        if self.cut_documents and self.source != "pairs":
+            yield f"--cut_documents makes pairs: add --source pairs (now: {self.source})"
         if self.report and not self.wants("clean"):
             yield f"--report {self.report} tells what cleaning removed: add --clean"
 
@@ -1142,6 +1161,10 @@ class TrainArgs(
             )
         if self.fsdp and self.sample_every:
             yield "--fsdp with --sample_every: no process has a whole model to ask: leave it out"
+        for name, value, off in (("ema", self.ema, 0), ("param_dtype", self.param_dtype, "fp32"),
+                                 ("fsdp", self.fsdp, False)):
+            if self.lora_rank and value != off:
+                yield f"--lora_rank and --{name}: give only one of them"
         if self.run_name and not re.fullmatch(r"\w[^/\\\0]*", self.run_name):
             yield (
                 f"--run_name {self.run_name}: must be a plain folder name "

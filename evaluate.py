@@ -60,8 +60,11 @@ def main(argv=None):
     device = machine.pick_device(args.device)
     loaded, tokenizer, saved = loading.load_model(args, device)
     model = loaded.model
-    if model.cfg.framed:
-        say_of_pairs(args, saved)
+    if model.cfg.framed and args.samples:
+        raise UserError(
+            f"{saved.path} was trained on pairs: it answers prompts and continues no text, so "
+            "leave --samples out"
+        )
     ar_nats = None
     unread = []
     if args.judge:
@@ -75,7 +78,7 @@ def main(argv=None):
     length = config.scored_length(saved)
     batch = trained["batch_size"]
     data_dir = args.data_dir or trained["data_dir"]
-    documents = held_out.read_documents(args, data_dir, tokenizer, saved)
+    documents, framed = held_out.read_documents(args, data_dir, tokenizer, saved)
     documents = [ids for ids in documents if len(ids) > 1]
     if not documents:
         raise UserError(f"{args.text or data_dir} holds no held-out text")
@@ -93,7 +96,12 @@ def main(argv=None):
     chosen = held_out.choose(documents, length, args.batches * batch, args.max_docs)
 
     # their figures
-    if model.cfg.causal or model.cfg.framed:
+    if framed:
+        say(
+            "notice: pairs: the responses are scored, left to right; training prints their bound "
+            "in blocks"
+        )
+    if model.cfg.causal or framed:
         blocks = [1]
     else:
         rules = {*config.block_sizes(args.blocks or trained["train_block_sizes"], length)}
@@ -107,7 +115,7 @@ def main(argv=None):
         f"{tokens:,} tokens in windows of {length}, {args.draws} draws each, uniform guess "
         f"{uniform:.3f} nats"
     )
-    result = held_out.score(model, chosen, tokenizer, blocks, args, length, batch)
+    result = held_out.score(model, chosen, framed, tokenizer, blocks, args, length, batch)
     if args.out_png:
         name = f"{Path(saved.path).parent.name}, step {saved.step}"
         plots.mask_rate_curves(args.out_png, result["curve"], length, name)
@@ -119,19 +127,6 @@ def main(argv=None):
         )
     if args.out_json:
         write_json(args.out_json, about | result)
-
-
-def say_of_pairs(args, saved):
-    """What is scored of a model of pairs; refuses what it was not trained for."""
-    if args.samples or args.text:
-        raise UserError(
-            f"{saved.path} was trained on pairs: it answers prompts and continues no text, so "
-            "leave --samples and --text out; prepared pairs are scored with --data_dir"
-        )
-    say(
-        "notice: a model of pairs: the responses are scored, left to right; training prints their "
-        "bound in blocks"
-    )
 
 
 def tell_without_effect(origins):

@@ -1,9 +1,9 @@
 """The held-out figures of evaluate.py: which documents are scored, what they cost, the lines of the
 table.
 
-    documents = read_documents(args, data_dir, tokenizer, saved)      # lists of ids, BOS first
+    documents, framed = read_documents(args, data_dir, tokenizer, saved)   # lists of ids, BOS first
     chosen = choose(documents, length, budget, most)
-    result = score(model, chosen, tokenizer, blocks, args, length, batch)
+    result = score(model, chosen, framed, tokenizer, blocks, args, length, batch)
 
 The estimators themselves are in evaluation/estimators.py.
 """
@@ -18,6 +18,7 @@ from common.console import UserError, say
 from config import TrainArgs
 from evaluation import estimators
 from text import documents as text_files
+from text.pairs import are_pairs
 from text.token_file import open_split
 from text.tokenizer import normalise, script_of
 
@@ -41,12 +42,12 @@ def read_text(option, path, tokenizer):
 
 
 def read_documents(args, data_dir, tokenizer, saved):
-    """Held-out documents as lists of ids, BOS first."""
+    """Held-out documents as lists of ids, BOS first -> (they, whether they are pairs)."""
     if args.text:
-        return read_text("text", args.text, tokenizer)
+        return read_text("text", args.text, tokenizer), False
     data = open_text(data_dir, "val", saved)
     same_tokenizer(data, tokenizer, saved)
-    return [part.tolist() for part in data.documents()]
+    return [part.tolist() for part in data.documents()], are_pairs(data)
 
 
 def open_text(data_dir, split, saved):
@@ -155,9 +156,10 @@ def rule_name(block, length):
 
 # ---- scoring -------------------------------------------------------------------------------------
 
-def score(model, documents, tokenizer, blocks, args, length, batch):
-    """The held-out figures, printed as they come -> what --out_json holds."""
-    framed = model.cfg.framed
+def score(model, documents, framed, tokenizer, blocks, args, length, batch):
+    """The held-out figures, printed as they come -> what --out_json holds. framed: the documents
+    are pairs.
+    """
     every = HeldOut(
         estimators.cut(documents, length, model.device, framed),
         measured(documents, tokenizer, framed),

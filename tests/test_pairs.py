@@ -12,6 +12,7 @@ from tiny import tiny_model
 import config
 import evaluate
 import masking
+import prepare
 import sample
 import train
 from common.console import UserError
@@ -20,7 +21,7 @@ from sampling.decode import generate
 from sampling.settings import Settings, opening
 from sampling.torch_model import TorchModel
 from sampling.unmasking import Look
-from text import transliterate
+from text import pairs, transliterate
 from text.build import build
 from text.dataset import TokenData
 from text.pairs import PairWindows, held_out_rows
@@ -109,6 +110,55 @@ def test_the_line_of_a_long_pair_is_counted_over_all_files(tmp_path):
 def test_a_row_that_is_too_short_names_the_pair(data):
     with pytest.raises(UserError, match="has .* tokens, but --seq_len is 8"):
         PairWindows(data, 8, 0, 0.0, 1)
+
+
+# ---- cut out of documents ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, pair", [
+    ("नदी का गीत\nनदी बहती है। वह गाती है।", ["नदी का गीत", "नदी बहती है। वह गाती है।"]),
+    ("Kal 3.5 kilo aam liye. Bahut meethe the!\nSab khush hue.",
+     ["Kal 3.5 kilo aam liye.", "Bahut meethe the!\nSab khush hue."]),
+    ("  ek hi vakya hai.\n\n", []),
+    ("", []),
+])
+def test_a_document_is_cut_behind_its_title_or_first_sentence(text, pair):
+    assert pairs.cut_document(text) == pair
+
+
+def test_pairs_of_documents_end_with_a_sentence_and_keep_to_the_length(tmp_path):
+    chance = np.random.default_rng(3)
+    documents = ["sirf ek vakya."]
+    for number in range(120):
+        title = f"kahani {number % 40}"
+        sentences = [" ".join(chance.choice(list(WORDS), 4)) + "." for _ in range(number % 9 + 1)]
+        documents.append(title + "\n" + " ".join(sentences))
+    documents.append("lambi kahani\n" + "lal " * 200 + ". nila.")
+    (tmp_path / "a.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    folder = tmp_path / "data"
+    args = prepared(folder, "pairs", tmp_path / "a.txt", cut_documents=True, pair_tokens=40)
+    said = "\n".join(args.said)
+    assert "1 documents of one sentence are left out" in said
+    assert "1 pairs of more than 40 tokens are left out" in said
+
+    tok = Tokenizer(folder / "tok.model")
+    prompts = {"train": set(), "val": set()}
+    shorter = 0
+    for split in prompts:
+        for ids in TokenData(folder, split).documents():
+            assert len(ids) <= 40
+            ids = ids.tolist()
+            prompt, response = tok.decode(ids[:ids.index(SEP)]), tok.decode(ids[ids.index(SEP):])
+            prompts[split].add(prompt)
+            [whole] = [text for text in documents if text.startswith(f"{prompt}\n{response}")]
+            assert response.endswith(".")
+            shorter += len(whole) > len(prompt) + 1 + len(response)
+    assert 0 < shorter < 120 and not prompts["train"] & prompts["val"]
+
+    with pytest.raises(UserError, match="no document has a second sentence"):
+        (tmp_path / "b.txt").write_text("ek.\n\ndo.\n", encoding="utf-8")
+        prepared(tmp_path / "none", "pairs", tmp_path / "b.txt", cut_documents=True)
+    with pytest.raises(UserError, match="--cut_documents makes pairs: add --source pairs"):
+        prepare.main(["--source", "files", "--input", "x.txt", "--cut_documents"])
 
 
 # ---- rows ----------------------------------------------------------------------------------------

@@ -84,6 +84,9 @@ def read(args, spool, sources, paths, log):
 
 def pairs_of(args, path, log):
     """(pair, the part of it that says on which side of the split it belongs) of one file."""
+    if args.cut_documents:
+        yield from pairs_of_documents(args, path, log)
+        return
     if args.source == "pairs":
         for prompt, response in pairs.read_pairs(path):
             pair = pairs.MARK.join((prompt, response))
@@ -92,6 +95,21 @@ def pairs_of(args, path, log):
     for text in read_documents(path, log):
         for typed, meant, sentence in transliterate.typed_pairs(text, args.typists, args.seed):
             yield pairs.MARK.join((typed, meant)), sentence
+
+
+def pairs_of_documents(args, path, log):
+    """(pair, its prompt) of each document that has more than one sentence."""
+    most = pairs.LONGEST_PIECE * args.pair_tokens       # letters of a pair
+    left_out = 0
+    for text in read_documents(path, log):
+        halves = pairs.cut_document(text)
+        if halves:
+            prompt, rest = halves
+            yield pairs.MARK.join((prompt, rest[:most])), prompt
+        elif text.strip():
+            left_out += 1
+    if left_out:
+        log(f"notice: {path}: {left_out:,} documents of one sentence are left out")
 
 
 def cleaned(args, cleaner, source, path, log):
@@ -123,6 +141,8 @@ def check_amount(args, spool, cleaner, given, log):
     """Dies without any text; says when a limit was reached and when there is little."""
     if not spool.bytes:
         why = "every document is empty"
+        if args.cut_documents:
+            why = "no document has a second sentence"
         if args.source == "transliterate":
             why = "no sentence of it is in Devanagari"
         if cleaner:
@@ -214,6 +234,8 @@ def encode(args, folder, spool, tok, log):
         stack.enter_context(bar)
         synced = done.place
         for batch in spool.batches(done.place):
+            if args.cut_documents:
+                batch = shortened(batch, tok, args.pair_tokens)
             write_batch(args, batch, encoded(batch, tok, args, spool, done), files, done)
             bar.update(done.place - bar.n)
             if done.place - synced >= SYNC_BYTES:
@@ -222,6 +244,11 @@ def encode(args, folder, spool, tok, log):
                 save_progress(progress, marks, done)
         sync_files(files)
     return done.count, [digest.hexdigest() for digest in done.hashes]
+
+
+def shortened(batch, tok, most):
+    """These records, with pairs that end with a sentence after at most so many tokens."""
+    return [(*about, pairs.shortened(text, tok, most)) for *about, text in batch]
 
 
 def encoded(batch, tok, args, spool, done):
@@ -234,7 +261,8 @@ def encoded(batch, tok, args, spool, done):
         before = sum(done.count[key] for key in done.count if key[2] == "docs")
         rows = pairs.rows_of_pairs(texts, tok, dtype)
         for number, (row, prompt) in enumerate(rows, before):
-            if len(row) > args.pair_tokens and args.source == "pairs":
+            given = args.source == "pairs" and not args.cut_documents
+            if len(row) > args.pair_tokens and given:
                 raise UserError(
                     f"{place_of(number, spool)}: this pair has {len(row):,} tokens, {prompt:,} of "
                     f"them in front of the response: shorten it, or give --pair_tokens {len(row)} "
@@ -337,8 +365,8 @@ def flags_of(args):
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     words = []
     for name in ("source", "input", "tokenizer", "tokenizer_vocab", "model_type", "hinglish_ratio",
-                 "pair_tokens", "typists", "val_doc_frac", "max_docs", "max_chars", "clean",
-                 "romanise", "raw_dir", "seed"):
+                 "pair_tokens", "cut_documents", "typists", "val_doc_frac", "max_docs", "max_chars",
+                 "clean", "romanise", "raw_dir", "seed"):
         value = getattr(args, name)
         if name == "source" or value != defaults[name]:
             parts = value if isinstance(value, tuple) else [value]
@@ -446,6 +474,8 @@ def find_sources(args, folder, log):
         settings["hinglish_ratio"] = args.hinglish_ratio
     if args.of_pairs:
         settings["pair_tokens"] = args.pair_tokens
+    if args.cut_documents:
+        settings["cut_documents"] = True
     if args.source == "transliterate":
         settings["typists"] = args.typists
 

@@ -20,6 +20,8 @@ Used by prepare and by training; sampling/settings.py frames a prompt (opening).
 Legend: B rows, T positions, N pairs.
 """
 import json
+import re
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,8 @@ from text.tokenizer import normalise
 MARK = "\x1f"
 CHUNK = 64            # steps whose pairs are sorted by the lengths of their prompts
 EXAMPLE = '{"prompt": "...", "response": "..."}'
+SENTENCE_END = re.compile(r"(?<=[।॥?!.])\s+|\n+")
+LONGEST_PIECE = 16    # letters of a piece of SentencePiece, at most
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -67,6 +71,29 @@ def parse_pair(line, where):
             raise UserError(f'{where}: the "{name}" is empty; fill it in or delete the line')
         texts.append(text)
     return texts
+
+
+# ---- cutting documents ---------------------------------------------------------------------------
+
+def cut_document(text):
+    """A document -> [its title or first sentence, the rest]; without a second sentence []."""
+    halves = SENTENCE_END.split(normalise(text).strip(), maxsplit=1)
+    return halves if len(halves) == 2 else []
+
+
+def shortened(text, tokenizer, most):
+    """Prompt, MARK, response -> the same, with as many whole sentences of the response as make a
+    pair of at most so many tokens; if not even one does, all of it.
+    """
+    if len(text.encode()) + 2 <= most:          # no token is less than a byte; BOS and EOS
+        return text
+    prompt, response = text.split(MARK)
+    room = most - 3 - len(tokenizer.encode(prompt))
+    ends = [end.start() for end in SENTENCE_END.finditer(response)] + [len(response)]
+    fit = bisect_right(ends, room, key=lambda end: len(tokenizer.encode(response[:end])))
+    if not fit:
+        return text
+    return MARK.join((prompt, response[:ends[fit - 1]]))
 
 
 # ---- framing -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections import deque
 
 import torch
 
+import lora
 import masking
 from common import machine
 from common.console import UserError
@@ -183,7 +184,9 @@ def memory_needed(model_config, args, micro, world=1):
     The second is a lower bound: the input of each layer, its wide activations once, one chunk of
     logits.
     """
-    fixed = count_params(model_config) * sum(of_a_parameter(args).values())
+    each = of_a_parameter(args)
+    trained = lora.trained_parameters(model_config, args.lora_rank)
+    fixed = count_params(model_config) * each.pop("weights") + trained * sum(each.values())
     if args.fsdp:
         fixed //= world
 

@@ -11,6 +11,7 @@ import math
 import time
 
 import checkpoint
+import lora
 from common.console import say
 from common.files import replace_file
 from training import drive, logs, run_folder
@@ -22,7 +23,7 @@ def save(run, is_best=False, score=None):
     score: the held-out figure of these weights, if this turn has one.
     """
     tensors = {
-        "model": run.model.state_dict(),
+        "model": lora.own_tensors(run.model),
         "ema": run.ema.state() if run.ema else None,
         "optimizer": run.optimizer.state_tensors() if run.args.save_optim else None,
     }
@@ -75,6 +76,7 @@ def state_json(run, is_best, score):
         "kept": state.nats if is_best else logs.finite(state.kept),
         "ema_updates": run.ema.updates if run.ema else 0,
         "model": run.args.model,
+        "base": run.base,
         "data_sha256": run.data.meta["train_sha256"],
         "val_sha256": run.data.meta["val_sha256"],
         "score": score if score is None else logs.finite(score),

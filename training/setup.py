@@ -16,6 +16,7 @@ import torch
 import checkpoint
 import cli
 import config
+import lora
 import masking
 import model_config
 from common import machine
@@ -45,7 +46,8 @@ class Run:
     saved resuming in_place notes        the checkpoint it begins with, and what to say of that
     device dtype allocator precision     the machine; dtype is None in float32
     data val windows tokenizer           the text; val is None where nobody asks held-out text
-    cfg model loss_of params             the network, and the module whose forward is its loss
+    cfg model loss_of params trained     the network, the module whose forward is its loss, how many
+                                         parameters there are, and how many of them learn
     optimizer ema scaler spikes          what a checkpoint holds besides the weights
     state                                the counters (training/state.py)
     length rows mine step_tokens        tokens of a row now, rows of a step, this rank's, its tokens
@@ -61,6 +63,7 @@ class Run:
         self.ranks = ranks
         self.folder = folder
         self.notes = []
+        self.base = None             # of --lora_rank: the checkpoint that the adapters stand on
         self.state = RunState()
         self.timed = False           # whether the time to go was said
         self.fits = None             # tokens of a forward, once memory ran out
@@ -136,10 +139,15 @@ def load_checkpoint(run, source):
             parts = () if args.fsdp else checkpoint.PARTS
             found = checkpoint.load(source, parts=parts, quarantine=inside)
         run.saved = ranks.broadcast_checkpoint(found)
+    if args.lora_rank:
+        check_base(run)
     if run.resuming:
         before = {"args": checkpoint.section(run.saved, "args")}
         run.args, changes = cli.resume_check(before, args, run.origins)
         run.notes = [f"changed on resume: {change}" for change in changes]
+    elif run.saved:
+        before = {"args": checkpoint.section(run.saved, "args")}
+        run.args = cli.take_shape(before, args, run.origins)
     cli.announce(run.args, run.origins)
     if run.origins["d_model"] == "tier":
         say(
@@ -150,6 +158,29 @@ def load_checkpoint(run, source):
         say(f"notice: {idle}")
     for warning in model_config.attention_warnings(run.args):
         say(f"warning: {warning}")
+
+
+def check_base(run):
+    """Adapters need the weights of another run, in a folder where they stay."""
+    rank = run.args.lora_rank
+    if not run.saved:
+        raise UserError(f"--lora_rank {rank} adapts a trained model: name it with --ckpt PATH")
+    if run.resuming and not run.saved.state.get("base"):
+        raise UserError(
+            f"{run.saved.path} has no adapters to go on with: to begin some beside its weights, "
+            "name it with --ckpt instead of --resume"
+        )
+    if run.resuming:
+        return
+    if run.saved.state.get("base"):
+        raise UserError(
+            f"{run.saved.path} is adapters itself, and new ones need whole weights: to go on with "
+            "these, name it with --resume, and the new run with --run_name"
+        )
+    if run.saved.path.parent.resolve() == run.folder.resolve():
+        raise UserError(
+            f"{run.folder} holds the base, which has to stay where it is: add --run_name NEW"
+        )
 
 
 # ---- the text ------------------------------------------------------------------------------------
@@ -256,12 +287,17 @@ def build(run):
     if saved and "ema" in saved.files and not run.resuming:
         part = "ema"
     if here:
-        checkpoint.may_fit(run.cfg, saved.model)
+        first = first_weights(run)
+        checkpoint.may_fit(run.cfg, first)
     # with --fsdp in no memory: each rank makes its part in to_device
     with torch.device("meta" if args.fsdp else "cpu"):
         model = build_model(run.cfg)
     if here:
-        checkpoint.load_into(model, getattr(saved, part))
+        checkpoint.load_into(model, first)
+    if args.lora_rank:
+        lora.adapt(model, args.lora_rank)
+        if here and run.resuming:
+            checkpoint.load_into(model, first | saved.model)
     if args.param_dtype == "bf16":
         rounding.store_in_bf16(model)
     run.model = ranks.to_device(model, run.device, run.dtype, saved and saved.files[part])
@@ -272,7 +308,21 @@ def build(run):
     run.scaler = optim.LossScaler(run.optimizer, run.device, on=run.dtype is torch.float16)
     run.spikes = recovery.SpikeWatch(args.spike_factor)
     run.params = model_config.count_params(run.cfg)
+    run.trained = lora.trained_parameters(run.cfg, args.lora_rank)
     run.saved_args = {"args": to_dict(args, config.TrainArgs), "model": run.cfg.to_dict()}
+
+
+def first_weights(run):
+    """What the model begins with, of adapters their base -> {name: tensor}."""
+    saved = run.saved
+    if not run.args.lora_rank:
+        return saved.model if run.resuming else checkpoint.weights(saved)
+    if run.resuming:
+        run.base = saved.state["base"]
+        return checkpoint.base_weights(saved)
+    tensors = checkpoint.weights(saved)
+    run.base = {"path": saved.path.as_posix(), "sha256": lora.fingerprint(tensors)}
+    return tensors
 
 
 def resume(run):
@@ -310,10 +360,13 @@ def say_what_runs(run):
     run.peak = run.ranks.all_reduce_sum(machine.peak_flops(run.device, run.dtype))
     processes = f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
     sharded = ", sharded" if args.fsdp else ""
+    adapters = ""
+    if args.lora_rank:
+        adapters = f" and {run.trained:,} in adapters, which alone are trained"
     say(
-        f"model: {args.model}, {run.params:,} parameters, d_ff {args.d_ff}; device {run.device}, "
-        f"{torch.get_num_threads()} threads{processes}{sharded}; precision {run.precision}; "
-        f"memory: {run.allocator}"
+        f"model: {args.model}, {run.params:,} parameters{adapters}, d_ff {args.d_ff}; "
+        f"device {run.device}, {torch.get_num_threads()} threads{processes}{sharded}; "
+        f"precision {run.precision}; memory: {run.allocator}"
     )
     run.planned = args.lengths.tokens(args.max_steps, args.rows)
     each = f"{run.rows} x {run.length}"
@@ -398,7 +451,7 @@ def fit_memory(run):
     # the optimizer's state comes with the first step
     later = 0
     if run.fresh_optimizer:
-        later = of_a_parameter(run.args)["optimizer"] * run.params
+        later = of_a_parameter(run.args)["optimizer"] * run.trained
     first = run.length
     row_length.use_length(run, run.args.longest)
     step = (run.mine.stop - run.mine.start, run.length)

@@ -103,7 +103,8 @@ def roll_back(run):
     """After a loss spike: weights and counters of the last checkpoint, and on with other text."""
     state = run.state
     saved = checkpoint.load(run.folder, parts=("model", "ema", "optimizer"), quarantine=True)
-    checkpoint.load_into(run.model, saved.model)
+    # adapters are saved without their base, which is here
+    checkpoint.load_into(run.model, run.model.state_dict() | saved.model)
     restore(run, saved, bool(saved.optimizer))
     run.log.write("rollback", step=state.step + 1, to=saved.step, position=state.position)
     say(f"notice: back to step {saved.step}, and on with the text after window {state.position}")
