@@ -97,6 +97,8 @@ def load(folder, threads=None):
 class Engine:
     """The sessions of a folder's graphs, each made when it is first used."""
 
+    exact_rows = True
+
     def __init__(self, folder, cfg, manifest, config, threads):
         self.folder = folder
         self.cfg = cfg
@@ -165,8 +167,9 @@ class Engine:
         """(B, R, D), whose (N,) rows and (N,) positions are asked -> (N, V); the mask's and the
         pad's logit is -inf.
         """
+        # which of the two is for a row's text to say, not for the other rows of the batch
         name = "head"
-        if len(rows) == 1 and self.manifest["bits"] != 32:
+        if states.shape[1] == 1 and self.manifest["bits"] != 32:
             name = "head_one"
         z = self.run(name, {"states": states[rows, positions]})["logits"]          # (N, V)
         z[:, self.never] = -np.inf
