@@ -32,6 +32,7 @@ import lora
 from common import files
 from common.console import Damage, UserError, say
 from common.files import file_sha256, lock, rename, replace_file, sync, to_json, write_file
+from hf import hub, published
 from model import build_model
 from model_config import ModelConfig, count_params
 from text.gpt2 import check_tokenizer, open_tokenizer
@@ -459,6 +460,7 @@ def read_folder(folder, parts):
         raise Damage(f"{folder / 'tokenizer.model'} cannot be read: {error.strerror}") from None
     return SimpleNamespace(
         path=folder,
+        name=name_of(folder),
         step=manifest["step"],
         config=config,
         state=state,
@@ -497,6 +499,42 @@ def base_weights(saved):
             f"(not sha256 {base['sha256'][:12]}): put the old ones there"
         )
     return tensors
+
+
+def name_of(folder):
+    """What a checkpoint is called: its run's name, or its own where it stands alone."""
+    folder = folder.resolve()
+    if folder.name.startswith("step_"):
+        return folder.parent.name
+    return folder.name
+
+
+def read_published(path):
+    """What python -m export --format hf wrote, here or on the hub (hf:owner/name@revision), as
+    load() returns it; None of any other path.
+    """
+    if hub.is_spelling(path):
+        folder = hub.fetched(path)
+    elif published.is_published(path):
+        folder = Path(path)
+    else:
+        return None
+    manifest = published.read_manifest(folder)
+    if not hub.is_spelling(path):
+        published.check_files(folder, manifest, published.NEEDED, published.AGAIN)
+    tensors = {}
+    for name, tensor in read_tensors(folder / published.WEIGHTS).items():
+        tensors[name.removeprefix(published.PREFIX)] = tensor
+    return SimpleNamespace(
+        path=folder,
+        name=Path(path).name,
+        step=manifest["step"],
+        config=manifest["config"],
+        state={"data_sha256": manifest["data_sha256"]},
+        tokenizer_bytes=(folder / published.TOKENIZER).read_bytes(),
+        model=tensors,
+        ema=None,
+    )
 
 
 def section(saved, name):
@@ -718,12 +756,12 @@ def first_of(folders, path, use, quarantine):
 
 
 def load_model(path, device, check_settings, model="auto", tokenizer_path=None):
-    """Any spelling of a checkpoint -> (model in eval mode, its averaged weights if it has them;
-    tokenizer; checkpoint).
+    """Any spelling of a checkpoint, or what export --format hf made of one -> (model in eval mode,
+    its averaged weights if it has them; tokenizer; checkpoint).
 
     check_settings(settings, where) refuses settings of the training that the caller cannot use.
     """
-    saved = load(path, parts=("model", "ema"))
+    saved = read_published(path) or load(path, parts=("model", "ema"))
     shape = ModelConfig.from_dict(section(saved, "model"))
     check_settings(section(saved, "args"), saved.path / "config.json")
     tensors = weights(saved)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from common.console import UserError
 from common.flags import again, checked, flag, split_list
+from hf.published import is_name
 from model_config import OLD_MODELS, ModelFlags, shape_problems
 from studies import ExperimentFlags
 from text import starter
@@ -919,7 +920,10 @@ class CheckpointFlags:
     "Checkpoint"
 
     ckpt: str = flag(
-        None, "checkpoint or run folder; the flag's name may be left out", positional=True
+        None,
+        "checkpoint or run folder, or hf:owner/name@revision on the hub; the flag's name may be "
+        "left out",
+        positional=True,
     )
 
     needs_ckpt = True
@@ -1301,8 +1305,8 @@ class SampleArgs(GenerateFlags, CommonFlags):
     # what is not typed is chosen to suit the checkpoint, by sampling/settings.py
     ckpt: str = flag(
         None,
-        "checkpoint or run folder; none = the newest run under checkpoints/; the flag's name may "
-        "be left out",
+        "checkpoint or run folder, or hf:owner/name@revision on the hub; none = the newest run "
+        "under checkpoints/; the flag's name may be left out",
         positional=True,
     )
     max_new_tokens: int = flag(
@@ -1625,6 +1629,9 @@ class ExportArgs(CheckpointFlags, EveryFlags):
     data_dir: str = flag(
         None, "prepared text for the bits/byte that are lost; none = the checkpoint's", rare=True
     )
+    push: str = flag(
+        None, "publish the folder of hf on the hub as owner/name; what is new there is private"
+    )
     figures: str = flag(None, "for the card of hf: a file that evaluate --out_json wrote")
     licence: str = flag(
         None, "of the weights, for the card of hf, as the hub calls it, such as apache-2.0"
@@ -1638,6 +1645,10 @@ class ExportArgs(CheckpointFlags, EveryFlags):
         for name in ("figures", "licence"):
             if getattr(self, name) and self.format != "hf":
                 yield f"--{name} is for the model card, which only --format hf writes"
+        if self.push and self.format != "hf":
+            yield "--push is for --format hf, which the hub's users can load"
+        if self.push and not is_name(self.push):
+            yield f"--push {self.push}: name it owner/name, as the hub does"
         if self.licence and not re.fullmatch(r"[a-z0-9.-]+", self.licence):
             yield f"--licence {self.licence}: name it as the hub does, such as apache-2.0 or mit"
 

@@ -29,7 +29,6 @@ of the running text, and BOS counts there, while here it is given.
 """
 import dataclasses
 import math
-from pathlib import Path
 
 import cli
 import config
@@ -117,7 +116,7 @@ def main(argv=None):
     )
     result = held_out.score(model, chosen, framed, tokenizer, blocks, args, length, batch)
     if args.out_png:
-        name = f"{Path(saved.path).parent.name}, step {saved.step}"
+        name = f"{saved.name}, step {saved.step}"
         plots.mask_rate_curves(args.out_png, result["curve"], length, name)
 
     # the text that it writes itself

@@ -4,7 +4,7 @@ and the completions of OpenAI's API.
     python -m serve                # the newest run, at http://127.0.0.1:8000/
     python -m serve --ckpt checkpoints/eco_hybrid_hi --port 9000
 
-One request is written at a time, and the others wait (serving/worker.py). Only this machine can
+Requests wait for the one model (serving/worker.py). Only this machine can
 reach it, unless --host and --token_file say otherwise. docs/SERVE.md has the paths and the limits.
 """
 import signal
@@ -41,8 +41,7 @@ def main(argv=None):
 
     # The model
     writer, tokenizer, saved = exported.model_of(args)
-    run, _ = exported.run_and_step(Path(saved.path).resolve())
-    served = requests.Served(run.name, writer, tokenizer, saved, args.max_length, args.max_work)
+    served = requests.Served(saved.name, writer, tokenizer, saved, args.max_length, args.max_work)
 
     # Clients have their threads, the model has this one
     metrics = Metrics()

@@ -31,7 +31,7 @@ def output_of(args, saved, mark):
     """The folder that --output names, or the run's; mark: a file that each export of this format
     has.
     """
-    name = saved.path.parent.name
+    name = saved.name
     if args.format != "onnx":
         name += f"-{args.format}"
     output = Path(args.output or Path("exports") / name)

@@ -19,17 +19,25 @@ from safetensors.torch import load_file, save_file
 
 import config
 from common.console import UserError, commit_hash, say
-from common.files import ROOT, file_sha256, folder_aside, read_json, sync, to_json, write_file
+from common.files import (
+    ROOT,
+    file_sha256,
+    folder_aside,
+    read_json,
+    sealed,
+    sync,
+    to_json,
+    write_file,
+)
 from edge import source
 from hf.awkward import awkward_strings
 from hf.card import model_card
 from hf.join import FILES, joined
+from hf.published import FORMAT, MANIFEST, PREFIX, TOKENIZER, WEIGHTS
 from hf.tokenizer_json import special_pieces, tokenizer_json
 from sampling import decode, settings
 from sampling.torch_model import TorchModel
 
-FORMAT = "aria-hf-1"
-MANIFEST = "aria.json"
 MODELING = "modeling_aria"
 EXACT = 1e-5            # of the logits' size, between two ways to compute the same float32 numbers
 STRINGS = 4000          # awkward ones whose ids are compared
@@ -59,8 +67,8 @@ def export(args):
 
 def write_folder(folder, model, tokenizer, saved, card):
     folder.mkdir()
-    tensors = {f"denoiser.{name}": value.float() for name, value in model.state_dict().items()}
-    weights = folder / "model.safetensors"
+    tensors = {f"{PREFIX}{name}": value.float() for name, value in model.state_dict().items()}
+    weights = folder / WEIGHTS
     save_file(tensors, weights, metadata={"format": "pt"})
     os.chmod(weights, 0o644)        # the library's 0600 is for its owner alone
     sync(weights)
@@ -75,7 +83,7 @@ def write_folder(folder, model, tokenizer, saved, card):
         write_file(folder / name, text.encode())
     write_file(folder / "config.json", to_json(described))
     write_file(folder / "tokenizer_config.json", to_json(tokenizer_settings(tokenizer, saved)))
-    write_file(folder / "tokenizer.model", saved.tokenizer_bytes)
+    write_file(folder / TOKENIZER, saved.tokenizer_bytes)
 
     # last, what Aria itself needs to read the folder: --ckpt
     files = {}
@@ -88,7 +96,7 @@ def write_folder(folder, model, tokenizer, saved, card):
         "config": saved.config,
         "files": files,
     }
-    write_file(folder / MANIFEST, to_json(manifest))
+    write_file(folder / MANIFEST, to_json(sealed(manifest)))
     sync(folder)
 
 

@@ -47,6 +47,8 @@ them to a PyTorch model.
     model.logits(states, rows, positions)
                                         (N,), (N,) of these states -> (N, V) float32, which the loop
                                         may change and has read when it asks for the next ones
+    model.exact_rows                    maybe: are a row's numbers the same in any batch, up to the
+                                        rounding of float32? Not with bf16 products, nor on a GPU
     model.device_memory()               maybe -> (name, bytes) of a device with memory of its own
 
 Guidance: what the model says with the prompt, away from what it says without. A model of pairs was

@@ -4,7 +4,7 @@
     writer, tokenizer, saved = load(folder, args)
 
 Used by sample.py, serve.py, evaluate.py and edge_benchmark.py. `saved` is what checkpoint.load
-gives, as far as anybody asks: path, step, config, state.
+gives, as far as anybody asks: path, name, step, config, state.
 """
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +118,7 @@ def load(folder, args):
     manifest = runner.manifest
     saved = SimpleNamespace(
         path=folder,
+        name=folder.resolve().name,
         step=manifest["step"],
         config=runner.config,
         state={"data_sha256": manifest.get("data_sha256")},

@@ -14,14 +14,18 @@ from pathlib import Path
 import config
 from common.files import file_sha256, read_json, write_json
 from common.flags import checked
+from hf.published import MANIFEST, is_published
 
 FILE = "profiles.json"
 
 
 def conditions(folder, args):
     """What a speed depends on."""
+    manifest = Path(folder, "MANIFEST.json")
+    if is_published(folder):
+        manifest = Path(folder, MANIFEST)
     return {
-        "checkpoint": file_sha256(Path(folder, "MANIFEST.json")),
+        "checkpoint": file_sha256(manifest),
         "machine": platform.node(),
         "cpus": os.cpu_count(),
         "device": args.device,

@@ -15,6 +15,7 @@ random numbers, which dropout draws, unusable.
 import numpy as np
 import torch
 
+from sampling import fast
 from sampling.cuda_graphs import Graphs
 
 
@@ -42,6 +43,9 @@ class TorchModel:
         self.round_cost = 3.7
         if model.head.product:
             self.round_cost = 2.9       # packed: a few rows take little longer than one
+        self.exact_rows = self.device.type == "cpu" and not isinstance(
+            model.head.product, fast.PackedBF16
+        )
         if self.device.type == "cuda":
             self.device_memory = self.memory_of_gpu
 

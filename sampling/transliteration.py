@@ -6,7 +6,7 @@
 A line is cut as the training text was (text/transliterate.py), its parts are answered, many rows at
 once, and put together again. A part without a Latin letter stays as it is.
 
-Used by sample.py only.
+Used by sample.py and by serving/typed.py.
 """
 import dataclasses
 import re
@@ -69,8 +69,10 @@ def lines(args):
 
 # ---- one line ------------------------------------------------------------------------------------
 
-def transliterate(args, model, tokenizer, settings, texts, length):
-    """Records as written.py's, one for each text; length: tokens of a row in training."""
+def transliterate(args, model, tokenizer, settings, texts, length, on_step=None):
+    """Records as written.py's, one for each text; length: tokens of a row in training; on_step:
+    after each forward, as decode.generate's.
+    """
     told = False
     for text in texts:
         started = time.perf_counter()
@@ -81,7 +83,7 @@ def transliterate(args, model, tokenizer, settings, texts, length):
         stream = Stream() if args.stream else None
         at_once = 1 if stream else BATCH
         for start in range(0, len(line.asked), at_once):
-            line.answer(settings, line.asked[start:start + at_once], args.seed)
+            line.answer(settings, line.asked[start:start + at_once], args.seed, on_step)
             if stream:
                 stream.grow(line.text_so_far())
         if stream:
@@ -121,7 +123,7 @@ class Line:
             at = middle
         return [*self.fitting(part[:at].rstrip()), *self.fitting(part[at:].lstrip())]
 
-    def answer(self, settings, numbers, seed):
+    def answer(self, settings, numbers, seed, on_step=None):
         """Answer these parts; those of one length share a batch and have one limit."""
         for size in sorted({len(self.ids[number]) for number in numbers}):
             group = [number for number in numbers if len(self.ids[number]) == size]
@@ -129,7 +131,7 @@ class Line:
                 settings, max_new_tokens=min(settings.max_new_tokens, self.length - size)
             )
             prompts = [self.ids[number] for number in group]
-            result = decode.generate(self.model, prompts, room, [seed] * len(group))
+            result = decode.generate(self.model, prompts, room, [seed] * len(group), on_step)
             for number, row in zip(group, result.rows, strict=True):
                 self.answers[number] = self.tokenizer.written(row)
             self.tokens += sum(map(len, result.rows))

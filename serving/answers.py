@@ -130,6 +130,16 @@ def infilling(request, served, result):
     return answer
 
 
+def transliteration(request, served, records):
+    """The answer of /v1/transliterate: the lines, in Devanagari."""
+    answer = envelope("transliteration", "trlt", served)
+    text = "\n".join(record["text"] for record in records)
+    answer["choices"] = [choice(0, text, "stop")]
+    answer["usage"] = usage(request, request.job.tokens)
+    answer["aria"] = how(request)
+    return answer
+
+
 def listing(served, described):
     """The answer of /v1/models; described: what a client can set, and what it gets without."""
     one = model(served, described)

@@ -5,6 +5,7 @@
     GET  /v1/models         what is served, and what it can do
     POST /v1/completions    a prompt is continued, in one answer or as a stream
     POST /v1/infill         the gaps of a text are filled
+    POST /v1/transliterate  what is typed in Latin letters, in Devanagari
     POST /steps             one text, every forward of it, for the page
 
 Used by serve.py. The fields of the bodies are in serving/requests.py, the answers in
@@ -14,9 +15,9 @@ from urllib.parse import quote
 
 from serving import answers, page, requests
 from serving.errors import Refused
+from serving.job import Block, Step
 from serving.server import Connection
 from serving.steps import Shown
-from serving.worker import Block, Step
 
 
 class Client(Connection):
@@ -34,6 +35,7 @@ class Client(Connection):
             model_path: {"GET": self.get_model},
             "/v1/completions": {"POST": self.post_completion},
             "/v1/infill": {"POST": self.post_infill},
+            "/v1/transliterate": {"POST": self.post_transliterate},
             "/steps": {"POST": self.post_steps},
         }
         if path not in routes:
@@ -68,6 +70,13 @@ class Client(Connection):
         for event in self.events_of(request.job):
             last = event
         self.send_json(200, answers.infilling(request, self.server.served, last.result))
+
+    def post_transliterate(self):
+        served = self.server.served
+        request = requests.transliteration(self.body(), served)
+        for event in self.events_of(request.job):
+            last = event
+        self.send_json(200, answers.transliteration(request, served, last.result))
 
     def post_completion(self):
         served = self.server.served

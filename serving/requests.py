@@ -11,6 +11,7 @@ import dataclasses
 import math
 import secrets
 from difflib import get_close_matches
+from functools import cached_property
 from typing import NamedTuple
 
 import config
@@ -32,8 +33,9 @@ from sampling.settings import (
     trained_blocks,
     usual_block,
 )
+from serving import typed
 from serving.errors import wrong
-from serving.worker import Job
+from serving.job import Job
 
 MOST_TEXTS = 16            # of one request
 MOST_AT_ONCE = 8192        # positions whose logits lie in memory at once: texts x block
@@ -93,6 +95,11 @@ class Served:
     def framed(self):
         """Was it trained on pairs? Then a text is the answer to its prompt."""
         return self.model.cfg.framed
+
+    @cached_property
+    def typed_rule(self):
+        """How lines in Latin letters are answered."""
+        return typed.rule_of(self.saved, self.tokenizer)
 
 
 class Request(NamedTuple):
@@ -288,13 +295,18 @@ def must_be_bounded(served, settings, prompt_length, texts):
     work = texts * (length + math.ceil(new / block) * forwards * read * sides)
     if one_by_one:
         work = texts * 3 * length              # drafts and their verification
+    must_be_affordable(served, work, "fewer max_tokens, steps or texts", "max_tokens")
+    return block
+
+
+def must_be_affordable(served, work, instead, param):
+    """Refuses what would hold up the others for too long. work: positions in the network."""
     if work > served.max_work:
         raise wrong(
             f"this takes {work:,} positions in the network, and {served.max_work:,} are allowed "
-            "for a request: ask for fewer max_tokens, steps or texts",
-            "max_tokens",
+            f"for a request: ask for {instead}",
+            param,
         )
-    return block
 
 
 def described(served):
@@ -307,6 +319,7 @@ def described(served):
         "left_to_right_only": served.causal,
         "can_freeze": not cannot_freeze(served.saved),
         "fills_gaps": not served.causal and not served.framed,
+        "transliterates": typed.can_transliterate(served.saved),
         "trained_length": config.trained_length(served.saved),
         "trained_blocks": sorted(set(trained_blocks(served.saved)), reverse=True),
         "usual_block": usual_block(served.saved),
@@ -391,6 +404,22 @@ def infill(body, served, watched=False):
     seed = values.get("seed", secrets.randbelow(2**31))
     job = Job([gapped.ids] * n, settings, list(range(seed, seed + n)), fills=True, watched=watched)
     return Request(job, settings, [text] * n, given - 1, block, seed, notices, gapped)
+
+
+def transliteration(body, served):
+    """The body of POST /v1/transliterate -> Request."""
+    known_fields(body, served, ("model", "text", "user"))
+    if not typed.can_transliterate(served.saved):
+        raise wrong(f"{served.name} continues texts: only a model of pairs transliterates")
+    text = text_of(body, "text")
+    args, settings = served.typed_rule
+    lines = text.split("\n")
+    length = config.trained_length(served.saved)
+    asked = typed.asked_of(lines, served.model, served.tokenizer, length)
+    must_be_affordable(served, len(asked) * length, "a shorter text", "text")
+    job = typed.TypedJob(lines, args, settings, served.tokenizer, length)
+    prompt_tokens = sum(len(ids) - 1 for ids in asked)
+    return Request(job, settings, [text], prompt_tokens, 1, args.seed, [])
 
 
 def watched(body, served):

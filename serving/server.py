@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 from common.console import UserError, say
 from serving import page
 from serving.errors import Refused, wrong
-from serving.worker import Block, Failed, Step
+from serving.job import Block, Failed, Step
 
 READ_SECONDS = 10          # for a whole request, however it comes
 SEND_SECONDS = 10          # for a part of an answer

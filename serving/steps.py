@@ -3,7 +3,7 @@ that have changed, as words with their confidence.
 
     shown = Shown(request, tokenizer, mask_id, framed)
     start = shown.start()                       # all positions as they are at the beginning
-    change = shown.step(event)                  # a worker.Step
+    change = shown.step(event)                  # a job.Step
 
 A part is a word (or a piece of one between gaps), so that no letter is ever drawn in two colours:
 that would break Devanagari. It is {"at": first position, "n": positions, "text": ..., "p": the

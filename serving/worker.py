@@ -1,111 +1,28 @@
 """One thread owns the model. It writes one request after the other; the others wait in a queue.
 
-    worker = Worker(model, most_waiting)
+    worker = Worker(model, most_waiting, metrics)
     worker.submit(job)          # from any thread; a Refused with 429 if too many wait
-    event = job.events.get()    # Step, Block, ... and Done or Failed at the end
+    event = job.events.get()    # serving/job.py
     worker.cancel(job)          # it leaves the queue, or ends behind the forward in progress
     worker.run()                # the owner's loop, until close()
 
 Used by serving/server.py, a thread for each client, and by serve.py, whose main thread runs it.
-The rows of one request are one batch. Rows of different requests are never in one batch: that would
-pay left to right alone, and only for prompts of equal length and equal settings (docs/SERVE.md).
+The rows of one request are one batch. Requests that wait and can join the first in the queue are
+written with it (serving/together.py), if the model gives a row the same numbers in any batch.
 """
-import queue
 import threading
 import time
 import traceback
 from collections import deque
-from typing import NamedTuple
-
-import numpy as np
 
 from common.console import UserError, say
-from sampling import decode
 from serving.errors import Refused
+from serving.job import Cancelled, Done, Failed
+from serving.together import MOST_ROWS, Together, can_join
 
 RETRY = "the server is busy: try again in a moment"
 ENDING = "the server is being stopped"
-
-
-class Step(NamedTuple):
-    """The positions [lo, hi) of the first row after a forward."""
-    lo: int
-    hi: int
-    ids: np.ndarray                   # (S,)
-    chance: np.ndarray                # (S,)
-    forwards: int
-    seconds: float
-
-
-class Block(NamedTuple):
-    """Tokens of a row that are final."""
-    row: int
-    ids: list
-
-
-class Done(NamedTuple):
-    """All is written."""
-    result: decode.Result
-
-
-class Failed(NamedTuple):
-    """Nothing more comes, and this is why."""
-    error: Refused
-
-
-class Cancelled(Exception):
-    """Nobody waits for this text any more."""
-
-
-class Job:
-    """What the model has to write for one request, and the events that tell of it.
-
-    prompts: ids per row; of a text with gaps (fills), the same ids for each row. watched: every
-    forward of the first row is an event.
-    """
-
-    def __init__(self, prompts, settings, seeds, fills=False, watched=False):
-        self.prompts = prompts
-        self.settings = settings
-        self.seeds = seeds
-        self.fills = fills
-        self.watched = watched
-        self.cancelled = False
-        self.forwards = 0
-        self.started = None
-        self.events = queue.SimpleQueue()
-
-    def write(self, model):
-        """-> Result. Cancelled is raised after the forward during which somebody asked for it."""
-        if self.cancelled:
-            raise Cancelled
-        if self.fills:
-            return decode.infill(
-                model, self.prompts[0], self.settings, self.seeds, self.after_forward
-            )
-        return decode.generate(
-            model, self.prompts, self.settings, self.seeds, self.after_forward, self.after_block
-        )
-
-    def after_forward(self, canvas, lo, hi, step):
-        """on_step of the decode loop."""
-        if self.cancelled:
-            raise Cancelled
-        self.forwards += 1
-        if self.watched:
-            ids = canvas.ids[0, lo:hi].copy()
-            chance = canvas.chance[0, lo:hi].copy()
-            self.events.put(Step(lo, hi, ids, chance, self.forwards, self.seconds))
-
-    def after_block(self, canvas, lo, hi):
-        """on_block of the decode loop."""
-        for at, row in enumerate(canvas.numbers):
-            self.events.put(Block(row, canvas.ids[at, lo:hi].tolist()))
-
-    @property
-    def seconds(self):
-        """Since the model began with it."""
-        return time.perf_counter() - self.started
+CANCELLED = Failed(Refused(503, "cancelled"))
 
 
 class Worker:
@@ -149,43 +66,66 @@ class Worker:
     def run(self):
         """Write what comes, until the worker is closed."""
         while True:
-            job = self.next_job()
-            if job is None:
+            jobs = self.next_jobs()
+            if not jobs:
                 return
             self.busy = True
-            self.do(job)
+            self.do(jobs)
             self.busy = False
 
-    def next_job(self):
-        """Wait for a job; None when the worker is closed."""
+    def next_jobs(self):
+        """Wait for a job -> it and what is written with it; [] when the worker is closed."""
         with self.changed:
             while not self.waiting and not self.closed:
                 self.changed.wait(1)        # not for ever: Ctrl-C is looked at in between
             if self.closed:
-                return None
-            return self.waiting.popleft()
+                return []
+            first = self.waiting.popleft()
+            jobs = [first]
+            if not getattr(self.model, "exact_rows", False):
+                return jobs
+            rows = len(first.prompts)
+            for job in list(self.waiting):
+                if can_join(first, job) and rows + len(job.prompts) <= MOST_ROWS:
+                    rows += len(job.prompts)
+                    jobs.append(job)
+                    self.waiting.remove(job)
+            return jobs
 
-    def do(self, job):
-        """Write one job. Whatever goes wrong is its client's answer, and the others go on."""
-        job.started = time.perf_counter()
+    def do(self, jobs):
+        """Write jobs as one batch. Whatever goes wrong is their clients' answer, and the others go
+        on.
+        """
+        work = jobs[0]
+        if len(jobs) > 1:
+            work = Together(jobs)
+        started = time.perf_counter()
+        for job in jobs:
+            job.started = started
         try:
-            result = job.write(self.model)
-            end = Done(result)
-            self.metrics.count("texts", len(result.rows))
-            self.metrics.count("tokens", sum(map(len, result.full_rows)))
+            results = work.write(self.model)
+            if work is jobs[0]:
+                results = [results]
+            ends = [Done(result) if result else CANCELLED for result in results]
         except Cancelled:
-            end = Failed(Refused(503, "cancelled"))
-            self.metrics.count("cancelled")
+            ends = [CANCELLED] * len(jobs)
         except UserError as error:
-            end = Failed(Refused(400, str(error).replace("--", "")))
+            ends = [Failed(Refused(400, str(error).replace("--", "")))] * len(jobs)
         except KeyboardInterrupt:
-            job.events.put(Failed(Refused(503, ENDING)))
+            for job in jobs:
+                job.events.put(Failed(Refused(503, ENDING)))
             raise
         except Exception as error:
             # its message could quote the text, so only the place is printed
             place = traceback.extract_tb(error.__traceback__)[-1]
             say(f"error: {type(error).__name__} at {place.filename}:{place.lineno}")
-            end = Failed(Refused(500, "the model failed on this request"))
-        self.metrics.count("forwards", job.forwards)
-        self.metrics.count("seconds", job.seconds)
-        job.events.put(end)
+            ends = [Failed(Refused(500, "the model failed on this request"))] * len(jobs)
+        self.metrics.count("forwards", work.forwards)
+        self.metrics.count("seconds", time.perf_counter() - started)
+        for job, end in zip(jobs, ends, strict=True):
+            if end is CANCELLED:
+                self.metrics.count("cancelled")
+            elif isinstance(end, Done):
+                self.metrics.count("texts", job.texts)
+                self.metrics.count("tokens", job.tokens)
+            job.events.put(end)

@@ -1,14 +1,18 @@
 """Pairs: what is read and refused, what a row asks, which tokens a loss sees, and what guidance
 moves.
 """
+import contextlib
 import json
 import math
+import threading
+from http.client import HTTPConnection
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
 
+import checkpoint
 import config
 import evaluate
 import masking
@@ -21,6 +25,10 @@ from sampling.decode import generate
 from sampling.settings import Settings, opening
 from sampling.torch_model import TorchModel
 from sampling.unmasking import Look
+from serving import paths, requests, server, worker
+from serving.job import Cancelled
+from serving.metrics import Metrics
+from serving.typed import TypedJob, rule_of
 from text import pairs, transliterate
 from text.build import build
 from text.dataset import TokenData
@@ -368,6 +376,83 @@ def test_lines_are_transliterated_as_they_come(toy, trained, capsys, monkeypatch
     path.write_bytes(b"lal\n\xff\xfe\n")
     with pytest.raises(UserError, match="typed.txt, line 2: not valid UTF-8"):
         shown("--prompts_file", path)
+
+
+@contextlib.contextmanager
+def serving(run, max_work):
+    """python -m serve of a run in this process -> (ask(method, path, body), the worker)."""
+    model, tokenizer, saved = checkpoint.load_model(run, "cpu", config.check_saved)
+    served = requests.Served("toy", TorchModel(model), tokenizer, saved, 2048, max_work)
+    metrics = Metrics()
+    owner = worker.Worker(served.model, 4, metrics)
+    listener = server.listen("127.0.0.1", 0, paths.Client)
+    listener.offer(served, owner, metrics, None)
+    threads = [threading.Thread(target=listener.serve_forever), threading.Thread(target=owner.run)]
+    for thread in threads:
+        thread.start()
+
+    def ask(method, path, body=None):
+        connection = HTTPConnection("127.0.0.1", listener.server_address[1], timeout=60)
+        data = json.dumps(body).encode() if body is not None else None
+        connection.request(method, path, data, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        found = response.status, json.loads(response.read())
+        connection.close()
+        return found
+    try:
+        yield ask, owner
+    finally:
+        owner.close()
+        listener.shutdown()
+        listener.server_close()
+        for thread in threads:
+            thread.join(20)
+
+
+def test_the_server_writes_what_is_typed_in_devanagari(toy, trained, capsys, monkeypatch):
+    text = "lal nila\n\nhara 12 kala\n" + "naya bada " * 40
+    path = toy / "served.txt"
+    path.write_text(text, encoding="utf-8")
+    capsys.readouterr()
+    sample.main([str(trained), "--transliterate", "--prompts_file", str(path)])
+    wanted = capsys.readouterr().out.removesuffix("\n")
+
+    monkeypatch.undo()              # conftest's no_network: this test asks a server of its own
+    with serving(trained, 10**4) as (ask, owner):
+        status, listed = ask("GET", "/v1/models")
+        assert status == 200 and listed["data"][0]["aria"]["transliterates"] is True
+        status, answer = ask("POST", "/v1/transliterate", {"text": text})
+        assert status == 200, answer
+        [choice] = answer["choices"]
+        assert choice["text"] == wanted and wanted.startswith("लाल नीला\n\n")
+        assert answer["usage"]["completion_tokens"] > 80 and answer["aria"]["forwards"] > 4
+        assert owner.metrics.counts["texts", ""] == 4
+        # nothing to write is an answer, too
+        assert ask("POST", "/v1/transliterate", {"text": "वह"})[1]["choices"][0]["text"] == "वह"
+        for body, param in (
+            ({"text": 3}, "text"),
+            ({}, "text"),
+            ({"text": "lal", "temperature": 1}, "temperature"),
+            ({"text": "lal. " * 400}, "text"),               # more work than is allowed
+        ):
+            status, answer = ask("POST", "/v1/transliterate", body)
+            assert (status, answer["error"]["param"]) == (400, param), answer
+
+
+def test_a_transliteration_that_nobody_waits_for_ends_within_a_forward(trained):
+    model, tokenizer, saved = checkpoint.load_model(trained, "cpu", config.check_saved)
+    args, settings = rule_of(saved, tokenizer)
+    job = TypedJob(["naya bada"] * 20, args, settings, tokenizer, 32)
+    job.started = 0
+    after_forward = job.after_forward
+
+    def leaves_at_the_third(*words):
+        job.cancelled = job.forwards == 3
+        after_forward(*words)
+    job.after_forward = leaves_at_the_third
+    with pytest.raises(Cancelled):
+        job.write(TorchModel(model))
+    assert job.forwards == 3
 
 
 def test_what_a_model_of_pairs_was_not_trained_for_is_refused(toy, trained, capsys):

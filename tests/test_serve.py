@@ -24,7 +24,9 @@ from sampling import decode, exported
 from sampling.settings import Settings
 from serving import answers, paths, requests, server, steps, worker
 from serving.errors import Refused
+from serving.job import Cancelled, Job
 from serving.metrics import Metrics
+from serving.together import Together, can_join
 from text.tokenizer import opens_cluster
 
 pytest.importorskip("onnxruntime", reason="the starter model, which the tests serve, is exported")
@@ -359,6 +361,7 @@ def test_a_part_waits_for_the_rest_of_its_letter(model):
         ("/v1/infill", dict(text=3), "text"),
         ("/v1/infill", dict(text="a ____", max_tokens=3), "max_tokens"),
         ("/v1/infill", dict(text="a " + "____ " * 1200), None),
+        ("/v1/transliterate", dict(text="mai kal"), None),      # a model that continues texts
         ("/steps", dict(prompt=["a", "b"]), "prompt"),
         ("/steps", dict(text="a ____", n=2), "n"),
     ],
@@ -688,6 +691,73 @@ def test_a_full_queue_is_a_429_and_nothing_is_lost(here):
     assert texts == alone
 
 
+def test_requests_that_wait_are_written_together_as_each_alone(here):
+    """Equal settings and prompt length: one batch, of at most 16 rows, whose texts are the same;
+    the others go on beside it. Greedy, too, where a tie would show.
+    """
+    port, owner, begin = here
+    owner.most_waiting = 64
+    bodies = [dict(prompt=PROMPT, max_tokens=40, seed=seed, n=1 + seed % 3) for seed in range(12)]
+    bodies += [dict(prompt="मुझे एक", max_tokens=40, seed=seed) for seed in range(2)]
+    bodies.append(dict(prompt=PROMPT, max_tokens=40, temperature=0))
+    bodies.append(dict(prompt=PROMPT, stop="ा", seed=5))
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        waiting = [pool.submit(complete, port, **body) for body in bodies]
+        wait_until(lambda: len(owner.waiting) == len(bodies))
+        begin()
+        together = [future.result() for future in waiting]
+    forwards = owner.metrics.counts["forwards", ""]
+    alone = [complete(port, **body) for body in bodies]
+    for one, other in zip(together, alone, strict=True):
+        assert one["choices"] == other["choices"] and one["usage"] == other["usage"]
+    ends_by_itself = slice(0, 15)
+    assert [answer["aria"]["forwards"] for answer in together[ends_by_itself]] == [
+        answer["aria"]["forwards"] for answer in alone[ends_by_itself]
+    ]
+    assert forwards < 0.5 * (owner.metrics.counts["forwards", ""] - forwards), "no batch was made"
+
+
+def test_who_leaves_a_batch_holds_up_nobody(model):
+    writer, tokenizer, _ = model
+    bodies = [dict(prompt=PROMPT, max_tokens=60, seed=seed, ignore_eos=True) for seed in range(3)]
+
+    def jobs():
+        return [requests.completion(body, served_of(model)).job for body in bodies]
+    alone = [job.write(writer).rows for job in jobs()]
+
+    batch = Together(jobs())
+    after_forward = batch.after_forward
+
+    def one_leaves(*words):
+        batch.jobs[1].cancelled = batch.forwards >= 5
+        after_forward(*words)
+    batch.after_forward = one_leaves
+    first, left, last = batch.write(writer)
+    assert left is None and [first.rows, last.rows] == [alone[0], alone[2]]
+    assert [job.forwards for job in batch.jobs] == [60, 6, 60] and batch.forwards == 60
+
+    batch = Together(jobs())
+    for job in batch.jobs:
+        job.cancelled = True
+    with pytest.raises(Cancelled):
+        batch.write(writer)
+
+
+def test_which_requests_can_be_one_batch(model):
+    def job(**body):
+        return requests.completion(dict(prompt=PROMPT, max_tokens=8) | body, served_of(model)).job
+    first = job(seed=1)
+    assert can_join(first, job(seed=2, n=3, stop="x"))
+    for other in (
+        job(prompt="mai"), job(max_tokens=9), job(temperature=0.5), job(sampler="threshold"),
+        job(prompt=[PROMPT, "mai"]), job(sampler="speculate"),
+    ):
+        assert not can_join(first, other)
+    assert not can_join(job(sampler="threshold"), job(sampler="threshold"))
+    watched = requests.watched(dict(prompt=PROMPT, max_tokens=8, block_size=1), served_of(model))
+    assert not can_join(first, watched.job)
+
+
 def test_whoever_waits_is_told_that_the_server_stops(here):
     port, owner, _ = here
     with ThreadPoolExecutor(1) as pool:
@@ -702,7 +772,7 @@ def test_whoever_waits_is_told_that_the_server_stops(here):
 def test_a_failure_of_the_model_is_one_clients_answer(here, monkeypatch, capsys):
     port, owner, begin = here
     begin()
-    write = worker.Job.write
+    write = Job.write
 
     def fails(job, engine):
         if job.seeds == [1]:
@@ -710,7 +780,7 @@ def test_a_failure_of_the_model_is_one_clients_answer(here, monkeypatch, capsys)
         if job.seeds == [2]:
             raise UserError("--guidance_scale 9 is too large")
         return write(job, engine)
-    monkeypatch.setattr(worker.Job, "write", fails)
+    monkeypatch.setattr(Job, "write", fails)
     status, answer = post(port, "/v1/completions", prompt="a", seed=1)
     assert status == 500 and SECRET_WORD not in json.dumps(answer)
     status, answer = post(port, "/v1/completions", prompt="a", seed=2, stream=True)
