@@ -847,7 +847,10 @@ class PrepareFlags(DataFlags):
         0, "base pieces, mask not included; 0 = by corpus size", "ignore", at_least=0
     )
     model_type: str = flag(
-        "bpe", "kind of SentencePiece model", "ignore", choices=("bpe", "unigram")
+        "bpe",
+        "kind of SentencePiece model; char: single letters, always so for --source transliterate",
+        "ignore",
+        choices=("bpe", "unigram", "char"),
     )
     hinglish_ratio: float = flag(
         0.35, "wanted share of romanised documents", "ignore", at_least=0, at_most=1

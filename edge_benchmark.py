@@ -92,6 +92,7 @@ def main(argv=None):
 
     # A model for each precision, and what is compared
     models, tokenizer, saved = load_models(args, chosen, device)
+    settings.refuse_interlaced(saved)
     cfg = next(iter(models.values())).model.cfg
     causal = cfg.causal
     if causal:

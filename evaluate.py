@@ -59,6 +59,7 @@ def main(argv=None):
     device = machine.pick_device(args.device)
     loaded, tokenizer, saved = loading.load_model(args, device)
     model = loaded.model
+    settings.refuse_interlaced(saved)
     if model.cfg.framed and args.samples:
         raise UserError(
             f"{saved.path} was trained on pairs: it answers prompts and continues no text, so "

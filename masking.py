@@ -148,9 +148,12 @@ def times(args, u):
     return t, (alpha(t, *bounds) - alpha(before, *bounds)) * args.timesteps
 
 
-def corrupt(args, seed, step, rows, length, block, first=None, part=slice(None), asked=None):
+def corrupt(
+    args, seed, step, rows, length, block, first=None, part=slice(None), asked=None, ends=True
+):
     """Corruption for a whole optimizer step: rows x blocks share one stratified grid of times.
-    part: only these rows' masks. asked (R, T): the responses of pairs, nothing else is hidden.
+    part: only these rows' masks. asked (R, T): the responses of pairs, nothing else is hidden but,
+    with `ends`, what fills the block behind one.
     """
     generator = step_generator(seed, step, "mask")
     block = min(block, length)
@@ -163,7 +166,7 @@ def corrupt(args, seed, step, rows, length, block, first=None, part=slice(None),
     real = real.view(n, block).expand(rows, n, block)                              # (R, n, S)
     hidden = real
     if asked is not None:
-        hidden = in_blocks(asked, block - first, real)
+        hidden = in_blocks(asked, block - first, real, ends)
     size = hidden.sum(-1)                                                          # (R, n) tokens
 
     # the time of each block, and from it the exact count of masked tokens
@@ -189,15 +192,17 @@ def corrupt(args, seed, step, rows, length, block, first=None, part=slice(None),
     return of_responses(sample, asked, part)
 
 
-def in_blocks(asked, before, real):
-    """Where the noisy stream may hide tokens of pairs (R, n, S): responses, asked (R, T), and what
-    stands behind one in its last block. There EOS is the answer, as a sampler has a whole block to
-    fill.
+def in_blocks(asked, before, real, ends):
+    """Where the noisy stream may hide tokens of pairs (R, n, S): responses, asked (R, T), and, with
+    `ends`, what stands behind one in its last block. There EOS is the answer, as a sampler has a
+    whole block to fill.
     """
     R, n, S = real.shape
     after = n * S - before - asked.shape[1]
     places = F.pad(asked, (before, after)).view(R, n, S)                           # (R, n, S)
-    return (places.cumsum(-1) > 0) & real
+    if ends:
+        places = places.cumsum(-1) > 0
+    return places & real
 
 
 def of_responses(sample, asked, part):
@@ -419,7 +424,8 @@ def row_bounds(
     if block == 1:
         masks = left_to_right(R, T, part, asked)
     else:
-        masks = corrupt(EXACT_COUNT, seed, 0, R, T, block, first, part, asked)
+        ends = not model.cfg.interlaced
+        masks = corrupt(EXACT_COUNT, seed, 0, R, T, block, first, part, asked, ends)
     tokens = masks.tokens / R
     x0 = x0[part]
     found = []

@@ -149,6 +149,9 @@ class ModelConfig:
     framed: bool = flag(
         False, "trained on pairs: a prompt stands in a frame, and is answered", later=True
     )
+    interlaced: bool = flag(
+        False, "trained to transliterate: beside each letter stands its answer", later=True
+    )
 
     def __post_init__(self):
         problems = list(shape_problems(self))
@@ -157,6 +160,11 @@ class ModelConfig:
         object.__setattr__(self, "d_mem", self.d_mem or self.d_model // 2)
         for name, width in attention_widths(self).items():
             object.__setattr__(self, name, width)
+
+    @property
+    def answers(self):
+        """Was it trained on pairs, one a row, rather than on running text?"""
+        return self.framed or self.interlaced
 
     @property
     def rows(self):
@@ -189,12 +197,13 @@ class ModelConfig:
         return cls(**checked(cls, {"args": saved}, "model configuration"))
 
 
-def model_config(args, vocab_size, pad=True, framed=False):
+def model_config(args, vocab_size, pad=True, framed=False, interlaced=False):
     """The ModelConfig that these training arguments and this many base pieces ask for. pad: whether
-    the first of them is kept for it. framed: the text is pairs.
+    the first of them is kept for it. framed, interlaced: the text is pairs, in one of two frames.
     """
     settings = dict(
-        vocab_size=vocab_size, exits=args.exit_loss_weight > 0, pad=pad, framed=framed
+        vocab_size=vocab_size, exits=args.exit_loss_weight > 0, pad=pad, framed=framed,
+        interlaced=interlaced,
     )
     for field in dataclasses.fields(ModelConfig):
         if field.name not in settings:

@@ -10,6 +10,7 @@ reused and never overwritten: to train one on the new text, delete it or name an
 is text/build.py's.
 """
 import shlex
+from pathlib import Path
 
 import cli
 import config
@@ -29,6 +30,9 @@ def print_line(text):
 
 def main(argv=None):
     args, origins = cli.parse(config.PrepareArgs, argv, "prepare")
+    if args.source == "transliterate" and origins["tokenizer"] == "default":
+        # one of single letters, which no other text would be well served with
+        args.tokenizer = str(Path(args.data_dir, "tokenizer.model"))
     cli.announce(args, origins)
     meta = build(args, say if args.quiet else print_line)
     length = f" --seq_len {max(16, meta['pairs']['longest'])}" if "pairs" in meta else ""

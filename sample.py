@@ -24,6 +24,7 @@ from sampling.settings import (
     nothing_else_asked,
     opening,
     read_prompts,
+    refuse_interlaced,
     settings_of_sample,
     suited,
     why_so,
@@ -63,6 +64,8 @@ def main(argv=None, pinned=None):
     if typed:
         transliteration.refuse_other_models(saved)
         args, origins = transliteration.with_rule(args, origins)
+    else:
+        refuse_interlaced(saved)
     args = suited(args, origins, saved, longest_prompt)
     settings = settings_of_sample(args, origins, saved, tokenizer)
     if not args.text:

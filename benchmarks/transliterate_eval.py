@@ -4,15 +4,19 @@ r"""Measure a model of prepare --source transliterate: errors and speed of each 
         --dictionary training_text.jsonl --ar checkpoints/typed_ar --words people.tsv
 
 --text is Devanagari text that the model has not seen; a typist who is drawn for each sentence types
-it, without slips unless --slips is given. Each row of the table writes the same sentences, one at a
+it, with the slips of training. Each row of the table writes the same parts of sentences, one at a
 time: words wrong and letters wrong (edit distance over the length of what is meant, in percent),
-tokens a forward, sentences a second (processor time of one thread). --words adds words and their
-spellings by people, with a tab between them: an answer is right that is the word of this spelling.
---dictionary is the baseline: the commonest word for each spelling that eight typists give the words
-of this text. The last line is JSON.
+tokens a forward (letters, and the end of each word; the places behind an end are no tokens), parts
+a second (processor time of one thread). --words adds words and their spellings by people, with a
+tab between them: an answer is right that is the word of this spelling. --ar names a model that was
+trained with --objective ar on the same text. The dictionary has the commonest word for each
+spelling that eight typists give the words of this text, and spells all others by rule. The last
+line is JSON.
 """
+import importlib
 import json
 import random
+import re
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -23,51 +27,47 @@ from romanise_eval import distance
 import checkpoint
 import config
 from common import machine
-from sampling import decode, fast
-from sampling.settings import Settings, opening, usual_block
+from sampling import fast
+from sampling.settings import Settings
 from sampling.torch_model import writer_of
+from sampling.transliteration import answer_to
 from text.documents import read_documents
+from text.romanise import CONSONANTS, SIGNS, VOWELS
 from text.tokenizer import normalise, script_of
-from text.transliterate import STYLES, parts, slipped, typist
+from text.transliterate import typed_rows, typist
 
 TYPISTS = 8           # of the dictionary, which takes long
 RULES = {                                   # name -> Settings that differ from one by one
-    "one by one": dict(block_size=1, steps=1),
+    "one by one": dict(sampler="confidence"),
     "threshold 0.95": dict(sampler="threshold", threshold=0.95),
     "threshold 0.9": dict(sampler="threshold", threshold=0.9),
     "threshold 0.7": dict(sampler="threshold", threshold=0.7),
     "threshold 0.5": dict(sampler="threshold", threshold=0.5),
     "factor 0.9": dict(sampler="factor", threshold=0.9),
     "factor 0.5": dict(sampler="factor", threshold=0.5),
-    "entropy 0.3": dict(sampler="entropy", threshold=0.3),
-    "entropy 1": dict(sampler="entropy", threshold=1.0),
+    "entropy 0.9": dict(sampler="entropy", threshold=0.9),
+    "entropy 0.5": dict(sampler="entropy", threshold=0.5),
+    "all at once": dict(sampler="confidence", steps=1),
 }
 
 
 # ---- what is typed -------------------------------------------------------------------------------
 
-def sentences_of(path):
-    """The parts of Devanagari sentences that a text holds, each once."""
-    found = {}
+def rows_of(path, typists, length):
+    """(typed, meant) of the rows of a text, those of each meaning once a typist."""
+    seen = set()
     for text in read_documents(Path(path)):
-        for part in parts(normalise(text)):
-            if script_of(part) == "devanagari":
-                found[part] = True
-    return list(found)
+        for typed, meant, _ in typed_rows(normalise(text), typists, 1337, length):
+            if (typed, meant) not in seen:
+                seen.add((typed, meant))
+                yield typed, meant
 
 
-def typed_sentences(path, count, slips, seed=0):
-    """[(typed, meant)] of so many of them."""
-    chance = random.Random(seed)
-    sentences = sentences_of(path)
-    chance.shuffle(sentences)
-    pairs = []
-    for meant in sentences[:count]:
-        typed = typist(chance.randrange(STYLES))(meant)
-        if slips:
-            typed = " ".join(slipped(word, chance) for word in typed.split())
-        pairs.append((normalise(typed), meant))
-    return pairs
+def typed_parts(path, count, length):
+    """[(typed, meant)] of so many of them, drawn at random."""
+    pairs = list(rows_of(path, 1, length))
+    random.Random(0).shuffle(pairs)
+    return pairs[:count]
 
 
 def typed_words(path, count, seed=0):
@@ -99,22 +99,17 @@ class Model:
 
     def __init__(self, loaded, rule):
         self.writer, self.tokenizer, saved = loaded
-        self.length = saved.config["args"]["seq_len"]
-        base = dict(mode="block_frozen", block_size=usual_block(saved), temperature=0.0)
-        self.rule = base | rule
+        self.length = config.trained_length(saved)
+        base = dict(steps=self.length, temperature=0.0, eos_id=self.tokenizer.eos_id)
+        self.settings = Settings(self.length, **base | rule)
         self.tokens = 0
         self.forwards = 0
 
     def __call__(self, typed):
-        ids = opening(self.tokenizer, typed, framed=True)
-        room = max(8, self.length - len(ids))
-        rule = dict(steps=self.rule["block_size"]) | self.rule
-        null = tuple(opening(self.tokenizer, "", framed=True))
-        settings = Settings(room, eos_id=self.tokenizer.eos_id, null_prompt=null, **rule)
-        result = decode.generate(self.writer, ids, settings, [0])
-        self.tokens += len(result.full_rows[0])
-        self.forwards += result.row_forwards[0]
-        return self.tokenizer.written(result.rows[0])
+        line = answer_to(self.writer, self.tokenizer, typed, self.settings, self.length)
+        self.tokens += line.decided
+        self.forwards += line.forwards
+        return line.text_so_far()
 
     def tokens_a_forward(self):
         return self.tokens / max(1, self.forwards)
@@ -124,24 +119,70 @@ class Dictionary:
     """The commonest word for each spelling that the typists give the words of a text."""
 
     def __init__(self, path):
-        words = Counter(word for part in sentences_of(path) for word in part.split())
+        words = Counter()
+        for text in read_documents(Path(path)):
+            words.update(normalise(text).split())
         votes = defaultdict(Counter)
         for word, count in words.items():
             for style in range(TYPISTS):
-                votes[typist(style)(word)][word] += count
+                votes[typist(style)(word).lower()][word] += count
         self.known = {typed: found.most_common(1)[0][0] for typed, found in votes.items()}
 
     def __call__(self, typed):
-        return " ".join(self.known.get(word, word) for word in typed.split())
+        return " ".join(self.known.get(word) or by_rule(word) for word in typed.split())
 
     def tokens_a_forward(self):
         return None
 
 
+class Library:
+    """indic-transliteration, which reads ITRANS."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, typed):
+        return self.module.transliterate(typed, self.module.ITRANS, self.module.DEVANAGARI)
+
+    def tokens_a_forward(self):
+        return None
+
+
+# the commonest letter for each sound
+SOUNDS = dict(aa="A", ee="I", ii="I", oo="U", uu="U", ai="E", au="O", a="a", i="i", u="u", e="e",
+              o="o")
+LETTERS = {sound: letter for letter, sound in reversed(CONSONANTS.items())}
+LETTERS |= dict(f="फ", q="क", x="क्स", c="क", w="व", v="व", z="ज")
+STANDING = {sound: letter for letter, sound in reversed(VOWELS.items())}
+HANGING = {sound: sign for sign, sound in reversed(SIGNS.items())}
+LATIN_SOUND = re.compile("|".join(sorted([*SOUNDS, *LETTERS], key=len, reverse=True)) + "|.")
+
+
+def by_rule(word):
+    """A Latin word letter by letter: consonants that meet are joined, a long vowel is a long one.
+    """
+    out = ""
+    bare = False                         # does a consonant stand here without its vowel?
+    for sound in LATIN_SOUND.findall(word):
+        vowel = SOUNDS.get(sound)
+        if vowel:
+            if bare:
+                out += HANGING.get(vowel, "")
+            else:
+                out += STANDING[vowel]
+        else:
+            letter = LETTERS.get(sound, sound)
+            if bare and sound in LETTERS:
+                out += "\u094d"
+            out += letter
+        bare = sound in LETTERS
+    return out
+
+
 # ---- figures -------------------------------------------------------------------------------------
 
 def judge(answer, pairs):
-    """Words and letters wrong, in percent; tokens a forward; sentences a second."""
+    """Words and letters wrong, in percent; tokens a forward; parts a second."""
     count = Counter()
     started = time.process_time()
     answers = [answer(typed) for typed, _ in pairs]
@@ -163,36 +204,44 @@ def judge(answer, pairs):
     }
 
 
+def who_answers(args):
+    """{name: what answers}."""
+    loaded = load(args.checkpoint)
+    found = {name: Model(loaded, rule) for name, rule in RULES.items()}
+    if args.ar:
+        found["autoregressive model"] = Model(load(args.ar), {})
+    if args.dictionary:
+        found["dictionary, else by rule"] = Dictionary(args.dictionary)
+    try:
+        module = importlib.import_module("indic_transliteration.sanscript")
+    except ImportError:
+        return found
+    return found | {"indic-transliteration (ITRANS)": Library(module)}
+
+
 def main(argv=None):
     parser = arguments(__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--text", required=True, help="Devanagari text that the model has not seen")
-    parser.add_argument("--count", type=int, default=500, help="sentences, and words of people")
-    parser.add_argument("--slips", action="store_true", help="with slips of the fingers")
+    parser.add_argument("--count", type=int, default=500, help="parts, and words of people")
     parser.add_argument("--ar", help="a checkpoint of --objective ar")
     parser.add_argument("--dictionary", help="the training text, for the baseline")
     parser.add_argument("--words", nargs="*", default=[], help="words that people typed, .tsv")
+    parser.add_argument("--length", type=int, default=96, help="tokens of a row")
     args = parser.parse_args(argv)
 
-    loaded = load(args.checkpoint)
-    answering = {name: Model(loaded, rule) for name, rule in RULES.items()}
-    if args.ar:
-        answering["autoregressive model"] = Model(load(args.ar), RULES["one by one"])
-    if args.dictionary:
-        answering["dictionary"] = Dictionary(args.dictionary)
-    tests = {"sentences": typed_sentences(args.text, args.count, args.slips)}
+    tests = {"parts": typed_parts(args.text, args.count, args.length)}
     for path in args.words:
         tests[path.rpartition("/")[2]] = typed_words(path, args.count)
-
     figures = {}
     for test, pairs in tests.items():
         print(f"{test}: {len(pairs)}, such as {pairs[0]}")
         figures[test] = {}
-        for name, answer in answering.items():
+        for name, answer in who_answers(args).items():
             found = judge(answer, pairs)
             figures[test][name] = found
             cells = [f"{key} {value:.2f}" for key, value in found.items() if value is not None]
-            print(f"  {name:<22} {'  '.join(cells)}", flush=True)
+            print(f"  {name:<30} {'  '.join(cells)}", flush=True)
     print(json.dumps(figures, ensure_ascii=False))
 
 

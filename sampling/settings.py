@@ -376,6 +376,15 @@ def is_framed(saved):
     return saved.config["model"].get("framed", False)
 
 
+def refuse_interlaced(saved):
+    """A model that transliterates does nothing else."""
+    if saved.config["model"].get("interlaced", False):
+        raise UserError(
+            f"{saved.path} transliterates and continues no text: use python -m sample {saved.path} "
+            "--transliterate TEXT"
+        )
+
+
 def trained_blocks(saved):
     sizes = saved.config["args"]["train_block_sizes"]
     return config.block_sizes(sizes, config.trained_length(saved))

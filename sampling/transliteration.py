@@ -1,48 +1,53 @@
-"""sample --transliterate: what is typed in Latin letters, in Devanagari.
+"""Lines of Hinglish into Hindi, with a model that prepare --source transliterate made the text of.
 
-    args, origins = with_rule(args, origins)         # its own rule, where none was typed
+    args, origins = with_rule(args, origins)            # all words at once, the surest first
+    for text in lines(args): ...                        # each line of a file as soon as it comes
     for record in transliterate(args, model, tokenizer, settings, lines(args), length): ...
 
-A line is cut as the training text was (text/transliterate.py), its parts are answered, many rows at
-once, and put together again. A part without a Latin letter stays as it is.
+The words of a line are cut into rows as the training text was (text/interlace.py), the rows are
+filled (sampling/places.py), many at once, and put together again. A word without a Latin letter
+stays as it is, and so does the space between words.
 
-Used by sample.py and by serving/typed.py.
+Used by sample.py, by training (its samples) and by serving/typed.py.
 """
 import dataclasses
-import re
 import sys
 import time
 
-from common.console import UserError, say
-from sampling import decode
-from sampling.settings import is_framed, opening
-from sampling.terminal import Stream
-from text.transliterate import parts
+import numpy as np
 
-BATCH = 64            # parts that are answered at once
-LEAST_ROOM = 0.4      # of a row, for the answer
-LATIN = re.compile("[a-zA-Z]")
-RULE = dict(temperature=0.0, top_k=0, blockwise=True, frozen_context=True)
+from common.console import UserError, say
+from sampling.places import fill, places_of, words_of
+from sampling.terminal import Stream
+from text.interlace import ROOM, cut, interlaced, tokens_of
+from text.tokenizer import normalise
+from text.transliterate import LATIN, sentences
+
+BATCH = 64            # rows that are filled at once
+LETTERS = 24          # of a word; a longer one is cut
+LINE_BYTES = 100_000  # of a line
+RULE = dict(
+    temperature=0.0, top_k=0, blockwise=False, frozen_context=False, sampler="threshold",
+    threshold=0.9,
+)
 
 
 # ---- what is asked for ---------------------------------------------------------------------------
 
 def with_rule(args, origins):
-    """The arguments with the likeliest answer, left to right: the best and, with small models, the
-    fastest (docs/CPU_GUIDE.md). A --sampler or --block_size that was typed stays.
+    """The arguments with the likeliest letters, all that are sure at once (docs/CPU_GUIDE.md). What
+    was typed stays.
     """
-    found = {name: value for name, value in RULE.items() if getattr(args, name) is None}
-    if args.sampler is None and not args.block_size:
-        found["block_size"] = 1
+    found = {name: value for name, value in RULE.items() if origins[name] != "flag"}
     chosen = dict.fromkeys(found, "transliterate")
     return dataclasses.replace(args, **found), origins | chosen
 
 
 def refuse_other_models(saved):
-    if not is_framed(saved):
+    if not saved.config["model"].get("interlaced", False):
         raise UserError(
-            f"{saved.path} continues texts: --transliterate needs a model of pairs, made with "
-            "python -m prepare --source transliterate and python -m train"
+            f"{saved.path} was not trained to transliterate: make its text with python -m prepare "
+            "--source transliterate, then python -m train"
         )
 
 
@@ -67,23 +72,39 @@ def lines(args):
         raise UserError(f"--prompts_file {name}: {error.strerror}") from None
 
 
-# ---- one line ------------------------------------------------------------------------------------
+def answer_to(model, tokenizer, text, settings, length):
+    """One text of one line at once."""
+    line = Line(model, tokenizer, text, length)
+    for rows in line.batches(BATCH):
+        line.answer(rows, settings, seed=0)
+    return line
+
+
+# ---- lines ---------------------------------------------------------------------------------------
 
 def transliterate(args, model, tokenizer, settings, texts, length, on_step=None):
     """Records as written.py's, one for each text; length: tokens of a row in training; on_step:
-    after each forward, as decode.generate's.
+    after each forward, as decode.generate's. Of args it reads stream and seed.
     """
     told = False
-    for text in texts:
+    for number, text in enumerate(texts, 1):
+        size = len(text.encode("utf-8", "replace"))
+        if size > LINE_BYTES:
+            raise UserError(
+                f"line {number} has {size:,} bytes, and {LINE_BYTES:,} are the most: break it into "
+                "shorter lines"
+            )
         started = time.perf_counter()
         line = Line(model, tokenizer, text, length)
-        if text.strip() and not line.asked and not told:
+        if text.strip() and not LATIN.search(text) and not told:
             told = True
-            say(f"notice: no Latin letter in {text[:40]!r}: such a line stays as it is")
+            say(
+                f"notice: line {number} has no Latin letter ({text.strip()[:30]!r}): it stays as "
+                "it is, as do others like it"
+            )
         stream = Stream() if args.stream else None
-        at_once = 1 if stream else BATCH
-        for start in range(0, len(line.asked), at_once):
-            line.answer(settings, line.asked[start:start + at_once], args.seed, on_step)
+        for rows in line.batches(1 if stream else BATCH):
+            line.answer(rows, settings, args.seed, on_step)
             if stream:
                 stream.grow(line.text_so_far())
         if stream:
@@ -91,63 +112,98 @@ def transliterate(args, model, tokenizer, settings, texts, length, on_step=None)
         yield line.record(args, settings, time.perf_counter() - started)
 
 
+class Word:
+    """A word as it was typed, or a piece of a long one, and its answer: None where it is still to
+    come.
+    """
+
+    def __init__(self, text, tokenizer, goes_on):
+        self.ids = tokenizer.encode(text.lower())
+        self.goes_on = goes_on          # a piece that the next one is joined to
+        self.asked = bool(LATIN.search(text))
+        self.answer = None if self.asked else text
+
+    def __len__(self):
+        return len(self.ids)
+
+    def places(self, mask_id):
+        """What stands in its places: masks, or the word itself."""
+        if self.asked:
+            return [mask_id] * (len(self) + ROOM)
+        return self.ids
+
+
+def words_in(sentence, tokenizer):
+    """The words of a sentence, long ones in pieces."""
+    found = []
+    for word in sentence:
+        for start in range(0, len(word), LETTERS):
+            goes_on = start + LETTERS < len(word)
+            found.append(Word(word[start:start + LETTERS], tokenizer, goes_on))
+    return found
+
+
 class Line:
-    """A text in parts, the ids of those that are asked, and what was answered."""
+    """A text as rows of words, and what was answered."""
 
     def __init__(self, model, tokenizer, text, length):
         self.model = model
         self.tokenizer = tokenizer
         self.text = text
-        self.length = length
-        self.answers = []               # of each part; None where it is still to come
-        self.ids = []
-        for part in parts(text):
-            for piece in self.fitting(part):
-                self.ids.append(opening(tokenizer, piece, framed=True))
-                self.answers.append(None if LATIN.search(piece) else piece)
-        self.asked = [number for number, answer in enumerate(self.answers) if answer is None]
-        self.tokens = 0                 # of the answers, without their EOS
-        self.decided = 0                # with them
+        self.rows = []                  # [Word, ...] each
+        for sentence in sentences(normalise(text)):
+            self.rows += cut(words_in(sentence, tokenizer), length)
+        self.tokens = 0                 # letters of the answers
+        self.decided = 0                # with the end of each word
         self.forwards = 0
-        self.contexts = 0
-        self.cache_bytes = 0
 
-    def fitting(self, part):
-        """The part, cut where its tokens leave too little of a row for the answer."""
-        tokens = len(self.tokenizer.encode(part)) + 2
-        if tokens <= (1 - LEAST_ROOM) * self.length or len(part) < 2:
-            return [part]
-        middle = len(part) // 2
-        at = part.rfind(" ", 1, middle + 1)
-        if at < 0:
-            at = middle
-        return [*self.fitting(part[:at].rstrip()), *self.fitting(part[at:].lstrip())]
+    def batches(self, most):
+        """The rows that ask something, those of one length together, so many at once."""
+        if most == 1:
+            yield from ([row] for row in self.asked)
+            return
+        by_length = {}
+        for row in self.asked:
+            by_length.setdefault(sum(map(tokens_of, map(len, row))), []).append(row)
+        for rows in by_length.values():
+            for start in range(0, len(rows), most):
+                yield rows[start:start + most]
 
-    def answer(self, settings, numbers, seed, on_step=None):
-        """Answer these parts; those of one length share a batch and have one limit."""
-        for size in sorted({len(self.ids[number]) for number in numbers}):
-            group = [number for number in numbers if len(self.ids[number]) == size]
-            room = dataclasses.replace(
-                settings, max_new_tokens=min(settings.max_new_tokens, self.length - size)
-            )
-            prompts = [self.ids[number] for number in group]
-            result = decode.generate(self.model, prompts, room, [seed] * len(group), on_step)
-            for number, row in zip(group, result.rows, strict=True):
-                self.answers[number] = self.tokenizer.written(row)
-            self.tokens += sum(map(len, result.rows))
-            self.decided += sum(map(len, result.full_rows))
-            self.forwards += sum(result.row_forwards)
-            self.contexts += result.context_passes
-            self.cache_bytes = max(self.cache_bytes, result.cache_bytes)
+    def ids_of(self, row):
+        """A row with masks in the places that are asked, (T,)."""
+        mask_id = self.model.cfg.mask_id
+        places = [word.places(mask_id) for word in row]
+        return interlaced([word.ids for word in row], places, self.tokenizer)
+
+    @property
+    def asked(self):
+        """The rows in which a word is still to be answered."""
+        return [row for row in self.rows if any(word.answer is None for word in row)]
+
+    def answer(self, rows, settings, seed, on_step=None):
+        """Fill rows of one length."""
+        tokenizer = self.tokenizer
+        ids = np.stack([self.ids_of(row) for row in rows])                         # (B, T)
+        places = [places_of(map(len, row)) for row in rows]
+        filled = fill(self.model, ids, places, settings, [seed] * len(rows), on_step)
+        for row, where, found in zip(rows, places, filled.ids, strict=True):
+            for word, answer in zip(row, words_of(found, where, tokenizer.eos_id), strict=True):
+                if word.asked:
+                    word.answer = tokenizer.written(answer)
+                    self.tokens += len(answer)
+                    self.decided += len(answer) + 1
+        self.forwards += int(filled.forwards.sum())
 
     def text_so_far(self):
-        """All answers before the first part that is still to come."""
+        """All answers before the first word that is still to come."""
         done = []
-        for answer in self.answers:
-            if answer is None:
+        for word in (word for row in self.rows for word in row):
+            if word.answer is None:
                 break
-            done.append(answer)
-        return " ".join(done)
+            done.append(word.answer)
+            if not word.goes_on:
+                done.append(" ")
+        return "".join(done).rstrip()
 
     def record(self, args, settings, seconds):
         return {
@@ -157,10 +213,10 @@ class Line:
             "new_tokens": self.decided,
             "tokens_before_eos": self.tokens,
             "forwards": self.forwards,
-            "context_passes": self.contexts,
+            "context_passes": 0,
             "seconds": seconds,
             "tok_per_s": self.tokens / seconds,
             "tokens_per_forward": self.decided / max(1, self.forwards),
             "mode": settings.mode,
-            "cache_bytes": self.cache_bytes,
+            "cache_bytes": 0,
         }

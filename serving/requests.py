@@ -354,8 +354,15 @@ def completion(body, served):
     )
 
 
+def must_continue(served):
+    """Refuses a model that does nothing but transliterate."""
+    if served.model.cfg.interlaced:
+        raise wrong(f"{served.name} transliterates alone: POST /v1/transliterate")
+
+
 def continued(body, served, watched):
     """The Request for prompts that are continued."""
+    must_continue(served)
     prompts = prompts_of(body)
     values = flag_values(body, FLAGS)
     n = values.pop("num_samples", 1)
@@ -382,6 +389,7 @@ def continued(body, served, watched):
 def infill(body, served, watched=False):
     """The body of POST /v1/infill -> Request."""
     known_fields(body, served, (*OF_GAPS, "model", "text", "user"))
+    must_continue(served)
     if served.causal or served.framed:
         raise wrong(f"{served.name} fills no gaps: it was trained left to right alone, or on pairs")
     text = text_of(body, "text")
@@ -410,7 +418,10 @@ def transliteration(body, served):
     """The body of POST /v1/transliterate -> Request."""
     known_fields(body, served, ("model", "text", "user"))
     if not typed.can_transliterate(served.saved):
-        raise wrong(f"{served.name} continues texts: only a model of pairs transliterates")
+        raise wrong(
+            f"{served.name} continues texts: only a model of prepare --source transliterate does "
+            "this"
+        )
     text = text_of(body, "text")
     args, settings = served.typed_rule
     lines = text.split("\n")
@@ -418,7 +429,7 @@ def transliteration(body, served):
     asked = typed.asked_of(lines, served.model, served.tokenizer, length)
     must_be_affordable(served, len(asked) * length, "a shorter text", "text")
     job = typed.TypedJob(lines, args, settings, served.tokenizer, length)
-    prompt_tokens = sum(len(ids) - 1 for ids in asked)
+    prompt_tokens = sum(len(ids) // 2 for ids in asked)
     return Request(job, settings, [text], prompt_tokens, 1, args.seed, [])
 
 

@@ -1,7 +1,7 @@
 """What POST /v1/transliterate asks of the model: lines in Latin letters, which come back in
 Devanagari as python -m sample --transliterate writes them.
 
-    args, settings = rule_of(saved, tokenizer)      # the likeliest answer, left to right
+    args, settings = rule_of(saved, tokenizer)      # the likeliest letters
     job = TypedJob(lines, args, settings, tokenizer, length)
 
 Used by serving/requests.py.
@@ -9,12 +9,12 @@ Used by serving/requests.py.
 import config
 from common.console import UserError
 from sampling import transliteration
-from sampling.settings import opening, settings_of_sample, suited
+from sampling.settings import settings_of_sample, suited
 from serving.job import Cancelled, Job
 
 
 def can_transliterate(saved):
-    """Was the model trained on pairs?"""
+    """Was the model trained to?"""
     try:
         transliteration.refuse_other_models(saved)
     except UserError:
@@ -28,22 +28,21 @@ def rule_of(saved, tokenizer):
     """
     origins = dict.fromkeys(config.SampleArgs.__dataclass_fields__, "default")
     args, origins = transliteration.with_rule(config.SampleArgs(), origins)
-    shortest = len(opening(tokenizer, "", framed=True))
-    args = suited(args, origins, saved, shortest)
+    args = suited(args, origins, saved, longest=1)
     return args, settings_of_sample(args, origins, saved, tokenizer)
 
 
 def asked_of(lines, model, tokenizer, length):
-    """The ids of each part of these lines that the model has to answer."""
+    """The ids of each row of these lines that the model has to fill."""
     found = []
     for text in lines:
         line = transliteration.Line(model, tokenizer, text, length)
-        found += [line.ids[number] for number in line.asked]
+        found += [line.ids_of(row) for row in line.asked]
     return found
 
 
 class TypedJob(Job):
-    """Lines that are answered part by part; length: tokens of a row in training."""
+    """Lines that are answered row by row; length: tokens of a row in training."""
 
     def __init__(self, lines, args, settings, tokenizer, length):
         super().__init__(lines, settings, [args.seed] * len(lines))

@@ -40,7 +40,7 @@ class Uniform(nn.Module):
 
     def __init__(self, vocab):
         super().__init__()
-        self.cfg = SimpleNamespace(mask_id=vocab, pad_id=0, causal=False)
+        self.cfg = SimpleNamespace(mask_id=vocab, pad_id=0, causal=False, interlaced=False)
         self.head = SimpleNamespace(weight=torch.zeros(vocab + 1, 4), never=(0, vocab))
 
     def both_states(self, x0, xt=None, block=None, first=None, with_clean=True, early=None):

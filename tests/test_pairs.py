@@ -1,18 +1,14 @@
 """Pairs: what is read and refused, what a row asks, which tokens a loss sees, and what guidance
 moves.
 """
-import contextlib
 import json
 import math
-import threading
-from http.client import HTTPConnection
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
 
-import checkpoint
 import config
 import evaluate
 import masking
@@ -25,15 +21,11 @@ from sampling.decode import generate
 from sampling.settings import Settings, opening
 from sampling.torch_model import TorchModel
 from sampling.unmasking import Look
-from serving import paths, requests, server, worker
-from serving.job import Cancelled
-from serving.metrics import Metrics
-from serving.typed import TypedJob, rule_of
-from text import pairs, transliterate
+from text import pairs
 from text.build import build
 from text.dataset import TokenData
 from text.pairs import PairWindows, held_out_rows
-from text.tokenizer import Tokenizer, script_of
+from text.tokenizer import Tokenizer
 
 WORDS = {"lal": "लाल", "nila": "नीला", "hara": "हरा", "kala": "काला", "bada": "बड़ा", "naya": "नया"}
 BOS, SEP, EOS = 2, 0, 3
@@ -355,106 +347,6 @@ def test_trained_prompts_are_answered_and_guided(toy, trained, capsys):
     assert len(texts) == 1 and share < 0.5
 
 
-def test_lines_are_transliterated_as_they_come(toy, trained, capsys, monkeypatch):
-    path = toy / "typed.txt"
-    path.write_text("lal nila\n\nhara 12 kala\n" + "naya bada " * 40, encoding="utf-8")
-
-    def shown(*words):
-        capsys.readouterr()
-        sample.main([str(trained), "--transliterate", *map(str, words)])
-        return capsys.readouterr().out.split("\n")
-
-    whole = shown("--prompts_file", path)
-    assert whole[0] == "लाल नीला" and whole[1] == "" and len(whole) == 5
-    assert set(whole[3].split()) <= {"नया", "बड़ा"} and len(whole[3].split()) > 30
-    assert shown("--prompts_file", path, "--stream") == whole
-    monkeypatch.setattr("sys.stdin", open(path, encoding="utf-8"))
-    assert shown() == whole
-
-    assert shown("lal nila")[0] == "लाल नीला"
-    assert shown("वह लाल है")[0] == "वह लाल है"
-    path.write_bytes(b"lal\n\xff\xfe\n")
-    with pytest.raises(UserError, match="typed.txt, line 2: not valid UTF-8"):
-        shown("--prompts_file", path)
-
-
-@contextlib.contextmanager
-def serving(run, max_work):
-    """python -m serve of a run in this process -> (ask(method, path, body), the worker)."""
-    model, tokenizer, saved = checkpoint.load_model(run, "cpu", config.check_saved)
-    served = requests.Served("toy", TorchModel(model), tokenizer, saved, 2048, max_work)
-    metrics = Metrics()
-    owner = worker.Worker(served.model, 4, metrics)
-    listener = server.listen("127.0.0.1", 0, paths.Client)
-    listener.offer(served, owner, metrics, None)
-    threads = [threading.Thread(target=listener.serve_forever), threading.Thread(target=owner.run)]
-    for thread in threads:
-        thread.start()
-
-    def ask(method, path, body=None):
-        connection = HTTPConnection("127.0.0.1", listener.server_address[1], timeout=60)
-        data = json.dumps(body).encode() if body is not None else None
-        connection.request(method, path, data, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        found = response.status, json.loads(response.read())
-        connection.close()
-        return found
-    try:
-        yield ask, owner
-    finally:
-        owner.close()
-        listener.shutdown()
-        listener.server_close()
-        for thread in threads:
-            thread.join(20)
-
-
-def test_the_server_writes_what_is_typed_in_devanagari(toy, trained, capsys, monkeypatch):
-    text = "lal nila\n\nhara 12 kala\n" + "naya bada " * 40
-    path = toy / "served.txt"
-    path.write_text(text, encoding="utf-8")
-    capsys.readouterr()
-    sample.main([str(trained), "--transliterate", "--prompts_file", str(path)])
-    wanted = capsys.readouterr().out.removesuffix("\n")
-
-    monkeypatch.undo()              # conftest's no_network: this test asks a server of its own
-    with serving(trained, 10**4) as (ask, owner):
-        status, listed = ask("GET", "/v1/models")
-        assert status == 200 and listed["data"][0]["aria"]["transliterates"] is True
-        status, answer = ask("POST", "/v1/transliterate", {"text": text})
-        assert status == 200, answer
-        [choice] = answer["choices"]
-        assert choice["text"] == wanted and wanted.startswith("लाल नीला\n\n")
-        assert answer["usage"]["completion_tokens"] > 80 and answer["aria"]["forwards"] > 4
-        assert owner.metrics.counts["texts", ""] == 4
-        # nothing to write is an answer, too
-        assert ask("POST", "/v1/transliterate", {"text": "वह"})[1]["choices"][0]["text"] == "वह"
-        for body, param in (
-            ({"text": 3}, "text"),
-            ({}, "text"),
-            ({"text": "lal", "temperature": 1}, "temperature"),
-            ({"text": "lal. " * 400}, "text"),               # more work than is allowed
-        ):
-            status, answer = ask("POST", "/v1/transliterate", body)
-            assert (status, answer["error"]["param"]) == (400, param), answer
-
-
-def test_a_transliteration_that_nobody_waits_for_ends_within_a_forward(trained):
-    model, tokenizer, saved = checkpoint.load_model(trained, "cpu", config.check_saved)
-    args, settings = rule_of(saved, tokenizer)
-    job = TypedJob(["naya bada"] * 20, args, settings, tokenizer, 32)
-    job.started = 0
-    after_forward = job.after_forward
-
-    def leaves_at_the_third(*words):
-        job.cancelled = job.forwards == 3
-        after_forward(*words)
-    job.after_forward = leaves_at_the_third
-    with pytest.raises(Cancelled):
-        job.write(TorchModel(model))
-    assert job.forwards == 3
-
-
 def test_what_a_model_of_pairs_was_not_trained_for_is_refused(toy, trained, capsys):
     with pytest.raises(UserError, match="answers prompts: it fills no gaps"):
         sample.main([str(trained), "--text", "lal ____"])
@@ -467,48 +359,6 @@ def test_what_a_model_of_pairs_was_not_trained_for_is_refused(toy, trained, caps
     logged = [json.loads(line) for line in (trained / "train.jsonl").open()]
     by_block = [event for event in logged if event["event"] == "eval"][-1]["by_block"]
     assert float(line.split()[4]) == pytest.approx(by_block["1"], rel=0.15)
-
-
-# ---- transliteration -----------------------------------------------------------------------------
-
-def test_a_text_is_cut_into_sentences_and_no_word_is_lost():
-    text = "ye 3.5 rupaye hai. kal milte hain\n" + "bahut " * 30 + "\n" + "z" * 1000
-    found = transliterate.parts(text)
-    assert found[:2] == ["ye 3.5 rupaye hai.", "kal milte hain"]
-    assert "".join(found).replace(" ", "") == "".join(text.split())
-    assert max(len(part.split()) for part in found) == transliterate.WORDS
-    assert max(map(len, found)) <= transliterate.LETTERS + 1
-
-
-def test_typists_differ_and_are_the_same_each_time():
-    text = "मुझे कल सुबह दिल्ली जाना है। यह बहुत अच्छा समय है। hello world"
-    found = list(transliterate.typed_pairs(text, 8, 1))
-    assert found == list(transliterate.typed_pairs(text, 8, 1))
-    assert len(found) == 8 * 4 and len({typed for typed, _, _ in found}) > 16
-    for typed, meant, sentence in found:
-        assert script_of(typed) == "latin" and sentence.startswith(meant)
-        # a full stop is typed where it is meant
-        assert typed.endswith(".") == meant.endswith("।")
-
-
-def test_sentences_become_pairs_on_one_side_of_the_split(tmp_path):
-    chance = np.random.default_rng(1)
-    words = "मैं कल सुबह घर गया था और हम सब बहुत खुश थे लोग पानी आज मौसम".split()
-    lines = [" ".join(chance.choice(words, 4)) + "।" for _ in range(300)]
-    (tmp_path / "hindi.txt").write_text("\n\n".join(lines), encoding="utf-8")
-    folder = tmp_path / "data"
-    prepared(folder, "transliterate", tmp_path / "hindi.txt", typists=3, val_doc_frac=0.1)
-    tok = Tokenizer(folder / "tok.model")
-    meant = {}
-    for split in ("train", "val"):
-        documents = [ids.tolist() for ids in TokenData(folder, split).documents()]
-        meant[split] = {tok.decode(ids[ids.index(SEP):]).strip("।") for ids in documents}
-    assert not meant["train"] & meant["val"]
-    assert len(meant["train"] | meant["val"]) == 300
-
-    (tmp_path / "latin.txt").write_text("only English here\n", encoding="utf-8")
-    with pytest.raises(UserError, match="no sentence of it is in Devanagari"):
-        prepared(tmp_path / "none", "transliterate", tmp_path / "latin.txt")
 
 
 def test_an_empty_prompt_is_the_null_prompt(toy):

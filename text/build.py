@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.console import UserError
 from common.files import lock, read_json, rename, seal_holds, sealed, write_json
-from text import dataset, hub, pairs, transliterate
+from text import dataset, hub, interlace, pairs, transliterate
 from text.clean import RULES, Cleaner
 from text.documents import find_files, kind_of, read_documents
 from text.spool import Spool
@@ -93,7 +93,9 @@ def pairs_of(args, path, log):
             yield pair, pair
         return
     for text in read_documents(path, log):
-        for typed, meant, sentence in transliterate.typed_pairs(text, args.typists, args.seed):
+        for typed, meant, sentence in transliterate.typed_rows(
+            text, args.typists, args.seed, args.pair_tokens
+        ):
             yield pairs.MARK.join((typed, meant)), sentence
 
 
@@ -172,8 +174,16 @@ def get_tokenizer(args, spool, log):
             "text ..."
         )
         texts = (text.replace(pairs.MARK, "\n") for text in spool.sample())
-        return train_tokenizer(texts, path, asked, args.model_type, spool.bytes, log)
+        kind = args.model_type
+        if args.source == "transliterate":
+            kind = "char"
+        return train_tokenizer(texts, path, asked, kind, spool.bytes, log)
     tok = Tokenizer(path)
+    if args.source == "transliterate" and not tok.of_letters:
+        raise UserError(
+            f"--tokenizer {path} has pieces of several letters, and --source transliterate needs "
+            "single ones: name a file that does not exist yet, and it is made"
+        )
     # a text too small for it may have given fewer than asked for
     with contextlib.suppress(UserError):
         if read_json(path.with_suffix(".json")).get("asked_vocab_size") == asked:
@@ -259,7 +269,10 @@ def encoded(batch, tok, args, spool, done):
     texts = [text for *_, text in batch]
     if args.of_pairs:
         before = sum(done.count[key] for key in done.count if key[2] == "docs")
-        rows = pairs.rows_of_pairs(texts, tok, dtype)
+        frame = pairs.rows_of_pairs
+        if args.source == "transliterate":
+            frame = interlace.rows_of_pairs
+        rows = frame(texts, tok, dtype)
         for number, (row, prompt) in enumerate(rows, before):
             given = args.source == "pairs" and not args.cut_documents
             if len(row) > args.pair_tokens and given:
@@ -290,7 +303,8 @@ def write_batch(args, batch, rows, files, done):
     """These rows into the files; `done` follows."""
     for record, (row, prompt) in zip(batch, rows, strict=True):
         place, split, script, _, text = record
-        if prompt and len(row) > args.pair_tokens:      # of words that only bytes can spell
+        # of words that only bytes can spell, or whose places hold no answer
+        if prompt and not 0 < len(row) <= args.pair_tokens:
             done.place = place
             done.count[split, script, "too_long"] += 1
             continue
@@ -412,6 +426,8 @@ def make_meta(args, spool, tok, digest, count, hashes):
         meta["scripts"][split] = {script: count[number, script, "docs"] for script in SCRIPTS}
     if args.of_pairs:
         meta["pairs"] = about_pairs(count)
+    if args.source == "transliterate":
+        meta["frame"] = interlace.FRAME
     return meta
 
 

@@ -29,10 +29,9 @@ import numpy as np
 from common.console import UserError
 from text.dataset import Windows, hashed, permute, tensor_of
 from text.documents import LINE_BYTES, kind_of, read_lines
+from text.interlace import MARK, InterlacedWindows, is_interlaced
 from text.tokenizer import normalise
 
-# between prompt and response in a text of prepare's spool; no normalised text holds it
-MARK = "\x1f"
 CHUNK = 64            # steps whose pairs are sorted by the lengths of their prompts
 EXAMPLE = '{"prompt": "...", "response": "..."}'
 SENTENCE_END = re.compile(r"(?<=[।॥?!.])\s+|\n+")
@@ -115,23 +114,27 @@ def rows_of_pairs(texts, tokenizer, dtype):
 
 def are_pairs(data):
     """Did prepare make this text of pairs?"""
-    return "pairs" in data.meta
+    return "pairs" in data.meta and not is_interlaced(data)
 
 
-def windows_of(data, seq_len, seed, dropout, rows):
+def windows_of(data, seq_len, seed, dropout, rows, causal=False):
     """What a training reads, so many rows a step."""
+    if is_interlaced(data):
+        return InterlacedWindows(data, seq_len, seed, causal)
     if are_pairs(data):
         return PairWindows(data, seq_len, seed, dropout, rows)
     return Windows(data, seq_len, seed)
 
 
-def held_out_rows(data, count, seq_len):
+def held_out_rows(data, count, seq_len, causal=False):
     """The same evenly spaced rows each time -> (ids (R, T), where they are asked or None)."""
-    if not are_pairs(data):
+    if "pairs" not in data.meta:
         return data.val_windows(count, seq_len), None
-    windows = PairWindows(data, seq_len, 0, 0.0, 1)
+    windows = windows_of(data, seq_len, 0, 0.0, 1, causal)
     count = min(count, windows.per_epoch)
     numbers = np.arange(count) * windows.per_epoch // count
+    if is_interlaced(data):
+        return windows.rows(numbers), windows.answers(numbers)
     without = np.zeros(count, bool)
     return windows.rows(numbers, without), windows.responses(numbers, without)
 

@@ -158,7 +158,7 @@ def train_tokenizer(documents, path, vocab_size, model_type, corpus_bytes=0, log
     model, asked = train_model(lines, asked, settings, may_grow=not vocab_size)
 
     tok = Tokenizer(model)
-    if tok.vocab_size < asked:
+    if tok.vocab_size < asked and model_type != "char":
         log(
             f"notice: this text supports {tok.vocab_size} pieces, not {asked}; the vocabulary is "
             f"{tok.vocab_size}"
@@ -320,6 +320,12 @@ class Tokenizer:
                 f"{fix}"
             )
         self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
+
+    @property
+    def of_letters(self):
+        """Is no piece longer than a letter?"""
+        ids = range(EOS + 1, self.vocab_size)
+        return all(self.sp.is_byte(i) or len(self.sp.id_to_piece(i)) == 1 for i in ids)
 
     def encode(self, text):
         """Ids of one text, without specials; never a special id, whatever the text says."""

@@ -1,55 +1,42 @@
-"""Pairs of Hinglish and Hindi out of Devanagari text: each sentence as several people type it.
+"""Hinglish and Hindi out of Devanagari text: each sentence as several people type it.
 
-    for prompt, response, sentence in typed_pairs(text, typists=2, seed=1337): ...
-    parts("ye accha hai. kal milte hain")       # ["ye accha hai.", "kal milte hain"]
+    for typed, meant, sentence in typed_rows(text, typists=2, seed=1337, length=97): ...
+    sentences("ye accha hai. kal milte hain")       # [["ye", "accha", "hai."], ["kal", ...]]
 
-A typist is a style of text/romanise.py. On top come slips of the fingers, a capital at the
-beginning and, as often as not, no full stop at the end. A long sentence is cut between words, so
-that a pair fits into a short row; what the model is asked later is cut in the same way.
+A typist is a style of text/romanise.py, who types word for word. On top come slips of the fingers
+and, as often as not, no full stop at the end. A sentence with a Latin letter is left out: what is
+typed in Latin letters is always meant in Devanagari. Capitals are not told apart. A long sentence
+is cut between words (text/interlace.py), and so is what the model is asked later.
 
 Used by prepare (--source transliterate) and by sample (--transliterate).
 """
 import random
+import re
 from functools import cache
 
+from text.interlace import cut
 from text.romanise import Romaniser
 from text.tokenizer import normalise, script_of
 
-WORDS = 4             # of a pair
-LETTERS = 36          # of a pair; a longer word is cut
 STYLES = 32           # typists there are
 SLIPS = 0.04          # words with a slip
 ENDS = ("।", "॥", "?", "!", ".")
 VOWELS = "aeiou"
+LATIN = re.compile("[a-zA-Z]")
+SPACE_BEFORE_END = re.compile(r" +(?=[।॥?!])")
 
 
-def parts(text):
-    """A text -> its sentences; a long one in parts, cut between words."""
-    found = []
+def sentences(text):
+    """A text -> its sentences, each a list of words."""
     for line in text.split("\n"):
         words = []
-        letters = 0
-        for word in pieces_of_words(line):
-            if words and (len(words) == WORDS or letters + len(word) >= LETTERS):
-                found.append(" ".join(words))
-                words = []
-                letters = 0
+        for word in line.split():
             words.append(word)
-            letters += len(word) + 1
             if word.endswith(ENDS):
-                found.append(" ".join(words))
+                yield words
                 words = []
-                letters = 0
         if words:
-            found.append(" ".join(words))
-    return found
-
-
-def pieces_of_words(line):
-    """The words of a line; one that is too long for a pair in pieces."""
-    for word in line.split():
-        for start in range(0, len(word), LETTERS):
-            yield word[start:start + LETTERS]
+            yield words
 
 
 @cache
@@ -57,22 +44,30 @@ def typist(style):
     return Romaniser(style)
 
 
-def typed_pairs(text, typists, seed):
+def typed_rows(text, typists, seed, length):
     """(what is typed, what is meant, the sentence that both are of) of each Devanagari sentence of
-    a text, by so many typists.
+    a text, by so many typists, in rows of at most so many tokens.
     """
-    for sentence in parts(normalise(text)):
-        if script_of(sentence) != "devanagari":
+    for sentence in sentences(SPACE_BEFORE_END.sub("", normalise(text))):
+        whole = " ".join(sentence)
+        if script_of(whole) != "devanagari" or LATIN.search(whole):
             continue
-        chance = random.Random(f"{seed} {sentence}")
+        chance = random.Random(f"{seed} {whole}")
         for style in chance.sample(range(STYLES), typists):
-            meant = sentence
+            meant = list(sentence)
             if chance.random() < 0.5:
-                meant = sentence.rstrip("।॥?!. ") or sentence
-            typed = " ".join(slipped(word, chance) for word in typist(style)(meant).split())
-            if chance.random() < 0.3:
-                typed = typed[:1].upper() + typed[1:]
-            yield normalise(typed), meant, sentence
+                meant[-1] = meant[-1].rstrip("।॥?!.") or meant[-1]
+            typed = [slipped(typist(style)(word).lower(), chance) for word in meant]
+            if all(len(word.split()) == 1 for word in typed):
+                yield from in_rows(typed, meant, whole, length)
+
+
+def in_rows(typed, meant, sentence, length):
+    """One sentence by one typist, in rows."""
+    at = 0
+    for row in cut(typed, length):
+        yield " ".join(row), " ".join(meant[at:at + len(row)]), sentence
+        at += len(row)
 
 
 def slipped(word, chance):

@@ -90,7 +90,10 @@ def can_learn(model, rows, block, context, asked=None):
         if block == 1:
             masks = masking.left_to_right(*rows.shape, asked=asked)
         else:
-            masks = masking.corrupt(masking.EXACT_COUNT, 0, 0, *rows.shape, block, asked=asked)
+            masks = masking.corrupt(
+                masking.EXACT_COUNT, 0, 0, *rows.shape, block, asked=asked,
+                ends=not model.cfg.interlaced,
+            )
     with context:
         loss = masking.denoising_loss(model, rows, masks, "elbo").loss
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -26,7 +26,7 @@ def windows_at(run, length):
     """The text in rows of this length."""
     args = run.args
     return windows_of(
-        run.data, length, args.seed, args.conditioning_dropout, args.rows_at(length)
+        run.data, length, args.seed, args.conditioning_dropout, args.rows_at(length), args.causal
     )
 
 

@@ -27,6 +27,7 @@ from model import build_model
 from text import starter
 from text.build import build as build_text
 from text.gpt2 import open_tokenizer
+from text.interlace import is_interlaced, typed_in
 from text.pairs import are_pairs, held_out_rows
 from text.token_file import open_split
 from training import lengths, logs, optim, recovery, rounding, row_length, run_folder
@@ -221,14 +222,17 @@ def open_text(run):
     run.tokenizer = open_tokenizer(run.data.tokenizer_path)
     has_pad = run.tokenizer.pad_id is not None
     framed = are_pairs(run.data)
-    run.cfg = model_config.model_config(args, run.data.vocab_size, has_pad, framed)
-    if not framed:
+    interlaced = is_interlaced(run.data)
+    run.cfg = model_config.model_config(args, run.data.vocab_size, has_pad, framed, interlaced)
+    if not run.cfg.answers:
         run.data.need(args.longest)
     elif args.seq_schedule is not None:
         raise UserError(
             f"--seq_schedule {args.seq_schedule}: {data_dir} has one pair a row, and no row may be "
             "shorter than its pair: leave the flag out, --seq_len is enough"
         )
+    if interlaced:
+        answer_whole_rows(run)
     begin = saved.step if run.resuming else 0
     row_length.use_length(run, args.lengths.at(begin))
     run.state.window = run.length
@@ -245,6 +249,22 @@ def open_text(run):
             f"{run.counters['data_sha256'][:12]}): {run.data.old_text(saved.state.get('source'))}, "
             "or fork with --run_name NEW"
         )
+
+
+def answer_whole_rows(run):
+    """Where each letter's answer stands beside it, there is nothing to learn but whole rows."""
+    args = run.args
+    if args.causal:
+        return
+    whole = dict(train_block_sizes="T", ar_fade=0.0)
+    for name, value in whole.items():
+        if getattr(args, name) != value and run.origins[name] == "flag":
+            raise UserError(
+                f"--{name} {getattr(args, name)}: {args.data_dir} is text for transliteration, "
+                f"which is learned in whole rows: leave the flag out"
+            )
+    for name, value in whole.items():
+        setattr(args, name, value)
 
 
 def refuse_tokenizer(run):
@@ -374,7 +394,7 @@ def say_what_runs(run):
         each = f"{args.rows} x {args.lengths}"
     tokens = data.meta["train_tokens"]
     epochs = args.max_steps * run.rows / run.windows.per_epoch
-    if not run.cfg.framed:
+    if not run.cfg.answers:
         epochs = run.planned / tokens
     say(
         f"data: {args.data_dir} ({data.meta['source']}), {tokens:,} tokens, "
@@ -390,13 +410,15 @@ def say_what_runs(run):
             f"blocks: none at first, left to right alone, which until step {fade} gives way to "
             f"{args.train_block_sizes}"
         )
-    if run.cfg.framed:
+    if run.cfg.answers:
         share = tokens / (run.windows.per_epoch * args.seq_len)
-        say(
+        line = (
             f"pairs: {run.windows.per_epoch:,}, one a row, which fill {share:.0%} of it; the loss "
-            f"is that of the responses, and {args.conditioning_dropout:.0%} of the rows have no "
-            "prompt"
+            "is that of the responses"
         )
+        if run.cfg.framed:
+            line += f", and {args.conditioning_dropout:.0%} of the rows have no prompt"
+        say(line)
     say(f"memory: {run.room}")
     if epochs > 2 * MANY_EPOCHS:
         advised = args.lengths.steps_for(MANY_EPOCHS * tokens, args.rows)
@@ -421,7 +443,7 @@ def hold_out(run):
     args = run.args
     if run.val:
         count = args.eval_batches * args.batch_size
-        held, run.held_asked = held_out_rows(run.val, count, args.longest)
+        held, run.held_asked = held_out_rows(run.val, count, args.longest, args.causal)
     else:
         windows = row_length.windows_at(run, args.longest)
         held = windows.batch(0, args.batch_size)
@@ -432,6 +454,9 @@ def hold_out(run):
         # what stands before the response, without BOS and SEP, which decoding leaves out
         pairs = zip(held[:len(config.PROMPTS)], run.held_asked, strict=False)
         run.prompts = [run.tokenizer.decode(ids[:asked.int().argmax()]) for ids, asked in pairs]
+    elif run.cfg.interlaced:
+        first = held_out_rows(run.val or run.data, len(config.PROMPTS), args.longest)[0]
+        run.prompts = [typed_in(ids, run.tokenizer) for ids in first]
     run.prompts = args.sample_prompts or run.prompts
     run.blocks = args.block_rules
     # a sharded model cannot speak by itself

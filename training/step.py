@@ -45,7 +45,8 @@ def mask_sample(run, step, block, first=None, asked=None):
     if block == 1:
         return masking.left_to_right(run.rows, length, run.mine, asked)
     masks = masking.corrupt(
-        run.args, run.args.seed, step, run.rows, length, block, first, run.mine, asked
+        run.args, run.args.seed, step, run.rows, length, block, first, run.mine, asked,
+        ends=not run.cfg.interlaced,
     )
     if block < length:
         return masks._replace(clean_share=1 / (1 + run.args.noisy_weight))

@@ -14,6 +14,7 @@ from evaluation.estimators import bits_per_byte, held_out
 from sampling.decode import generate
 from sampling.settings import Settings, opening
 from sampling.torch_model import TorchModel
+from sampling.transliteration import answer_to
 from training import recovery
 
 LENGTH = 48     # tokens of a continuation that a person reads
@@ -107,6 +108,8 @@ def speak(run, prompt, length):
     blocks.
     """
     args, tokenizer = run.args, run.tokenizer
+    if run.cfg.interlaced:
+        return transliterated(run, prompt)
     in_blocks = min(run.blocks) < args.longest
     settings = Settings(
         max_new_tokens=length,
@@ -122,6 +125,21 @@ def speak(run, prompt, length):
         return tokenizer.written(result.rows[0])
 
 
+def transliterated(run, prompt):
+    """The model's answer to what was typed, as sample --transliterate gives it."""
+    settings = Settings(
+        max_new_tokens=run.args.longest,
+        steps=run.args.longest,
+        sampler="threshold",
+        temperature=0.0,
+        eos_id=run.tokenizer.eos_id,
+    )
+    with run.averaged(), run.stop.at_once():
+        model = TorchModel(run.model)
+        line = answer_to(model, run.tokenizer, prompt, settings, run.args.longest)
+        return line.text_so_far()
+
+
 def print_samples(run):
     """The end of a finished run: continuations of the fixed prompts -> the exit code."""
     args = run.args
@@ -130,7 +148,7 @@ def print_samples(run):
     try:
         with run.stop, contextlib.suppress(machine.Stopped):
             for prompt in run.prompts:
-                between = "\n-> " if run.cfg.framed else ""
+                between = "\n-> " if run.cfg.answers else ""
                 print(f"{prompt}{between}{printable(speak(run, prompt, LENGTH))}\n---", flush=True)
     except FloatingPointError:  # NaN logits
         say(
