@@ -1674,6 +1674,10 @@ class ServeArgs(CheckpointFlags, EveryFlags):
         None, "a file whose first line clients must send as their API key; none = no key"
     )
     queue: int = flag(64, "requests that may wait; more are refused with 429", at_least=1)
+    parallel: int = flag(
+        16, "texts from left to right that are written at once; 1 = one request at a time",
+        at_least=1,
+    )
     max_length: int = flag(2048, "tokens of a text at most, prompt included", at_least=2)
     max_work: int = flag(
         1_000_000,

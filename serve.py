@@ -4,8 +4,9 @@ and the completions of OpenAI's API.
     python -m serve                # the newest run, at http://127.0.0.1:8000/
     python -m serve --ckpt checkpoints/eco_hybrid_hi --port 9000
 
-Requests wait for the one model (serving/worker.py). Only this machine can
-reach it, unless --host and --token_file say otherwise. docs/SERVE.md has the paths and the limits.
+Texts from left to right are written side by side, of others one request at a time, while the rest
+waits (serving/worker.py). Only this machine can reach it, unless --host and --token_file say
+otherwise. docs/SERVE.md has the paths and the limits.
 """
 import signal
 import threading
@@ -45,7 +46,7 @@ def main(argv=None):
 
     # Clients have their threads, the model has this one
     metrics = Metrics()
-    owner = worker.Worker(writer, args.queue, metrics)
+    owner = worker.Worker(writer, args.queue, args.parallel, metrics)
     listener.offer(served, owner, metrics, token)
     threading.Thread(target=listener.serve_forever, daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -166,6 +166,9 @@ class Engine:
     def logits(self, states, rows, positions):
         """(B, R, D), whose (N,) rows and (N,) positions are asked -> (N, V); the mask's and the
         pad's logit is -inf.
+
+        Which graph is asked says the number of rows of a text, not that of the texts: what else is
+        in the batch changes no number.
         """
         # which of the two is for a row's text to say, not for the other rows of the batch
         name = "head"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sampling import decode
+from sampling.together import Text
 from serving.errors import Refused
 
 
@@ -59,15 +60,22 @@ class Job:
         self.seeds = seeds
         self.fills = fills
         self.watched = watched
-        # may its rows be in one batch with those of other jobs?
-        lengths = {len(ids) for ids in prompts}
-        self.joins = settings.left_to_right and len(lengths) == 1 and not (fills or watched)
+        self.joins = not fills            # are its rows those of Text?
         self.cancelled = False
         self.forwards = 0
         self.texts = len(seeds)
         self.tokens = 0                   # of the finished texts
         self.started = None
         self.events = queue.SimpleQueue()
+
+    def rows(self):
+        """Its rows for a batch with those of other jobs."""
+        count = len(self.prompts)
+        result = decode.Result([None] * count, [None] * count, row_forwards=[0] * count)
+        return [
+            Text(self, row, self.prompts, self.settings, self.seeds, result, self.watched)
+            for row in range(count)
+        ]
 
     def write(self, model):
         """-> Result. Cancelled is raised after the forward during which somebody asked for it."""
@@ -90,9 +98,13 @@ class Job:
             raise Cancelled
         self.forwards += 1
         if self.watched:
-            ids = canvas.ids[0, lo:hi].copy()
-            chance = canvas.chance[0, lo:hi].copy()
-            self.events.put(Step(lo, hi, ids, chance, self.forwards, self.seconds))
+            self.after_watched(canvas, lo, hi)
+
+    def after_watched(self, canvas, lo, hi):
+        """The first row of a canvas after a forward."""
+        ids = canvas.ids[0, lo:hi].copy()
+        chance = canvas.chance[0, lo:hi].copy()
+        self.events.put(Step(lo, hi, ids, chance, self.forwards, self.seconds))
 
     def after_block(self, canvas, lo, hi):
         """on_block of the decode loop."""

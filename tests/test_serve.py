@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from browser import a_page
 from conftest import call
@@ -20,13 +21,11 @@ import config
 import serve
 from common.console import UserError
 from common.files import ROOT
-from sampling import decode, exported
+from sampling import decode, exported, together
 from sampling.settings import Settings
 from serving import answers, paths, requests, server, steps, worker
 from serving.errors import Refused
-from serving.job import Cancelled, Job
 from serving.metrics import Metrics
-from serving.together import Together, can_join
 from text.tokenizer import opens_cluster
 
 pytest.importorskip("onnxruntime", reason="the starter model, which the tests serve, is exported")
@@ -654,7 +653,7 @@ def here(model):
     """A server in this process whose model begins when `begin` is called: (port, worker, begin)."""
     metrics = Metrics()
     served = served_of(model)
-    owner = worker.Worker(served.model, 3, metrics)
+    owner = worker.Worker(served.model, 3, 16, metrics)
     listener = server.listen("127.0.0.1", 0, paths.Client)
     listener.offer(served, owner, metrics, None)
     threads = [threading.Thread(target=listener.serve_forever), threading.Thread(target=owner.run)]
@@ -692,8 +691,7 @@ def test_a_full_queue_is_a_429_and_nothing_is_lost(here):
 
 
 def test_requests_that_wait_are_written_together_as_each_alone(here):
-    """Equal settings and prompt length: one batch, of at most 16 rows, whose texts are the same;
-    the others go on beside it. Greedy, too, where a tie would show.
+    """One batch, of at most 16 rows, whose texts are the same. Greedy, too, where a tie would show.
     """
     port, owner, begin = here
     owner.most_waiting = 64
@@ -718,44 +716,52 @@ def test_requests_that_wait_are_written_together_as_each_alone(here):
 
 
 def test_who_leaves_a_batch_holds_up_nobody(model):
-    writer, tokenizer, _ = model
+    """One of three goes away after six tokens; the others are what they are alone."""
     bodies = [dict(prompt=PROMPT, max_tokens=60, seed=seed, ignore_eos=True) for seed in range(3)]
 
     def jobs():
         return [requests.completion(body, served_of(model)).job for body in bodies]
-    alone = [job.write(writer).rows for job in jobs()]
+    alone = [job.write(model[0]).rows for job in jobs()]
 
-    batch = Together(jobs())
-    after_forward = batch.after_forward
+    owner = worker.Worker(model[0], 3, 16, Metrics())
+    together = jobs()
+    for job in together:
+        assert owner.shares(job)
+        owner.take_in(job)
+    for _ in range(5):
+        owner.one_token_each()
+    owner.cancel(together[1])
+    while owner.batch.texts:
+        owner.one_token_each()
+    ends = [last_event(job) for job in together]
+    assert [ends[0].result.rows, ends[2].result.rows] == [alone[0], alone[2]]
+    assert ends[1].error.status == 503 and owner.metrics.counts["cancelled", ""] == 1
+    assert [job.forwards for job in together] == [60, 6, 60]
+    assert owner.metrics.counts["forwards", ""] == 3 + 59
 
-    def one_leaves(*words):
-        batch.jobs[1].cancelled = batch.forwards >= 5
-        after_forward(*words)
-    batch.after_forward = one_leaves
-    first, left, last = batch.write(writer)
-    assert left is None and [first.rows, last.rows] == [alone[0], alone[2]]
-    assert [job.forwards for job in batch.jobs] == [60, 6, 60] and batch.forwards == 60
 
-    batch = Together(jobs())
-    for job in batch.jobs:
-        job.cancelled = True
-    with pytest.raises(Cancelled):
-        batch.write(writer)
+def last_event(job):
+    """What the client gets at the end."""
+    event = None
+    while not job.events.empty():
+        event = job.events.get()
+    return event
 
 
-def test_which_requests_can_be_one_batch(model):
-    def job(**body):
-        return requests.completion(dict(prompt=PROMPT, max_tokens=8) | body, served_of(model)).job
-    first = job(seed=1)
-    assert can_join(first, job(seed=2, n=3, stop="x"))
-    for other in (
-        job(prompt="mai"), job(max_tokens=9), job(temperature=0.5), job(sampler="threshold"),
-        job(prompt=[PROMPT, "mai"]), job(sampler="speculate"),
-    ):
-        assert not can_join(first, other)
-    assert not can_join(job(sampler="threshold"), job(sampler="threshold"))
-    watched = requests.watched(dict(prompt=PROMPT, max_tokens=8, block_size=1), served_of(model))
-    assert not can_join(first, watched.job)
+def test_who_cannot_share_lets_nobody_past(model):
+    """The queue keeps its order: behind a text in blocks, those from left to right wait."""
+    owner = worker.Worker(model[0], 9, 16, Metrics())
+    bodies = [dict(seed=1), dict(seed=2, n=2), dict(sampler="threshold"), dict(seed=3)]
+    jobs = [
+        requests.completion(dict(prompt=PROMPT, max_tokens=8) | body, served_of(model)).job
+        for body in bodies
+    ]
+    for job in jobs:
+        owner.submit(job)
+    assert [owner.shares(job) for job in jobs] == [True, True, False, True]
+    owner.write_together(owner.next_job())
+    assert [job.events.empty() for job in jobs] == [False, False, True, True]
+    assert list(owner.waiting) == jobs[2:]
 
 
 def test_whoever_waits_is_told_that_the_server_stops(here):
@@ -769,24 +775,54 @@ def test_whoever_waits_is_told_that_the_server_stops(here):
     assert post(port, "/v1/completions", prompt="a")[0] == 503
 
 
-def test_a_failure_of_the_model_is_one_clients_answer(here, monkeypatch, capsys):
+@pytest.mark.parametrize("block", [1, 32])
+def test_a_failure_of_the_model_is_one_clients_answer(here, monkeypatch, capsys, block):
+    """Written beside others, and alone."""
     port, owner, begin = here
     begin()
-    write = Job.write
+    whole = decode.begin
 
-    def fails(job, engine):
-        if job.seeds == [1]:
+    def fails(model, group, prompts, settings, seeds, *rest):
+        if seeds == [1]:
             raise ValueError(SECRET_WORD)
-        if job.seeds == [2]:
+        if seeds == [2]:
             raise UserError("--guidance_scale 9 is too large")
-        return write(job, engine)
-    monkeypatch.setattr(Job, "write", fails)
-    status, answer = post(port, "/v1/completions", prompt="a", seed=1)
+        return whole(model, group, prompts, settings, seeds, *rest)
+    monkeypatch.setattr(decode, "begin", fails)
+    body = dict(prompt="a", block_size=block)
+    status, answer = post(port, "/v1/completions", seed=1, **body)
     assert status == 500 and SECRET_WORD not in json.dumps(answer)
-    status, answer = post(port, "/v1/completions", prompt="a", seed=2, stream=True)
+    status, answer = post(port, "/v1/completions", seed=2, stream=True, **body)
     assert status == 400 and answer["error"]["message"] == "guidance_scale 9 is too large"
-    assert post(port, "/v1/completions", prompt="a", seed=3, max_tokens=2)[0] == 200
+    assert post(port, "/v1/completions", seed=3, max_tokens=2, **body)[0] == 200
     assert SECRET_WORD not in capsys.readouterr().err
+
+
+def test_damage_ends_one_of_those_that_are_written_together(here, monkeypatch):
+    """One text's logits are no numbers at its fifth token: the others are what they are alone."""
+    port, owner, begin = here
+    bodies = [
+        dict(prompt=PROMPT, max_tokens=12, seed=seed, temperature=0.9, top_k=40 + seed)
+        for seed in range(3)
+    ]
+    choose = together.Text.choose
+
+    def damaged(text, logits):
+        if text.settings.top_k == 41 and text.canvas.forwards[0] == 4:
+            logits = logits * np.nan
+        choose(text, logits)
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(post, port, "/v1/completions", **body) for body in bodies]
+        wait_until(lambda: len(owner.waiting) == 3)
+        monkeypatch.setattr(together.Text, "choose", damaged)
+        begin()
+        answers = [future.result() for future in answers]
+    monkeypatch.undo()
+    assert answers[1][0] == 400 and "NaN" in answers[1][1]["error"]["message"]
+    for number in (0, 2):
+        alone = complete(port, **bodies[number])
+        assert answers[number][1]["choices"] == alone["choices"]
+    assert not owner.batch.texts
 
 
 def test_clients_at_once_get_what_each_gets_alone(running):

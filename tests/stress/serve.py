@@ -147,10 +147,12 @@ def main():
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="of the server's model")
+    parser.add_argument("--parallel", type=int, default=16, help="texts that are written at once")
     args = parser.parse_args()
     server = subprocess.Popen(
         [sys.executable, "-m", "serve", "--ckpt", str(ROOT / "exports/starter"), "--port", "0",
-         "--queue", "72", "--threads", str(args.threads), "--quiet"],
+         "--queue", "72", "--threads", str(args.threads), "--parallel", str(args.parallel),
+         "--quiet"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )
     try:
