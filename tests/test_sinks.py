@@ -177,7 +177,7 @@ def test_wandb_offline_goes_on_with_its_run(text, offline, capsys):
     def run_id(step):
         return json.loads((offline / f"run/step_{step:06}/state.json").read_text())["wandb_id"]
 
-    prompts = ("mai kal", "a/b: *c* ../d")
+    prompts = ("", "a/b: *c* ../d")
     following = ("--sample_every", 2, "--sample_prompts", *prompts)
     words = ("--wandb", "--wandb_tags", "a,b", "--max_steps", 3, "--eval_interval", 3, *following)
     assert fresh(text, offline / "run", *words) == 0

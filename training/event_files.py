@@ -1,6 +1,6 @@
 """TensorBoard's event files: figures and texts of the log, through the package tensorboard.
 
-    files = EventFiles("logs/run", 501)       # what a resume or a rollback does again counts once
+    files = EventFiles("logs/run", 501, numbers, sample_name)
     files.write("train", {"step": 501, "loss": 3.2})
 
 Used by training/logs.py, which imports it where the package is installed.
@@ -17,11 +17,13 @@ TEXT = summary_pb2.SummaryMetadata(
 
 class EventFiles:
     """Event files in a folder; what an earlier run or a rewound one had written there from `step`
-    on no longer counts. flat(event, values) gives the figures of an event, {name: number}.
+    on no longer counts. flat(event, values) gives the figures of an event, {name: number}, and
+    sample_name(values) the name of its text.
     """
 
-    def __init__(self, folder, step, flat):
+    def __init__(self, folder, step, flat, sample_name):
         self.flat = flat
+        self.sample_name = sample_name
         self.writer = EventFileWriter(str(folder))
         self.begin(step)
 
@@ -36,7 +38,7 @@ class EventFiles:
         for tag, value in self.flat(event, values).items():
             rows.append(summary_pb2.Summary.Value(tag=tag, simple_value=value))
         if event == "sample":
-            rows.append(text(f"sample/{values['prompt']}", values["prompt"] + values["text"]))
+            rows.append(text(self.sample_name(values), values["prompt"] + values["text"]))
         if rows and "step" in values:
             summary = summary_pb2.Summary(value=rows)
             self.writer.add_event(

@@ -98,7 +98,7 @@ class View:
             label = {0: f"{high:.2f}", HIGH - 1: f"{low:.2f}"}.get(i, "")
             grid.add_row(label, line)
         first, last = self.losses[0][0], self.losses[-1][0]
-        grid.add_row("loss", Text(f"steps {first:,} to {last:,}", style="dim"))
+        grid.add_row("loss", Text(f"steps {first:,} to {last:,}", style="dim white"))
         return grid
 
 
@@ -109,7 +109,7 @@ def way(progress):
     grid.add_column()
     share = progress.done / progress.total
     grid.add_row(
-        ProgressBar(total=progress.total, completed=progress.done),
+        ProgressBar(total=progress.total, completed=progress.done, complete_style="cyan"),
         Text(f"step {progress.done:,} of {progress.total:,}, {share:.0%}"),
     )
     return grid

@@ -125,10 +125,15 @@ def numbers(event, values):
     return flat
 
 
+def sample_name(values):
+    """What a sink calls the texts of one prompt; a name that ends in "/" would be none."""
+    return f"sample/{values['prompt'] or '(no prompt)'}"
+
+
 def event_files(folder, step):
     """TensorBoard's part; its package is imported here, in the thread of the sink."""
     from training.event_files import EventFiles
-    return EventFiles(folder, step, numbers)
+    return EventFiles(folder, step, numbers, sample_name)
 
 
 def wandb_package():
@@ -176,7 +181,7 @@ class WandB:
             prompt = html.escape(values["prompt"])
             answer = html.escape(values["text"])
             page = self.html(f'<p lang="hi"><b>{prompt}</b>{answer}</p>')
-            self.run.log({f"sample/{values['prompt']}": page, "step": values["step"]})
+            self.run.log({sample_name(values): page, "step": values["step"]})
         elif "step" in values:
             self.run.log({**numbers(event, values), "step": values["step"]})
 
