@@ -143,6 +143,8 @@ PRESETS = {
     | LARGE,
 }
 GPU_ONLY_PRESETS = ("full",)              # on a CPU only with an explicit --device cpu
+# pieces of the vocabulary with which a preset has its documented size
+BASE_PIECES = dict(nano=2048, tiny=2048, starter=4000, micro=8192, medium=50_257, full=32_768)
 
 # without the masked spans of the older guides, which cost 0.14 bits/byte (docs/results.md)
 TRAIN_PROFILES = {
@@ -227,6 +229,17 @@ class PresetFlags:
         choices=tuple(TRAIN_PROFILES),
         elsewhere=dict.fromkeys(("balanced", "max"), "that is a profile of sample"),
     )
+    list_presets: bool = flag(
+        False,
+        "each preset's parameters, memory, and speed as measured here in seconds, then stop; of "
+        "train only",
+        "ignore",
+        rare=True,
+    )
+
+    def problems(self):
+        if self.list_presets and type(self) is not TrainArgs:
+            yield "--list_presets belongs to train: python -m train --list_presets"
 
 
 @dataclass
@@ -334,6 +347,13 @@ class MaskFlags:
         "of prepare --source pairs only",
         at_least=0,
         below=1,
+        rare=True,
+        later=True,
+    )
+    guidance_scale: float = flag(
+        1.0,
+        "stored default of sample --guidance_scale",
+        at_least=0,
         rare=True,
         later=True,
     )
@@ -1050,6 +1070,7 @@ class TrainArgs(
             "python -m train --preset nano --print_config",
             "what would be trained, without training it",
         ),
+        ("python -m train --list_presets", "sizes, and speed and hours on this machine"),
     )
 
     @property
@@ -1081,6 +1102,7 @@ class TrainArgs(
             "noisy_weight",
             "block_size",
             "sample_steps",
+            "guidance_scale",
         )
         # names of flags, whether they do nothing, why
         rules = (
@@ -1903,7 +1925,7 @@ def next_commands(run, step, max_steps):
 
 # what the users of a trained model read from the settings of its training
 READ_LATER = ("seq_len", "batch_size", "train_block_sizes", "sample_steps", "data_dir")
-READ_IF_THERE = ("seq_schedule", "max_steps")       # an older run has no schedule
+READ_IF_THERE = ("seq_schedule", "max_steps", "guidance_scale")     # an older run has none
 
 
 def longest_row(settings, steps=None):

@@ -21,6 +21,7 @@ from common.files import can_write, json_text, write_json
 from sampling.settings import (
     in_words,
     masked_sampler,
+    must_fit_row,
     nothing_else_asked,
     opening,
     read_prompts,
@@ -60,6 +61,8 @@ def main(argv=None, pinned=None):
     # The settings
     trained_length = config.trained_length(saved)
     framed = writer.cfg.framed
+    if framed:
+        must_fit_row(args, prompts, tokenizer, trained_length)
     longest_prompt = max(len(opening(tokenizer, prompt, framed)) for prompt in prompts)
     if typed:
         transliteration.refuse_other_models(saved)

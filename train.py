@@ -56,11 +56,14 @@ def start(args, origins):
     """Train with these arguments, alone or as one of torchrun's processes -> exit code, the signal
     that stopped it.
     """
-    from training import distributed, run_folder
+    from training import distributed, presets, run_folder
     if args.print_config:
         cli.announce(args, origins)
     stopped = None
     with distributed.process_group(args) as ranks:
+        if args.list_presets:
+            presets.show(args, ranks)
+            return 0, None
         choice = run_folder.choose(args, origins) if ranks.main else None
         run_dir, source, resuming = ranks.broadcast_object(choice)
         if run_dir is None:

@@ -162,6 +162,29 @@ def read_prompts(args):
     return prompts or [""]
 
 
+def must_fit_row(args, prompts, tokenizer, length):
+    """Refuses a prompt that leaves no token of a row to answer it, of a model of pairs, whose rows
+    have this length.
+    """
+    for number, prompt in enumerate(prompts):
+        tokens = len(opening(tokenizer, prompt, framed=True))
+        if tokens >= length:
+            raise UserError(
+                f"{place_of_prompt(args, number)}: with its frame this prompt has {tokens:,} "
+                f"tokens, and the model learned from rows of {length}, answer included: shorten it"
+            )
+
+
+def place_of_prompt(args, number):
+    """Where the prompt with this number, counted from 0, was written."""
+    number -= len(args.prompt)
+    if number < 0:
+        return "--prompt"
+    lines = Path(args.prompts_file).read_text(encoding="utf-8").split("\n")
+    filled = [line_number for line_number, line in enumerate(lines, 1) if line.strip()]
+    return f"{args.prompts_file}, line {filled[number]}"
+
+
 def typed_prompt():
     """All of standard input, without its last line break."""
     try:
@@ -198,6 +221,7 @@ def suited(args, origins, saved, longest):
     def said(*names):
         return any(origins[name] != "default" for name in names)
 
+    args = with_stored_guidance(args, origins, saved)
     found = {}
     if args.max_new_tokens is None:
         trained = config.trained_length(saved)
@@ -221,6 +245,21 @@ def suited(args, origins, saved, longest):
         if args.frozen_context is None:
             found["frozen_context"] = found["blockwise"]
     return dataclasses.replace(args, **found)
+
+
+def with_stored_guidance(args, origins, saved):
+    """The arguments with the --guidance_scale that was typed in training, where it can be had and
+    none is typed now; origins follows.
+    """
+    stored = saved.config["args"].get("guidance_scale", 1.0)
+    typed = origins["guidance_scale"] not in ("default", "checkpoint")
+    if stored == 1 or typed or args.text is not None:
+        return args
+    if saved.config["model"]["causal"] or args.sampler == SPECULATE:
+        return args
+    origins["guidance_scale"] = "checkpoint"
+    say(f"notice: --guidance_scale {stored:g}, as it was stored in training")
+    return dataclasses.replace(args, guidance_scale=stored)
 
 
 def nothing_else_asked(origins, saved):

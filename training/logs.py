@@ -373,8 +373,17 @@ class Progress:
 
     @property
     def eta(self):
+        """The time of the steps that are left."""
+        return self.time_of_steps(self.done)
+
+    @property
+    def whole(self):
+        """The time of all steps at the speed of now, also of those before a resume."""
+        return self.time_of_steps(0)
+
+    def time_of_steps(self, done):
         tokens = self.lengths.tokens(self.total, self.rows)
-        tokens -= self.lengths.tokens(self.done, self.rows)
+        tokens -= self.lengths.tokens(done, self.rows)
         return duration(tokens * statistics.mean(self.seconds))
 
     @property

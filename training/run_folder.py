@@ -77,8 +77,8 @@ def choose(args, origins):
             source = args.resume
         elif not source:
             source = str(args.run_dir)
-        source, home = find_source(source)
         fork = origins["output_dir"] == "flag" or origins["run_name"] == "flag"
+        source, home = find_source(source, args.run_dir if fork else None)
         if not fork or home.resolve() == args.run_dir.resolve():
             return str(home), source, True
 
@@ -102,9 +102,14 @@ def choose(args, origins):
     return str(run_dir), source, resuming  # archive: not before the arguments have proved sound
 
 
-def find_source(source):
-    """What a resume names -> (the same, exact; its run folder)."""
-    found = checkpoint.candidates(source, guess=False)
+def find_source(source, fork=None):
+    """What a resume names -> (the same, exact; its run folder). fork: the folder that it goes on
+    in, if that is another one. Then the run that is named stays as it is, so `best-base.ckpt` may
+    mean the newest of several; but never the fork's own, which a second call would take.
+    """
+    found = checkpoint.candidates(source, guess=fork is not None)
+    if fork is not None and found[0].parent.resolve() == fork.resolve():
+        found = checkpoint.candidates(source, guess=False)
     home = found[0].parent
     if home.resolve() not in (Path(source).resolve(), Path(source).resolve().parent):
         # the name of a run one level below: another one may be the newest by the time that the

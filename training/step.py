@@ -266,4 +266,7 @@ def say_time_to_go(run, done):
         return
     run.timed = True
     advice = machine.advice_on_threads(run.device)
-    say(f"speed: {run.progress.eta} to go, measured on {measured} steps{advice}")
+    say(
+        f"speed: {run.progress.whole} for all {run.args.max_steps} steps, "
+        f"{run.progress.eta} to go, measured on {measured} steps{advice}"
+    )
