@@ -862,7 +862,8 @@ def test_usage_errors_are_one_sentence(tmp_path, running, capsys):
 
 def test_a_model_that_reads_left_to_right_fills_no_gaps(model):
     writer, tokenizer, saved = model
-    causal = SimpleNamespace(cfg=SimpleNamespace(causal=True, framed=False, model="primary"))
+    cfg = SimpleNamespace(causal=True, framed=False, interlaced=False, model="primary")
+    causal = SimpleNamespace(cfg=cfg)
     served = served_of((causal, tokenizer, saved))
     with pytest.raises(Refused, match="fills no gaps"):
         requests.infill(dict(text="a ____"), served)
