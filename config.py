@@ -1633,20 +1633,26 @@ class ExportArgs(CheckpointFlags, EveryFlags):
             "python -m export checkpoints/eco_hybrid_hi --format hf --output exports/hindi",
             "a folder that transformers loads",
         ),
+        (
+            "python -m export checkpoints/eco_hybrid_hi --format web",
+            "a folder for any static host: the model runs in the visitor's browser",
+        ),
     )
     first = ("Export", "Checkpoint")
     format: str = flag(
         "onnx",
-        "what is written: onnx runs without PyTorch, hf in the transformers library",
-        choices=("onnx", "hf"),
+        "what is written: onnx runs without PyTorch, hf in the transformers library, web in a "
+        "browser without a server",
+        choices=("onnx", "hf", "web"),
     )
     bits: str = flag(
         "8",
-        "of a weight in onnx: 8 loses next to nothing, 4 is smaller, 32 is exact",
+        "of a weight in onnx and web: 8 loses next to nothing, 4 is smaller, 32 is exact",
         choices=("8", "4", "32"),
     )
     output: str = flag(
-        None, "the folder; none = exports/ and the run's name, with -hf behind it for hf"
+        None,
+        "the folder; none = exports/ and the run's name, with -hf or -web behind it for these",
     )
     weight_block: int = flag(
         32, "weights that share a scale: 16, 32, 64, 128 or 256", at_least=16, rare=True
@@ -1661,6 +1667,10 @@ class ExportArgs(CheckpointFlags, EveryFlags):
     licence: str = flag(
         None, "of the weights, for the card of hf, as the hub calls it, such as apache-2.0"
     )
+    web_runtime: str = flag(
+        None,
+        "for web: the folder of npm's package onnxruntime-web; none = node_modules/onnxruntime-web",
+    )
     seed: int = again(CommonFlags, "seed")
     threads: int = again(CommonFlags, "threads")
 
@@ -1674,6 +1684,8 @@ class ExportArgs(CheckpointFlags, EveryFlags):
             yield "--push is for --format hf, which the hub's users can load"
         if self.push and not is_name(self.push):
             yield f"--push {self.push}: name it owner/name, as the hub does"
+        if self.web_runtime and self.format != "web":
+            yield "--web_runtime is for --format web"
         if self.licence and not re.fullmatch(r"[a-z0-9.-]+", self.licence):
             yield f"--licence {self.licence}: name it as the hub does, such as apache-2.0 or mit"
 

@@ -15,7 +15,7 @@ import pytest
 import config
 from common.files import ROOT
 
-ROOMS = ("common", "text", "training", "sampling", "evaluation", "edge", "hf", "serving")
+ROOMS = ("common", "text", "training", "sampling", "evaluation", "edge", "hf", "serving", "web")
 PATHS = sorted(
     [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
 )
