@@ -32,8 +32,8 @@ import lora
 from common import files
 from common.console import Damage, UserError, say
 from common.files import file_sha256, lock, rename, replace_file, sync, to_json, write_file
+from gaussian_model import network_of
 from hf import hub, published
-from model import build_model
 from model_config import ModelConfig, count_params
 from text.gpt2 import check_tokenizer, open_tokenizer
 
@@ -774,6 +774,6 @@ def load_model(path, device, check_settings, model="auto", tokenizer_path=None):
     tokenizer = open_tokenizer(saved.tokenizer_bytes)
     if tokenizer_path is not None:
         check_tokenizer(tokenizer_path, tokenizer)
-    net = build_model(shape)
+    net = network_of(shape)
     load_into(net, tensors)
     return net.eval().to(device), tokenizer, saved

@@ -295,14 +295,23 @@ class MaskFlags:
     "Objective"
     objective: str = flag(
         "masked",
-        "masked diffusion beside left to right, or its control: ar, left to right alone",
+        "masked diffusion beside left to right, or its control: ar, left to right alone; gaussian "
+        "= continuous diffusion on embeddings",
         "must",
-        choices=("masked", "ar"),
+        choices=("masked", "ar", "gaussian"),
     )
     loss: str = flag(
         "masked_mean",
-        "mean over masked tokens, or elbo: the bound, which is what validation always prints",
+        "mean over masked tokens (gaussian: over noisy ones), or elbo: the bound, which is what "
+        "validation always prints",
         choices=("elbo", "masked_mean"),
+    )
+    noise_schedule: str = flag(
+        "cosine",
+        "share of noise as a function of time; gaussian only",
+        choices=("linear", "cosine", "sqrt"),
+        rare=True,
+        later=True,
     )
     mask_schedule: str = flag(
         "linear", "mask rate as a function of time", choices=("cosine", "linear")
@@ -364,6 +373,11 @@ class MaskFlags:
         return self.objective == "ar"
 
     @property
+    def gaussian(self):
+        """Is noise added to embeddings, instead of masks to tokens?"""
+        return self.objective == "gaussian"
+
+    @property
     def measure(self):
         """What a held-out figure is: left to right it is exact."""
         return "NLL" if self.causal else "bound"
@@ -379,11 +393,13 @@ class MaskFlags:
         """The same, in rows of this length."""
         if self.causal:
             return [1]
+        if self.gaussian:
+            return [length]
         return block_sizes(self.train_block_sizes, length)
 
     def single_chance(self, step):
         """How likely this step is left to right alone, whatever --train_block_sizes says."""
-        if not self.ar_fade:
+        if not self.ar_fade or self.gaussian:
             return 0.0
         return max(0.0, 1 - step / (self.ar_fade * self.max_steps))
 
@@ -395,6 +411,8 @@ class MaskFlags:
     def rule_shares_at(self, length):
         """The same, of the steps with rows of this length."""
         choices = self.block_choices_at(length)
+        if self.gaussian:
+            return {length: 1.0}
         single = self.ar_fade / 2       # the chance falls evenly from 1 to 0 over the fade
         rules = {*choices, 1} if single else set(choices)
         shares = {}
@@ -427,6 +445,10 @@ def mask_problems(args):
             f"--min_mask_rate {args.min_mask_rate:g} must be below "
             f"--max_mask_rate {args.max_mask_rate:g}"
         )
+    if args.gaussian:
+        for name in ("fsdp", "compile", "exit_loss_weight", "lora_rank"):
+            if getattr(args, name):
+                yield f"--{name} works with masks only: leave it out with --objective gaussian"
 
 
 def block_sizes(text, length):
@@ -649,7 +671,7 @@ class RunFlags:
     output_dir: str = flag(
         None,
         "run folder; none = checkpoints/ eco_hybrid_hi (primary), diffusion_hi (backup); "
-        "of --objective ar eco_ar_hi, ar_hi",
+        "of --objective ar eco_ar_hi, ar_hi; of gaussian eco_gaussian_hi, gaussian_hi",
         "ignore",
         aliases=("out_dir",),
     )
@@ -967,6 +989,7 @@ SAMPLERS = (
     "speculate",
     "ddim",
     "ddpm",
+    "dpmpp",
 )
 
 
@@ -982,8 +1005,8 @@ class DecodeFlags:
     )
     sampler: str = flag(
         "confidence",
-        "which positions come first; speculate = left to right in verified drafts; ddim = "
-        "confidence, ddpm = ancestral",
+        "which positions come first; speculate = left to right in verified drafts; of gaussian "
+        "ddim, ddpm, dpmpp, which are else confidence, ancestral, confidence",
         aliases=("scheduler",),
         choices=SAMPLERS,
         values={"first_hitting": "random"},
@@ -1083,18 +1106,18 @@ class TrainArgs(
         names = dict(primary="eco_hybrid_hi", backup="diffusion_hi")
         if self.causal:
             names = dict(primary="eco_ar_hi", backup="ar_hi")
+        if self.gaussian:
+            names = dict(primary="eco_gaussian_hi", backup="gaussian_hi")
         return Path("checkpoints", names[self.model])
 
     def idle(self, origins):
         """Flags that were typed and that these settings never look at: [sentence]."""
-        of_masks = (
+        of_blocks = (
             "mask_schedule",
             "min_mask_rate",
             "max_mask_rate",
             "time_mode",
-            "timestep_sampling",
             "timesteps",
-            "loss",
             "masking_strategy",
             "mean_span_length",
             "train_block_sizes",
@@ -1104,9 +1127,16 @@ class TrainArgs(
             "sample_steps",
             "guidance_scale",
         )
+        of_masks = (*of_blocks, "timestep_sampling", "loss")
         # names of flags, whether they do nothing, why
         rules = (
             (of_masks, self.causal, "--objective ar hides nothing"),
+            (of_blocks, self.gaussian, "--objective gaussian has no masks and no blocks"),
+            (
+                ("noise_schedule", "embed_dim"),
+                not self.gaussian,
+                "it belongs to --objective gaussian",
+            ),
             (("timesteps",), self.time_mode == "continuous", "it needs --time_mode discrete"),
             (
                 ("mean_span_length",),
@@ -1351,10 +1381,10 @@ class SampleArgs(GenerateFlags, CommonFlags):
     )
     sampler: str = flag(
         None,
-        "which positions come first; speculate = left to right in verified drafts; ddim = "
-        "confidence, ddpm = ancestral; none = left to right where the checkpoint was trained in "
-        f"blocks and no other flag asks for them, else {NEWER['sampler']}, with --steps "
-        f"{OLDER['sampler']}",
+        "which positions come first; speculate = left to right in verified drafts; of gaussian "
+        "ddim, ddpm, dpmpp, which are else confidence, ancestral, confidence; none = left to "
+        "right where the checkpoint was trained in blocks and no other flag asks for them, else "
+        f"{NEWER['sampler']}, with --steps {OLDER['sampler']}",
         aliases=("scheduler",),
         choices=SAMPLERS,
         values={"first_hitting": "random"},
@@ -1366,6 +1396,9 @@ class SampleArgs(GenerateFlags, CommonFlags):
     )
     top_k: int = flag(
         None, f"0 = off; none = {NEWER['top_k']}, with --steps {OLDER['top_k']}", at_least=0
+    )
+    eta: float = flag(
+        0.0, "noise of ddim, 1 = ddpm's; gaussian only", at_least=0, at_most=1, rare=True
     )
     text: str = flag(
         None, "infill: every ____ (two underscores a token) or [MASK] is filled, the rest stays"
@@ -1963,6 +1996,16 @@ def scored_length(saved):
 
 
 def check_saved(settings, where):
+    """As check_any; what knows masks alone reads no checkpoint of --objective gaussian."""
+    check_any(settings, where)
+    if settings.get("objective") == "gaussian":
+        raise UserError(
+            f"{where}: trained with --objective gaussian, which only train, sample and evaluate "
+            "read: name a checkpoint of --objective masked or ar"
+        )
+
+
+def check_any(settings, where):
     """The settings in a checkpoint, before its model is used: those that commands read are there,
     and within their limits. `where` names the file.
     """

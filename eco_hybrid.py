@@ -540,6 +540,14 @@ class EcoHybrid(Denoiser):
             return (clean if with_clean else None), noisy
         return ids, answers, rows
 
+    def rows_of_vectors(self, vectors):
+        B, T, _ = vectors.shape
+        reach = self.layers[0].conv.reach
+        rows = Rows.of_training(B, T, T, T, False, reach, vectors.device)
+        noisy = torch.cat((self.starts(vectors, 1), vectors), dim=1).unsqueeze(1)  # (B, 1, T+1, D)
+        x = rows.join((self.starts(vectors, 1), noisy))                            # (R, D)
+        return x, lambda x: rows.split(x)[1][:, 0, 1:], rows
+
     def noisy_ids(self, xt, read, rows):
         """The ids of the noisy blocks, (B, n, S + 1): in front the token behind which each opens.
         """

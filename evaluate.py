@@ -60,6 +60,8 @@ def main(argv=None):
     loaded, tokenizer, saved = loading.load_model(args, device)
     model = loaded.model
     settings.refuse_interlaced(saved)
+    if model.cfg.gaussian:
+        refuse_of_gaussian(args, saved)
     if model.cfg.framed and args.samples:
         raise UserError(
             f"{saved.path} was trained on pairs: it answers prompts and continues no text, so "
@@ -86,7 +88,7 @@ def main(argv=None):
         "checkpoint": str(saved.path),
         "step": saved.step,
         "seed": args.seed,
-        "objective": "ar" if model.cfg.causal else "masked",
+        "objective": trained.get("objective", "masked"),
     }
     if args.lengths or args.needle:
         result = long_context.examine(model, saved, documents, tokenizer, args)
@@ -96,12 +98,14 @@ def main(argv=None):
     chosen = held_out.choose(documents, length, args.batches * batch, args.max_docs)
 
     # their figures
-    if framed:
+    if framed and not model.cfg.gaussian:
         say(
             "notice: pairs: the responses are scored, left to right; training prints their bound "
             "in blocks"
         )
-    if model.cfg.causal or framed:
+    if model.cfg.gaussian:
+        blocks = [length]
+    elif model.cfg.causal or framed:
         blocks = [1]
     else:
         rules = {*config.block_sizes(args.blocks or trained["train_block_sizes"], length)}
@@ -127,6 +131,16 @@ def main(argv=None):
         )
     if args.out_json:
         write_json(args.out_json, about | result)
+
+
+def refuse_of_gaussian(args, saved):
+    """What has no meaning for --objective gaussian."""
+    for name in ("samples", "lengths", "needle", "blocks", "out_png"):
+        if getattr(args, name):
+            raise UserError(
+                f"{saved.path} was trained with --objective gaussian: its bound is all that "
+                f"evaluate asks of it, so leave --{name} out"
+            )
 
 
 def tell_without_effect(origins):

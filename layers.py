@@ -237,6 +237,8 @@ class Denoiser(nn.Module):
 
         rows_of_step(x0, xt, block, first, with_clean) -> the ids of all rows that a step needs; the
             function from the states of these rows to (clean, noisy); what else a layer is given
+        rows_of_vectors(vectors) -> the rows themselves instead of ids, the function to (B, T, D),
+            what else a layer is given
     """
 
     def __init__(self, cfg):
@@ -266,6 +268,11 @@ class Denoiser(nn.Module):
             if i in (early, len(self.layers)):  # the last layer's come first
                 found.insert(0, answers(self.exits(x, i)))
         return found
+
+    def starts(self, vectors, count):
+        """The start's embedding so many times in front of vectors (B, T, D) -> (B, count, D)."""
+        ids = torch.full((len(vectors), count), self.cfg.mask_id, device=vectors.device)
+        return self.head.embed(ids)
 
     def block_states(self, xt, x0, block, first=None):
         """The noisy stream alone is asked."""

@@ -37,6 +37,9 @@ The denoiser protocol, which masking.py, evaluation/ and sampling/torch_model.py
                                         maybe: both in one pass -> the block's states
     model(xt, cache=None)               logits(states(xt, cache)); without a cache xt is all there
                                         is
+    model.rows_of_vectors(vectors)      for gaussian_model.py: one whole noisy block that reads
+                                        vectors (B, T, D) where it reads tokens otherwise, as in
+                                        layers.Denoiser; an answer is about its own place
 No loss, no knowledge of masking, no time input. Logits with the cache equal logits recomputed from
 clean text, in float32 up to its rounding: to 1e-5 of the logits' size.
 
@@ -164,6 +167,13 @@ class Transformer(Denoiser):
         if mask is not None:
             mask = for_all_layers(mask, self.head.weight)
         return ids, answers, table, T, mask
+
+    def rows_of_vectors(self, vectors):
+        T = vectors.shape[1]
+        rows = NoisyRows(T, T, T, vectors.device)
+        x = torch.cat((self.starts(vectors, 2), vectors), dim=1)                   # (B, 1 + N, D)
+        positions = torch.cat((self.positions(0, 1), rows.position))
+        return x, lambda x: x[:, 2:], self.table(positions), 1, None
 
     # ---- decoding --------------------------------------------------------------------------------
 

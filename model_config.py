@@ -29,6 +29,8 @@ ATTENTION_FLAGS = {
 ATTENTION_WIDTHS = ("kv_heads", "sem_dim", "geo_dim", "attn_dim")
 ATTENTION_OPTIONS = ("null_attn", "tie_qk", "learned_temp")
 
+LEVEL_FEATURES = 32     # of the share of noise, which the network of --objective gaussian reads
+
 
 @dataclass
 class ModelFlags:
@@ -109,6 +111,14 @@ class ModelFlags:
         False, "a learned factor on each head's scores", "must", rare=True, later=True
     )
     dropout: float = flag(0.0, "share of activations dropped", at_least=0, below=1, rare=True)
+    embed_dim: int = flag(
+        16,
+        "numbers of a token's embedding; gaussian only",
+        "must",
+        at_least=2,
+        rare=True,
+        later=True,
+    )
     block_size: int = flag(64, "decode block, stored for sample", at_least=1, rare=True)
     exit_loss_weight: float = flag(
         0.0,
@@ -140,9 +150,11 @@ class ModelConfig:
     null_attn: bool = again(ModelFlags, "null_attn")
     tie_qk: bool = again(ModelFlags, "tie_qk")
     learned_temp: bool = again(ModelFlags, "learned_temp")
+    embed_dim: int = again(ModelFlags, "embed_dim")
     block_size: int = again(ModelFlags, "block_size")
     exits: bool = flag(False, "a norm behind every layer, for leaving early")
     causal: bool = flag(False, "left to right: --objective ar")
+    gaussian: bool = flag(False, "continuous: --objective gaussian", later=True)
     pad: bool = flag(
         True, "id 0 is a pad, which no text holds; off: it is a piece, as in GPT-2's", later=True
     )
@@ -380,10 +392,14 @@ def block_params(shape):
 
 def count_params(shape):
     """The true number of parameters: tied embedding with the mask's row, layers, a norm for each
-    exit.
+    exit, and what gaussian has beside them.
     """
     norms = shape.n_layers if shape.exits else 1
-    return shape.rows * shape.d_model + block_params(shape) + shape.d_model * norms
+    total = shape.rows * shape.d_model + block_params(shape) + shape.d_model * norms
+    if shape.gaussian:
+        inputs = 2 * shape.embed_dim + LEVEL_FEATURES
+        total += shape.rows * shape.embed_dim + shape.d_model * inputs
+    return total
 
 
 def match_d_ff(shape, target, cost=count_params):

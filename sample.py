@@ -48,11 +48,17 @@ def main(argv=None, pinned=None):
     can_write(args, "out_json")
     typed = args.transliterate is not None
     prompts = [""] if typed else read_prompts(args)
-    args.sampler = masked_sampler(args.sampler)
 
     # The model; what imports numpy or torch comes now, so that --help is instant
-    from sampling import conversation, exported, terminal, transliteration, written
-    writer, tokenizer, saved = exported.model_of(args)
+    from sampling import continuous, conversation, exported, terminal, transliteration, written
+    writer, tokenizer, saved = exported.model_of(args, gaussian=True)
+    watch = terminal.Watch(tokenizer) if args.show_steps else None
+    if continuous.is_gaussian(saved):
+        show(args, saved, continuous.asked(args, origins, writer, tokenizer, saved, prompts, watch))
+        return
+    args.sampler = masked_sampler(args.sampler)
+    if origins["eta"] == "flag":
+        say("notice: without effect: --eta (it is for checkpoints of --objective gaussian)")
     if args.interactive:
         words = sys.argv[1:] if argv is None else argv
         conversation.hold(words, pinned, writer, tokenizer, saved)
@@ -81,7 +87,6 @@ def main(argv=None, pinned=None):
             say_too_long(writer, settings, length, trained_length)
 
     # The texts, each with its statistics
-    watch = terminal.Watch(tokenizer) if args.show_steps else None
     if typed:
         texts = transliteration.lines(args)
         records = transliteration.transliterate(
@@ -93,12 +98,17 @@ def main(argv=None, pinned=None):
         records = written.continue_prompts(
             args, writer, tokenizer, settings, prompts, watch, trained_length
         )
+    show(args, saved, records)
+
+
+def show(args, saved, records):
+    """Print the texts and their statistics as they come, and keep them for --out_json."""
     shown = []
     for record in records:
         if args.json:
             print(json_text(record), flush=True)
         elif args.text or not args.stream:
-            if shown and not typed:
+            if shown and args.transliterate is None:
                 print("---")
             print(printable(record["text"]), flush=True)
         say(STATISTICS.format(**record))

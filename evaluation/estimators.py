@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import gaussian
 import masking
 from masking import hide, step_generator, strata
 from text.tokenizer import PAD
@@ -44,10 +45,11 @@ def held_out(
     """
     result = {}
     part = ranks.shard_rows(len(rows)) if ranks else slice(None)
+    row_bounds = gaussian.row_bounds if model.cfg.gaussian else masking.row_bounds
     for block in blocks:
         passes = []
         for draw in range(draws):
-            passes.append(masking.row_bounds(
+            passes.append(row_bounds(
                 model, rows, block, None, seed + draw, batch, part, piece, asked
             ))
         sums = torch.stack(passes, dim=1)                                   # (R, draws, 3)
@@ -279,6 +281,27 @@ def bound(model, pieces, block, draws, seed=0, batch=8):
         nats = nats + per_document(pieces, values) / draws
     curve = [((i + 1) / BINS, float(sums[i] / sizes[i])) for i in range(BINS) if sizes[i]]
     return nats, curve, plain / masked_count
+
+
+def gaussian_bound(model, pieces, block, draws, seed=0, batch=8):
+    """The bound of continuous diffusion, as `bound` gives the one of masks: nats of each document
+    (D,), no curve, the plain mean of -log p over all shares of noise. Times are stratified over all
+    windows, and the draws of one window are strata, too. There is one block, the whole window.
+    """
+    generator = step_generator(seed, 0, "noisy bound")
+    windows_of_pieces = [len(piece.x0) for piece in pieces]
+    nats = 0
+    plain = 0.0
+    for draw in range(draws):
+        u = strata(sum(windows_of_pieces), "stratified", generator)
+        times = (1 - (draw + u) / draws).float().split(windows_of_pieces)
+        values = []
+        for piece, mine in zip(pieces, times, strict=True):
+            value = gaussian.window_nats(model, piece.x0, piece.given, mine, generator, batch)
+            values.append(value[:, :2].sum(1))
+            plain += float(value[:, 2].sum()) / draws
+        nats = nats + per_document(pieces, values) / draws
+    return nats, [], plain / scored_tokens(pieces)
 
 
 def exact_nll(model, pieces, layouts, batch):

@@ -169,7 +169,9 @@ def score(model, documents, framed, tokenizer, blocks, args, length, batch):
     few = HeldOut(
         estimators.cut(few, length, model.device, framed), measured(few, tokenizer, framed)
     )
-    bound = partial(estimators.bound, draws=args.draws, seed=args.seed, batch=batch)
+    gaussian = model.cfg.gaussian
+    bound = estimators.gaussian_bound if gaussian else estimators.bound
+    bound = partial(bound, draws=args.draws, seed=args.seed, batch=batch)
 
     result = {
         "bound": {},
@@ -191,6 +193,8 @@ def score(model, documents, framed, tokenizer, blocks, args, length, batch):
         result["documents"]["nats"][key] = nats.tolist()
         if block == 1:
             show(rule, "NLL", found)
+        elif gaussian:
+            show(rule, "bound", found)
         else:
             show(rule, "bound", found)
             found = by_script(estimators.chain_rule(model, few.pieces, block, batch), few)
@@ -205,7 +209,7 @@ def score(model, documents, framed, tokenizer, blocks, args, length, batch):
 
     if model.cfg.exits and hasattr(model, "both_states"):  # an exported model never leaves early
         result["exits"] = exits(model, every, blocks, length, bound)
-    if not model.cfg.causal and not framed:
+    if not model.cfg.causal and not framed and not gaussian:
         result["infilling"] = infilling(model, few, args.seed, batch)
         if args.repeats > 1:
             result["compared"] = compared(model, few.pieces, blocks, args, length, batch)

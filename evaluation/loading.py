@@ -16,7 +16,7 @@ from sampling.torch_model import writer_of
 
 class Loaded(NamedTuple):
     """A model that writes and is scored, and how its products are computed."""
-    writer: object          # an engine, as sampling/decode.py sees it
+    writer: object          # an engine, as sampling/decode.py sees it; of gaussian there is none
     model: object           # the same as the estimators see it
     precision: str
     weights: int            # bytes
@@ -29,8 +29,9 @@ def load_model(args, device):
     folder = exported.folder_of(args)
     if folder:
         return load_export(folder, args)
-    model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, config.check_saved)
-    return Loaded(writer_of(model), model, "fp32", None), tokenizer, saved
+    model, tokenizer, saved = checkpoint.load_model(args.ckpt, device, config.check_any)
+    writer = None if model.cfg.gaussian else writer_of(model)
+    return Loaded(writer, model, "fp32", None), tokenizer, saved
 
 
 def load_export(folder, args):

@@ -57,13 +57,15 @@ def folder_of(args):
     return folder
 
 
-def model_of(args):
-    """-> (engine, tokenizer, saved): whatever --ckpt and --engine name, exported or a run."""
+def model_of(args, gaussian=False):
+    """-> (engine, tokenizer, saved): whatever --ckpt and --engine name, exported or a run.
+    gaussian: a run of --objective gaussian is read, too.
+    """
     folder = folder_of(args)
     if folder:
         return load(folder, args)
     from sampling import trained  # torch, which an exported model does without
-    return trained.load(args)
+    return trained.load(args, gaussian)
 
 
 def runs_here():

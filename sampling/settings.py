@@ -24,7 +24,7 @@ MODES = ("full", "block", "block_frozen")
 ADAPTIVE = ("threshold", "factor", "entropy")  # rules whose text decides how many forwards it takes
 SPECULATE = "speculate"   # no rule for positions: drafts that are verified from left to right
 DRAFT = 8                 # tokens of its block, if --block_size is not typed
-SCHEDULERS = dict(ddim="confidence", ddpm="ancestral")
+SCHEDULERS = dict(ddim="confidence", ddpm="ancestral", dpmpp="confidence")
 GAP = re.compile(r"\[MASK\]|__+")
 
 # tokens that a forward may reveal while their words still fit (docs/experiments/decoding.md)

@@ -35,7 +35,7 @@ NEEDS_NO_TORCH = sorted(  # --help is instant: whatever a command imports before
      "evaluation.study_report",
      *(name for name in TREES if name.startswith(("common", "text", "sampling", "serving")))}
     - {"common.machine", "sampling.fast", "sampling.torch_model", "sampling.trained",
-       "sampling.cuda_graphs"}
+       "sampling.cuda_graphs", "sampling.gaussian_writer"}
     | {"edge.engine"})  # decoding is numpy's work
 EVERYTHING = [p for p in sorted(ROOT.rglob("*.py"))
               if not {".venv", ".edge", "data", "checkpoints"} & set(p.relative_to(ROOT).parts)]
@@ -229,7 +229,7 @@ def test_shapes_are_written_where_they_change():
     """
     changes = re.compile(r"\.(view|reshape|unflatten|permute|unfold)\(|einsum\(")
     shape = re.compile(r"#.*\(|-> \(|return ")
-    for name in ("model", "eco_hybrid", "layers", "masking"):
+    for name in ("model", "eco_hybrid", "layers", "masking", "gaussian", "gaussian_model"):
         lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
         for node in ast.walk(TREES[name]):
             if not isinstance(node, ast.stmt) or hasattr(node, "body"):

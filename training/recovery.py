@@ -15,6 +15,7 @@ from collections import deque
 
 import torch
 
+import gaussian
 import lora
 import masking
 from common import machine
@@ -71,8 +72,9 @@ def sound(model, rows, block, context, asked=None):
     training = model.training
     model.eval()
     with context:
-        bound = masking.bound(model, rows, block, batch=len(rows), asked=asked)
-        finite = math.isfinite(bound[1])
+        row_bounds = gaussian.row_bounds if model.cfg.gaussian else masking.row_bounds
+        sums = row_bounds(model, rows, block, batch=len(rows), asked=asked)
+        finite = bool(torch.isfinite(sums).all())
     model.train(training)
     return finite
 
@@ -87,15 +89,18 @@ def can_learn(model, rows, block, context, asked=None):
     training = model.training
     model.eval()
     with torch.no_grad():
-        if block == 1:
+        if model.cfg.gaussian:
+            masks = gaussian.held_out_sample(model, *rows.shape, asked)
+        elif block == 1:
             masks = masking.left_to_right(*rows.shape, asked=asked)
         else:
             masks = masking.corrupt(
                 masking.EXACT_COUNT, 0, 0, *rows.shape, block, asked=asked,
                 ends=not model.cfg.interlaced,
             )
+    loss_of = gaussian.gaussian_loss if model.cfg.gaussian else masking.denoising_loss
     with context:
-        loss = masking.denoising_loss(model, rows, masks, "elbo").loss
+        loss = loss_of(model, rows, masks, "elbo").loss
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     norms = [gradient.norm() for gradient in gradients if gradient is not None]

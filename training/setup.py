@@ -16,6 +16,7 @@ import torch
 import checkpoint
 import cli
 import config
+import gaussian
 import lora
 import masking
 import model_config
@@ -23,7 +24,7 @@ from common import machine
 from common.console import UserError, say
 from common.files import to_json
 from common.flags import to_dict
-from model import build_model
+from gaussian_model import network_of
 from text import starter
 from text.build import build as build_text
 from text.gpt2 import open_tokenizer
@@ -231,6 +232,11 @@ def open_text(run):
             f"--seq_schedule {args.seq_schedule}: {data_dir} has one pair a row, and no row may be "
             "shorter than its pair: leave the flag out, --seq_len is enough"
         )
+    if interlaced and args.gaussian:
+        raise UserError(
+            f"{data_dir} has the two sides of each pair in turn, which --objective gaussian does "
+            "not learn: use --objective masked"
+        )
     if interlaced:
         answer_whole_rows(run)
     begin = saved.step if run.resuming else 0
@@ -311,7 +317,7 @@ def build(run):
         checkpoint.may_fit(run.cfg, first)
     # with --fsdp in no memory: each rank makes its part in to_device
     with torch.device("meta" if args.fsdp else "cpu"):
-        model = build_model(run.cfg)
+        model = network_of(run.cfg)
     if here:
         checkpoint.load_into(model, first)
     if args.lora_rank:
@@ -321,7 +327,8 @@ def build(run):
     if args.param_dtype == "bf16":
         rounding.store_in_bf16(model)
     run.model = ranks.to_device(model, run.device, run.dtype, saved and saved.files[part])
-    run.loss_of = masking.DenoisingLoss(run.model)
+    loss = gaussian.GaussianLoss if args.gaussian else masking.DenoisingLoss
+    run.loss_of = loss(run.model)
     run.model.recompute = args.activation_checkpointing
     run.optimizer = optim.make_optimizer(run.model, args)
     run.ema = optim.EMA(run.model, args.ema) if args.ema else None
@@ -405,7 +412,7 @@ def say_what_runs(run):
     for warning in lengths.warnings(args.lengths, args.max_steps):
         say(f"warning: {warning}")
     fade = round(args.ar_fade * args.max_steps)
-    if run.state.first_step < fade and not args.causal:
+    if run.state.first_step < fade and args.objective == "masked":
         say(
             f"blocks: none at first, left to right alone, which until step {fade} gives way to "
             f"{args.train_block_sizes}"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 import checkpoint
+import gaussian
 import masking
 import model_config
 from common import machine
@@ -42,6 +43,10 @@ def mask_sample(run, step, block, first=None, asked=None):
     responses of pairs, of all ranks.
     """
     length = run.length
+    if run.args.gaussian:
+        return gaussian.noisy_sample(
+            run.args, run.args.seed, step, run.rows, length, run.mine, asked
+        )
     if block == 1:
         return masking.left_to_right(run.rows, length, run.mine, asked)
     masks = masking.corrupt(

@@ -11,7 +11,9 @@ import config
 from common import machine
 from common.console import printable, say
 from evaluation.estimators import bits_per_byte, held_out
+from sampling import continuous
 from sampling.decode import generate
+from sampling.gaussian_writer import GaussianWriter
 from sampling.settings import Settings, opening
 from sampling.torch_model import TorchModel
 from sampling.transliteration import answer_to
@@ -110,6 +112,8 @@ def speak(run, prompt, length):
     args, tokenizer = run.args, run.tokenizer
     if run.cfg.interlaced:
         return transliterated(run, prompt)
+    if args.gaussian:
+        return speak_out_of_noise(run, prompt, length)
     in_blocks = min(run.blocks) < args.longest
     settings = Settings(
         max_new_tokens=length,
@@ -138,6 +142,15 @@ def transliterated(run, prompt):
         model = TorchModel(run.model)
         line = answer_to(model, run.tokenizer, prompt, settings, run.args.longest)
         return line.text_so_far()
+
+
+def speak_out_of_noise(run, prompt, length):
+    """The same of --objective gaussian."""
+    settings = continuous.Settings(max_new_tokens=length, eos_id=run.tokenizer.eos_id)
+    writer = GaussianWriter(run.model)
+    with run.averaged(), run.stop.at_once():
+        result = continuous.continued(writer, run.tokenizer, prompt, settings, [run.args.seed])
+        return run.tokenizer.written(result.rows[0])
 
 
 def print_samples(run):
