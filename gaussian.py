@@ -138,7 +138,7 @@ def levels(steps):
     return noise_at(t, "cosine").tolist()
 
 
-def sample(denoise, z, shares, sampler, draw, eta=0.0):
+def sample(denoise, z, shares, sampler, draw, eta):
     """From noise to embeddings. denoise(z, share, guess of the step before or None) -> guess of x0;
     draw() -> new noise of the shape of z.
     """
