@@ -158,8 +158,10 @@ def generate(model, prompt, settings, seeds, on_step=None, on_block=None):
 
 def one_token_at_a_time(settings):
     """What is left of any settings: one forward a token, so no order and no schedule. A second one
-    would read the token before it into the cache again.
+    would read the token before it into the cache again. Guidance has a cache of its own, which
+    begins with the null prompt, if there is one.
     """
+    guidance = settings.guidance_scale if settings.null_prompt else 1.0
     return dataclasses.replace(
         settings,
         mode="block_frozen",
@@ -169,7 +171,7 @@ def one_token_at_a_time(settings):
         alg_temp=0.0,
         remask=0.0,
         min_depth=0,
-        guidance_scale=1.0,
+        guidance_scale=guidance,
     )
 
 
@@ -201,6 +203,8 @@ def begin(model, group, prompts, settings, seeds, result, keep_chance):
             result.context_passes += 1  # one pass over the prompt, whatever its number of parts
         if settings.guidance_scale != 1 and settings.null_prompt:
             null = np.tile(np.array(settings.null_prompt), (len(group), 1))
+            if settings.left_to_right:          # both end with the same token
+                null = null[:, :-1]
             canvas.bare = model.new_cache(len(group), room)
             model.step(null, canvas.bare)
             result.context_passes += 1
@@ -385,7 +389,8 @@ def forward_of(model, cache, canvas, P, lo, hi, settings):
     context is the second one.
     """
     if settings.left_to_right:
-        return lambda ids, depth: [Seen(model.step(ids[:, lo - 1:lo], cache))]
+        caches = [cache] if canvas.bare is None else [cache, canvas.bare]
+        return lambda ids, depth: [Seen(model.step(ids[:, lo - 1:lo], each)) for each in caches]
     rows = len(canvas.ids)
     guided = settings.guidance_scale != 1
     if cache is not None:

@@ -87,12 +87,13 @@ class Settings:
 
     @property
     def left_to_right(self):
-        """One token at a time, of the clean stream. Guidance and early exits are the noisy one's.
+        """One token at a time, of the clean stream. Early exits are the noisy one's, and so is
+        guidance where there is no null prompt.
         """
         return (
             self.mode == "block_frozen"
             and self.block_size == 1
-            and self.guidance_scale == 1
+            and (self.guidance_scale == 1 or self.null_prompt is not None)
             and not self.min_depth
         )
 
@@ -267,6 +268,8 @@ def nothing_else_asked(origins, saved):
     if cannot_freeze(saved) or saved.config["model"]["causal"]:
         return False
     for name in ASK_FOR_ANOTHER_WAY:
+        if name == "guidance_scale" and is_framed(saved):
+            continue
         origin = origins[name]
         if origin != "default" and not origin.startswith("profile "):
             return False
@@ -333,7 +336,11 @@ def settings_of_sample(args, origins, saved, tokenizer):
 
 
 def say_what_ar_leaves_unread(origins, saved):
-    unread = [f"--{name}" for name in UNREAD_BY_AR if origins[name] == "flag"]
+    unread = []
+    for name in UNREAD_BY_AR:
+        guided = name == "guidance_scale" and is_framed(saved)
+        if origins[name] == "flag" and not guided:
+            unread.append(f"--{name}")
     if unread:
         say(
             f"notice: {saved.path} was trained with --objective ar: it writes one token at a time "

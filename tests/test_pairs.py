@@ -269,6 +269,7 @@ MODES = {
     "full": dict(mode="full", steps=12),
     "block": dict(mode="block", block_size=4, steps=4),
     "block_frozen": dict(mode="block_frozen", block_size=4, steps=4),
+    "left to right": dict(mode="block_frozen", block_size=1, steps=1),
 }
 
 
@@ -345,6 +346,10 @@ def test_trained_prompts_are_answered_and_guided(toy, trained, capsys):
     assert answers("--sampler", "threshold")[0] > 0.7
     share, texts = answers("--sampler", "threshold", "--guidance_scale", 0)
     assert len(texts) == 1 and share < 0.5
+    # left to right, both sides are the clean stream's
+    share, texts = answers("--block_size", 1, "--guidance_scale", 0)
+    assert len(texts) == 1 and share < 0.5
+    assert answers("--block_size", 1, "--guidance_scale", 3)[0] > 0.9
 
 
 def test_what_a_model_of_pairs_was_not_trained_for_is_refused(toy, trained, capsys):
