@@ -183,6 +183,16 @@ class Hub:
         self.asked = []
         self.status = None              # every answer, if it is set
 
+    def environment(self, home):
+        """What a child process has to know of it."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": self.token,
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+
     def add(self, name, files):
         """A commit -> its hash."""
         commits = self.repositories.setdefault(name, [])

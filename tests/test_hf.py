@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import aria, tree
+from stand_in_models import models_hub
 from tiny import tiny_model
 
 import checkpoint
@@ -238,13 +239,21 @@ json.dump(texts, open("found.json", "w"))
 
 @torch.no_grad()
 def test_transformers_loads_the_trained_model(here, tmp_path):
-    """The command's folder, and one of the other model with another attention."""
+    """The command's folder, which it also publishes, and one of the other model with another
+    attention.
+    """
     pytest.importorskip("transformers", reason="only a folder for it needs it")
-    done = aria(
-        "export", "checkpoints/eco_hybrid_hi", "--format", "hf", "--output", tmp_path / "primary",
-        "--threads", 1, cwd=here, check=0,
-    )
+    with models_hub("hf_secret", "me") as hub:
+        done = aria(
+            "export", "checkpoints/eco_hybrid_hi", "--format", "hf", "--output",
+            tmp_path / "primary", "--push", "me/tiny", "--threads", 1,
+            cwd=here, check=0, env=hub.environment(tmp_path / "home"),
+        )
     assert "our ids for" in done.stderr and "apart at most" in done.stderr
+    [(commit, files)] = hub.repositories["me/tiny"]
+    assert done.stdout.split() == [str(tmp_path / "primary"), f"hf:me/tiny@{commit}"]
+    assert files.keys() == {path.name for path in (tmp_path / "primary").iterdir()}
+    assert "hf_secret" not in done.stdout + done.stderr
     assert (tmp_path / "primary/model.safetensors").stat().st_mode & 0o777 == 0o644
     primary, tokenizer, saved = checkpoint.load_model(
         "checkpoints/eco_hybrid_hi", "cpu", config.check_saved
