@@ -180,6 +180,7 @@ def test_the_picture_shows_the_run_and_changes_nothing(runs, text, tmp_path, mon
     last = shown[shown.rindex("╭"):]
     assert str(run)[:20] in last and f"step {STEPS} of {STEPS}, 100%" in last
     assert f"{log(run)[-1]['loss']:.4f}" in last and f"steps 1 to {STEPS}" in last
+    assert f"{log(run, 'eval')[-1]['val_nelbo']:.4f}" in last, "the last evaluation is missing"
     assert shown.count("step 6/6 | loss") == 1 and "\x1b[?25h" in shown
 
 

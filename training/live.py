@@ -2,6 +2,7 @@
 
     view = View("checkpoints/nano: primary, 3,000,000 parameters")
     view.show(progress, loss=3.2, ...)      # after each step; drawn PER_SECOND times at most
+    view.scored(progress, 3.1)              # after each evaluation
     view.close()                            # the last picture stays
 
 Used by training/logs.py, which imports it for --live rich alone. It draws from the training's own
@@ -18,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-PER_SECOND = 4
+PER_SECOND = 2
 HIGH = 6            # lines of the curve
 LOWEST = 18         # lines of a terminal that has room for a curve
 MOST = 4000         # points of a curve that are kept
@@ -36,6 +37,7 @@ class View:
         self.console = Console(file=sys.stderr)
         self.losses = []                    # (step, loss)
         self.scores = []                    # (step, held-out figure)
+        self.last = None                    # the figures of the last step
         self.drawn = 0.0
         # say() writes to sys.stderr, which is rich's while the picture stands
         self.live = Live(
@@ -44,26 +46,32 @@ class View:
         )
         self.live.start(refresh=True)
 
-    def show(self, progress, loss, bound, **figures):
+    def show(self, progress, loss, **figures):
         self.losses = with_point(self.losses, progress.done, loss)
-        if bound is not None and [bound] != [score for _, score in self.scores[-1:]]:
-            self.scores = with_point(self.scores, progress.done - 1, bound)
+        self.last = dict(loss=loss, **figures)
         now = time.monotonic()
-        if now - self.drawn < 1 / PER_SECOND and progress.done < progress.total:
-            return
-        self.drawn = now
-        parts = [way(progress), Text(), self.table(progress, loss, **figures)]
+        if now - self.drawn >= 1 / PER_SECOND or progress.done == progress.total:
+            self.drawn = now
+            self.draw(progress)
+
+    def scored(self, progress, nats):
+        """There is a new held-out figure."""
+        self.scores = with_point(self.scores, progress.done, nats)
+        if self.last:
+            self.draw(progress)
+
+    def draw(self, progress):
+        parts = [way(progress), Text(), self.table(progress, **self.last)]
         if self.losses and self.console.height >= LOWEST:
             parts += [Text(), self.chart()]
-        self.live.update(self.frame(Group(*parts)), refresh=True)
+        subtitle = "Ctrl-C saves and leaves" if progress.done < progress.total else None
+        self.live.update(self.frame(Group(*parts), subtitle), refresh=True)
 
     def close(self):
         self.live.stop()
 
-    def frame(self, inside):
-        return Panel(
-            inside, title=self.title, subtitle="Ctrl-C saves and leaves", border_style="dim"
-        )
+    def frame(self, inside, subtitle=None):
+        return Panel(inside, title=self.title, subtitle=subtitle, border_style="dim")
 
     def table(self, progress, loss, gnorm, mask, mfu, memory, lr):
         """The figures of the last step, and the held-out one."""

@@ -10,6 +10,7 @@ behind is named once and dropped, as the training only puts into its queue. Both
 imported when a sink opens, in its thread; the numbers of an event become EVENT/KEY. The picture of
 --live rich is drawn by training/live.py.
 """
+import contextlib
 import errno
 import html
 import importlib.util
@@ -293,6 +294,7 @@ class Bar:
     """--live basic: one line that is redrawn."""
 
     def __init__(self, progress):
+        self.held = ""                       # the last held-out figure
         self.bar = tqdm(
             total=progress.total,
             initial=progress.done,
@@ -301,12 +303,12 @@ class Bar:
             bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}{postfix}",
         )
 
-    def show(self, progress, loss, bound, gnorm, mask, mfu, memory, **_):
-        scored = ""
-        if bound is not None:
-            scored = f"{progress.measure} {bound:.3f}, "
+    def scored(self, progress, nats):
+        self.held = f"{progress.measure} {nats:.3f}, "
+
+    def show(self, progress, loss, gnorm, mask, mfu, memory, **_):
         self.bar.set_postfix_str(
-            f"loss {loss:.3f}, {scored}{progress.tok_s:,.0f} tok/s, ETA {progress.eta}, "
+            f"loss {loss:.3f}, {self.held}{progress.tok_s:,.0f} tok/s, ETA {progress.eta}, "
             f"MFU {mfu:.0%}, gnorm {gnorm:.2f}, mask {mask:.2f}, {memory / 1024:.1f} GB",
             refresh=False,
         )
@@ -314,6 +316,15 @@ class Bar:
 
     def close(self):
         self.bar.close()
+
+
+@contextlib.contextmanager
+def until_it_is_gone(terminal):
+    """Around what draws on it."""
+    try:
+        yield
+    except OSError:
+        mute(terminal)
 
 
 class Progress:
@@ -357,19 +368,22 @@ class Progress:
             self.picture.close()
 
     def step(self, done, tokens, seconds, **figures):
-        """figures: loss bound gnorm mask mfu memory lr of the step."""
+        """figures: loss gnorm mask mfu memory lr of the step."""
         self.done = done
         if done == self.first + 11:
             self.seconds.clear()
         self.seconds.append(seconds / tokens)
         self.speeds.append(tokens / seconds)
         self.tok_s = 1 / statistics.median(self.seconds)
-        if self.picture is None:
-            return
-        try:
-            self.picture.show(self, **figures)
-        except OSError:
-            mute(sys.stderr)
+        if self.picture is not None:
+            with until_it_is_gone(sys.stderr):
+                self.picture.show(self, **figures)
+
+    def scored(self, nats):
+        """There is a new held-out figure."""
+        if self.picture is not None:
+            with until_it_is_gone(sys.stderr):
+                self.picture.scored(self, nats)
 
     @property
     def eta(self):

@@ -229,7 +229,7 @@ def log_step(run, result):
     flops = model_config.train_flops(run.cfg, run.length, result.block, result.mask)
     mfu = tok_s * flops / run.peak
     run.progress.step(
-        done, run.step_tokens, result.seconds, loss=result.loss, bound=state.nats,
+        done, run.step_tokens, result.seconds, loss=result.loss,
         gnorm=result.gnorm, mask=result.mask, mfu=mfu, memory=memory, lr=result.lr,
     )
     run.log.write(

@@ -62,6 +62,7 @@ def evaluate(run):
     state.nats = nats
     state.best = min(state.best, nats)
     state.scored_step = state.step
+    run.progress.scored(nats)
 
 
 def block_name(run, block):
