@@ -19,13 +19,14 @@ into the cache (exact, one row a token), whatever the rule and its steps. A caus
 is a noisy block like any other. With the sampler speculate a block is a draft for the clean stream
 (sampling/speculate.py); each row keeps a number of its own, so rows are written one by one.
 
-Promises, tested with a fake denoiser on ten thousand cases: the prompt is untouched; no mask and no
-pad is ever an answer; a block ends within `steps` forwards; no forward runs when nothing is masked;
-NaN logits are an error, not an answer; the same seed gives the same text, whatever else is in the
-batch. Rows whose prompts have different lengths are decoded in groups of equal length, so no row
-ever sees another's padding. In bf16 (sample --precision) the last promise holds up to rounding: a
-product of many rows may add up in another order than one of few, and where two tokens are nearly as
-likely the text can then differ (5 of 144 texts; none in float32 and int8).
+Promises, tested with a fake denoiser on ten thousand cases (tests/stress/decode.py; the tests run a
+quarter of them): the prompt is untouched; no mask and no pad is ever an answer; a block ends within
+`steps` forwards; no forward runs when nothing is masked; NaN logits are an error, not an answer;
+the same seed gives the same text, whatever else is in the batch. Rows whose prompts have different
+lengths are decoded in groups of equal length, so no row ever sees another's padding. In bf16
+(sample --precision) the last promise holds up to rounding: a product of many rows may add up in
+another order than one of few, and where two tokens are nearly as likely the text can then differ (5
+of 144 texts; none in float32 and int8).
 
 The engine is seen only through these parts of the denoiser protocol (model.py's docstring says
 what each of them means), with ids (rows, tokens) as int64 arrays. sampling/torch_model.py gives
