@@ -152,15 +152,17 @@ class Library:
 SOUNDS = dict(aa="A", ee="I", ii="I", oo="U", uu="U", ai="E", au="O", a="a", i="i", u="u", e="e",
               o="o")
 LETTERS = {sound: letter for letter, sound in reversed(CONSONANTS.items())}
-LETTERS |= dict(f="फ", q="क", x="क्स", c="क", w="व", v="व", z="ज")
-STANDING = {sound: letter for letter, sound in reversed(VOWELS.items())}
-HANGING = {sound: sign for sign, sound in reversed(SIGNS.items())}
+LETTERS |= dict(n="न", t="त", d="द", f="फ", q="क", x="क्स", c="क", w="व", v="व", z="ज")
+STANDING = {sound: letter for letter, sound in reversed(VOWELS.items())} | dict(e="ए")
+HANGING = {sound: sign for sign, sound in reversed(SIGNS.items())} | dict(e="\u0947", a="")
 LATIN_SOUND = re.compile("|".join(sorted([*SOUNDS, *LETTERS], key=len, reverse=True)) + "|.")
 
 
 def by_rule(word):
-    """A Latin word letter by letter: consonants that meet are joined, a long vowel is a long one.
+    """A Latin word letter by letter: consonants that meet are joined, and an a at the end is long.
     """
+    if word.endswith("a") and len(word) > 2:
+        word += "a"
     out = ""
     bare = False                         # does a consonant stand here without its vowel?
     for sound in LATIN_SOUND.findall(word):
@@ -176,7 +178,7 @@ def by_rule(word):
                 out += "\u094d"
             out += letter
         bare = sound in LETTERS
-    return out
+    return out.replace(".", "।")
 
 
 # ---- figures -------------------------------------------------------------------------------------

@@ -123,10 +123,12 @@ def write_folder(model, saved, folder, bits, block):
 
 
 def bits_lost(args, saved, runner, model, windows):
-    """The bits/byte of the windows by PyTorch in float32 and by the exported model, or None."""
+    """The bits/byte of the windows by PyTorch in float32 and by the exported model. None without
+    windows, and of pairs, whose prompts are no text to score.
+    """
     tokenizer = open_tokenizer(saved.tokenizer_bytes)
     size = sum(len(tokenizer.decode(window).encode()) for window in windows)
-    if not size:
+    if not size or model.cfg.answers:
         return None
     settings = saved.config["args"]
     length = config.scored_length(saved)

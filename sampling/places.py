@@ -4,10 +4,10 @@
     answers = words_of(filled.ids[0], places[0], eos_id)    # ids of the answer to each word
 
 The places of a word are masked, then it is asked, or hold the word that is given. One forward looks
-at the whole row, a rule of sampling/unmasking.py chooses among the masked places. Two things differ
-from other texts, as each word has an end of its own: nothing behind the first end that the model
-guesses in a word is chosen, and once an end stands, the places behind it hold EOS without being
-asked. A model of --objective ar writes letter by letter instead.
+at the whole row, a rule of sampling/unmasking.py chooses among the masked places. Each word has an
+end of its own: nothing behind the first end that the model guesses in a word is chosen, no end
+stands before a letter that was decided, and behind an end the places hold EOS without being asked.
+A model of --objective ar writes letter by letter instead.
 
 Used by sampling/transliteration.py and by training (its samples); the engine is that of
 sampling/decode.py. Legend: B rows, T positions, n places of a word.
@@ -118,6 +118,12 @@ def write(model, ids, places, settings, generator, on_step):
 
 def reveal(ids, masked, logits, places, step, settings, generator):
     """Write some of the masked places of one row (T,), whose logits (N, V) these are."""
+    for where in places:
+        # a word does not end before a letter that stands
+        letters = where[(ids[where] != settings.eos_id) & ~np.isin(where, masked)]
+        if len(letters):
+            inside = np.isin(masked, where) & (masked < letters[-1])
+            logits[inside, settings.eos_id] = -np.inf
     open_places = before_the_ends(masked, logits.argmax(-1), places, settings.eos_id)
     masked = masked[open_places]
     logits = logits[open_places]

@@ -253,6 +253,18 @@ def test_left_to_right_each_letter_is_the_likeliest_behind_all_before_it(kind):
     assert np.array_equal(found.ids[0][places[0][1]], [11, 12, EOS])
 
 
+def test_no_word_ends_before_a_letter_that_stands():
+    whole = interlaced([[5, 9, 9]], [[15, EOS, 17]], Ids)[None]
+    places = [places_of([3])]
+    rows = whole.copy()
+    rows[0, places[0][0]] = MASK
+    rows[0, places[0][0][2]] = 17
+    settings = Settings(64, 99, sampler="confidence", temperature=0.0, eos_id=EOS)
+    found = fill(Oracle(whole, 0.9), rows, places, settings, [0])
+    [answer] = words_of(found.ids[0], places[0], EOS)
+    assert answer[0] == 15 and answer[1] not in (EOS, MASK, SEP) and answer[2:] == [17]
+
+
 def test_rules_that_do_not_look_are_refused():
     with pytest.raises(UserError, match="--sampler random: transliteration takes confidence"):
         fill(Oracle(None, 1), np.zeros((1, 1)), [[]], Settings(1, 1, sampler="random"), [0])
