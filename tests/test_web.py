@@ -5,6 +5,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import json
 import random
 import shutil
 import socket
@@ -18,7 +19,7 @@ from conftest import call
 from tiny import tiny_model
 
 import export
-from common.files import ROOT
+from common.files import ROOT, write_json
 from edge import engine, folder as edge_folder
 from hf.awkward import awkward_strings
 from sampling import decode, exported, unmasking
@@ -85,29 +86,33 @@ def modules(chromium, site):
 
 
 def ask(page, script, given):
-    """What the body of an asynchronous JavaScript function of `given` returns."""
-    return page.evaluate(f"async (given) => {{ {script} }}", given)
+    """What the body of an asynchronous JavaScript function of `given` returns. As JSON: Playwright
+    takes seconds for ten thousand numbers.
+    """
+    function = f"""async (text) => {{
+      const given = JSON.parse(text);
+      const answer = async () => {{ {script} }};
+      return JSON.stringify(await answer());
+    }}"""
+    return json.loads(page.evaluate(function, json.dumps(given)))
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------
 
 TOKENIZER = """
 const { Tokenizer } = await import("/tokenizer.js");
-const tokenizer = new Tokenizer(await (await fetch(given.file ?? "/tokenizer.json")).json());
+const tokenizer = new Tokenizer(await (await fetch("/tokenizer.json")).json());
 """
 
 
 def test_the_tokenizer_gives_pythons_ids(modules, model):
     _, tokenizer, _ = model
     texts = awkward_strings(5000, 7) + ["", " ", "x" * 3000, "\ud800 a", "क" * 500]
-    texts += [(ROOT / "docs/SERVE.md").read_text(encoding="utf-8")]
-    found = ask(modules, TOKENIZER + "return given.texts.map((text) => tokenizer.encode(text))",
-                {"texts": texts[:-3] + texts[-2:]})
-    right = [tokenizer.encode(text) for text in texts[:-3] + texts[-2:]]
-    wrong = [text for text, one, other in zip(texts, found, right, strict=False) if one != other]
+    texts.append((ROOT / "docs/SERVE.md").read_text(encoding="utf-8"))
+    script = "return given.texts.map((text) => tokenizer.encode(text));"
+    found = ask(modules, TOKENIZER + script, {"texts": texts})
+    wrong = [text for text, ids in zip(texts, found, strict=True) if ids != tokenizer.encode(text)]
     assert not wrong, (len(wrong), wrong[0])
-    half = ask(modules, TOKENIZER + "return tokenizer.encode('\\ud800 a')", {})
-    assert half == tokenizer.encode("\ud800 a")
 
 
 def test_the_tokenizer_gives_pythons_text(modules, model):
@@ -227,7 +232,7 @@ def test_the_rules_write_pythons_greedy_text(modules):
     number of forwards.
     """
     rnd = random.Random(1)
-    cases = [random_case(rnd) for _ in range(400)]
+    cases = [random_case(rnd) for _ in range(200)]
     script = """
     const found = [];
     for (const { ids, settings, gaps, causal } of given.cases) {
@@ -271,16 +276,16 @@ def test_the_chances_of_a_draw_are_pythons(modules):
 
 
 def test_the_draws_have_their_chances_and_repeat(modules):
-    """20,000 texts of one token: each token as often as its chance says; the same seed, the same
+    """5,000 texts of one token: each token as often as its chance says; the same seed, the same
     text.
     """
     script = """
     const { ids, settings } = given;
     const found = [];
-    for (let seed = 0; seed < 20000; seed++) {
+    for (let seed = 0; seed < 5000; seed++) {
       found.push((await generate(denoiser(false), ids, { ...settings, seed })).ids[0]);
     }
-    const again = await generate(denoiser(false), ids, { ...settings, seed: 19999 });
+    const again = await generate(denoiser(false), ids, { ...settings, seed: 4999 });
     return [found, again.ids[0]];
     """
     settings = Settings(1, 1, mode="block_frozen", block_size=1, temperature=1.0, top_k=6)
@@ -400,6 +405,7 @@ def test_the_logits_of_32_bits_are_pythons(modules, site, changes):
         tokenizer_bytes=b"pieces", config={"model": net.cfg.to_dict(), "args": {}}, step=0, state={}
     )
     edge_folder.write_folder(net, saved, path, 32, 32)
+    write_json(path / "model.json", {"shape": net.cfg.to_dict()})
     script = """
     const cache = model.newCache();
     const rows = await model.step(given.ids, cache);

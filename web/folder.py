@@ -15,6 +15,7 @@ from common.console import UserError
 from common.files import folder_aside, to_json, write_file
 from edge import folder as edge_folder, source
 from hf.tokenizer_json import tokenizer_json
+from sampling.settings import refuse_interlaced
 from serving import page, requests
 from text.gpt2 import Gpt2Tokenizer
 
@@ -38,6 +39,7 @@ def export(args):
     runtime = runtime_of(args)
     model, tokenizer, saved = source.load_checkpoint(args)
     must_suit_browsers(model.cfg, tokenizer)
+    refuse_interlaced(saved)
     output = source.output_of(args, saved, PAGE)
     windows = source.held_out_windows(args.data_dir, tokenizer, saved)
     with folder_aside(output) as aside:
@@ -94,7 +96,8 @@ def write_page(folder, served):
 
 
 def about(served):
-    """model.json: what GET /v1/models tells, and the settings of a text of which nothing is asked.
+    """model.json: what GET /v1/models tells, the network's shape, and the settings of a text of
+    which nothing is asked.
     """
     described = requests.described(served)
     mode = None
@@ -104,7 +107,7 @@ def about(served):
     return {
         "id": served.name,
         "aria": described,
-        "framed": served.framed,
+        "shape": served.model.cfg.to_dict(),
         "settings": dataclasses.asdict(settings),
     }
 

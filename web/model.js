@@ -15,10 +15,10 @@ const CODE_OF_0 = 128;  // of an unsigned byte
 
 export async function openModel(ort, read) {
   const parse = (bytes) => JSON.parse(new TextDecoder().decode(bytes));
-  const config = parse(await read("config.json"));
+  const { shape } = parse(await read("model.json"));
   const manifest = parse(await read("MANIFEST.json"));
   const weights = new Uint8Array(await read(WEIGHTS));
-  const model = new EcoModel(ort, config.model, manifest, weights);
+  const model = new EcoModel(ort, shape, manifest, weights);
   for (const name of GRAPHS) await model.open(name, new Uint8Array(await read(`${name}.onnx`)));
   model.weights = null;                         // each graph has its own copy
   return model;

@@ -61,7 +61,7 @@ function settingsOf(about, body, masked) {
 async function write({ about, tokenizer, model }, body, id, tell) {
   const gapped = body.text === undefined ? null : new GappedText(body.text, tokenizer);
   const ids = gapped?.ids ?? [tokenizer.bosId, ...tokenizer.encode(body.prompt)];
-  if (about.framed) ids.push(tokenizer.padId);
+  if (about.shape.framed) ids.push(tokenizer.padId);
   const settings = settingsOf(about, body, gapped?.masked);
   const length = gapped ? ids.length : ids.length + settings.max_new_tokens;
   if (length > about.aria.max_length) {
@@ -77,7 +77,7 @@ async function write({ about, tokenizer, model }, body, id, tell) {
   }
   const shown = new Shown(tokenizer, gapped ? null : settings.eos_id, gapped);
   const begun = { seed: settings.seed, notices: [], parts: shown.start(ids, end) };
-  if (!gapped) begun.prompt = body.prompt + (about.framed ? "\n" : "");
+  if (!gapped) begun.prompt = body.prompt + (about.shape.framed ? "\n" : "");
   tell("start", begun);
 
   // every forward
@@ -93,7 +93,7 @@ async function write({ about, tokenizer, model }, body, id, tell) {
 
   // the end
   let text = gapped?.filled(result.ids);
-  if (!gapped) text = (about.framed ? "" : body.prompt) + tokenizer.written(result.ids);
+  if (!gapped) text = (about.shape.framed ? "" : body.prompt) + tokenizer.written(result.ids);
   tell("done", { text, forwards: result.forwards, seconds: seconds() });
 }
 
