@@ -449,6 +449,11 @@ def mask_problems(args):
         for name in ("fsdp", "compile", "exit_loss_weight", "lora_rank"):
             if getattr(args, name):
                 yield f"--{name} works with masks only: leave it out with --objective gaussian"
+        if args.analysis_every and args.instrument in ("medium", "full"):
+            yield (
+                f"--instrument {args.instrument} looks at clean text, which --objective gaussian "
+                "never reads: use --instrument basic"
+            )
 
 
 def block_sizes(text, length):

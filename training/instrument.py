@@ -28,6 +28,7 @@ from torch import nn
 
 from eco_hybrid import EcoLayer
 from evaluation.run_report import history, read_log
+from lora import AdaptedLinear
 from training.logs import numbers
 
 LONGEST = 1024      # tokens of the row that is looked at, at most
@@ -73,7 +74,7 @@ def gradient_norms(model):
     parts = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
-            part = re.match(r"layers\.\d+|[^.]+", name)[0]
+            part = re.match(r"(?:net\.)?(layers\.\d+|[^.]+)", name)[1]
             parts.setdefault(part, []).append(p.grad)
     norms = {}
     for part, gradients in parts.items():
@@ -153,6 +154,7 @@ def slot_shares(layer, x, rows):
 
 # ---- full ----------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def ranks_of(model):
     """{layer: {projection: its effective rank}}."""
     return {
@@ -165,19 +167,25 @@ def projections(layer):
     """The matrices of a layer by what they make, (name, (outputs, inputs))."""
     if isinstance(layer, EcoLayer):
         sizes = [layer.ff, layer.ff, layer.dm, layer.dm, layer.H * layer.M]
-        parts = layer.in_proj.weight.split(sizes)
+        parts = matrix_of(layer.in_proj).split(sizes)
         yield from zip(("gate", "up", "query", "value", "score"), parts, strict=True)
-        yield "out", layer.out_proj.weight
+        yield "out", matrix_of(layer.out_proj)
         return
     attn = layer.attn
     names = ("query", "key", "value")[-len(attn.parts):]                # tied: queries are keys
-    yield from zip(names, attn.qkv_proj.weight.split(attn.parts), strict=True)
-    yield "attention_out", attn.out_proj.weight
-    yield from zip(("gate", "up"), layer.ff.in_proj.weight.chunk(2), strict=True)
-    yield "out", layer.ff.out_proj.weight
+    yield from zip(names, matrix_of(attn.qkv_proj).split(attn.parts), strict=True)
+    yield "attention_out", matrix_of(attn.out_proj)
+    yield from zip(("gate", "up"), matrix_of(layer.ff.in_proj).chunk(2), strict=True)
+    yield "out", matrix_of(layer.ff.out_proj)
 
 
-@torch.no_grad()
+def matrix_of(module):
+    """The matrix that a module multiplies by, its adapter added."""
+    if isinstance(module, AdaptedLinear):
+        return module.weight + module.lora_b @ module.lora_a
+    return module.weight
+
+
 def effective_rank(matrix):
     """Roy and Vetterli 2007, "The effective rank"."""
     matrix = matrix.float()

@@ -464,6 +464,13 @@ def hold_out(run):
     elif run.cfg.interlaced:
         first = held_out_rows(run.val or run.data, len(config.PROMPTS), args.longest)[0]
         run.prompts = [typed_in(ids, run.tokenizer) for ids in first]
+    for prompt in args.sample_prompts:
+        tokens = len(run.tokenizer.encode(prompt))
+        if tokens >= args.longest:
+            raise UserError(
+                f"--sample_prompts: {prompt[:40]!r} has {tokens} tokens, and a row of this "
+                f"training {args.longest}: shorten it"
+            )
     run.prompts = args.sample_prompts or run.prompts
     run.blocks = args.block_rules
     # a sharded model cannot speak by itself

@@ -9,7 +9,7 @@ import torch
 
 import config
 from common import machine
-from common.console import printable, say
+from common.console import UserError, printable, say
 from evaluation.estimators import bits_per_byte, held_out
 from sampling import continuous
 from sampling.decode import generate
@@ -96,7 +96,7 @@ def write_samples(run, prompts, length):
     for prompt in prompts:
         try:
             text = speak(run, prompt, length)
-        except FloatingPointError as error:               # NaN logits
+        except (FloatingPointError, UserError) as error:  # NaN logits, a prompt that cannot be
             run.log.write("warn", step=run.state.step, message=f"no sample: {error}")
             continue
         except machine.Stopped:
@@ -171,6 +171,8 @@ def print_samples(run):
             f"train again with a lower one, such as {config.RATES[args.optimizer]:g}"
         )
         return 1
+    except UserError as error:              # as it was logged each time
+        say(f"warning: no sample: {error}")
     return 0
 
 
