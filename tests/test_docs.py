@@ -5,6 +5,7 @@ generated tables up to date.
         after a deliberate change
 """
 import importlib.metadata
+import json
 import re
 import shlex
 from pathlib import Path
@@ -114,6 +115,23 @@ def test_the_table_of_files_names_every_file_and_room():
     assert not [name for name in sorted(names) if f"`{name}`" not in table]
     named = re.findall(r"`([\w./]+(?:\.py|/))`", table)
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_the_container_file_names_what_is_there():
+    """Its command parses, its files exist, what the commands need is not ignored, no host is named.
+    """
+    text = (ROOT / "container/Containerfile").read_text(encoding="utf-8")
+    steps = dict(re.findall(r"^(ENTRYPOINT|CMD|USER) (.+)$", text, re.M))
+    assert json.loads(steps["ENTRYPOINT"]) == ["python", "-m"] and steps["USER"] != "root"
+    command, *argv = json.loads(steps["CMD"])
+    cli.parse(config.COMMANDS[command], argv, command)
+    for names in re.findall(r"^COPY (.+) \./$", text, re.M):
+        assert all((ROOT / name).is_file() for name in names.split())
+    assert not re.search(r"://(?!127\.0\.0\.1)", text)
+    path = ROOT / "container/Containerfile.dockerignore"
+    ignored = path.read_text(encoding="utf-8").split("\n")
+    rooms = {path.parent.name for path in ROOT.glob("*/*.py")} - {"tests", "benchmarks"}
+    assert not rooms & set(ignored) and "!exports/starter" in ignored
 
 
 def anchors(page):
