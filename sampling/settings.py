@@ -23,6 +23,7 @@ from sampling import proved
 MODES = ("full", "block", "block_frozen")
 ADAPTIVE = ("threshold", "factor", "entropy")  # rules whose text decides how many forwards it takes
 SPECULATE = "speculate"   # no rule for positions: drafts that are verified from left to right
+PROMPT_BYTES = 100_000    # of a line of --prompts_file: reading more would take minutes
 DRAFT = 8                 # tokens of its block, if --block_size is not typed
 SCHEDULERS = dict(ddim="confidence", ddpm="ancestral", dpmpp="confidence")
 GAP = re.compile(r"\[MASK\]|__+")
@@ -154,6 +155,13 @@ def read_prompts(args):
                 f"--prompts_file {path} is not UTF-8 (byte {error.start}): save it as UTF-8"
             ) from None
         found = [line for line in lines if line.strip()]
+        for number, line in enumerate(lines, 1):
+            size = len(line.encode())
+            if size > PROMPT_BYTES:
+                raise UserError(
+                    f"{path}, line {number}: {size:,} bytes, and {PROMPT_BYTES:,} are the most of "
+                    "a prompt: break it into shorter lines"
+                )
         if not found:
             raise UserError(
                 f"--prompts_file {path} holds no prompt: write one on each line, or leave the flag "

@@ -139,7 +139,7 @@ def test_the_first_day_trains_on_the_starter_corpus_and_says_so(days):
     run = folder / "checkpoints/day1"
     assert "source builtin (synthetic" in (run / "summary.md").read_text(encoding="utf-8")
     assert not (folder / "wandb").exists() and not (folder / "logs").exists()
-    [speed] = re.findall(r"^speed: (\S+) for all 22 steps, (\S+) to go, measured on 20 steps",
+    [speed] = re.findall(r"^speed: (\S+) for all 22 steps, (\S+) to go, measured on \d+ steps",
                          found.err, re.M)
     assert all(re.fullmatch(r"\d+:\d\d", time) for time in speed)
 
@@ -217,6 +217,14 @@ def test_the_settings_of_the_guides_file_are_flags(days, monkeypatch):
     assert "notice: --guidance_scale 5, as it was stored in training" in stored.err
     assert stored.out == asked.out and "in blocks" in stored.err
     assert "left to right" in plain.err or "in blocks" in plain.err
+
+
+def test_a_line_that_is_too_long_for_a_prompt_is_named(days, monkeypatch):
+    monkeypatch.chdir(days[0])
+    Path("prompts.txt").write_text("mai\n\n" + "lal " * 262_144 + "\nkal\n", encoding="utf-8")
+    found = typed("python sample.py checkpoints/day1 --prompts_file prompts.txt")
+    assert found.code == 2 and not found.out
+    assert "error: prompts.txt, line 3: 1,048,576 bytes, and 100,000 are the most" in found.err
 
 
 # ---- the list of presets -------------------------------------------------------------------------

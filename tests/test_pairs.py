@@ -352,6 +352,13 @@ def test_trained_prompts_are_answered_and_guided(toy, trained, capsys):
     assert answers("--block_size", 1, "--guidance_scale", 3)[0] > 0.9
 
 
+def test_a_prompt_that_no_row_holds_is_named(toy, trained):
+    path = toy / "long.txt"
+    path.write_text("lal\n\n" + "nila " * 100 + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="long.txt, line 3: with its frame this prompt has .* toke"):
+        sample.main([str(trained), "--prompts_file", str(path)])
+
+
 def test_what_a_model_of_pairs_was_not_trained_for_is_refused(toy, trained, capsys):
     with pytest.raises(UserError, match="answers prompts: it fills no gaps"):
         sample.main([str(trained), "--text", "lal ____"])
