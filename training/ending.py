@@ -61,6 +61,7 @@ def close_log(run, code):
         args, run.folder, run.params, run.data, state.best, bits, run.progress, state.tokens_seen,
         state.step,
     )
+    run.summary += how_to_ask_what_is_forgotten(run)
     publish(run, "summary.md", run.summary)
     run.log.close(hurry=run.stop.signal is not None)
     if ranks.main:
@@ -69,6 +70,20 @@ def close_log(run, code):
             if args.instrument == "full" and args.analysis_every:
                 publish(run, "analysis.npz", instrument.table(run.folder / "train.jsonl"))
     return stopped
+
+
+def how_to_ask_what_is_forgotten(run):
+    """A line of the summary, if the run began from another one, on other text."""
+    if not run.saved or run.in_place:
+        return ""
+    before = run.saved.config["args"]["data_dir"]
+    if before == run.args.data_dir:
+        return ""
+    ask = f"python -m evaluate --data_dir {shlex.quote(before)} --ckpt"
+    return (
+        f"- what it has forgotten: {ask} {shlex.quote(str(run.folder))}, and before: {ask} "
+        f"{shlex.quote(str(run.saved.path))}\n"
+    )
 
 
 def store_once_more(run):
