@@ -41,6 +41,7 @@ RULES = {                                   # name -> Settings that differ from 
     "one by one": dict(sampler="confidence"),
     "threshold 0.95": dict(sampler="threshold", threshold=0.95),
     "threshold 0.9": dict(sampler="threshold", threshold=0.9),
+    "threshold 0.8": dict(sampler="threshold", threshold=0.8),
     "threshold 0.7": dict(sampler="threshold", threshold=0.7),
     "threshold 0.5": dict(sampler="threshold", threshold=0.5),
     "factor 0.9": dict(sampler="factor", threshold=0.9),

@@ -28,7 +28,7 @@ LETTERS = 24          # of a word; a longer one is cut
 LINE_BYTES = 100_000  # of a line
 RULE = dict(
     temperature=0.0, top_k=0, blockwise=False, frozen_context=False, sampler="threshold",
-    threshold=0.9,
+    threshold=0.8,
 )
 
 
