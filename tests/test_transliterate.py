@@ -364,7 +364,7 @@ def serving(run, max_work):
     model, tokenizer, saved = checkpoint.load_model(run, "cpu", config.check_saved)
     served = requests.Served("toy", TorchModel(model), tokenizer, saved, 2048, max_work)
     metrics = Metrics()
-    owner = worker.Worker(served.model, 4, metrics)
+    owner = worker.Worker(served.model, 4, 16, metrics)
     listener = server.listen("127.0.0.1", 0, paths.Client)
     listener.offer(served, owner, metrics, None)
     threads = [threading.Thread(target=listener.serve_forever), threading.Thread(target=owner.run)]
