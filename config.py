@@ -1094,10 +1094,6 @@ class TrainArgs(
         ("python -m train --preset starter", "the built-in corpus, minutes on a laptop"),
         ("python -m train --data_dir data/processed", "your own text, after python -m prepare"),
         ("python -m train --resume checkpoints/eco_hybrid_hi", "go on exactly where a run stopped"),
-        (
-            "python -m train --preset nano --print_config",
-            "what would be trained, without training it",
-        ),
         ("python -m train --list_presets", "sizes, and speed and hours on this machine"),
     )
 
