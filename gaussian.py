@@ -246,7 +246,8 @@ def gaussian_loss(model, ids, sample, kind, rows=slice(None)):
     if kind == "elbo":
         weight = snr_slope(t, sample.schedule).float()
         cost = squared / 2 * weight.unsqueeze(-1)
-    cost = cost * sample.asked[rows].to(device)
+    # not a product: SEP, a known token of pairs, is never an answer and costs infinitely much
+    cost = cost.masked_fill(~sample.asked[rows].to(device), 0)
     return Loss(cost.sum() / sample.masked_count)
 
 
@@ -318,7 +319,7 @@ def row_nats(model, ids, known, asked, times, noise):
     _, ce, squared = answers(model, ids, x0, noisy, first)
     weight = (1 - LEAST) / share.square() / 2           # d SNR = d share / share^2
     parts = (at_least, weight.unsqueeze(-1) * squared, ce)
-    return torch.stack([(part * asked).sum(1) for part in parts], dim=1)
+    return torch.stack([part.masked_fill(~asked, 0).sum(1) for part in parts], dim=1)
 
 
 def window_nats(model, ids, given, times, generator, batch):

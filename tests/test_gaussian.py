@@ -283,6 +283,21 @@ def test_the_gradient_of_a_step_does_not_depend_on_its_parts(kind):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
+def test_a_prompt_of_a_pair_costs_nothing():
+    """It ends with the pad's id, which is never an answer; the response's cost is finite."""
+    model = tiny("primary")
+    ids = some(2, 10)
+    ids[:, 3] = model.cfg.pad_id
+    asked = (torch.arange(10) > 3).expand(2, -1)
+    sample = gaussian.noisy_sample(settings(), 0, 0, 2, 10, asked=asked)
+    loss = gaussian.gaussian_loss(model, ids, sample, "masked_mean").loss
+    loss.backward()
+    gradients = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+    assert torch.isfinite(loss) and torch.isfinite(gradients).all()
+    nats = gaussian.row_bounds(model, ids, asked=asked)
+    assert torch.isfinite(nats).all() and nats[:, 2].tolist() == [6, 6]
+
+
 def test_what_a_step_draws_is_a_function_of_seed_and_step():
     whole = gaussian.noisy_sample(settings(), 1, 2, 8, 12)
     part = gaussian.noisy_sample(settings(), 1, 2, 8, 12, slice(4, 8))
