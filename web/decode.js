@@ -20,7 +20,8 @@
 export async function generate(model, prompt, asked, onStep) {
   let settings = asked;
   if (model.causal) {
-    settings = { ...asked, mode: "block_frozen", block_size: 1, guidance_scale: 1 };
+    const guidance_scale = asked.null_prompt ? asked.guidance_scale : 1;
+    settings = { ...asked, mode: "block_frozen", block_size: 1, guidance_scale };
   }
   const P = prompt.length;
   const T = P + settings.max_new_tokens;
@@ -34,7 +35,9 @@ export async function generate(model, prompt, asked, onStep) {
     if (known) model.read(prompt.slice(0, known), text.cache);
     if (settings.guidance_scale !== 1 && settings.null_prompt) {
       text.bare = model.newCache();
-      await model.step(settings.null_prompt, text.bare);
+      // left to right, the first forward reads the last token of both, which is the same one
+      const end = isLeftToRight(settings) ? -1 : undefined;
+      await model.step(settings.null_prompt.slice(0, end), text.bare);
     }
   }
 
@@ -74,7 +77,7 @@ function newCanvas(model, ids, settings) {
 
 function isLeftToRight(settings) {
   return settings.mode === "block_frozen" && settings.block_size === 1
-    && settings.guidance_scale === 1;
+    && (settings.guidance_scale === 1 || Boolean(settings.null_prompt));
 }
 
 // ---- the forward of a block ---------------------------------------------------------------------
@@ -102,7 +105,13 @@ async function forwardOfBlock(text, lo, hi) {
 function forwardOf({ model, canvas, cache, bare, P, settings }, lo, hi) {
   const ids = canvas.ids;
   const guided = settings.guidance_scale !== 1;
-  if (isLeftToRight(settings)) return async () => [await model.step([ids[lo - 1]], cache)];
+  if (isLeftToRight(settings)) {
+    return async () => {
+      const sides = [await model.step([ids[lo - 1]], cache)];
+      if (bare) sides.push(await model.step([ids[lo - 1]], bare));
+      return sides;
+    };
+  }
   if (cache) {
     const context = guided ? bare ?? model.newCache() : null;
     return async () => {
