@@ -32,6 +32,16 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+def only_this_machine(monkeypatch):
+    """What no_network is for tests with a server of their own."""
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        assert address[0] == "127.0.0.1", f"a test tried to connect to {address}"
+        return connect(self, address)
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
 @pytest.fixture(autouse=True)
 def aloud():
     """--quiet of one test silences no other one in the same process."""

@@ -3,13 +3,12 @@ server that speaks the hub's protocol.
 """
 import json
 import shutil
-import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, only_this_machine
 from stand_in_models import models_hub
 
 import checkpoint
@@ -32,12 +31,7 @@ NAME = "me/tiny-hindi"
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Instead of conftest's: this machine may be connected to, and nothing else."""
-    connect = socket.socket.connect
-
-    def local_only(self, address):
-        assert address[0] == "127.0.0.1", f"a test tried to connect to {address}"
-        return connect(self, address)
-    monkeypatch.setattr(socket.socket, "connect", local_only)
+    only_this_machine(monkeypatch)
 
 
 @pytest.fixture(scope="module")

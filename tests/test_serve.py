@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from browser import a_page
-from conftest import call
+from conftest import call, only_this_machine
 
 import config
 import serve
@@ -39,12 +39,7 @@ LONG = dict(prompt=PROMPT, max_tokens=400, mode="full", sampler="random", ignore
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Instead of conftest's: this machine may be connected to, and nothing else."""
-    connect = socket.socket.connect
-
-    def local_only(self, address):
-        assert address[0] == "127.0.0.1", f"a test tried to connect to {address}"
-        return connect(self, address)
-    monkeypatch.setattr(socket.socket, "connect", local_only)
+    only_this_machine(monkeypatch)
 
 
 class Running:

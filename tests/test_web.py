@@ -8,14 +8,13 @@ import itertools
 import json
 import random
 import shutil
-import socket
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from browser import a_browser, hosted, page_in
-from conftest import call
+from conftest import call, only_this_machine
 from tiny import tiny_model
 
 import export
@@ -45,12 +44,7 @@ NEVER = -1e30
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Instead of conftest's: this machine may be connected to, and nothing else."""
-    connect = socket.socket.connect
-
-    def local_only(self, address):
-        assert address[0] == "127.0.0.1", f"a test tried to connect to {address}"
-        return connect(self, address)
-    monkeypatch.setattr(socket.socket, "connect", local_only)
+    only_this_machine(monkeypatch)
 
 
 @pytest.fixture(scope="module")
