@@ -102,6 +102,8 @@ def read_by_kernel(shape, rows):
         turned += q
 
     joined = 0
+    if heads.keys < heads.queries and rows.noisy and not shape.null_attn:
+        joined = both * v                       # of shared keys, where a mask is: attention.kernel
     if shape.null_attn:                         # it stands in front of the keys of both streams
         projected = 0
         turned = q if rows.noisy else 0

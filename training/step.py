@@ -38,9 +38,9 @@ class StepResult(NamedTuple):
     data_ms: float
 
 
-def mask_sample(run, step, block, first=None, asked=None):
+def mask_sample(run, step, block, first=None, asked=None, ends=True):
     """What is asked of this rank's rows; whole rows do without the clean stream. asked (R, T): the
-    responses of pairs, of all ranks.
+    responses of pairs, of all ranks; ends: masking.corrupt's.
     """
     length = run.length
     if run.args.gaussian:
@@ -50,8 +50,7 @@ def mask_sample(run, step, block, first=None, asked=None):
     if block == 1:
         return masking.left_to_right(run.rows, length, run.mine, asked)
     masks = masking.corrupt(
-        run.args, run.args.seed, step, run.rows, length, block, first, run.mine, asked,
-        ends=not run.cfg.interlaced,
+        run.args, run.args.seed, step, run.rows, length, block, first, run.mine, asked, ends
     )
     if block < length:
         return masks._replace(clean_share=1 / (1 + run.args.noisy_weight))
@@ -100,7 +99,7 @@ def probe(run, micro):
     """One real forward and backward of `micro` rows for each block rule: does it fit?"""
     for block in run.args.block_rules:
         asked = run.windows.asked(run.state.position, run.rows)
-        masks = mask_sample(run, 0, block, asked=asked)
+        masks = mask_sample(run, 0, block, asked=asked, ends=not run.cfg.interlaced)
         x0 = run.windows.batch(run.state.position + run.mine.start, micro).to(run.device)
         gradients(run, x0, masks, 0, micro, last=False)
 
@@ -178,7 +177,7 @@ def train_step(run):
     )
     first = run.windows.first_block(state.position, run.rows, block, first)
     asked = run.windows.asked(state.position, run.rows)
-    masks = mask_sample(run, state.step, block, first, asked)
+    masks = mask_sample(run, state.step, block, first, asked, ends=not run.cfg.interlaced)
 
     # the text: this rank's rows (B, T)
     begin = state.position + run.mine.start
