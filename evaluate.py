@@ -98,20 +98,7 @@ def main(argv=None):
     chosen = held_out.choose(documents, length, args.batches * batch, args.max_docs)
 
     # their figures
-    if framed and not model.cfg.gaussian:
-        say(
-            "notice: pairs: the responses are scored, left to right; training prints their bound "
-            "in blocks"
-        )
-    if model.cfg.gaussian:
-        blocks = [length]
-    elif model.cfg.causal or framed:
-        blocks = [1]
-    else:
-        rules = {*config.block_sizes(args.blocks or trained["train_block_sizes"], length)}
-        if not args.blocks and min(rules) < length:
-            rules.add(1)
-        blocks = sorted(rules, reverse=True)
+    blocks = blocks_of(args, model.cfg, trained, length, framed)
     tokens = sum(map(len, chosen))
     uniform = math.log(model.cfg.vocab_size - 1)
     say(
@@ -131,6 +118,23 @@ def main(argv=None):
         )
     if args.out_json:
         write_json(args.out_json, about | result)
+
+
+def blocks_of(args, cfg, trained, length, framed):
+    """The block rules in which the documents are scored, the largest first."""
+    if cfg.gaussian:
+        return [length]
+    if framed:
+        say(
+            "notice: pairs: the responses are scored, left to right; training prints their bound "
+            "in blocks"
+        )
+    if cfg.causal or framed:
+        return [1]
+    rules = {*config.block_sizes(args.blocks or trained["train_block_sizes"], length)}
+    if not args.blocks and min(rules) < length:
+        rules.add(1)
+    return sorted(rules, reverse=True)
 
 
 def refuse_of_gaussian(args, saved):
