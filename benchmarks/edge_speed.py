@@ -79,14 +79,14 @@ def network(size):
     return build_model(cfg).eval()
 
 
-def engine_of(name, size, home, threads):
-    """The engine with this name, random weights in it."""
+def engine_of(name, size, home, threads, wide=False):
+    """The engine with this name, random weights in it. wide: for browsers (graphs.Products)."""
     model = network(size)
     kind, bits = name[:4], name[4:]
     if kind != "onnx":
         fast.prepare(model, name.partition("-")[2])
         return TorchModel(model)
-    path = home / f"{size}_{bits}"
+    path = home / f"{size}_{bits}{'_wide' * wide}"
     if not path.exists():
         path.mkdir()
         saved = SimpleNamespace(
@@ -95,7 +95,7 @@ def engine_of(name, size, home, threads):
             step=0,
             state={},
         )
-        folder.write_folder(model, saved, path, int(bits), 32)
+        folder.write_folder(model, saved, path, int(bits), 32, wide)
     return engine.load(path, threads)
 
 

@@ -51,14 +51,15 @@ WRITE = """async ({ prompt, settings }) => {
 
 
 def folder_of(size, bits, home, package):
-    """The folder of a model of this size with random weights -> (its path, its engine in Python).
+    """The folder of a model of this size with random weights -> (its path, the engine of python -m
+    sample for the same weights).
     """
-    path = engine_of(f"onnx{bits}", size, home, 1).folder
+    path = engine_of(f"onnx{bits}", size, home, 1, wide=True).folder
     loaded = exported.load(path, SimpleNamespace(device="auto", threads=1))
     web_folder.write_page(path, web_folder.served_of(size, *loaded))
     for there, here in web_folder.RUNTIME.items():
         shutil.copyfile(package / there, path / here)
-    return path, loaded[0]
+    return path, engine_of(f"onnx{bits}", size, home, 1)
 
 
 def sizes_of(path):

@@ -39,6 +39,11 @@ def turned(codes, inputs):
     return (np.ascontiguousarray(flat.T) ^ MIDDLE).view(np.int8)
 
 
+def widened(codes, inputs):
+    """The same as float32, without their scales."""
+    return turned(codes, inputs).astype(np.float32)
+
+
 def pack(weight, block):
     """(O, I) float32 -> codes of 4 bits, two in a byte, (O, n, b / 2) uint8, scales (O, n) float32.
     """

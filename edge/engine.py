@@ -132,8 +132,8 @@ class Engine:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         else:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        turned = self.turned_weights(name)
-        options.add_external_initializers(list(turned), list(turned.values()))
+        made = self.made_weights(name)
+        options.add_external_initializers(list(made), list(made.values()))
         path = self.folder / f"{name}.onnx"
         try:
             session = onnxruntime.InferenceSession(
@@ -147,15 +147,16 @@ class Engine:
             ) from None
         return session, [result.name for result in session.get_outputs()]
 
-    def turned_weights(self, name):
-        """What a graph wants in another order than it has in the file: {tensor: its value}."""
+    def made_weights(self, name):
+        """What a graph wants in another form than it has in the file: {tensor: its value}."""
         found = {}
-        for tensor, place in self.manifest["turned"].get(name, {}).items():
-            offset, outputs, row, inputs = place
-            codes = np.memmap(
-                self.folder / WEIGHTS, np.uint8, "r", offset=offset, shape=(outputs, row)
-            )
-            found[tensor] = OrtValue.ortvalue_from_numpy(blocks.turned(codes, inputs))
+        for form, make in (("turned", blocks.turned), ("widened", blocks.widened)):
+            for tensor, place in self.manifest.get(form, {}).get(name, {}).items():
+                offset, outputs, row, inputs = place
+                codes = np.memmap(
+                    self.folder / WEIGHTS, np.uint8, "r", offset=offset, shape=(outputs, row)
+                )
+                found[tensor] = OrtValue.ortvalue_from_numpy(make(codes, inputs))
         return found
 
     def run(self, name, feeds):
@@ -172,7 +173,7 @@ class Engine:
         """
         # which of the two is for a row's text to say, not for the other rows of the batch
         name = "head"
-        if states.shape[1] == 1 and self.manifest["bits"] != 32:
+        if states.shape[1] == 1 and "head_one.onnx" in self.manifest["files"]:
             name = "head_one"
         z = self.run(name, {"states": states[rows, positions]})["logits"]          # (N, V)
         z[:, self.never] = -np.inf

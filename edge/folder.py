@@ -68,7 +68,8 @@ def write_and_check(args, model, saved, folder, windows):
     runner = None
     if bits != 32:
         shutil.rmtree(exact)
-        manifest = write_folder(model, saved, folder, bits, args.weight_block)
+        wide = args.format == "web"
+        manifest = write_folder(model, saved, folder, bits, args.weight_block, wide)
         runner = engine.load(folder, args.threads)
         _, typical = checks.difference(runner, reference, ids)
         if not math.isfinite(typical):
@@ -89,12 +90,12 @@ def write_and_check(args, model, saved, folder, windows):
     return manifest
 
 
-def write_folder(model, saved, folder, bits, block):
-    """The files of an exported model -> its manifest, which is written, too."""
+def write_folder(model, saved, folder, bits, block, wide=False):
+    """The files of an exported model -> its manifest, which is written, too. wide: see Products."""
     parameters = {name: value.float().numpy() for name, value in model.state_dict().items()}
     weights = graphs.Weights(folder / engine.WEIGHTS)
     try:
-        built = graphs.build(model.cfg, parameters, graphs.Products(weights, bits, block))
+        built = graphs.build(model.cfg, parameters, graphs.Products(weights, bits, block, wide))
     finally:
         weights.close()
     for name, graph in built.items():
@@ -114,6 +115,7 @@ def write_folder(model, saved, folder, bits, block):
         "weight_block": block,
         "chunk": graphs.CHUNK,
         "turned": weights.turned,
+        "widened": weights.widened,
         "step": saved.step,
         "data_sha256": saved.state.get("data_sha256"),
         "onnx": onnx.__version__,

@@ -16,7 +16,7 @@ The transformer:
                       states (B, R, D), their keys and values
 Both:
     head              states (N, D) -> logits (N, V)
-    head_one          the same for one state, (1, D) -> (1, V): in 8 bits only
+    head_one          the same for one state, (1, D) -> (1, V): where products have a way for it
 
 Legend: B batch, T clean rows, S block, R rows of both streams, D width, H heads, E head size, M
 slots, F feed-forward width, r the convolution's reach, C positions of the transformer's cache.
@@ -37,6 +37,7 @@ SHARED = -6.0
 FASTEST = 1.0
 ALL = 1 << 30           # where a slice ends that goes to the end
 ALIGN = 4096           # weights begin at pages, so that a runtime can map them
+WIDENED = "widened"     # the file of matrices that are made when a graph is opened
 
 
 class Weights:
@@ -47,6 +48,7 @@ class Weights:
         self.file = open(path, "wb")
         self.places = {}
         self.turned = {}        # by graph: {tensor: (place, outputs, bytes of an output, inputs)}
+        self.widened = {}       # by graph: the same for those that become float32
 
     def add(self, name, array):
         """Write a tensor once -> its name."""
@@ -70,17 +72,34 @@ class Weights:
         graph.root.used[turned] = self.initializer(turned)
         return turned
 
+    def widen(self, graph, name, inputs):
+        """The same in float32 (blocks.widened). That takes more room than the bytes, so it lies in
+        a file of its own, which whoever opens the graph makes: one after the other in the order of
+        the manifest.
+        """
+        _, (outputs, *row), place, _ = self.places[name]
+        widened = f"{name}.widened"
+        before = sum(outputs * inputs for _, outputs, _, inputs in graph.root.widened.values())
+        graph.root.widened[widened] = (place, outputs, math.prod(row), inputs)
+        found = (TensorProto.FLOAT, (inputs, outputs), 4 * before, 4 * inputs * outputs)
+        graph.root.used[widened] = external(widened, WIDENED, *found)
+        return widened
+
     def initializer(self, name):
         """The tensor's place in the file, as a graph says it."""
-        kind, shape, place, size = self.places[name]
-        tensor = TensorProto(name=name, data_type=kind, dims=shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self.name), ("offset", place), ("length", size)):
-            tensor.external_data.add(key=key, value=str(value))
-        return tensor
+        return external(name, self.name, *self.places[name])
 
     def close(self):
         self.file.close()
+
+
+def external(name, file, kind, shape, place, size):
+    """A tensor that lies in a file beside its graph."""
+    tensor = TensorProto(name=name, data_type=kind, dims=shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", file), ("offset", place), ("length", size)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
 
 
 class Graph:
@@ -94,6 +113,7 @@ class Graph:
         self.outputs = []
         self.used = {}              # initializers by name
         self.turned = {}            # those of them that are turned, see Weights.turn
+        self.widened = {}           # and those that are widened
         self.constants = {}
         self.count = 0
 
@@ -160,6 +180,7 @@ class Graph:
 
     def model(self, name):
         self.weights.turned[name] = self.turned
+        self.weights.widened[name] = self.widened
         graph = helper.make_graph(
             self.nodes, name, self.inputs, self.outputs, list(self.used.values())
         )
@@ -231,12 +252,18 @@ class Products:
     does not depend on the other rows. For one row MatMulNBits is fastest, one operator that reads
     the bytes as they are. From 8 rows on a product of bytes takes half of its time, as CPUs have
     units for it: seven operators, and the bytes turned around.
+
+    wide: the bytes become float32 when a graph is opened, and nothing else is rounded. That is
+    for browsers: WebAssembly has no units for bytes, so it is faster there, and the answer does not
+    hang on the last digit of what would be rounded.
     """
 
-    def __init__(self, weights, bits, block):
+    def __init__(self, weights, bits, block, wide=False):
         self.weights = weights
         self.bits = bits
         self.block = block
+        self.wide = wide and bits == 8
+        self.one_row = bits != 32 and not self.wide     # has one row a way of its own?
 
     def linear(self, graph, x, name, matrix, one_row=False):
         """x (..., I) times a matrix (O, I) -> (..., O)."""
@@ -247,6 +274,8 @@ class Products:
             codes = graph.weight(f"{name}.codes", codes)
             scales = graph.weight(f"{name}.scales", scales.reshape(-1))
             return self.in_blocks(graph, x, codes, scales, matrix.shape, self.bits, self.block)
+        if self.wide:
+            return self.of_widened(graph, x, name, matrix)
         if one_row:
             return self.of_one_row(graph, x, name, matrix)
         return self.of_bytes(graph, x, name, matrix)
@@ -269,6 +298,12 @@ class Products:
         count = -(-matrix.shape[1] // block)
         scales = graph.weight(f"{name}.block_scales", scales.repeat(count))        # (O * n,)
         return self.in_blocks(graph, x, codes, scales, matrix.shape, 8, block)
+
+    def of_widened(self, graph, x, name, matrix):
+        codes, scales = self.byte_weights(graph, name, matrix)
+        codes = self.weights.widen(graph, codes, matrix.shape[1])
+        product = graph.op("MatMul", x, codes)
+        return graph.op("Mul", product, graph.weight(f"{name}.scales", scales))
 
     def of_bytes(self, graph, x, name, matrix):
         codes, scales = self.byte_weights(graph, name, matrix)
@@ -309,7 +344,11 @@ class Products:
         else:
             matrix, factors = blocks.even(matrix)
             x = graph.op("Mul", x, graph.weight("head.factors", factors))
-            product = self.of_one_row if name == "head_one" else self.of_bytes
+            product = self.of_bytes
+            if self.wide:
+                product = self.of_widened
+            elif name == "head_one":
+                product = self.of_one_row
             z = product(graph, x, "head.weight", matrix)
         graph.output(z, "logits", TensorProto.FLOAT, ["N", matrix.shape[0]])
         return graph.model(name)
@@ -704,6 +743,6 @@ def build(cfg, parameters, products):
         else:
             graphs["rows"] = eco.graph("rows", "any", "any")
     graphs["head"] = products.head("head", parameters["head.weight"])
-    if products.bits != 32:
+    if products.one_row:
         graphs["head_one"] = products.head("head_one", parameters["head.weight"])
     return graphs

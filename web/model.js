@@ -8,9 +8,9 @@
 // ort: the package onnxruntime-web.
 
 const WEIGHTS = "weights.bin";
-// Not next and head_one, which a CPU runs faster: in WebAssembly their product of one row takes three
-// times as long as that of bytes.
+// `next` gives a token of its own nothing here, and would be another copy of the weights.
 const GRAPHS = ["rows", "head"];
+const WIDENED = "widened";  // the file of matrices that become float32, which is made here
 const CODE_OF_0 = 128;  // of an unsigned byte
 
 export async function openModel(ort, read) {
@@ -42,25 +42,29 @@ class EcoModel {
     this.sessions[name] = await this.ort.InferenceSession.create(graph, {
       executionProviders: ["wasm"],
       graphOptimizationLevel: "disabled",       // the graphs are fused as they are written
-      logSeverityLevel: 3,                      // else it says that turned bytes leave others unused
-      externalData: [{ path: WEIGHTS, data: this.weightsOf(name) }],
+      logSeverityLevel: 3,
+      externalData: [
+        { path: WEIGHTS, data: this.weights },
+        { path: WIDENED, data: this.widenedFor(name) },
+      ],
     });
   }
 
-  // The weights as a graph wants them: some matrices with their bytes turned around and signed, as
-  // blocks.turned in edge/ does it. They take no more room than before, so they stay in their place.
-  weightsOf(name) {
-    const turned = Object.values(this.manifest.turned[name] ?? {});
-    if (!turned.length) return this.weights;
-    const found = this.weights.slice();
-    for (const [place, outputs, row, inputs] of turned) {
+  // The matrices that a graph wants in float32, turned around, one after the other, as
+  // blocks.widened in edge/ makes each of its bytes.
+  widenedFor(name) {
+    const asked = Object.values(this.manifest.widened[name] ?? {});
+    const size = asked.reduce((total, [, outputs, , inputs]) => total + outputs * inputs, 0);
+    const found = new Float32Array(size);
+    let at = 0;
+    for (const [place, outputs, row, inputs] of asked) {
       for (let i = 0; i < inputs; i++) {
         for (let o = 0; o < outputs; o++) {
-          found[place + i * outputs + o] = this.weights[place + o * row + i] ^ CODE_OF_0;
+          found[at++] = this.weights[place + o * row + i] - CODE_OF_0;
         }
       }
     }
-    return found;
+    return new Uint8Array(found.buffer);
   }
 
   tokens(ids) {
