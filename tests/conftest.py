@@ -1,10 +1,13 @@
 """Shared by all tests: the repository on the path, no network, one small prepared corpus and one
 trained run per session.
 """
+import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
+import runpy
 import socket
 import subprocess
 import sys
@@ -64,9 +67,37 @@ def aria(command, *args, cwd, timeout=240, env=None, check=None):
         timeout=timeout,
         env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
     )
-    if check is not None:
-        assert done.returncode == check, (
-            f"exit {done.returncode}, wanted {check}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return checked(done, check)
+
+
+def aria_here(command, *args, cwd, check=None):
+    """The same in this process: where the test is not about processes, as each of them takes
+    seconds of imports.
+    """
+    words = [command, *map(str, args)]
+    out = io.StringIO()
+    err = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", words)
+        try:
+            runpy.run_module(command, run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    done = subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    return checked(done, check)
+
+
+def checked(done, code):
+    """A finished command, which ended with this code, if one is wanted."""
+    if code is not None:
+        assert done.returncode == code, (
+            f"exit {done.returncode}, wanted {code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         )
     return done
 
@@ -122,7 +153,7 @@ def corpus_dir(tmp_path_factory):
     starter corpus.
     """
     folder = tmp_path_factory.mktemp("aria")
-    aria(
+    aria_here(
         "prepare", "--source", "builtin", "--max_chars", 300_000, "--tokenizer_vocab", 800,
         cwd=folder, check=0,
     )
@@ -151,7 +182,7 @@ def trained(corpus_dir):
     documents.
     """
     for model, run in RUNS.items():
-        aria(
+        aria_here(
             "train", "--model", model, *TINY, "--max_steps", 12, "--save_interval", 5,
             "--eval_interval", 6, "--log_interval", 2, "--no_show_samples", cwd=corpus_dir, check=0,
         )

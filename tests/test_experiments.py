@@ -27,7 +27,7 @@ from common.console import UserError
 from common.files import read_lines
 from common.flags import to_dict
 from config import ExperimentArgs, TrainArgs
-from conftest import ROOT, aria, latest
+from conftest import ROOT, aria_here, latest
 from evaluation import plots, study_plan, study_report
 from studies import STUDIES
 
@@ -56,7 +56,7 @@ def plan(line):
 
 def test_the_pasted_command_plans_eight_matched_runs_and_runs_none(tmp_path):
     words = shlex.split(A8.replace("\\\n", " "))[3:]
-    done = aria("diffusion.run_experiments", *words, cwd=tmp_path, check=0)
+    done = aria_here("diffusion.run_experiments", *words, cwd=tmp_path, check=0)
     saved = json.loads((tmp_path / "checkpoints/ablations/experiment_plan.json").read_text())
     names = [
         f"{m}_{t}_{k}"
@@ -393,7 +393,7 @@ def test_halving_goes_on_after_a_sigkill_and_drops_one(folder):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = aria("run_experiments", *WORDS, "--halving", "--execute", cwd=folder, check=0)
+    done = aria_here("run_experiments", *WORDS, "--halving", "--execute", cwd=folder, check=0)
     events = read_lines(run / "train.jsonl")
     resumed = [e["step"] for e in events if e["event"] == "resume"]
     assert resumed and resumed[0] >= 5 and not list(run.glob("previous_*")), "it began again"
@@ -411,7 +411,7 @@ def test_halving_goes_on_after_a_sigkill_and_drops_one(folder):
 
 def test_without_halving_the_dropped_one_is_finished_from_where_it_stopped(folder):
     before = (folder / "out/results.jsonl").read_bytes()
-    done = aria("run_experiments", *WORDS, "--execute", cwd=folder, check=0)
+    done = aria_here("run_experiments", *WORDS, "--execute", cwd=folder, check=0)
     assert "finished before" in done.stderr and (
         folder / "out/results.jsonl"
     ).read_bytes().startswith(before)
@@ -442,7 +442,7 @@ def test_a_folder_with_another_run_is_neither_gone_on_with_nor_relabelled(folder
     was scored.
     """
     before = (folder / "out/results.jsonl").read_bytes()
-    done = aria(
+    done = aria_here(
         "run_experiments", *WORDS, "--weight_decay", "0.5", "--execute", cwd=folder, check=1
     )
     assert done.stderr.count("holds a run with --weight_decay 0.05: move it away") == 2
@@ -480,7 +480,7 @@ def test_a_failed_run_is_recorded_and_stops_no_other(folder):
     lines = latest(folder / "again/results.jsonl")
     (folder / "again/results.jsonl").write_text(json.dumps(lines["backup_continuous_token"]) + "\n")
     (folder / "again/primary_continuous_token").write_text("in the way")
-    done = aria("run_experiments", *WORDS[:-1], "again", "--execute", cwd=folder, check=1)
+    done = aria_here("run_experiments", *WORDS[:-1], "again", "--execute", cwd=folder, check=1)
     states = {r["name"]: r for r in json.loads((folder / "again/results.json").read_text())["runs"]}
     assert (
         states["primary_continuous_token"]["code"] == 2
@@ -610,7 +610,7 @@ def test_the_report_opens_in_a_browser_and_the_page_of_results_is_renewed(folder
         "# Kept\n\n<!-- begin out -->\nold\n<!-- end out -->\n\nKept, too.\n"
     )
     (folder / "out/report.html").unlink()
-    aria("run_experiments", "--report", "out", cwd=folder, check=0)
+    aria_here("run_experiments", "--report", "out", cwd=folder, check=0)
     page_text = (folder / "out/results.md").read_text()
     assert (
         "old" not in page_text

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import aria, tree
+from conftest import aria_here, tree
 from hypothesis import given, settings, strategies as st
 from tiny import tiny_model
 
@@ -501,7 +501,7 @@ def test_gaps_are_filled_as_in_pytorch(pair):
 def test_the_command(run, trained):
     """It writes a folder, says what it costs, and replaces an older export."""
     for bits in (8, 32):
-        done = aria(
+        done = aria_here(
             "export", "--ckpt", f"checkpoints/{run}", "--format", "onnx", "--bits", bits,
             cwd=trained, check=0,
         )
@@ -531,7 +531,7 @@ def test_sample_needs_no_pytorch(run, trained):
     requirements_edge.txt alone.
     """
     folder_of_run = f"exports/{run}"
-    aria("export", f"checkpoints/{run}", "--bits", 32, cwd=trained, check=0)
+    aria_here("export", f"checkpoints/{run}", "--bits", 32, cwd=trained, check=0)
     flags = ["--prompt", "mai kal", "--max_new_tokens", "24", "--num_samples", "2", "--json"]
     done = subprocess.run(
         [sys.executable, "-c", NO_PYTORCH, folder_of_run, *flags],
@@ -540,8 +540,8 @@ def test_sample_needs_no_pytorch(run, trained):
     assert done.returncode == 0, done.stderr
     assert "float32, ONNX Runtime" in done.stderr
     run = f"checkpoints/{run}"
-    usual = aria("sample", run, "--precision", "fp32", *flags, cwd=trained, check=0)
-    by_name = aria("sample", run, "--engine", "onnx", *flags, cwd=trained, check=0)
+    usual = aria_here("sample", run, "--precision", "fp32", *flags, cwd=trained, check=0)
+    by_name = aria_here("sample", run, "--engine", "onnx", *flags, cwd=trained, check=0)
     texts = []
     for printed in (done.stdout, usual.stdout, by_name.stdout):
         texts.append([json.loads(line)["text"] for line in printed.splitlines()])
@@ -551,7 +551,7 @@ def test_sample_needs_no_pytorch(run, trained):
 def test_an_older_export_does_not_stand_in_for_the_run(trained, tmp_path, monkeypatch):
     """--engine onnx with a run asks for the export of the step that is meant."""
     folder_of = exported_files.folder_of
-    aria("export", "checkpoints/eco_hybrid_hi", cwd=trained, check=0)
+    aria_here("export", "checkpoints/eco_hybrid_hi", cwd=trained, check=0)
     monkeypatch.chdir(trained)
     run = "checkpoints/eco_hybrid_hi"
     steps = sorted(int(path.name[5:]) for path in (trained / run).glob("step_*"))
@@ -567,11 +567,13 @@ def test_evaluate_scores_the_folder(trained):
     """Its bound and chain rule are those of the checkpoint, in float32 up to rounding; the text of
     its own is judged, too.
     """
-    aria("export", "checkpoints/eco_hybrid_hi", "--bits", 32, cwd=trained, check=0)
+    aria_here("export", "checkpoints/eco_hybrid_hi", "--bits", 32, cwd=trained, check=0)
     found = []
     for name in ("checkpoints/eco_hybrid_hi", "exports/eco_hybrid_hi"):
-        aria("evaluate", name, "--max_docs", 4, "--chain_docs", 2, "--draws", 1, "--samples", 2,
-             "--max_new_tokens", 8, "--out_json", "found.json", cwd=trained, check=0)
+        aria_here(
+            "evaluate", name, "--max_docs", 4, "--chain_docs", 2, "--draws", 1, "--samples", 2,
+            "--max_new_tokens", 8, "--out_json", "found.json", cwd=trained, check=0,
+        )
         found.append(json.loads((trained / "found.json").read_text()))
     checkpoint, exported_one = found
     assert set(checkpoint["bound"]) == set(exported_one["bound"]) > {"1"}
@@ -583,14 +585,14 @@ def test_evaluate_scores_the_folder(trained):
 
 
 def test_edge_benchmark_compares_the_engines(trained):
-    aria("export", "checkpoints/eco_hybrid_hi", "--bits", 8, cwd=trained, check=0)
-    done = aria(
+    aria_here("export", "checkpoints/eco_hybrid_hi", "--bits", 8, cwd=trained, check=0)
+    done = aria_here(
         "edge_benchmark", "checkpoints/eco_hybrid_hi", "--modes", "block_frozen", "--grid",
         "engine=torch,onnx", "--precision", "fp32", "--max_new_tokens", 8, "--runs_per_prompt", 1,
         "--prompt", "mai kal", cwd=trained, check=2,
     )
     assert "--precision fp32: an exported model has" in done.stderr
-    done = aria(
+    done = aria_here(
         "edge_benchmark", "checkpoints/eco_hybrid_hi", "--modes", "block_frozen", "--grid",
         "engine=torch,onnx", "--max_new_tokens", 8, "--runs_per_prompt", 1,
         "--prompt", "mai kal", "--out_json", "engines.json", cwd=trained, check=0,
@@ -615,7 +617,7 @@ def test_what_an_export_cannot_do_is_said(flags, words, trained, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     exported_folder = trained / "exports" / "eco_hybrid_hi"
     if not exported_folder.exists():
-        aria("export", "checkpoints/eco_hybrid_hi", cwd=trained, check=0)
+        aria_here("export", "checkpoints/eco_hybrid_hi", cwd=trained, check=0)
     (tmp_path / "exports").mkdir()
     (tmp_path / "exports" / "x").symlink_to(exported_folder)
     with pytest.raises(UserError, match=words):

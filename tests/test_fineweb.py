@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import TINY, aria, log
+from conftest import TINY, aria_here, log
 from hypothesis import given
 from hypothesis import strategies as st
 from stand_in_hub import SHA, card, parquet, serving
@@ -544,7 +544,7 @@ def test_damaged_files_are_refused(tmp_path, made):
 # ---- training ------------------------------------------------------------------------------------
 
 def train(folder, data, run, *words, check=0):
-    return aria(
+    return aria_here(
         "train", "--data", data, "--run_name", run, "--model", "backup", *TINY, "--max_steps", 6,
         "--save_interval", 3, "--eval_interval", 3, "--log_interval", 1, *words, cwd=folder,
         check=check,
@@ -584,12 +584,16 @@ def test_a_run_on_a_token_file(tmp_path, made):
     )
 
     before = losses(tmp_path, "whole")
-    aria("train", "--resume", "checkpoints/whole/step_000003", cwd=tmp_path, check=0)
+    aria_here("train", "--resume", "checkpoints/whole/step_000003", cwd=tmp_path, check=0)
     assert losses(tmp_path, "whole")[-3:] == before[-3:]
-    aria("sample", "checkpoints/whole", "--prompt", "Hello! it", "--max_new_tokens", 8,
-         cwd=tmp_path, check=0)
-    scored = aria("evaluate", "checkpoints/whole", "--batches", 1, "--draws", 1, "--chain_docs", 2,
-                  "--repeats", 0, cwd=tmp_path, check=0)
+    aria_here(
+        "sample", "checkpoints/whole", "--prompt", "Hello! it", "--max_new_tokens", 8,
+        cwd=tmp_path, check=0,
+    )
+    scored = aria_here(
+        "evaluate", "checkpoints/whole", "--batches", 1, "--draws", 1, "--chain_docs", 2,
+        "--repeats", 0, cwd=tmp_path, check=0,
+    )
     assert "documents" in scored.stderr
 
     # other text under the same name ends a resume

@@ -20,7 +20,7 @@ import evaluate
 import sample
 import train
 from common.files import write_json
-from conftest import RUNS, TINY, aria, call
+from conftest import RUNS, TINY, aria_here, call
 from evaluation import check_run, decode_modes, estimators, profiles, sample_quality
 from sampling import decode, proved, settings
 from sampling.torch_model import TorchModel
@@ -90,7 +90,7 @@ def draw(capsys, kind, *arguments):
 @pytest.mark.parametrize("kind", ["primary", "backup"])
 def test_edge_sampling(trained, kind):
     name, *arguments = words(EDGE, kind)
-    done = aria(name, *arguments, cwd=trained, check=0)
+    done = aria_here(name, *arguments, cwd=trained, check=0)
     assert done.stdout.startswith("mai kal bazaar gaya tha") and "\ufffd" not in done.stdout[:23]
     [figures] = stats(done.stderr)
     assert 0 <= int(figures["before_eos"]) <= int(figures["new"]) <= 128
@@ -103,7 +103,7 @@ def test_edge_sampling(trained, kind):
 
 def test_sampling_benchmark(trained):
     name, *arguments = words(BENCH)
-    done = aria(name, *arguments, cwd=trained, check=0)
+    done = aria_here(name, *arguments, cwd=trained, check=0)
     assert done.stdout.startswith("namaste")
     [line] = re.findall(
         r"^\[bench\] runs=5 warmup=1 mean=([\d.]+)s p50=([\d.]+)s tok/s=([\d.]+) "
@@ -151,7 +151,7 @@ def check_document(document, kind, runs):
 
 def test_mode_comparison(trained):
     name, *arguments = words(COMPARE)
-    done = aria(name, *arguments, cwd=trained, check=0)
+    done = aria_here(name, *arguments, cwd=trained, check=0)
     *cards, last = done.stdout.rstrip("\n").split("\n")
     assert [card.split()[0] for card in cards] == list(MODES)
     written = (trained / "benchmarks/edge_benchmark.json").read_text(encoding="utf-8")
