@@ -483,17 +483,23 @@ def test_what_a_broken_run_kept_is_used_only_if_it_is_whole(tmp_path, monkeypatc
 
 # ---- the hint of a damaged folder
 
-@pytest.mark.parametrize("source", ["files", "builtin"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        ["builtin"],
+        ["files", "--input", "my text.txt"],
+        ["pairs", "--input", "my text.txt", "--cut_documents"],
+    ],
+    ids=lambda words: words[0],
+)
 def test_the_hint_of_a_damaged_folder_makes_it_again(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     write_txt(tmp_path / "my text.txt", texts(60))
     argv = [
-        "--source", source, "--tokenizer", "t/t.model", "--tokenizer_vocab", "400",
+        "--source", *source, "--tokenizer", "t/t.model", "--tokenizer_vocab", "400",
         "--max_chars", "60000", "--seed", "3",
     ]
-    prepare.main(
-        [*argv, *(["--input", "my text.txt"] if source == "files" else []), "--data_dir", "d"]
-    )
+    prepare.main([*argv, "--data_dir", "d"])
     before = contents(Path("d"))
     flipped(Path("d/val.bin"), 0.5)
     with pytest.raises(UserError) as caught:

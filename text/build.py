@@ -382,7 +382,9 @@ def flags_of(args):
                  "pair_tokens", "cut_documents", "typists", "val_doc_frac", "max_docs", "max_chars",
                  "clean", "romanise", "raw_dir", "seed"):
         value = getattr(args, name)
-        if name == "source" or value != defaults[name]:
+        if value is True:
+            words.append(f"--{name}")
+        elif name == "source" or value != defaults[name]:
             parts = value if isinstance(value, tuple) else [value]
             words.append(f"--{name}")
             words += [shlex.quote(printable(part)) for part in parts]
