@@ -72,19 +72,21 @@ ATTENTIONS = dict(
 )
 ATTENTION = dict(
     model="backup",
+    objective="ar",
     d_model=256,
     n_layers=4,
     n_heads=4,
     d_ff=512,
     seq_len=256,
-    batch_size=8,
+    batch_size=16,
     grad_accum=1,
     optimizer="muon",
     lr=1e-2,
-    max_steps=600,
+    max_steps=400,
     eval_interval=200,
-    save_interval=600,
+    save_interval=400,
     show_samples=False,
+    compile=True,
 )
 
 
