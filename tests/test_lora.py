@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from tiny import half_masked, tiny_model
@@ -13,10 +14,13 @@ import checkpoint
 import config
 import conftest
 import evaluate
+import export
 import lora
 import sample
 import train
 from conftest import log, tree
+from edge import checks, engine
+from sampling.torch_model import TorchModel
 from text.build import build
 
 SHAPE = ("--d_model", 16, "--n_layers", 2, "--n_heads", 2, "--d_ff", 32, "--memory_slots", 2)
@@ -111,6 +115,19 @@ def test_a_run_begins_with_its_base_and_holds_the_adapters_alone(bases, tuned, k
             different.add(name)
     matrices = {name.rsplit(".", 1)[0] + ".weight" for name in saved.model}
     assert different == matrices
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_holds_the_adapters(tuned, tmp_path, kind):
+    """What they have learned, merged: its logits are the run's."""
+    pytest.importorskip("onnx", reason="only exporting needs it")
+    folder = tmp_path / "exported"
+    words = ("--ckpt", tuned / kind, "--bits", 32, "--output", folder, "--threads", 1)
+    assert call(*words, main=export.main) == 0
+    net, _, _ = checkpoint.load_model(tuned / kind, "cpu", config.check_saved)
+    ids = np.arange(4, 20)[None]
+    largest, _ = checks.difference(engine.load(folder, 1), TorchModel(net), ids)
+    assert largest < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
