@@ -295,6 +295,19 @@ def trained(hindi):
     return run
 
 
+def test_rows_of_masks_alone_are_learned(hindi, trained, tmp_path):
+    """As sampling begins with them; another highest rate is the user's, and stays on a resume."""
+    def highest(run):
+        return checkpoint.load(run, parts=()).config["args"]["max_mask_rate"]
+
+    run = tmp_path / "run"
+    data = ("--data_dir", hindi / "data", "--output_dir", run, *TINY, "--max_steps", 1)
+    assert train.main(words(*data, "--max_mask_rate", 0.8)) == 0
+    assert highest(trained) == 1 and highest(run) == 0.8
+    assert train.main(words("--resume", run, "--max_steps", 2, "--output_dir", run)) == 0
+    assert highest(run) == 0.8
+
+
 def test_lines_are_transliterated_as_they_come(hindi, trained, capsys, monkeypatch):
     path = hindi / "typed.txt"
     path.write_text("ghar pani\n\nsab 12 लोग log\n" + "aaj kal " * 40, encoding="utf-8")

@@ -258,10 +258,14 @@ def open_text(run):
 
 
 def answer_whole_rows(run):
-    """Where each letter's answer stands beside it, there is nothing to learn but whole rows."""
+    """Where each letter's answer stands beside it, there is nothing to learn but whole rows, up to
+    those of masks alone, with which sampling begins.
+    """
     args = run.args
     if args.causal:
         return
+    if not run.resuming and run.origins["max_mask_rate"] == "default":
+        args.max_mask_rate = 1.0
     whole = dict(train_block_sizes="T", ar_fade=0.0)
     for name, value in whole.items():
         if getattr(args, name) != value and run.origins[name] == "flag":
