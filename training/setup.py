@@ -39,6 +39,7 @@ from training.step import probe
 
 MANY_EPOCHS = 8  # docs/experiments/, 2026-11-27: from there on left to right is learned by heart
 BUDGET_EPOCHS = 4  # a budget of more passes than these is warned of
+ANSWERED = dict(min_mask_rate=0.6, max_mask_rate=1.0)  # of transliteration; docs/experiments/
 
 
 class Run:
@@ -258,14 +259,15 @@ def open_text(run):
 
 
 def answer_whole_rows(run):
-    """Where each letter's answer stands beside it, there is nothing to learn but whole rows, up to
-    those of masks alone, with which sampling begins.
+    """Where each letter's answer stands beside it, there is nothing to learn but whole rows, mostly
+    hidden: sampling begins with masks alone and writes many at once.
     """
     args = run.args
     if args.causal:
         return
-    if not run.resuming and run.origins["max_mask_rate"] == "default":
-        args.max_mask_rate = 1.0
+    if not run.resuming and {run.origins[name] for name in ANSWERED} == {"default"}:
+        for name, rate in ANSWERED.items():
+            setattr(args, name, rate)
     whole = dict(train_block_sizes="T", ar_fade=0.0)
     for name, value in whole.items():
         if getattr(args, name) != value and run.origins[name] == "flag":
