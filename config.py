@@ -316,7 +316,13 @@ class MaskFlags:
     mask_schedule: str = flag(
         "linear", "mask rate as a function of time", choices=("cosine", "linear")
     )
-    min_mask_rate: float = flag(0.0, "lowest mask rate", at_least=0, at_most=1, rare=True)
+    min_mask_rate: float = flag(
+        0.0,
+        "lowest mask rate; text for transliteration has 0.6 to 1 if neither rate is given",
+        at_least=0,
+        at_most=1,
+        rare=True,
+    )
     max_mask_rate: float = flag(
         0.8,
         "highest mask rate; with 1, --loss elbo is the whole bound",

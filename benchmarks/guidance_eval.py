@@ -13,7 +13,6 @@ The last line is JSON. Not part of CI.
 import itertools
 import json
 import math
-import re
 from collections import Counter
 from typing import NamedTuple
 
@@ -24,14 +23,13 @@ from harness import arguments  # first: it puts the repository on the path
 import checkpoint
 import config
 from common import machine
-from evaluation.sample_quality import distinct
+from evaluation.sample_quality import distinct, words
 from sampling.decode import generate
 from sampling.settings import Settings, opening
 from sampling.torch_model import writer_of
 from text.dataset import TokenData
 
 SCALES = (0.0, 1.0, 2.0, 3.0, 4.0)
-WORD = re.compile(r"[^\s.,!?।॥'\"]+")
 COUNTED = 5000         # training pairs that say which words are rare
 
 
@@ -40,10 +38,6 @@ class Question(NamedTuple):
     ids: list              # BOS prompt SEP
     asked: set             # content words of the prompt
     answered: set          # words of the response
-
-
-def words_of(text):
-    return WORD.findall(text.lower())
 
 
 def halves(ids, tokenizer):
@@ -58,7 +52,7 @@ def words_of_training(data_dir, tokenizer):
     counts = Counter()
     number = 0
     for ids in itertools.islice(TokenData(data_dir, "train").documents(), COUNTED):
-        counts.update(set(words_of(tokenizer.decode(ids.tolist()))))
+        counts.update(set(words(tokenizer.decode(ids.tolist()))))
         number += 1
     return counts, number
 
@@ -68,8 +62,8 @@ def questions(data_dir, tokenizer, common, count):
     found = []
     for ids in TokenData(data_dir, "val").documents():
         begin, prompt, response = halves(ids, tokenizer)
-        asked = {word for word in words_of(prompt) if len(word) > 2 and word not in common}
-        answered = set(words_of(response))
+        asked = {word for word in words(prompt) if len(word) > 2 and word not in common}
+        answered = set(words(response))
         if asked & answered:
             found.append(Question(begin, asked, answered))
     step = max(1, len(found) // count)
@@ -79,12 +73,12 @@ def questions(data_dir, tokenizer, common, count):
 def answers(writer, tokenizer, question, settings, samples):
     """The words of so many answers."""
     rows = generate(writer, question.ids, settings, list(range(samples))).rows
-    return [words_of(tokenizer.written(row)) for row in rows]
+    return [words(tokenizer.written(row)) for row in rows]
 
 
 def recalled(question, texts):
     """The share of a prompt's content words in these answers, mean."""
-    hits = [len(question.asked & set(words)) / len(question.asked) for words in texts]
+    hits = [len(question.asked & set(text)) / len(question.asked) for text in texts]
     return sum(hits) / len(hits)
 
 
@@ -127,7 +121,7 @@ def main():
         )
         texts = [answers(writer, tokenizer, q, settings, args.samples) for q in asked]
         shares = np.array([recalled(q, t) for q, t in zip(asked, texts, strict=True)])
-        rows = [words for text in texts for words in text]
+        rows = [row for of_prompt in texts for row in of_prompt]
         every = [word for row in rows for word in row]
         found = dict(zip(("recall", "error"), mean_and_error(shares), strict=True))
         found["distinct_2"] = distinct(rows, 2)

@@ -37,6 +37,8 @@ SHARED = -6.0
 FASTEST = 1.0
 ALL = 1 << 30           # where a slice ends that goes to the end
 ALIGN = 4096           # weights begin at pages, so that a runtime can map them
+ACCURACY_FLOAT = 1      # of MatMulNBits: what is multiplied stays float32, or is rounded to bytes
+ACCURACY_BYTES = 4
 WIDENED = "widened"     # the file of matrices that are made when a graph is opened
 
 
@@ -253,17 +255,17 @@ class Products:
     the bytes as they are. From 8 rows on a product of bytes takes half of its time, as CPUs have
     units for it: seven operators, and the bytes turned around.
 
-    wide: the bytes become float32 when a graph is opened, and nothing else is rounded. That is
-    for browsers: WebAssembly has no units for bytes, so it is faster there, and the answer does not
-    hang on the last digit of what would be rounded.
+    wide: bytes become float32 when a graph is opened, and nothing but weights is rounded, in 4 bits
+    as well. That is for browsers: their last digit of float32 is another than a CPU's, and what is
+    rounded to bytes would hang on it.
     """
 
     def __init__(self, weights, bits, block, wide=False):
         self.weights = weights
         self.bits = bits
         self.block = block
-        self.wide = wide and bits == 8
-        self.one_row = bits != 32 and not self.wide     # has one row a way of its own?
+        self.wide = wide
+        self.one_row = bits != 32 and not wide          # has one row a way of its own?
 
     def linear(self, graph, x, name, matrix, one_row=False):
         """x (..., I) times a matrix (O, I) -> (..., O)."""
@@ -274,6 +276,10 @@ class Products:
             codes = graph.weight(f"{name}.codes", codes)
             scales = graph.weight(f"{name}.scales", scales.reshape(-1))
             return self.in_blocks(graph, x, codes, scales, matrix.shape, self.bits, self.block)
+        return self.in_8_bits(graph, x, name, matrix, one_row)
+
+    def in_8_bits(self, graph, x, name, matrix, one_row):
+        """The same, whatever the bits of other matrices."""
         if self.wide:
             return self.of_widened(graph, x, name, matrix)
         if one_row:
@@ -284,7 +290,8 @@ class Products:
         """x (..., I) times codes with a scale for each block -> (..., O)."""
         return graph.fused(
             "MatMulNBits", x, codes, scales,
-            K=shape[1], N=shape[0], bits=bits, block_size=block, accuracy_level=4,
+            K=shape[1], N=shape[0], bits=bits, block_size=block,
+            accuracy_level=ACCURACY_FLOAT if self.wide else ACCURACY_BYTES,
         )
 
     def byte_weights(self, graph, name, matrix):
@@ -344,12 +351,7 @@ class Products:
         else:
             matrix, factors = blocks.even(matrix)
             x = graph.op("Mul", x, graph.weight("head.factors", factors))
-            product = self.of_bytes
-            if self.wide:
-                product = self.of_widened
-            elif name == "head_one":
-                product = self.of_one_row
-            z = product(graph, x, "head.weight", matrix)
+            z = self.in_8_bits(graph, x, "head.weight", matrix, name == "head_one")
         graph.output(z, "logits", TensorProto.FLOAT, ["N", matrix.shape[0]])
         return graph.model(name)
 

@@ -2,7 +2,6 @@
 leaves every file as it was.
 """
 import contextlib
-import importlib
 import os
 import pickle
 import re
@@ -14,7 +13,7 @@ import sys
 import pytest
 
 import conftest
-from conftest import ROOT, aria
+from conftest import ROOT, aria, aria_here
 
 RUN = "checkpoints/eco_hybrid_hi"
 TRAIN = (
@@ -209,16 +208,8 @@ AS_A_USER = {
 }
 
 
-def outcome(name, arguments, folder, capsys, monkeypatch):
-    """A command in this process -> exit code and stderr."""
-    monkeypatch.chdir(folder)
-    capsys.readouterr()
-    code = conftest.call(importlib.import_module(name).main, *arguments)
-    return code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("mistake", SLIPS)
-def test_slip(user, mistake, capsys, monkeypatch):
+def test_slip(user, mistake):
     change, command, words = SLIPS[mistake]
     if change:
         change(user)
@@ -226,11 +217,11 @@ def test_slip(user, mistake, capsys, monkeypatch):
     name, *arguments = command.split()
     if mistake in AS_A_USER:
         done = aria(name, *arguments, cwd=user, env={"CUDA_VISIBLE_DEVICES": ""})
-        code, said = done.returncode, done.stderr
     else:
-        code, said = outcome(name, arguments, user, capsys, monkeypatch)
+        done = aria_here(name, *arguments, cwd=user)
+    said = done.stderr
     message = said[said.rfind("error:"):]
-    assert code == 2, said[-3000:]
+    assert done.returncode == 2, said[-3000:]
     assert "Traceback" not in said, said[-3000:]
     assert all(word in message for word in words), said[-3000:]
     assert len(message) < 700, "that is no sentence"
@@ -424,16 +415,16 @@ HINTS = {
 
 
 @pytest.mark.parametrize("what", HINTS)
-def test_a_hint_works_when_it_is_followed(user, what, monkeypatch, capsys):
+def test_a_hint_works_when_it_is_followed(user, what, monkeypatch):
     change, command, follow = HINTS[what]
-    monkeypatch.chdir(user)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     if change:
         change(user)
 
     def typed(line):
         name, *words = line.split()
-        return conftest.call(importlib.import_module(name).main, *words), capsys.readouterr().err
+        done = aria_here(name, *words, cwd=user)
+        return done.returncode, done.stderr
 
     code, message = typed(command)
     assert code == 2, message

@@ -384,7 +384,7 @@ def test_the_logits_of_8_bits_are_pythons(modules, model, prompts):
 
 
 @NEEDS_PACKAGE
-@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("bits", [4, 8, 32])
 @pytest.mark.parametrize("changes", [{}, {"conv_kernel": 5}, {"d_mem": 4}, {"causal": True}])
 def test_the_logits_of_every_path_are_pythons(modules, site, changes, bits):
     """To 1e-4: of one row, two chunks, blocks alone and behind clean rows."""
