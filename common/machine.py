@@ -24,6 +24,7 @@ except ImportError:  # Windows keeps no record of a process's memory
     resource = None
 
 ECHO = 2.0          # seconds in which a second SIGINT under torchrun is the first one, passed on
+LONG_PRODUCT = 0.5  # seconds that a larger product may take, where the peak speed is looked for
 
 
 def pick_device(name):
@@ -158,8 +159,14 @@ def peak_flops(device, dtype):
     training's precision.
     """
     dtype = dtype or torch.float32
-    size = 8192 if device.type == "cuda" else 1024
-    return matmul_flops((dtype,), device, size, limit=0.15)[dtype]
+    if device.type == "cuda":
+        return matmul_flops((dtype,), device, 8192, limit=0.15)[dtype]
+    # a product of 1,024 may run in one thread, whatever the number of threads
+    speed = matmul_flops((dtype,), device, 1024, limit=0.15)[dtype]
+    if 2 * 2048 ** 3 / speed < LONG_PRODUCT:
+        larger = matmul_flops((dtype,), device, 2048, limit=0.15)[dtype]
+        speed = max(speed, larger)
+    return speed
 
 
 def cpu_bf16_units():
