@@ -38,7 +38,7 @@ from common.files import can_write, json_text, write_json
 from common.flags import to_dict
 from evaluation import grid, speed_picture
 from evaluation.peer_figures import read_peers
-from evaluation.profiles import price, profiles
+from evaluation.profiles import price, profiles, with_drafts
 from sampling import proved, settings
 
 
@@ -93,6 +93,8 @@ def main(argv=None):
     # A model for each precision, and what is compared
     models, tokenizer, saved = load_models(args, chosen, device)
     settings.refuse_interlaced(saved)
+    if args.profiles and getattr(saved, "drafts_pay", False):
+        chosen = with_drafts(chosen)
     cfg = next(iter(models.values())).model.cfg
     causal = cfg.causal
     if causal:

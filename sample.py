@@ -75,7 +75,8 @@ def main(argv=None, pinned=None):
         args, origins = transliteration.with_rule(args, origins)
     else:
         refuse_interlaced(saved)
-    args = suited(args, origins, saved, longest_prompt)
+    alone = len(prompts) == args.num_samples == 1
+    args = suited(args, origins, saved, longest_prompt, alone)
     settings = settings_of_sample(args, origins, saved, tokenizer)
     if not args.text:
         line = in_words(settings, writer.cfg.causal)

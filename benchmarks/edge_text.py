@@ -6,11 +6,14 @@
    and how many tokens are those of the checkpoint in float32, for the checkpoint in int8 and bf16
    and for each export. Beside it: by how little the first other token lost, in nats, and how often
    the float32 model itself prefers a token by less than that.
-2. With --drafts: tokens that a round of --sampler speculate gives, by the longest draft and the
-   temperature, of the first export.
+2. With --drafts, of the first export, by the longest draft and the temperature: tokens that a round
+   of --sampler speculate gives, of its table and of its network, when every round is allowed; and
+   tokens/s with the table beside left to right without it, in turn, as sample writes it.
 
 The last line is a JSON document. Not part of CI.
 """
+import dataclasses
+import itertools
 import json
 import statistics
 
@@ -29,6 +32,7 @@ from sampling.settings import Settings
 from sampling.torch_model import TorchModel
 
 NEW = 64
+LONG = 128             # tokens of a text whose speed is measured
 BEGINNING = 12
 DRAFTS = (4, 8, 16)
 TEMPERATURES = (0.0, 0.7, 1.0)
@@ -102,24 +106,78 @@ def compare(reference, others, prompts):
     return found
 
 
-def drafts(writer, prompts):
-    """{"T 0.7, S 8": tokens that a round gives}, when every round is allowed."""
+def in_drafts(size, temperature):
+    return Settings(
+        max_new_tokens=LONG, steps=1, mode="block_frozen", block_size=size, sampler="speculate",
+        temperature=temperature, eos_id=None,
+    )
+
+
+def tokens_a_round(writer, prompts):
+    """{"table, T 0.7, S 8": tokens that a round gives}, when every round is allowed."""
+    usual = speculate.LOSS
     speculate.LOSS = ALWAYS
     found = {}
-    for temperature in TEMPERATURES:
-        for size in DRAFTS:
-            settings = Settings(
-                max_new_tokens=NEW, steps=1, mode="block_frozen", block_size=size,
-                sampler="speculate", temperature=temperature, eos_id=None,
-            )
+    table = writer.drafts
+    for source in ("table", "network"):
+        writer.drafts = table if source == "table" else None
+        for temperature, size in itertools.product(TEMPERATURES, DRAFTS):
             tokens = rounds = 0
             for seed, prompt in enumerate(prompts):
-                written = generate(writer, prompt, settings, [seed])
-                tokens += NEW
+                written = generate(writer, prompt, in_drafts(size, temperature), [seed])
+                tokens += written.accepted + written.rounds
                 rounds += written.rounds
-            found[f"T {temperature}, S {size}"] = tokens / rounds
-            print(f"T {temperature}, drafts of {size}: {tokens / rounds:.2f} tokens a round")
+            found[f"{source}, T {temperature}, S {size}"] = tokens / max(1, rounds)
+            print(
+                f"{source}, T {temperature}, drafts of {size}: {tokens / max(1, rounds):.2f} "
+                "tokens a round"
+            )
+    writer.drafts = table
+    speculate.LOSS = usual
     return found
+
+
+def speed_of_drafts(writer, prompts, rounds):
+    """{"T 0.7, S 8": {"plain", "drafted": tokens/s, "faster": median, least, most; "same": share of
+    the texts, "distinct": pairs of tokens that are, plain and drafted}}.
+    """
+    found = {}
+    for temperature, size in itertools.product(TEMPERATURES, DRAFTS):
+        drafted = in_drafts(size, temperature)
+        plain = dataclasses.replace(drafted, block_size=1, sampler="confidence")
+        seconds = {"plain": [], "drafted": []}
+        texts = {"plain": [], "drafted": []}
+        for seed in range(-1, rounds):
+            for name, settings in (("plain", plain), ("drafted", drafted)):
+                results = [generate(writer, prompt, settings, [seed]) for prompt in prompts]
+                if seed >= 0:   # the first turn opens what is used
+                    seconds[name].append(sum(result.seconds for result in results))
+                    texts[name] += [result.full_rows[0] for result in results]
+        faster = [a / b for a, b in zip(*seconds.values(), strict=True)]
+        same = [a == b for a, b in zip(*texts.values(), strict=True)]
+        figures = {
+            name: LONG * len(prompts) / statistics.median(taken) for name, taken in seconds.items()
+        }
+        figures |= {
+            "faster": [statistics.median(faster), min(faster), max(faster)],
+            "same": statistics.mean(same),
+            "distinct": [distinct_pairs(rows) for rows in texts.values()],
+        }
+        found[f"T {temperature}, S {size}"] = figures
+        before, after = figures["distinct"]
+        print(
+            f"T {temperature}, drafts of {size}: {figures['plain']:.0f} -> {figures['drafted']:.0f}"
+            f" tokens/s, {statistics.median(faster):.2f}x ({min(faster):.2f} to {max(faster):.2f});"
+            f" {statistics.mean(same):.0%} of the texts are the same, distinct pairs {before:.3f} "
+            f"and {after:.3f}"
+        )
+    return found
+
+
+def distinct_pairs(rows):
+    """The share of different pairs of tokens in texts."""
+    pairs = [pair for row in rows for pair in zip(row, row[1:], strict=False)]
+    return len(set(pairs)) / len(pairs)
 
 
 def main():
@@ -129,6 +187,7 @@ def main():
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--drafts", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
 
@@ -141,8 +200,9 @@ def main():
     result = {"prompts": len(prompts), "greedy": compare(reference, others, prompts)}
     if args.drafts:
         writer = others[args.exports[0]]
-        result["round_cost"] = writer.round_cost
-        result["tokens_a_round"] = drafts(writer, prompts[:20])
+        result["costs"] = {"network's round": writer.round_cost, "try": writer.try_cost}
+        result["tokens_a_round"] = tokens_a_round(writer, prompts[:20])
+        result["speed"] = speed_of_drafts(writer, prompts[:20], args.rounds)
     print(json.dumps(result))
 
 

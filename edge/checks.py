@@ -4,15 +4,21 @@ Every function takes engines as sampling/decode.py sees them: the exported one, 
 which is PyTorch behind the same words. Legend: B rows, L tokens of a row, S block, N rows of any
 kind, V vocabulary rows.
 """
+import dataclasses
 import math
 import statistics
 import time
+from functools import partial
 
 import numpy as np
 
-from sampling.settings import DRAFT
+from sampling.decode import generate
+from sampling.settings import DRAFT, SPECULATE, Settings
 
 REPEATS = 15
+BEGINNING = 12         # tokens of a text that is continued
+NEW = 64               # tokens that are written behind it
+TURNS = 5
 READ = 70              # tokens of a row that are read in one step: more than a graph's chunk
 
 
@@ -33,11 +39,21 @@ def every_path(model, ids):
     def look(xt):
         found.append(all_logits(model, model.states(xt, cache), xt))
 
+    def attempt(x0, keep):
+        row = model.new_cache(1, 2 * L)
+        model.step(ids[:1, :READ], row)
+        found.append(all_logits(model, model.try_step(x0, row), x0))
+        row.keep(keep)
+        after = x0[:, keep:keep + 1]
+        found.append(all_logits(model, model.step(after, row), after))
+
     read(ids[:, :1])
     read(ids[:, 1:READ + 1])
     for first in range(READ + 1, L, 5):
         read(ids[:, first:first + 5])
     if not model.cfg.causal:
+        attempt(ids[:1, READ:READ + 6], 1)
+        attempt(ids[:1, READ:READ + 6], 5)
         masks = np.full((B, 6), mask_id, np.int64)
         half = ids[:, :6].copy()
         half[:, ::2] = mask_id
@@ -77,18 +93,73 @@ def difference(engine, reference, ids):
 def speed(model, ids):
     """Milliseconds of a forward, head included: {what: median of REPEATS}."""
     text = ids[:1]
-    cache = model.new_cache(1, 2 * text.shape[1] + 4 * REPEATS)
+    cache = model.new_cache(1, 2 * text.shape[1] + 20 * REPEATS)
     model.step(text, cache)
     token = text[:, :1]
-    found = {"one token": timed(lambda: all_logits(model, model.step(token, cache), token))}
+    cases = {"one token": lambda: all_logits(model, model.step(token, cache), token)}
     if not model.cfg.causal:
         for rows in (DRAFT, 32):
-            found[f"block of {rows}"] = timed(lambda rows=rows: all_masks(model, rows, cache))
-        drafted = text[:, :DRAFT]
-        found[f"{DRAFT} tokens tried"] = timed(
-            lambda: all_logits(model, model.try_step(drafted, cache), drafted)
-        )
-    return found
+            cases[f"block of {rows}"] = partial(all_masks, model, rows, cache)
+        cases[f"{DRAFT} tokens tried"] = partial(tried, model, text[:, :DRAFT], cache)
+    times = {name: [] for name in cases}
+    for _ in range(REPEATS):
+        for name, forward in cases.items():     # in turn, so that a busy moment hits all
+            forward()
+            started = time.perf_counter()
+            forward()
+            times[name].append(time.perf_counter() - started)
+    return {name: 1000 * statistics.median(taken) for name, taken in times.items()}
+
+
+def tried(model, x0, cache):
+    """A verification, of which one token is kept."""
+    logits = all_logits(model, model.try_step(x0, cache), x0)
+    cache.keep(1)
+    return logits
+
+
+def gain_of_drafts(model, prompts):
+    """How many times as fast text from left to right is with verified drafts, in turn."""
+    plain = Settings(NEW, 1, mode="block_frozen", block_size=1, eos_id=None, temperature=0.7)
+    drafted = dataclasses.replace(plain, block_size=DRAFT, sampler=SPECULATE)
+    gains = []
+    for seed in range(-1, TURNS):
+        seconds = []
+        for settings in (plain, drafted):
+            taken = [generate(model, prompt, settings, [seed]).seconds for prompt in prompts]
+            seconds.append(sum(taken))
+        if seed >= 0:       # the first turn opens what is used
+            gains.append(seconds[0] / seconds[1])
+    return round(statistics.median(gains), 2)
+
+
+def try_cost(model, ids):
+    """What verifying the last token's row takes, and each draft's, in steps of one token. Each is
+    repeated until its weights are where a text finds them.
+    """
+    cache = model.new_cache(1, 2 * ids.shape[1] + 60 * TURNS)
+    model.step(ids[:1], cache)
+    token = ids[:1, :1]
+    cases = (
+        lambda: all_logits(model, model.step(token, cache), token),
+        lambda: tried(model, token, cache),
+        lambda: tried(model, ids[:1, :DRAFT], cache),
+    )
+    costs = []
+    for _ in range(TURNS):
+        one, single, many = (median_time(forward) for forward in cases)
+        costs.append((single / one, (many - single) / (DRAFT - 1) / one))
+    first, each = (statistics.median(column) for column in zip(*costs, strict=True))
+    return [round(max(1.0, first), 2), round(max(0.01, each), 3)]
+
+
+def median_time(forward):
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        forward()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def round_cost(milliseconds):
@@ -100,13 +171,3 @@ def round_cost(milliseconds):
 def all_masks(model, rows, cache):
     masks = np.full((1, rows), model.cfg.mask_id, np.int64)
     return all_logits(model, model.states(masks, cache), masks)
-
-
-def timed(action):
-    action()
-    times = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return 1000 * statistics.median(times)

@@ -13,6 +13,7 @@ positions of the transformer's cache, E head size, N rows of any kind.
 """
 import copy
 import os
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,16 @@ except ModuleNotFoundError:
 from common.console import Damage, UserError
 from common.files import file_sha256, read_json
 from edge import blocks
+from edge.drafts import Drafts
+from edge.drafts import read as read_drafts
 from model_config import ModelConfig
 
-FORMAT = "aria-edge-2"
+FORMAT = "aria-edge-3"
 MANIFEST = "MANIFEST.json"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 WEIGHTS = "weights.bin"
+DRAFTS = "drafts.bin"
 AGAIN = "write it again with python -m export"
 SHORT = 16             # rows of a text's beginning that are read one by one: no graph for many
                        # rows has to be opened, which takes longer and as much memory again
@@ -106,9 +110,19 @@ class Engine:
         self.config = config
         self.threads = threads or default_threads()
         self.sessions = {}
+        self.tried = None       # the states of the last try_step, whose rows are each as one row
         self.never = [cfg.pad_id, cfg.mask_id]
-        if "round_cost" in manifest:    # a number of the folder, so that a seed keeps its text
-            self.round_cost = manifest["round_cost"]
+        # numbers of the folder, so that a seed keeps its text
+        for name in ("round_cost", "try_cost"):
+            if name in manifest:
+                setattr(self, name, manifest[name])
+
+    @cached_property
+    def drafts(self):
+        """The table of drafts, or None."""
+        if DRAFTS not in self.manifest["files"]:
+            return None
+        return Drafts(read_drafts(self.folder / DRAFTS, self.manifest["drafts"]))
 
     def tokenizer_bytes(self):
         return (self.folder / TOKENIZER).read_bytes()
@@ -173,7 +187,8 @@ class Engine:
         """
         # which of the two is for a row's text to say, not for the other rows of the batch
         name = "head"
-        if states.shape[1] == 1 and "head_one.onnx" in self.manifest["files"]:
+        single = states.shape[1] == 1 or states is self.tried
+        if single and "head_one.onnx" in self.manifest["files"]:
             name = "head_one"
         z = self.run(name, {"states": states[rows, positions]})["logits"]          # (N, V)
         z[:, self.never] = -np.inf
@@ -233,7 +248,7 @@ class EcoCache:
         self.front = None               # the last token that was read (B, 1)
         self.length = 0                 # rows that were read, the start included
         self.waiting = None             # (B, T)
-        self.tried = None               # what try_step read (B, T)
+        self.tried = None               # what try_step read (1, T), and the states behind each
         self.bound = None
 
     @property
@@ -288,8 +303,18 @@ class EcoCache:
 
     def keep(self, tokens):
         """The first so many tokens of the last try_step join the context."""
-        self.wait(self.tried[:, :tokens])
+        x0, found = self.tried
         self.tried = None
+        rows = tokens
+        if self.waiting is not None:    # they were read in front
+            rows += self.waiting.shape[1]
+            self.waiting = None
+        at = slice(rows - 1, rows)
+        for i in range(len(self.num)):
+            np.divide(found[f"new_num_{i}"][at], found[f"grown_{i}"][at], out=self.num[i])
+            behind = found[f"new_halo_{i}"][:, rows:]
+            np.copyto(self.halo[i], behind[:, :self.halo[i].shape[1]])
+        self.joined(x0[:, :tokens])
 
     def with_waiting(self, x0):
         """Clean rows (B, T), behind those that wait -> all of them, how many have waited."""
@@ -328,8 +353,9 @@ class OneRow:
 
 
 class EcoEngine(Engine):
-    """EcoHybrid's graphs: `next` for one clean row, `rows` for everything else. Each keeps its own
-    copy of the weights in memory, so what is not asked for is not opened.
+    """EcoHybrid's graphs: `next` for one clean row, `tried` for a few of one text that may leave
+    again, `rows` for everything else. Each keeps its own copy of the weights in memory, so what is
+    not asked for is not opened.
     """
 
     def empty_cache(self, batch, length):
@@ -350,7 +376,7 @@ class EcoEngine(Engine):
         if cache.waiting is not None:
             self.step(cache.waiting[:, :0], cache)
 
-    def rows(self, cache, clean=None, noisy=None, joins=True):
+    def rows(self, cache, clean=None, noisy=None):
         """Clean rows (B, T), a noisy block with its front row (B, S + 1), or both, behind the
         cache, which the clean ones join -> states.
         """
@@ -360,7 +386,7 @@ class EcoEngine(Engine):
         if not self.cfg.causal:
             feeds["noisy"] = nothing if noisy is None else noisy
         found = self.run("rows", feeds)
-        if clean is not None and joins:
+        if clean is not None:
             cache.take(found, clean)
         return found["answers"]
 
@@ -390,9 +416,16 @@ class EcoEngine(Engine):
         return cache.bound.run(x0)
 
     def try_step(self, x0, cache):
-        self.settle(cache)
-        cache.tried = whole(x0)
-        return self.rows(cache, cache.tried, joins=False)
+        x0 = whole(x0)
+        clean = x0
+        if cache.waiting is not None and cache.waiting.shape[1] > SHORT:
+            self.settle(cache)
+        if cache.waiting is not None:
+            clean = np.concatenate((cache.waiting, x0), axis=1)
+        found = self.run("tried", cache.feeds() | {"clean": clean})
+        cache.tried = (x0, found)
+        self.tried = found["answers"][:, -x0.shape[1]:]
+        return self.tried
 
     def states(self, xt, cache, depth=None):
         self.all_layers(depth)

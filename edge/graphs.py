@@ -11,6 +11,8 @@ EcoHybrid:
     next              one clean row (B, 1) behind the state -> states (B, 1, D), the new state
     rows              up to CHUNK clean rows (B, T), a noisy block with its front row (B, S + 1), or
                       both -> states of the block, or of the clean rows if there is none
+    tried             clean rows of one text (1, T), T <= CHUNK -> states (1, T, D), the state
+                      behind each of them
 The transformer:
     rows              rows (B, R), and a mask of what they see of the cache and of each other ->
                       states (B, R, D), their keys and values
@@ -252,8 +254,9 @@ class Products:
 
     A product of 8 bits has two ways, and both round what is multiplied, too, so that a row's answer
     does not depend on the other rows. For one row MatMulNBits is fastest, one operator that reads
-    the bytes as they are. From 8 rows on a product of bytes takes half of its time, as CPUs have
-    units for it: seven operators, and the bytes turned around.
+    the bytes as they are; so it is for the few rows of a draft, which have to be what one row is.
+    From 8 rows on a product of bytes takes half of its time, as CPUs have units for it: seven
+    operators, and the bytes turned around.
 
     wide: bytes become float32 when a graph is opened, and nothing but weights is rounded, in 4 bits
     as well. That is for browsers: their last digit of float32 is another than a CPU's, and what is
@@ -369,8 +372,9 @@ class Eco:
         self.reach = cfg.conv_kernel // 2
 
     def graph(self, name, clean, noisy):
-        """clean: None, "one" row, a "chunk" of rows. noisy: is there a block? Both "any": what a
-        call has, is seen when it runs; a stream that it has not is of no rows.
+        """clean: None, "one" row, a "chunk" of rows, or rows that are "tried". noisy: is there a
+        block? Both "any": what a call has, is seen when it runs; a stream that it has not is of no
+        rows.
         """
         cfg = self.cfg
         graph = Graph(self.products.weights)
@@ -405,11 +409,15 @@ class Eco:
             h = graph.rows(h, *self.answering)                                     # (B, S, D)
         graph.output(h, "answers", TensorProto.FLOAT, ["B", "A", cfg.d_model])
         if clean:
+            behind = "T" if clean == "tried" else "B"
+            rows = "L" if clean == "tried" else self.reach + 1
             for i, (num, halo) in enumerate(states):
-                shape = ["B", self.H, self.M, self.E]
+                if clean == "tried":
+                    num, grown = num
+                    graph.output(grown, f"grown_{i}", TensorProto.FLOAT, ["T", self.H, self.M, 1])
+                shape = [behind, self.H, self.M, self.E]
                 graph.output(num, f"new_num_{i}", TensorProto.FLOAT, shape)
-                shape = ["B", self.reach + 1, cfg.d_model]
-                graph.output(halo, f"new_halo_{i}", TensorProto.FLOAT, shape)
+                graph.output(halo, f"new_halo_{i}", TensorProto.FLOAT, ["B", rows, cfg.d_model])
         return graph.model(name)
 
     def count_rows(self, graph, clean, noisy):
@@ -420,7 +428,8 @@ class Eco:
             self.length = graph.ints(1)
         elif clean:
             self.length = graph.op("Shape", "clean", start=1, end=2)               # (1,)
-            self.squares(graph)
+            if clean != "tried":
+                self.squares(graph)
         if noisy and clean:
             self.answering = (self.length, -1)
         if noisy == "any":
@@ -470,7 +479,9 @@ class Eco:
         matrix = self.parameters[p + "in_proj.weight"].copy()
         # the scores of writes, divided by their cap: a power of two, so nothing is rounded
         matrix[-self.H * self.M:] /= SCORE_CAP
-        one_row = self.asked == ("one", False)
+        # what all writes share is part of their values
+        matrix[2 * cfg.d_ff + cfg.d_mem:][:cfg.d_mem] *= math.exp(SHARED)
+        one_row = self.asked[0] in ("one", "tried")     # a row's numbers are the same in both
         wide = self.products.linear(graph, h, p + "in_proj", matrix, one_row)
         sizes = (cfg.d_ff, cfg.d_ff, cfg.d_mem, cfg.d_mem, self.H * self.M)
         gate, up, *asked = graph.split(wide, *sizes)
@@ -490,7 +501,7 @@ class Eco:
             mine = asked
             if noisy:
                 mine = [graph.rows(part, 0, self.length) for part in asked]
-            read = self.read_one if clean == "one" else self.read_chunk
+            read = {"one": self.read_one, "chunk": self.read_chunk, "tried": self.read_tried}[clean]
             y, num = read(graph, p, *mine, num)
             answers.append(y)
         if noisy:
@@ -521,7 +532,8 @@ class Eco:
         elif clean:
             seen = graph.op("Concat", halo, h_clean, axis=1)                       # (B, r+1+T, D)
             parts.append(self.taps(graph, p, seen, 1, reach + 1, self.length))
-            halo = graph.rows(seen, -reach - 1, ALL)
+            # of rows that are tried, whoever keeps some of them cuts it
+            halo = seen if clean == "tried" else graph.rows(seen, -reach - 1, ALL)
         if noisy:
             before = graph.rows(halo, 0, reach)
             seen = graph.op("Concat", before, h_noisy, axis=1)
@@ -551,16 +563,21 @@ class Eco:
         return np.minimum(np.exp(-decay), FASTEST)                                 # (H, M)
 
     def strengths(self, graph, s):
-        """Scores, divided by their cap -> weights of the writes."""
-        score = graph.op("Mul", graph.op("Tanh", s), graph.constant(SCORE_CAP))
-        return graph.op("Exp", graph.op("Add", score, graph.constant(SHARED)))
+        """Scores, divided by their cap -> weights of the writes, but for what all share."""
+        return graph.op("Exp", graph.op("Mul", graph.op("Tanh", s), graph.constant(SCORE_CAP)))
 
     def read(self, graph, p, q, num):
-        """q (B, R, H*E) attends over the slots of num (B, H, M, E) -> (B, R, H*E)."""
-        ones = graph.weight(f"ones.{self.E}", np.ones(self.E, np.float32))
-        values = graph.norm(num, ones, 1e-20)
-        keys = graph.op("Add", values, self.vector(graph, p + "slot_key"))
-        return graph.fused("MultiHeadAttention", q, keys, values, num_heads=self.H)
+        """q (B, R, H*E) attends over the slots of num (B, H, M, E) -> (B, R, H*E).
+
+        LpNormalization takes half of the time of the norm that the layers have; its rows have a
+        length of one instead of E ** 0.5, which keys and answers make up for.
+        """
+        root = self.E ** 0.5
+        values = graph.op("LpNormalization", num, axis=-1, p=2)
+        keys = (self.parameters[p + "slot_key"] / root).astype(np.float32)         # (H, M, E)
+        keys = graph.op("Add", values, graph.weight(p + "slot_key.short", keys))
+        y = graph.fused("MultiHeadAttention", q, keys, values, num_heads=self.H, scale=1.0)
+        return graph.op("Mul", y, graph.constant(root))
 
     def read_one(self, graph, p, q, v, s, num):
         """One clean row reads the state behind itself."""
@@ -570,6 +587,27 @@ class Eco:
         old = graph.op("Mul", num, graph.weight(p + "fade", fade))
         num = graph.op("Add", old, graph.op("Mul", w, v))                          # (B, H, M, E)
         return self.read(graph, p, q, num), num
+
+    def read_tried(self, graph, p, q, v, s, num):
+        """A few clean rows of one text (1, T), each reads the state behind itself, as if they were
+        texts beside each other -> the answers, (all these states, what each has to be divided by):
+        as in read_chunk, they are sums, and reading leaves out of what size a state is.
+        """
+        rate = self.decay_rate(p)                                                  # (H, M)
+        place = np.arange(CHUNK)[:, None, None]
+        grown = np.exp((place - HALF) * rate)[..., None]                        # (CHUNK, H, M, 1)
+        grown = graph.weight(p + "grown.tried", grown.astype(np.float32))
+        here = graph.op("Slice", grown, graph.ints(0), self.length, graph.ints(0))
+        shrunk = np.exp(-(HALF + 1) * rate)[..., None].astype(np.float32)          # (H, M, 1)
+        w = graph.op("Reshape", self.strengths(graph, s), graph.ints(-1, self.H, self.M, 1))
+        v = graph.op("Reshape", v, graph.ints(-1, self.H, 1, self.E))
+        wrote = graph.op("Mul", graph.op("Mul", w, here), v)                       # (T, H, M, E)
+        start = graph.op("Mul", num, graph.weight(p + "shrunk", shrunk))           # (1, H, M, E)
+        sums = graph.op("CumSum", wrote, graph.constant(0, np.int64))
+        states = graph.op("Add", sums, start)                                      # (T, H, M, E)
+        q = graph.op("Reshape", q, graph.ints(-1, 1, self.H * self.E))
+        y = self.read(graph, p, q, states)                                         # (T, 1, H*E)
+        return graph.op("Reshape", y, graph.ints(1, -1, self.H * self.E)), (states, here)
 
     def read_block(self, graph, p, q, v, s, num):
         """A noisy block reads the state and itself; its front row writes nothing."""
@@ -744,6 +782,7 @@ def build(cfg, parameters, products):
             graphs["rows"] = eco.graph("rows", "chunk", False)
         else:
             graphs["rows"] = eco.graph("rows", "any", "any")
+            graphs["tried"] = eco.graph("tried", "tried", False)
     graphs["head"] = products.head("head", parameters["head.weight"])
     if products.one_row:
         graphs["head_one"] = products.head("head_one", parameters["head.weight"])

@@ -4,6 +4,8 @@
     output = output_of(args, saved, "weights.bin")
     windows = held_out_windows(data_dir, tokenizer, saved)
 
+    tokens = training_tokens(data_dir, tokenizer, saved)
+
 Used by export.py, edge/folder.py and hf/folder.py. Legend: L tokens of a row.
 """
 from pathlib import Path
@@ -57,6 +59,16 @@ def held_out_windows(data_dir, tokenizer, saved):
     for ids in held_out.spread_over(documents, WINDOWS, config.scored_length(saved)):
         windows.append(ids.tolist())
     return windows
+
+
+def training_tokens(data_dir, tokenizer, saved):
+    """The ids of the training text, or none without the run's data."""
+    data_dir = data_dir or saved.config["args"]["data_dir"]
+    if not Path(data_dir, "meta.json").is_file() and not Path(data_dir).is_file():
+        return np.zeros(0, np.int64)
+    data = held_out.open_text(data_dir, "train", saved)
+    held_out.same_tokenizer(data, tokenizer, saved)
+    return data.tokens
 
 
 def text_for_logits(cfg, windows):

@@ -9,7 +9,7 @@ import statistics
 
 import config
 from common.console import say
-from sampling.settings import left_to_right
+from sampling.settings import DRAFT, SPECULATE, left_to_right
 
 IN_BLOCKS = " in blocks"
 LEFT_TO_RIGHT = " left to right"
@@ -27,6 +27,15 @@ def profiles(names):
         single = dict(min_decode_layers=0) | left_to_right(name)
         found[name + LEFT_TO_RIGHT] = blocks | single
     return found
+
+
+def with_drafts(chosen):
+    """The same where sample writes from left to right in verified drafts."""
+    drafted = dict(sampler=SPECULATE, block_size=DRAFT)
+    return {
+        label: settings | drafted if label.endswith(LEFT_TO_RIGHT) else settings
+        for label, settings in chosen.items()
+    }
 
 
 def price(name, results, args):

@@ -127,7 +127,7 @@ class Conversation:
             given["text"] = prompt
         args = dataclasses.replace(args, **given)
         ids = opening(self.tokenizer, prompt, self.writer.cfg.framed)
-        args = suited(args, origins, self.saved, len(ids))
+        args = suited(args, origins, self.saved, len(ids), alone=args.num_samples == 1)
         return args, settings_of_sample(args, origins, self.saved, self.tokenizer)
 
     def write(self):

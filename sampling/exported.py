@@ -16,6 +16,7 @@ from common.files import ROOT
 from edge import engine
 from text.gpt2 import check_tokenizer, open_tokenizer
 
+DRAFTS_PAY = 1.05             # how many times as fast text has to be with verified drafts
 FOLDER = Path("exports")      # where python -m export writes if nothing else is asked
 STARTER = ROOT / "exports" / "starter"      # comes with the code
 
@@ -123,6 +124,7 @@ def load(folder, args):
         name=folder.resolve().name,
         step=manifest["step"],
         config=runner.config,
+        drafts_pay=manifest.get("drafts", {}).get("faster", 0) >= DRAFTS_PAY,
         state={"data_sha256": manifest.get("data_sha256")},
     )
     say(

@@ -1,6 +1,8 @@
 """The starter model as a PyTorch model again, from its folder of bytes in exports/: what tests need
 that export it in another way. Its training takes minutes, and its checkpoint is not kept.
 """
+import math
+
 import numpy as np
 import onnx
 import torch
@@ -46,13 +48,14 @@ def starter_model():
         p = f"layers.{i}."
         rows = matrix(p + "in_proj", cfg.d_model)
         rows[-cfg.n_heads * cfg.memory_slots:] *= graphs.SCORE_CAP
+        rows[2 * cfg.d_ff + cfg.d_mem:][:cfg.d_mem] *= math.exp(-graphs.SHARED)
         taps = [found[f"{p}conv.{tap}"] for tap in range(cfg.conv_kernel)]
         parameters |= {
             p + "norm.weight": found[p + "norm.weight"],
             p + "conv.weight": np.stack(taps, axis=1),
             p + "in_proj.weight": rows,
             p + "out_proj.weight": matrix(p + "out_proj", cfg.d_ff + cfg.d_mem),
-            p + "slot_key": found[p + "slot_key"],
+            p + "slot_key": found[p + "slot_key.short"] * math.sqrt(cfg.d_mem // cfg.n_heads),
             p + "decay": -np.log(-np.log(found[p + "fade"][..., 0])),
         }
     model = build_model(cfg)

@@ -152,11 +152,11 @@ def test_what_is_tried_joins_only_as_far_as_it_is_kept(pair):
     answers are those of a cache that never read more.
     """
     _, runner = pair
-    ids = random_ids(2, 40)
-    masks = np.full((2, 4), runner.cfg.mask_id)
+    ids = random_ids(1, 40)
+    masks = np.full((1, 4), runner.cfg.mask_id)
     for kept in (1, 3, 6):
-        for asked in ("step", "one step", "states", "both", "try", "select"):
-            mine, right = runner.new_cache(2, 60), runner.new_cache(2, 60)
+        for asked in ("step", "one step", "states", "both", "try"):
+            mine, right = runner.new_cache(1, 60), runner.new_cache(1, 60)
             runner.step(ids[:, :20], mine)
             runner.step(ids[:, :20], right)
             tried = runner.try_step(ids[:, 20:26], mine)
@@ -170,15 +170,9 @@ def test_what_is_tried_joins_only_as_far_as_it_is_kept(pair):
                 "states": lambda cache: runner.states(masks, cache),
                 "both": lambda cache: runner.step_and_states(ids[:, 30:33], masks, cache),
                 "try": lambda cache: runner.try_step(ids[:, 30:33], cache),
-                "select": lambda cache: one_row_of(runner, cache, ids),
             }
             assert close(ways[asked](mine), ways[asked](right)), (kept, asked)
             assert mine.length == right.length
-
-
-def one_row_of(runner, cache, ids):
-    cache.select(np.array([1]))
-    return runner.step(ids[1:, 30:32], cache)
 
 
 def test_one_row_is_computed_in_place_and_apart(tmp_path):
@@ -351,6 +345,30 @@ def test_a_row_does_not_know_its_neighbours(kind, tmp_path):
     assert close(together[3:4], alone)
 
 
+@pytest.mark.parametrize("bits", (8, 4))
+def test_what_is_tried_is_rounded_as_one_row_is(bits, tmp_path):
+    """So a draft changes no text: the logits of most rows are those of one row at a time up to
+    float32's rounding, where other products would be as far away as the bits are from float32.
+    """
+    model = tiny_model("primary", away=0.1)
+    runner = exported(tmp_path / "edge", model, bits)
+    ids = random_ids(1, 60)
+    one, many = runner.new_cache(1, 70), runner.new_cache(1, 70)
+    apart = []
+    for first in range(0, 60, 6):
+        rows = ids[:, first:first + 6]
+        tried = checks.all_logits(runner, runner.try_step(rows, many), rows)
+        many.keep(6)
+        for number in range(6):
+            row = rows[:, number:number + 1]
+            single = checks.all_logits(runner, runner.step(row, one), row)[0]
+            possible = np.isfinite(single)
+            gap = single[possible] - tried[number][possible]
+            apart.append(np.abs(gap).max() / np.abs(single[possible]).max())
+    coarse, _ = checks.difference(runner, TorchModel(model), random_ids())
+    assert np.median(apart) < 1e-5 and max(apart) < coarse / 3
+
+
 # ---- the folder ----------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -380,7 +398,7 @@ def test_damage_is_named(name, whole):
 def test_another_version_is_refused(whole):
     manifest = json.loads((whole / "MANIFEST.json").read_text())
     write_json(whole / "MANIFEST.json", manifest | {"format": "aria-edge-0"})
-    with pytest.raises(UserError, match="aria-edge-0, this version reads aria-edge-2"):
+    with pytest.raises(UserError, match="aria-edge-0, this version reads aria-edge-3"):
         engine.load(whole)
     write_json(whole / "MANIFEST.json", manifest | {"files": {"../x": {}} | manifest["files"]})
     with pytest.raises(Damage, match="no file of it"):
@@ -507,12 +525,14 @@ def test_the_command(run, trained):
         )
         assert done.stdout == f"exports/{run}\n"
         for words in ("in float32 the logits are PyTorch's", "a forward in", "left to right",
-                      "bound in blocks of 8", "MB"):
+                      "bound in blocks of 8", "drafts: ", "MB"):
             assert words in done.stderr
         manifest = engine.read_manifest(trained / "exports" / run)
         assert manifest["bits"] == bits
         lost = manifest["bits_per_byte"]["left to right"]["lost"]
         assert abs(lost) < (0.005 if bits == 8 else 1e-5)
+        assert manifest["drafts"]["faster"] > 0 and min(manifest["try_cost"]) > 0
+        assert engine.DRAFTS in manifest["files"]
     assert not list((trained / "exports").glob(".*")), "something is left aside"
 
 
@@ -546,6 +566,38 @@ def test_sample_needs_no_pytorch(run, trained):
     for printed in (done.stdout, usual.stdout, by_name.stdout):
         texts.append([json.loads(line)["text"] for line in printed.splitlines()])
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 2
+
+
+def test_a_text_alone_is_drafted_where_that_pays(trained):
+    """Whatever the table says, the text is the same; several texts at once, or short ones, are
+    written without it, and so is a text that asks for another way.
+    """
+    aria_here("export", "checkpoints/eco_hybrid_hi", "--bits", 32, cwd=trained, check=0)
+    folder = trained / "exports" / "eco_hybrid_hi"
+    manifest = engine.read_manifest(folder)
+    drafts = "in verified drafts of 8"
+
+    def sample(*more):
+        return aria_here(
+            "sample", folder, "--ignore_eos", "--prompt", "mai kal", *more, cwd=trained, check=0
+        )
+
+    texts = []
+    for faster, more, drafted in (
+        (1.5, ["--max_new_tokens", 120], True),
+        (1.0, ["--max_new_tokens", 120], False),
+        (1.5, ["--max_new_tokens", 120, "--block_size", 1, "--blockwise", "--frozen_context"],
+         False),
+        (1.5, ["--max_new_tokens", 20], False),
+        (1.5, ["--max_new_tokens", 120, "--num_samples", 2], False),
+    ):
+        manifest["drafts"]["faster"] = faster
+        write_json(folder / "MANIFEST.json", manifest)
+        done = sample(*more)
+        assert (drafts in done.stderr) == drafted, (faster, more, done.stderr)
+        texts.append(done.stdout)
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[4].startswith(texts[0])
 
 
 def test_an_older_export_does_not_stand_in_for_the_run(trained, tmp_path, monkeypatch):

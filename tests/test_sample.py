@@ -821,6 +821,17 @@ def test_blocks_are_taken_if_they_are_proved(capsys, speed, nats, block):
         assert found["settings"].get("block_size", 0) == block
 
 
+def test_blocks_are_compared_with_what_sample_writes():
+    """With verified drafts, where an export says that they pay."""
+    plain = profiles.profiles(["max"])
+    drafted = profiles.with_drafts(plain)
+    blocks, single = f"max{profiles.IN_BLOCKS}", f"max{profiles.LEFT_TO_RIGHT}"
+    assert drafted[blocks] == plain[blocks]
+    assert plain[single]["block_size"] == 1
+    wanted = dict(sampler="speculate", block_size=settings.DRAFT)
+    assert drafted[single] == plain[single] | wanted
+
+
 def test_a_prompt_that_no_terminal_should_see_raw(here, capsys, tmp_path):
     """Half a surrogate pair, as a byte that is no UTF-8 comes in, and a C1 control: in --json and
     --out_json as escapes.

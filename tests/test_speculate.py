@@ -19,6 +19,7 @@ import edge_benchmark
 import sample
 from common.console import UserError
 from conftest import RUNS, call
+from edge import drafts
 from sampling import decode, settings, speculate
 from sampling.settings import Settings
 from sampling.torch_model import TorchModel
@@ -326,6 +327,147 @@ def test_tried_tokens_join_as_if_they_had_been_stepped(model):
         cache = net.new_cache(1, 16)
         with pytest.raises(ValueError, match="oldest|most"):
             net.try_step(torch.full((1, 40), 7), cache)
+
+
+# ---- a table of drafts ---------------------------------------------------------------------------
+
+class Guesser:
+    """A table that answers anything: the text's own future, if it is told, with some wrong tokens
+    in it, always sure.
+    """
+
+    def __init__(self, future, wrong=0.4, vocab=40, seed=0):
+        self.future = future
+        self.wrong = wrong
+        self.vocab = vocab
+        self.chance = np.random.default_rng(seed)
+        self.at = 0                     # new tokens that were written, which the test counts
+
+    def behind(self, text, most):
+        tokens = []
+        for token in self.future[self.at:self.at + most]:
+            if self.chance.random() < self.wrong:
+                token = int(self.chance.integers(4, self.vocab))
+            tokens.append(int(token))
+        return tokens, [1.0] * len(tokens)
+
+
+def with_table(writer, table, try_cost=(1.0, 0.1)):
+    writer.drafts = table
+    writer.try_cost = try_cost
+    return writer
+
+
+RULES = [
+    dict(temperature=0.0),
+    dict(temperature=0.0, repetition_penalty=1.5),
+    dict(temperature=0.8),
+    dict(temperature=1.2, top_k=7, top_p=0.9, repetition_penalty=1.3),
+]
+
+
+@pytest.mark.parametrize("model", ["primary", "backup"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_table_changes_no_text_of_any_seed(model, rule, always):
+    """Right drafts and wrong ones, ends inside of them: the text is that without drafts, token for
+    token, whatever the temperature.
+    """
+    writer = TorchModel(small(model, seed=1))
+    kept = refused = ended = 0
+    for seed in range(6):
+        asked = dataclasses.replace(SPECULATE, max_new_tokens=30, block_size=6, **rule)
+        prompt = [2, 7 + seed, 9]
+        free = decode.generate(writer, prompt, one_by_one(asked), [seed]).rows[0]
+        for eos in (None, free[11]):
+            asked = dataclasses.replace(asked, eos_id=eos)
+            want = decode.generate(writer, prompt, one_by_one(asked), [seed])
+            table = Guesser(free, seed=seed)
+
+            def count(canvas, lo, hi, table=table):
+                table.at = hi - 3
+            drafted = with_table(TorchModel(writer.model), table)
+            out = decode.generate(drafted, prompt, asked, [seed], None, count)
+            assert out.full_rows == want.full_rows and out.rows == want.rows
+            assert out.forwards <= want.forwards
+            kept += out.accepted
+            refused += 5 * out.rounds - out.accepted
+            ended += len(out.full_rows[0]) < 30
+    assert kept > 60 and refused > 60 and ended >= 3
+
+
+def test_a_table_that_is_sure_and_wrong_costs_three_percent_at_most():
+    toy = with_table(Toy(vocab=17), Guesser([0] * 999, wrong=0), (1.0, 0.6))
+    asked = dataclasses.replace(SPECULATE, max_new_tokens=400, block_size=2)
+    out = decode.generate(toy, PROMPT, asked, [0])
+    cost = 1.6
+    assert out.rounds == pytest.approx(0.03 * 400 / (cost - 1), abs=1) and out.accepted == 0
+    assert (out.forwards - out.rounds + out.rounds * cost) / 400 <= 1.03
+    assert out.layer_passes == 2 * out.forwards
+
+
+def test_a_table_that_knows_nothing_costs_three_percent_at_most():
+    """A forward that could verify takes longer than one of one token, with nothing to verify, too:
+    after a while the other one is taken.
+    """
+    toy = with_table(Toy(vocab=17), Guesser([]), (1.1, 0.1))
+    tries = []
+    toy.try_step = lambda x0, cache: tries.append(x0) or Toy.try_step(toy, x0, cache)
+    asked = dataclasses.replace(SPECULATE, max_new_tokens=200, block_size=4)
+    out = decode.generate(toy, PROMPT, asked, [0])
+    assert out.rounds == 0 and out.forwards == 200
+    assert len(tries) == pytest.approx(0.03 * 200 / 0.1, abs=2)
+
+
+@pytest.mark.parametrize("chances, try_cost, count", [
+    ([0.9, 0.8, 0.7], (1.0, 0.1), 3),
+    ([0.9, 0.8, 0.1], (1.0, 0.2), 2),       # the third brings less than its row costs
+    ([0.3, 0.1], (1.0, 0.1), 1),
+    ([0.1], (1.0, 0.2), 0),                 # 1.2 steps for 1.1 tokens
+    ([0.3, 0.3, 0.3], (1.0, 0.4), 0),
+    ([0.1], (2.0, 0.1), 1),                 # little, but the row in front is dear already
+    ([], (1.0, 0.1), 0),
+])
+def test_so_many_drafts_as_pay_are_verified(chances, try_cost, count):
+    first, each = try_cost
+    table = speculate.FromTable(with_table(Toy(), None, try_cost))
+    assert table.worth(chances) == (count, pytest.approx(first + each * count))
+
+
+def test_a_table_knows_what_follows_most_often():
+    """Contexts of two tokens and more; a longer one only if it says something else."""
+    a, b, c, d, e, f = range(10, 16)
+    text = ([a, b, c, f] * 20 + [d, b, c, e] * 30 + [f, f]) * 3
+    table = drafts.Drafts(drafts.count(text))
+    assert table.next([b, c]) == table.next([c, b, c])      # the surest context that is known
+    assert table.next([b, c])[0] == e and 0.5 < table.next([b, c])[1] < 0.65
+    assert table.next([a, b, c])[0] == f and table.next([a, b, c])[1] > 0.95
+    assert table.next([99, 98]) is None
+    tokens, chances = table.behind([0, 0, a, b], 4)
+    assert tokens[:2] == [c, f] and all(np.diff(chances) <= 0) and chances[0] > 0.9
+    assert table.behind([b], 3) == ([], [])
+    entries = drafts.count(text)
+    # three tokens before e say no more than the last two of them
+    known = set(entries.contexts.tolist())
+    assert drafts.number_of([d, b]) in known and drafts.number_of([f, d, b]) not in known
+
+
+def test_contexts_have_the_same_number_alone_and_in_an_array():
+    ids = np.random.default_rng(0).integers(0, 60_000, 50)
+    for length in drafts.LENGTHS:
+        many = drafts.numbers_of(ids.astype(np.uint64), length)
+        alone = [drafts.number_of(ids[i:i + length].tolist()) for i in range(51 - length)]
+        assert many.tolist() == alone
+
+
+@pytest.mark.parametrize("largest", [500, 70_000])
+def test_a_table_is_what_was_written(tmp_path, largest):
+    text = np.tile(np.random.default_rng(1).integers(0, largest, 400), 3)
+    entries = drafts.count(text)
+    assert 100 < len(entries.tokens) and (np.diff(entries.contexts.astype(np.int64)) >= 0).all()
+    told = drafts.write(tmp_path / "t", entries)
+    for mine, back in zip(entries, drafts.read(tmp_path / "t", told), strict=True):
+        assert mine.dtype == back.dtype and (mine == back).all()
+    assert len(drafts.count(np.zeros(0, np.int64)).tokens) == 0
 
 
 # ---- promises ------------------------------------------------------------------------------------
