@@ -322,14 +322,18 @@ def row_nats(model, ids, known, asked, times, noise):
     return torch.stack([part.masked_fill(~asked, 0).sum(1) for part in parts], dim=1)
 
 
-def window_nats(model, ids, given, times, generator, batch):
-    """row_nats of windows (R, T) whose first `given` tokens are known -> (R, 3), on the CPU."""
-    asked = torch.arange(ids.shape[1], device=ids.device) >= given                 # (T,)
+def window_nats(model, ids, given, end, times, generator, batch):
+    """row_nats of windows (R, T) whose first `given` tokens are known, and those from `end` on
+    neither known nor asked -> (R, 3), on the CPU.
+    """
+    place = torch.arange(ids.shape[1], device=ids.device)
+    known = place < given                                                          # (T,)
+    asked = ~known & (place < end)
     found = []
     for x, t in zip(ids.split(batch), times.split(batch), strict=True):
         noise = torch.randn(*x.shape, model.cfg.embed_dim, generator=generator)
-        here = asked.expand(x.shape)
-        nats = row_nats(model, x, ~here, here, t.to(x.device), noise.to(x.device))
+        here = (known.expand(x.shape), asked.expand(x.shape))
+        nats = row_nats(model, x, *here, t.to(x.device), noise.to(x.device))
         found.append(nats.cpu().double())
     return torch.cat(found)
 

@@ -31,7 +31,7 @@ def export(args):
     windows = held_out_windows(args.data_dir, tokenizer, saved)
     with folder_aside(output) as aside:
         manifest = write_and_check(args, model, saved, aside, windows)
-        if not model.cfg.causal:
+        if not model.cfg.causal and not model.cfg.interlaced:
             tokens = training_tokens(args.data_dir, tokenizer, saved)
             prompts = [window[:checks.BEGINNING] for window in windows]
             add_drafts(aside, manifest, tokens, prompts, args.threads)

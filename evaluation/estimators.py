@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import gaussian
 import masking
 from masking import hide, step_generator, strata
-from text.tokenizer import PAD
+from text.tokenizer import EOS, PAD
 
 CHUNK = 512                   # logits that are there at once
 BINS = 10                     # of the curve of CE by mask rate
@@ -287,7 +287,9 @@ def gaussian_bound(model, pieces, block, draws, seed=0, batch=8):
     """The bound of continuous diffusion, as `bound` gives the one of masks: nats of each document
     (D,), no curve, the plain mean of -log p over all shares of noise. Times are stratified over all
     windows, and the draws of one window are strata, too. There is one block, the whole window.
+    Pairs were trained in rows of one length, with EOS behind the response, and so they are scored.
     """
+    length = block if model.cfg.framed else 0
     generator = step_generator(seed, 0, "noisy bound")
     windows_of_pieces = [len(piece.x0) for piece in pieces]
     nats = 0
@@ -297,7 +299,9 @@ def gaussian_bound(model, pieces, block, draws, seed=0, batch=8):
         times = (1 - (draw + u) / draws).float().split(windows_of_pieces)
         values = []
         for piece, mine in zip(pieces, times, strict=True):
-            value = gaussian.window_nats(model, piece.x0, piece.given, mine, generator, batch)
+            end = piece.x0.shape[1]
+            rows = F.pad(piece.x0, (0, max(0, length - end)), value=EOS)
+            value = gaussian.window_nats(model, rows, piece.given, end, mine, generator, batch)
             values.append(value[:, :2].sum(1))
             plain += float(value[:, 2].sum()) / draws
         nats = nats + per_document(pieces, values) / draws

@@ -9,8 +9,10 @@ import pytest
 import torch
 from tiny import tiny_model
 
+import checkpoint
 import config
 import evaluate
+import gaussian
 import masking
 import prepare
 import sample
@@ -371,6 +373,31 @@ def test_what_a_model_of_pairs_was_not_trained_for_is_refused(toy, trained, caps
     logged = [json.loads(line) for line in (trained / "train.jsonl").open()]
     by_block = [event for event in logged if event["event"] == "eval"][-1]["by_block"]
     assert float(line.split()[4]) == pytest.approx(by_block["1"], rel=0.15)
+
+
+def test_the_responses_of_a_gaussian_model_are_scored(tmp_path):
+    """evaluate's bound is that of training, which finds the responses in another way and fills each
+    row behind them.
+    """
+    write_pairs(tmp_path / "pairs.jsonl", toy_pairs(300))
+    prepared(tmp_path / "data", "pairs", tmp_path / "pairs.jsonl", val_doc_frac=0.4)
+    run = tmp_path / "run"
+    words = [
+        "--data_dir", tmp_path / "data", "--output_dir", run, "--objective", "gaussian",
+        "--d_model", 32, "--n_layers", 1, "--n_heads", 2, "--d_ff", 64, "--embed_dim", 8,
+        "--seq_len", 32, "--batch_size", 16, "--grad_accum", 1, "--max_steps", 30,
+        "--eval_interval", 0, "--threads", 1, "--no_show_samples",
+    ]
+    assert train.main([*map(str, words)]) == 0
+    found = tmp_path / "found.json"
+    evaluate.main(["--ckpt", str(run), "--draws", "24", "--out_json", str(found)])
+    [bound] = json.loads(found.read_text(encoding="utf-8"))["bound"].values()
+
+    net, _, _ = checkpoint.load_model(run, torch.device("cpu"), config.check_any)
+    held_out = TokenData(tmp_path / "data", "val")
+    rows, asked = held_out_rows(held_out, held_out.meta["val_docs"], 32)
+    draws = [gaussian.row_bounds(net, rows, asked=asked, seed=seed)[:, 0] for seed in range(24)]
+    assert bound["nats"] == pytest.approx(float(torch.stack(draws).mean()), rel=0.1)
 
 
 def test_an_empty_prompt_is_the_null_prompt(toy):
