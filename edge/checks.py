@@ -39,9 +39,10 @@ def every_path(model, ids):
     def look(xt):
         found.append(all_logits(model, model.states(xt, cache), xt))
 
-    def attempt(x0, keep):
+    def attempt(keep):
         row = model.new_cache(1, 2 * L)
-        model.step(ids[:1, :READ], row)
+        model.step(ids[:1, :L // 2], row)
+        x0 = ids[:1, L // 2:L // 2 + 6]
         found.append(all_logits(model, model.try_step(x0, row), x0))
         row.keep(keep)
         after = x0[:, keep:keep + 1]
@@ -52,8 +53,8 @@ def every_path(model, ids):
     for first in range(READ + 1, L, 5):
         read(ids[:, first:first + 5])
     if not model.cfg.causal:
-        attempt(ids[:1, READ:READ + 6], 1)
-        attempt(ids[:1, READ:READ + 6], 5)
+        attempt(1)
+        attempt(5)
         masks = np.full((B, 6), mask_id, np.int64)
         half = ids[:, :6].copy()
         half[:, ::2] = mask_id
