@@ -27,7 +27,6 @@ Notable:
   back.
 """
 import dataclasses
-import sys
 from pathlib import Path
 
 import cli
@@ -93,15 +92,13 @@ def main(argv=None):
     # A model for each precision, and what is compared
     models, tokenizer, saved = load_models(args, chosen, device)
     settings.refuse_interlaced(saved)
-    if args.profiles and getattr(saved, "drafts_pay", False):
-        chosen = with_drafts(chosen)
+    chosen = with_drafts(chosen, saved)
     cfg = next(iter(models.values())).model.cfg
     causal = cfg.causal
     if causal:
-        print(
+        say(
             "notice: an autoregressive checkpoint has one mode, left to right over its cache: "
-            "block_frozen",
-            file=sys.stderr,
+            "block_frozen"
         )
         args.modes = ("block_frozen",)
     why_not_frozen = settings.cannot_freeze(saved)

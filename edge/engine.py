@@ -26,9 +26,7 @@ except ModuleNotFoundError:
 
 from common.console import Damage, UserError
 from common.files import file_sha256, read_json
-from edge import blocks
-from edge.drafts import Drafts
-from edge.drafts import read as read_drafts
+from edge import blocks, drafts
 from model_config import ModelConfig
 
 FORMAT = "aria-edge-3"
@@ -122,7 +120,7 @@ class Engine:
         """The table of drafts, or None."""
         if DRAFTS not in self.manifest["files"]:
             return None
-        return Drafts(read_drafts(self.folder / DRAFTS, self.manifest["drafts"]))
+        return drafts.Drafts(drafts.read(self.folder / DRAFTS, self.manifest["drafts"]))
 
     def tokenizer_bytes(self):
         return (self.folder / TOKENIZER).read_bytes()

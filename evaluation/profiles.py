@@ -29,8 +29,10 @@ def profiles(names):
     return found
 
 
-def with_drafts(chosen):
-    """The same where sample writes from left to right in verified drafts."""
+def with_drafts(chosen, saved):
+    """The same, with verified drafts left to right where sample takes them for this model."""
+    if not getattr(saved, "drafts_pay", False):
+        return chosen
     drafted = dict(sampler=SPECULATE, block_size=DRAFT)
     return {
         label: settings | drafted if label.endswith(LEFT_TO_RIGHT) else settings

@@ -32,6 +32,7 @@ from sampling import unmasking
 from sampling.unmasking import Look, must_be_finite, pick
 
 LOSS = 0.03         # of the text's steps: what rounds may cost in all beyond what they give
+MOST = 32           # drafts of a round: a forward holds 64 rows, a short prompt among them
 ROUND_COST = 3.0    # steps of one token, if the engine does not say what a network's round takes
 
 DAMAGED = (
@@ -88,7 +89,7 @@ def write_text(model, cache, canvas, start, settings, room, on_step=None, on_blo
     while written.end < len(ids) and not canvas.done[0]:
         lo = written.end
         # a round gives a token more than it drafts, and nothing may leave the cache for a draft
-        most = min(settings.block_size - 1, len(ids) - lo - 1, room - lo)
+        most = min(settings.block_size - 1, MOST, len(ids) - lo - 1, room - lo)
         draft = None
         if most > 0:
             draft = drafter.draft(cache, canvas, lo, most, account)

@@ -568,6 +568,23 @@ def test_sample_needs_no_pytorch(run, trained):
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 2
 
 
+def test_long_drafts_behind_a_short_prompt_fit_the_graph(pair):
+    """A prompt that waits, and as many drafts as a round may have, in one forward."""
+    model, runner = pair
+    prompt = random_ids(1, 16)[0].tolist()
+    chosen = Settings(90, 1, mode="block_frozen", block_size=1, eos_id=None, temperature=0.0)
+    right = generate(TorchModel(model), prompt, chosen, [1]).rows
+
+    class Future:
+        def behind(self, text, most):
+            return right[0][:most], [1.0] * most
+    runner.drafts, runner.try_cost = Future(), (1.0, 0.01)
+    chosen.block_size, chosen.sampler = 80, "speculate"
+    found = generate(runner, prompt, chosen, [1])
+    del runner.drafts, runner.try_cost
+    assert found.rows == right and found.accepted >= speculate.MOST
+
+
 def test_a_text_alone_is_drafted_where_that_pays(trained):
     """Whatever the table says, the text is the same; several texts at once, or short ones, are
     written without it, and so is a text that asks for another way.

@@ -824,7 +824,8 @@ def test_blocks_are_taken_if_they_are_proved(capsys, speed, nats, block):
 def test_blocks_are_compared_with_what_sample_writes():
     """With verified drafts, where an export says that they pay."""
     plain = profiles.profiles(["max"])
-    drafted = profiles.with_drafts(plain)
+    drafted = profiles.with_drafts(plain, SimpleNamespace(drafts_pay=True))
+    assert profiles.with_drafts(plain, SimpleNamespace()) == plain
     blocks, single = f"max{profiles.IN_BLOCKS}", f"max{profiles.LEFT_TO_RIGHT}"
     assert drafted[blocks] == plain[blocks]
     assert plain[single]["block_size"] == 1
