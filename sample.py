@@ -72,7 +72,7 @@ def main(argv=None, pinned=None):
     longest_prompt = max(len(opening(tokenizer, prompt, framed)) for prompt in prompts)
     if typed:
         transliteration.refuse_other_models(saved)
-        args, origins = transliteration.with_rule(args, origins)
+        args, origins = transliteration.with_rule(args, origins, saved)
     else:
         refuse_interlaced(saved)
     alone = len(prompts) == args.num_samples == 1

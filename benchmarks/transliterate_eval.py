@@ -10,13 +10,13 @@ tokens a forward (letters, and the end of each word; the places behind an end ar
 a second (processor time of one thread). --words adds words and their spellings by people, with a
 tab between them: an answer is right that is the word of this spelling. --ar names a model that was
 trained with --objective ar on the same text. The dictionary has the commonest word for each
-spelling that eight typists give the words of this text, and spells all others by rule. The last
-line is JSON.
+spelling that eight typists give the words of this text, and guesses all others by
+text/spell_back.py.
+The last line is JSON.
 """
 import importlib
 import json
 import random
-import re
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -28,11 +28,11 @@ import checkpoint
 import config
 from common import machine
 from sampling import fast
-from sampling.settings import Settings
+from sampling.settings import SPECULATE, Settings
 from sampling.torch_model import writer_of
 from sampling.transliteration import answer_to
 from text.documents import read_documents
-from text.romanise import CONSONANTS, SIGNS, VOWELS
+from text.spell_back import in_devanagari
 from text.tokenizer import normalise, script_of
 from text.transliterate import typed_rows, typist
 
@@ -130,7 +130,7 @@ class Dictionary:
         self.known = {typed: found.most_common(1)[0][0] for typed, found in votes.items()}
 
     def __call__(self, typed):
-        return " ".join(self.known.get(word) or by_rule(word) for word in typed.split())
+        return " ".join(self.known.get(word) or in_devanagari(word) for word in typed.split())
 
     def tokens_a_forward(self):
         return None
@@ -147,39 +147,6 @@ class Library:
 
     def tokens_a_forward(self):
         return None
-
-
-# the commonest letter for each sound
-SOUNDS = dict(aa="A", ee="I", ii="I", oo="U", uu="U", ai="E", au="O", a="a", i="i", u="u", e="e",
-              o="o")
-LETTERS = {sound: letter for letter, sound in reversed(CONSONANTS.items())}
-LETTERS |= dict(n="न", t="त", d="द", f="फ", q="क", x="क्स", c="क", w="व", v="व", z="ज")
-STANDING = {sound: letter for letter, sound in reversed(VOWELS.items())} | dict(e="ए")
-HANGING = {sound: sign for sign, sound in reversed(SIGNS.items())} | dict(e="\u0947", a="")
-LATIN_SOUND = re.compile("|".join(sorted([*SOUNDS, *LETTERS], key=len, reverse=True)) + "|.")
-
-
-def by_rule(word):
-    """A Latin word letter by letter: consonants that meet are joined, and an a at the end is long.
-    """
-    if word.endswith("a") and len(word) > 2:
-        word += "a"
-    out = ""
-    bare = False                         # does a consonant stand here without its vowel?
-    for sound in LATIN_SOUND.findall(word):
-        vowel = SOUNDS.get(sound)
-        if vowel:
-            if bare:
-                out += HANGING.get(vowel, "")
-            else:
-                out += STANDING[vowel]
-        else:
-            letter = LETTERS.get(sound, sound)
-            if bare and sound in LETTERS:
-                out += "\u094d"
-            out += letter
-        bare = sound in LETTERS
-    return out.replace(".", "।")
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -212,9 +179,11 @@ def who_answers(args):
     loaded = load(args.checkpoint)
     found = {name: Model(loaded, rule) for name, rule in RULES.items()}
     if args.ar:
-        found["autoregressive model"] = Model(load(args.ar), {})
+        loaded = load(args.ar)
+        found["left to right, one by one"] = Model(loaded, dict(sampler="confidence"))
+        found["left to right, verified"] = Model(loaded, dict(sampler=SPECULATE))
     if args.dictionary:
-        found["dictionary, else by rule"] = Dictionary(args.dictionary)
+        found["dictionary, else a guess"] = Dictionary(args.dictionary)
     try:
         module = importlib.import_module("indic_transliteration.sanscript")
     except ImportError:

@@ -1,13 +1,13 @@
 """The places of interlaced rows (text/interlace.py) filled by a denoiser, all words at once.
 
-    filled = fill(model, rows, places, settings, seeds)     # Filled
+    filled = fill(model, rows, places, guesses, settings, seeds)    # Filled
     answers = words_of(filled.ids[0], places[0], eos_id)    # ids of the answer to each word
 
 The places of a word are masked, then it is asked, or hold the word that is given. One forward looks
 at the whole row, a rule of sampling/unmasking.py chooses among the masked places. Each word has an
 end of its own: nothing behind the first end that the model guesses in a word is chosen, no end
 stands before a letter that was decided, and behind an end the places hold EOS without being asked.
-A model of --objective ar writes letter by letter instead.
+A model of --objective ar fills them from left to right (sampling/left_to_right.py).
 
 Used by sampling/transliteration.py and by training (its samples); the engine is that of
 sampling/decode.py. Legend: B rows, T positions, n places of a word.
@@ -17,13 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from common.console import UserError
-from sampling import unmasking
+from sampling import left_to_right, unmasking
 from sampling.decode import generator_of
+from sampling.left_to_right import NOT_FINITE
+from sampling.settings import SPECULATE
 from sampling.unmasking import LOOKING, Look, must_be_finite
 from text.interlace import ROOM
-
-
-NOT_FINITE = "the model gives no finite answer: its training went wrong"
 
 
 class Filled(NamedTuple):
@@ -53,21 +52,26 @@ def words_of(ids, places, eos_id):
     return found
 
 
-def fill(model, rows, places, settings, seeds, on_step=None):
+def fill(model, rows, places, guesses, settings, seeds, on_step=None):
     """Fill the masks of rows (B, T) of one length; places: of each row, places_of its words;
-    on_step: as decode.generate's, without a canvas.
+    guesses: left_to_right.Guesses, for --sampler speculate; on_step: as decode.generate's, without
+    a canvas.
     """
+    generators = [generator_of(seed) for seed in seeds]
+    if model.cfg.causal and settings.sampler == SPECULATE:
+        return Filled(*left_to_right.with_guesses(
+            model, rows, places, guesses, settings, generators, on_step
+        ))
     if settings.sampler not in LOOKING:
         raise UserError(
             f"--sampler {settings.sampler}: transliteration takes {', '.join(LOOKING)}"
         )
     ids = rows.copy()
     mask_id = model.cfg.mask_id
-    generators = [generator_of(seed) for seed in seeds]
     forwards = np.zeros(len(ids), np.int64)
     if model.cfg.causal:
         for number, row in enumerate(ids):
-            forwards[number] = write(
+            forwards[number] = left_to_right.letter_by_letter(
                 model, row, places[number], settings, generators[number], on_step
             )
         return Filled(ids, forwards)
@@ -86,34 +90,6 @@ def fill(model, rows, places, settings, seeds, on_step=None):
         if on_step:
             on_step(None, 0, ids.shape[1], step)
         step += 1
-
-
-def write(model, ids, places, settings, generator, on_step):
-    """Fill the masks of one row (T,) from left to right, each word behind its letters -> forwards.
-    """
-    cache = model.new_cache(1, len(ids))
-    unread = [ids[:1]]
-    forwards = 0
-    for where in places:
-        unread.append(ids[where - 1])
-        if ids[where[0]] != model.cfg.mask_id:
-            unread.append(ids[where])
-            continue
-        for at, place in enumerate(where):
-            states = model.step(np.concatenate(unread)[None], cache)
-            last = np.array([sum(map(len, unread)) - 1])
-            logits = model.logits(states, np.zeros(1, np.int64), last)             # (1, V)
-            must_be_finite(logits, NOT_FINITE)
-            forwards += 1
-            if on_step:
-                on_step(None, place, place + 1, 0)
-            ids[place] = unmasking.draw(logits, settings.temperature, settings, generator)[0]
-            if ids[place] == settings.eos_id:
-                ids[where[at:]] = settings.eos_id
-                unread = [ids[where[at:]]]
-                break
-            unread = [ids[place:place + 1]]
-    return forwards
 
 
 def reveal(ids, masked, logits, places, step, settings, generator):

@@ -353,8 +353,9 @@ def settings_of_sample(args, origins, saved, tokenizer):
 def say_what_ar_leaves_unread(origins, saved):
     unread = []
     for name in UNREAD_BY_AR:
-        guided = name == "guidance_scale" and is_framed(saved)
-        if origins[name] == "flag" and not guided:
+        read = name == "guidance_scale" and is_framed(saved)
+        read = read or name == "sampler" and saved.config["model"].get("interlaced", False)
+        if origins[name] == "flag" and not read:
             unread.append(f"--{name}")
     if unread:
         say(

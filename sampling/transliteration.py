@@ -1,25 +1,31 @@
 """Lines of Hinglish into Hindi, with a model that prepare --source transliterate made the text of.
 
-    args, origins = with_rule(args, origins)            # all words at once, the surest first
+    args, origins = with_rule(args, origins, saved)     # the likeliest letters, many at once
     for text in lines(args): ...                        # each line of a file as soon as it comes
     for record in transliterate(args, model, tokenizer, settings, lines(args), length): ...
 
 The words of a line are cut into rows as the training text was (text/interlace.py), the rows are
 filled (sampling/places.py), many at once, and put together again. A word without a Latin letter
-stays as it is, and so does the space between words.
+stays as it is, and so does the space between words. A model of --objective ar verifies what
+text/spell_back.py guesses.
 
 Used by sample.py, by training (its samples) and by serving/typed.py.
 """
 import dataclasses
 import sys
 import time
+from functools import cache
+from unicodedata import category
 
 import numpy as np
 
 from common.console import UserError, say
+from sampling.left_to_right import Guesses
 from sampling.places import fill, places_of, words_of
+from sampling.settings import SPECULATE
 from sampling.terminal import Stream
 from text.interlace import ROOM, cut, interlaced, tokens_of
+from text.spell_back import in_devanagari
 from text.tokenizer import normalise
 from text.transliterate import LATIN, sentences
 
@@ -30,15 +36,17 @@ RULE = dict(
     temperature=0.0, top_k=0, blockwise=False, frozen_context=False, sampler="threshold",
     threshold=0.8,
 )
+LEFT_TO_RIGHT = dict(temperature=0.0, top_k=0, sampler=SPECULATE)
 
 
 # ---- what is asked for ---------------------------------------------------------------------------
 
-def with_rule(args, origins):
-    """The arguments with the likeliest letters, all that are sure at once (docs/CPU_GUIDE.md). What
-    was typed stays.
+def with_rule(args, origins, saved):
+    """The arguments with the likeliest letters, all that are sure at once, or from left to right
+    all that were guessed (docs/CPU_GUIDE.md). What was typed stays.
     """
-    found = {name: value for name, value in RULE.items() if origins[name] != "flag"}
+    rule = LEFT_TO_RIGHT if saved.config["model"]["causal"] else RULE
+    found = {name: value for name, value in rule.items() if origins[name] != "flag"}
     chosen = dict.fromkeys(found, "transliterate")
     return dataclasses.replace(args, **found), origins | chosen
 
@@ -118,7 +126,8 @@ class Word:
     """
 
     def __init__(self, text, tokenizer, goes_on):
-        self.ids = tokenizer.encode(text.lower())
+        self.text = text.lower()
+        self.ids = tokenizer.encode(self.text)
         self.goes_on = goes_on          # a piece that the next one is joined to
         self.asked = bool(LATIN.search(text))
         self.answer = None if self.asked else text
@@ -126,11 +135,24 @@ class Word:
     def __len__(self):
         return len(self.ids)
 
+    def guess(self, tokenizer):
+        """The ids of what it probably means."""
+        return tokenizer.encode(in_devanagari(self.text))
+
     def places(self, mask_id):
         """What stands in its places: masks, or the word itself."""
         if self.asked:
             return [mask_id] * (len(self) + ROOM)
         return self.ids
+
+
+@cache
+def signs_of(tokenizer):
+    """The ids of letters that hang on the one before."""
+    written = {number: tokenizer.written([number]) for number in range(tokenizer.vocab_size)}
+    return frozenset(
+        number for number, text in written.items() if text and category(text[0]).startswith("M")
+    )
 
 
 def words_in(sentence, tokenizer):
@@ -185,7 +207,12 @@ class Line:
         tokenizer = self.tokenizer
         ids = np.stack([self.ids_of(row) for row in rows])                         # (B, T)
         places = [places_of(map(len, row)) for row in rows]
-        filled = fill(self.model, ids, places, settings, [seed] * len(rows), on_step)
+        guesses = None
+        if settings.sampler == SPECULATE:
+            words = [[word.guess(tokenizer) for word in row] for row in rows]
+            guesses = Guesses(words, signs_of(tokenizer))
+        seeds = [seed] * len(rows)
+        filled = fill(self.model, ids, places, guesses, settings, seeds, on_step)
         for row, where, found in zip(rows, places, filled.ids, strict=True):
             for word, answer in zip(row, words_of(found, where, tokenizer.eos_id), strict=True):
                 if word.asked:

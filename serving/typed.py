@@ -27,7 +27,7 @@ def rule_of(saved, tokenizer):
     Settings).
     """
     origins = dict.fromkeys(config.SampleArgs.__dataclass_fields__, "default")
-    args, origins = transliteration.with_rule(config.SampleArgs(), origins)
+    args, origins = transliteration.with_rule(config.SampleArgs(), origins, saved)
     args = suited(args, origins, saved, longest=1)
     return args, settings_of_sample(args, origins, saved, tokenizer)
 

@@ -4,6 +4,7 @@ answer, what a row asks, how its places are filled, and lines through prepare, t
 import contextlib
 import json
 import threading
+import unicodedata
 from http.client import HTTPConnection
 
 import numpy as np
@@ -17,6 +18,7 @@ import masking
 import sample
 import train
 from common.console import UserError
+from sampling.left_to_right import Guesses
 from sampling.places import fill, places_of, words_of
 from sampling.settings import Settings
 from sampling.torch_model import TorchModel
@@ -24,7 +26,7 @@ from serving import paths, requests, server, worker
 from serving.job import Cancelled
 from serving.metrics import Metrics
 from serving.typed import TypedJob, rule_of
-from text import interlace, transliterate
+from text import interlace, romanise, spell_back, transliterate
 from text.build import build
 from text.dataset import TokenData
 from text.interlace import ROOM, InterlacedWindows, interlaced
@@ -86,6 +88,26 @@ def test_typists_differ_and_type_word_for_word():
         assert len(typed.split(" ")) == len(meant.split(" "))
         # a full stop is typed where it is meant
         assert typed.endswith(".") == meant.endswith("।")
+
+
+def test_a_word_can_be_guessed_without_a_model():
+    """Half of the words that a typist types, though most are in no table, and all his letters but
+    one in five.
+    """
+    known = "mujhe kal subah dilli jana hai. kya aap school gaye?".split()
+    meant = "मुझे कल सुबह दिल्ली जना है। क्या आप स्कूल गये?".split()
+    guesses = [spell_back.in_devanagari(word) for word in known]
+    assert sum(guess == word for guess, word in zip(guesses, meant, strict=True)) >= 9
+    assert spell_back.by_rule("ghar") == "घर" and spell_back.by_rule("hindi") == "हिंदी"
+    assert spell_back.by_rule("logon") == "लोगों" and spell_back.by_rule("apne") == "अपने"
+    assert spell_back.by_rule("rasta2024-x") and spell_back.by_rule("") == ""
+
+    type_it = transliterate.typist(5)
+    words = [unicodedata.normalize("NFC", word) for word in romanise.STARTER]
+    right = [spell_back.by_rule(type_it(word)) == word for word in words]
+    assert 0.2 < np.mean(right) < 1, "the rules alone"
+    found = [spell_back.in_devanagari(type_it(word)) == word for word in words]
+    assert np.mean(found) > 0.5 and len(words) > 500
 
 
 # ---- the frame -----------------------------------------------------------------------------------
@@ -216,14 +238,14 @@ def test_places_are_filled_and_what_is_given_stays(rule, forwards):
         row[np.concatenate(where)] = MASK
     engine = Oracle(whole, 0.95)
     settings = Settings(64, temperature=0.0, eos_id=EOS, **rule)
-    found = fill(engine, rows, places, settings, [0, 0])
+    found = fill(engine, rows, places, None, settings, [0, 0])
     assert np.array_equal(found.ids, whole)
     assert found.forwards.tolist() == forwards and engine.passes == max(forwards)
 
     # a word that is given is not asked
     rows[0] = whole[0]
     rows[0, places[0][1]] = MASK
-    found = fill(engine, rows[:1], places[:1], settings, [0])
+    found = fill(engine, rows[:1], places[:1], None, settings, [0])
     assert np.array_equal(found.ids, whole[:1]) and found.forwards[0] <= 2
 
 
@@ -234,7 +256,7 @@ def test_left_to_right_each_letter_is_the_likeliest_behind_all_before_it(kind):
     rows = interlaced([[5, 9, 9], [6], [7, 8]], [[mask] * 5, [11, 12], [mask] * 4], Ids)[None]
     places = [places_of([3, 1, 2])]
     settings = Settings(64, 1, temperature=0.0, eos_id=EOS)
-    found = fill(TorchModel(net), rows, places, settings, [0])
+    found = fill(TorchModel(net), rows, places, None, settings, [0])
     order = interlace.word_by_word(found.ids[0], SEP)
     ids = found.ids[0][order]
     with torch.no_grad():
@@ -253,6 +275,80 @@ def test_left_to_right_each_letter_is_the_likeliest_behind_all_before_it(kind):
     assert np.array_equal(found.ids[0][places[0][1]], [11, 12, EOS])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_guesses_change_no_letter_of_any_seed_and_right_ones_take_one_forward(kind, temperature):
+    net = tiny_model(kind, interlaced=True, causal=True, away=0.3)
+    model = TorchModel(net)
+    mask = net.cfg.mask_id
+    typed = [[5, 9, 9], [6], [7, 8]], [[9, 9, 5], [6], [8, 8]]
+    rows = np.stack([interlaced(r, [[mask] * 5, [11, 12], [mask] * 4], Ids) for r in typed])
+    places = [places_of([3, 1, 2])] * 2
+    seeds = [4, 7]
+    settings = Settings(64, 1, temperature=temperature, top_k=9, eos_id=EOS)
+    plain = fill(model, rows, places, None, settings, seeds)
+    right = [words_of(*row, EOS) for row in zip(plain.ids, places, strict=True)]
+    settings.sampler = "speculate"
+    nothing = [[[], [], []]] * 2
+    wrong = [[[letter + 1 for letter in word] for word in row] for row in right]
+    shifted = [[[13, *word] for word in row] for row in right]
+    signs = frozenset(range(10, 20))
+    for guesses in (right, nothing, wrong, shifted, [[[13] * 99] * 3] * 2):
+        found = fill(model, rows, places, Guesses(guesses, signs), settings, seeds)
+        assert np.array_equal(found.ids, plain.ids)
+        assert (found.forwards <= plain.forwards).all()
+        if guesses is right:
+            assert (found.forwards == 1).all()
+    alone = fill(
+        model, rows[1:], places[1:], Guesses(nothing[1:], frozenset()), settings, seeds[1:]
+    )
+    assert np.array_equal(alone.ids, plain.ids[1:])
+
+
+def test_of_a_wrong_guess_the_rest_is_kept():
+    """A letter too much, a sign too little, or another letter costs one forward more."""
+    answers = [[20, 21, 22, 23], [24, 25]]
+    signs = frozenset([21, 25])
+    whole = interlaced([[5] * 4, [6] * 3], answers, Ids)[None]
+    places = [places_of([4, 3])]
+    rows = whole.copy()
+    rows[0, np.concatenate(places[0])] = MASK
+    settings = Settings(64, 1, sampler="speculate", temperature=0.0, eos_id=EOS)
+    order = interlace.word_by_word(whole[0], SEP)
+    begins = [1, 13]
+
+    class Knows:
+        """Each answer, but behind a wrong letter of the same word nothing but nonsense."""
+        class cfg:
+            mask_id, pad_id, causal = MASK, SEP, True
+
+        def new_cache(self, rows, length):
+            return None
+
+        def step(self, ids, cache):
+            return ids
+
+        def logits(self, states, rows, positions):
+            logits = np.zeros((len(rows), MASK), np.float32)
+            answers = whole[0][order]
+            for at, position in enumerate(positions):
+                word = slice(max(begin for begin in begins if begin <= position), position + 1)
+                right = np.array_equal(states[0, word], answers[word])
+                logits[at, answers[position + 1] if right else 30] = 1
+            return logits
+
+    for guess, forwards in (
+        ([[20, 21, 22, 23], [24, 25]], 1),
+        ([[20, 19, 21, 22, 23], [24, 25]], 2),
+        ([[20, 21, 19, 23], [24, 25]], 2),
+        ([[20, 22, 23], [24, 25]], 2),
+        ([[20, 19, 21, 22, 23], [25]], 3),
+        ([[], [24, 25]], 5),
+    ):
+        found = fill(Knows(), rows, places, Guesses([guess], signs), settings, [0])
+        assert np.array_equal(found.ids, whole) and found.forwards[0] == forwards, guess
+
+
 def test_no_word_ends_before_a_letter_that_stands():
     whole = interlaced([[5, 9, 9]], [[15, EOS, 17]], Ids)[None]
     places = [places_of([3])]
@@ -260,14 +356,14 @@ def test_no_word_ends_before_a_letter_that_stands():
     rows[0, places[0][0]] = MASK
     rows[0, places[0][0][2]] = 17
     settings = Settings(64, 99, sampler="confidence", temperature=0.0, eos_id=EOS)
-    found = fill(Oracle(whole, 0.9), rows, places, settings, [0])
+    found = fill(Oracle(whole, 0.9), rows, places, None, settings, [0])
     [answer] = words_of(found.ids[0], places[0], EOS)
     assert answer[0] == 15 and answer[1] not in (EOS, MASK, SEP) and answer[2:] == [17]
 
 
 def test_rules_that_do_not_look_are_refused():
     with pytest.raises(UserError, match="--sampler random: transliteration takes confidence"):
-        fill(Oracle(None, 1), np.zeros((1, 1)), [[]], Settings(1, 1, sampler="random"), [0])
+        fill(Oracle(None, 1), np.zeros((1, 1)), [[]], None, Settings(1, 1, sampler="random"), [0])
 
 
 # ---- prepare, train, sample ----------------------------------------------------------------------
