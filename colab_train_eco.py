@@ -209,7 +209,7 @@ def judge(run, args):
 
     commands = [
         command
-        for _, command in config.next_commands(run, args.max_steps, args.max_steps)
+        for _, command in config.next_commands(run, args.max_steps, args.max_steps, args.source)
     ]
     print("next: " + "\n      ".join(commands))
     kind = "eco_hybrid" if args.model == "primary" else "diffusion"

@@ -1957,14 +1957,17 @@ COMMANDS = dict(
 )
 
 
-def next_commands(run, step, max_steps):
+def next_commands(run, step, max_steps, source):
     """[(what it does, the command)] for a run folder: summary.md, report.html and colab_train_eco
-    print the same ones.
+    print the same ones. source: of its text.
     """
     name = shlex.quote(str(run))
     go_on = f"python -m train --resume {name}"
     if step >= max_steps:
         go_on += f" --max_steps {2 * max_steps}"
+    if source == "transliterate":       # it does nothing else
+        ask = f'python -m sample --ckpt {name} --transliterate "{PROMPTS[0]}"'
+        return [("sample", ask), ("go on", go_on)]
     return [
         ("sample", f'python -m sample --ckpt {name} --prompt "{PROMPTS[0]}"'),
         ("evaluate", f"python -m evaluate --ckpt {name}"),

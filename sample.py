@@ -79,7 +79,8 @@ def main(argv=None, pinned=None):
     args = suited(args, origins, saved, longest_prompt, alone)
     settings = settings_of_sample(args, origins, saved, tokenizer)
     if not args.text:
-        line = in_words(settings, writer.cfg.causal)
+        told = transliteration.in_words if typed else in_words
+        line = told(settings, writer.cfg.causal)
         if nothing_else_asked(origins, saved):
             line += f" ({why_so(args, saved)})"
         say(line)

@@ -379,7 +379,7 @@ def samples(texts):
     return f"<h2>Samples through time{note}</h2>{card(table)}"
 
 
-def usage(run, step, args):
+def usage(run, step, args, source):
     """What can be done with the run: commands that work in the folder where it was trained."""
     if run is None:
         return card("No checkpoint has been saved yet.", " soft")
@@ -387,7 +387,7 @@ def usage(run, step, args):
     if type(limit) is not int:
         limit = step + 1
     rows = []
-    for what, command in config.next_commands(run, step, limit):
+    for what, command in config.next_commands(run, step, limit, source):
         rows.append(f"<tr><th>{what}</th><td><code>{escaped(command)}</code></td></tr>")
     return card(f"<table>{''.join(rows)}</table>")
 
@@ -447,7 +447,7 @@ def render(events, name, run=None):
 {sessions} session{plural}</div>
 <div class="tiles">{"".join(figures)}</div>
 <div class="charts">{"".join(charts(train, evals, measure))}</div>
-<h2>Use this run</h2>{usage(run, step, args)}
+<h2>Use this run</h2>{usage(run, step, args, inner(meta, "data").get("source"))}
 {samples(kept["sample"])}
 <h2>Warnings</h2>{warnings(events)}
 <h2>Data</h2>{card(listing(inner(meta, "data")))}

@@ -23,6 +23,7 @@ from common.console import UserError, say
 from sampling.left_to_right import Guesses
 from sampling.places import fill, places_of, words_of
 from sampling.settings import SPECULATE
+from sampling.settings import in_words as of_settings
 from sampling.terminal import Stream
 from text.interlace import ROOM, cut, interlaced, tokens_of
 from text.spell_back import in_devanagari
@@ -49,6 +50,16 @@ def with_rule(args, origins, saved):
     found = {name: value for name, value in rule.items() if origins[name] != "flag"}
     chosen = dict.fromkeys(found, "transliterate")
     return dataclasses.replace(args, **found), origins | chosen
+
+
+def in_words(settings, causal):
+    """One line that says how the answers are made."""
+    if causal and settings.speculates:
+        return (
+            f"text: rows of up to {settings.max_new_tokens} tokens, left to right, guessed and "
+            f"verified, temperature {settings.temperature:g}"
+        )
+    return of_settings(settings, causal)
 
 
 def refuse_other_models(saved):

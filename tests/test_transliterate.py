@@ -14,6 +14,7 @@ from tiny import tiny_model
 
 import checkpoint
 import config
+import export
 import masking
 import sample
 import train
@@ -427,6 +428,37 @@ def test_lines_are_transliterated_as_they_come(hindi, trained, capsys, monkeypat
     assert shown("g" * 60)[0].count(" ") == 0
     found = json.loads(shown("ghar pani", "--json")[0])
     assert found["forwards"] <= found["new_tokens"] == found["tokens_before_eos"] + 2
+
+
+def test_left_to_right_guesses_are_verified(hindi, tmp_path, capsys):
+    """python -m sample: the same text in fewer forwards, from the run and from its export."""
+    run = tmp_path / "run"
+    flags = words(
+        "--data_dir", hindi / "data", "--output_dir", run, *TINY, "--max_steps", 150,
+        "--objective", "ar", "--eval_interval", 0,
+    )
+    assert train.main(flags) == 0
+    export.main(words("--ckpt", run, "--output", tmp_path / "exported", "--bits", 32))
+
+    def records(path, *flags):
+        capsys.readouterr()
+        typed = ("--transliterate", "ghar pani subah mausam", "--json", "--temperature", 0)
+        sample.main(words(path, *typed, *flags))
+        return json.loads(capsys.readouterr().out)
+
+    summary = (run / "summary.md").read_text(encoding="utf-8")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for text in (summary, page):
+        assert "--transliterate" in text and "python -m evaluate" not in text
+
+    verified = records(run)
+    assert verified["text"] == "घर पानी सुबह मौसम"
+    assert verified["forwards"] < verified["new_tokens"] / 2
+    exported = records(tmp_path / "exported")
+    assert exported["text"] == verified["text"] and exported["forwards"] == verified["forwards"]
+    one_by_one = records(run, "--sampler", "confidence")
+    assert one_by_one["text"] == verified["text"]
+    assert one_by_one["forwards"] == one_by_one["new_tokens"] == verified["new_tokens"]
 
 
 def test_a_bad_line_is_named(hindi, trained, capsys, monkeypatch):

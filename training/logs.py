@@ -448,6 +448,6 @@ def summary(args, run_dir, params, data, best, bits, progress, tokens_seen, step
         f"{peak_memory_mb():.0f} MB",
     ]
     if Path(run_dir, "latest").is_file():
-        for what, command in next_commands(run_dir, step, args.max_steps):
+        for what, command in next_commands(run_dir, step, args.max_steps, data.meta["source"]):
             lines.append(f"- {what}: {command}")
     return "\n".join(lines) + "\n"

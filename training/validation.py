@@ -14,7 +14,7 @@ from evaluation.estimators import bits_per_byte, held_out
 from sampling import continuous
 from sampling.decode import generate
 from sampling.gaussian_writer import GaussianWriter
-from sampling.settings import Settings, opening
+from sampling.settings import SPECULATE, Settings, opening
 from sampling.torch_model import TorchModel
 from sampling.transliteration import answer_to
 from training import recovery
@@ -135,7 +135,7 @@ def transliterated(run, prompt):
     settings = Settings(
         max_new_tokens=run.args.longest,
         steps=run.args.longest,
-        sampler="threshold",
+        sampler=SPECULATE if run.cfg.causal else "threshold",
         temperature=0.0,
         eos_id=run.tokenizer.eos_id,
     )
