@@ -52,9 +52,10 @@ def every_path(model, ids):
     read(ids[:, 1:READ + 1])
     for first in range(READ + 1, L, 5):
         read(ids[:, first:first + 5])
-    if not model.cfg.causal:
+    if not model.cfg.causal or model.cfg.interlaced:
         attempt(1)
         attempt(5)
+    if not model.cfg.causal:
         masks = np.full((B, 6), mask_id, np.int64)
         half = ids[:, :6].copy()
         half[:, ::2] = mask_id

@@ -782,6 +782,7 @@ def build(cfg, parameters, products):
             graphs["rows"] = eco.graph("rows", "chunk", False)
         else:
             graphs["rows"] = eco.graph("rows", "any", "any")
+        if not cfg.causal or cfg.interlaced:
             graphs["tried"] = eco.graph("tried", "tried", False)
     graphs["head"] = products.head("head", parameters["head.weight"])
     if products.one_row:

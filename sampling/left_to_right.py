@@ -1,8 +1,8 @@
 """The places of interlaced rows (text/interlace.py) filled from left to right, by a model of
 --objective ar.
 
-    ids, forwards = letter_by_letter(model, ids, places, settings, generator)     # one row
-    filled, forwards = with_guesses(model, rows, places, guesses, settings, generators)
+    forwards = letter_by_letter(model, ids, places, settings, generator)    # the masks of one row
+    forwards = with_guesses(model, ids, places, guesses, settings, generator)
 
 Letter by letter takes a forward for each. But what a word means can mostly be guessed from what was
 typed, so with_guesses has many letters verified at once: one forward reads whole rows with guesses
@@ -24,8 +24,11 @@ from text.interlace import word_by_word
 NOT_FINITE = "the model gives no finite answer: its training went wrong"
 
 
+MOST = 32               # positions that a forward reads, the most that try_step takes
+
+
 class Guesses(NamedTuple):
-    words: list             # of each row, the ids that each of its words probably means
+    words: list             # ids that each word of the row probably means
     signs: frozenset        # ids of letters that hang on the one before: vowel signs and the like
 
 
@@ -57,51 +60,54 @@ def letter_by_letter(model, ids, places, settings, generator, on_step=None):
 
 # ---- with guesses --------------------------------------------------------------------------------
 
-def with_guesses(model, rows, places, guesses, settings, generators, on_step=None):
-    """Fill the masks of rows (B, T) of one length -> ids (B, T), forwards (B,)."""
-    signs = guesses.signs
-    open_rows = [Row(*row, signs, model.cfg, settings) for row in zip(
-        rows, places, guesses.words, generators, strict=True
-    )]
-    forwards = np.zeros(len(rows), np.int64)
-    step = 0
-    while True:
-        busy = [number for number, row in enumerate(open_rows) if row.words]
-        if not busy:
-            return np.stack([row.ids for row in open_rows]), forwards
-        asked = [open_rows[number] for number in busy]
-        ids = np.stack([row.ids[row.order] for row in asked])                      # (B, T)
-        states = model.step(ids, model.new_cache(*ids.shape))
-        for number, row in enumerate(asked):
-            before = row.reads_before()                                            # (N,)
-            logits = model.logits(states, np.full_like(before, number), before)    # (N, V)
+def with_guesses(model, ids, places, guesses, settings, generator, on_step=None):
+    """Fill the masks of one row (T,) -> forwards."""
+    row = Row(ids, places, guesses, model.cfg, settings, generator)
+    cache = model.new_cache(1, len(ids))
+    read = 0                            # positions in the cache, and what comes next is settled
+    forwards = 0
+    while row.open:
+        block = row.order[read:read + MOST]
+        states = model.try_step(ids[block][None], cache)
+        kept = len(block)
+        asked = row.asked_behind(read, kept)                                       # (N,)
+        if asked:
+            at = row.index[asked] - read - 1
+            logits = model.logits(states, np.zeros_like(at), at)                   # (N, V)
             must_be_finite(logits, NOT_FINITE)
-            row.settle(logits)
-        forwards[busy] += 1
+            wrong = row.settle(asked, logits)
+            if wrong is not None:
+                kept = row.index[wrong] - read
+        cache.keep(int(kept))
+        read += kept
+        forwards += 1
         if on_step:
-            on_step(None, 0, rows.shape[1], step)
-        step += 1
+            on_step(None, 0, read, forwards)
+    return forwards
 
 
 class Row:
-    """A row whose masked places hold guesses; those of `words` are open, of the first word perhaps
-    a part.
-    """
+    """A row whose masked places hold guesses, until they are settled."""
 
-    def __init__(self, ids, places, guesses, generator, signs, cfg, settings):
+    def __init__(self, ids, places, guesses, cfg, settings, generator):
+        self.ids = ids
+        self.signs = guesses.signs
         self.settings = settings
         self.generator = generator
-        self.signs = signs
-        self.ids = ids.copy()
-        self.words = []
-        self.sizes = {where[-1]: len(where) for where in places}    # of a word, by its last place
-        for where, guess in zip(places, guesses, strict=True):
-            if ids[where[0]] == cfg.mask_id:
-                self.words.append(where)
-                self.guess(where, guess)
         self.order = word_by_word(ids, cfg.pad_id)
-        self.index = np.empty(len(ids), np.int64)
+        self.index = np.empty(len(ids), np.int64)           # of a position in the order
         self.index[self.order] = np.arange(len(ids))
+        self.open = []                                      # places, as they are read
+        self.words = {}                                     # the places of each one's word
+        for where, letters in zip(places, guesses.words, strict=True):
+            if ids[where[0]] == cfg.mask_id:
+                self.open += where.tolist()
+                self.words |= dict.fromkeys(where.tolist(), where)
+                self.guess(where, letters)
+
+    def asked_behind(self, read, rows):
+        """The open places that are answered by so many rows behind what is read."""
+        return [place for place in self.open if self.index[place] <= read + rows]
 
     def guess(self, where, letters):
         """Of the places (n,) of a word: letters, cut off at their end, and EOS behind them."""
@@ -111,43 +117,36 @@ class Row:
             letters = letters[:letters.index(eos_id)]
         self.ids[where] = letters + [eos_id] * (len(where) - len(letters))
 
-    def reads_before(self):
-        """The position in the order of reading before each open place (N,): its state answers."""
-        return self.index[np.concatenate(self.words)] - 1
-
-    def settle(self, logits):
-        """Settle letters of the open places up to the first wrong guess; logits (N, V)."""
+    def settle(self, asked, logits):
+        """Settle open places, whose logits (N, V) these are, up to the first wrong guess -> its
+        place, or None.
+        """
+        said = logits.argmax(-1).tolist()
+        wrong = None
         settled = 0
-        right = True
-        while right and self.words:
-            where = self.words[0]
+        while settled < len(asked) and wrong is None:
+            place = asked[settled]
+            where = self.words[place]
+            where = where[where >= place]
+            guessed = self.ids[where].tolist()
             letter = unmasking.draw(
                 logits[settled:settled + 1], self.settings.temperature, self.settings,
                 self.generator,
             )[0]
-            guessed = self.ids[where].tolist()
-            right = letter == guessed[0]
-            if letter == self.settings.eos_id:
-                self.ids[where] = letter
-                settled += len(where)
-                self.words.pop(0)
-            else:
-                self.ids[where[0]] = letter
-                settled += 1
-                self.words[0] = where[1:]
-                if not right:
-                    self.guess(where[1:], rest_of(guessed, letter, self.signs))
-                if len(where) == 1:
-                    self.words.pop(0)
-        self.guess_again(logits[settled:].argmax(-1))
+            if letter != guessed[0]:
+                wrong = place
+                self.guess(where, [letter, *rest_of(guessed, letter, self.signs)])
+            settled += len(where) if letter == self.settings.eos_id else 1
+        self.open = self.open[settled:]
+        self.guess_again(asked[settled:], said[settled:])
+        return wrong
 
-    def guess_again(self, said):
-        """What the model has said (N,) of the open places is the new guess of whole words."""
-        begin = 0
-        for where in self.words:
-            if len(where) == self.sizes[where[-1]]:
-                self.guess(where, said[begin:begin + len(where)].tolist())
-            begin += len(where)
+    def guess_again(self, asked, said):
+        """What the model has said of whole words is their new guess."""
+        for at, place in enumerate(asked):
+            where = self.words[place]
+            if where[0] == place and where[-1] in asked:
+                self.guess(where, said[at:at + len(where)])
 
 
 def rest_of(guessed, letter, signs):

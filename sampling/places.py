@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from common.console import UserError
-from sampling import left_to_right, unmasking
+from sampling import unmasking
 from sampling.decode import generator_of
-from sampling.left_to_right import NOT_FINITE
+from sampling.left_to_right import NOT_FINITE, letter_by_letter, with_guesses
 from sampling.settings import SPECULATE
 from sampling.unmasking import LOOKING, Look, must_be_finite
 from text.interlace import ROOM
@@ -54,26 +54,26 @@ def words_of(ids, places, eos_id):
 
 def fill(model, rows, places, guesses, settings, seeds, on_step=None):
     """Fill the masks of rows (B, T) of one length; places: of each row, places_of its words;
-    guesses: left_to_right.Guesses, for --sampler speculate; on_step: as decode.generate's, without
-    a canvas.
+    guesses: of each row left_to_right.Guesses, for --sampler speculate; on_step: as
+    decode.generate's, without a canvas.
     """
-    generators = [generator_of(seed) for seed in seeds]
-    if model.cfg.causal and settings.sampler == SPECULATE:
-        return Filled(*left_to_right.with_guesses(
-            model, rows, places, guesses, settings, generators, on_step
-        ))
-    if settings.sampler not in LOOKING:
+    verified = model.cfg.causal and settings.sampler == SPECULATE
+    if settings.sampler not in LOOKING and not verified:
         raise UserError(
             f"--sampler {settings.sampler}: transliteration takes {', '.join(LOOKING)}"
         )
     ids = rows.copy()
     mask_id = model.cfg.mask_id
+    generators = [generator_of(seed) for seed in seeds]
     forwards = np.zeros(len(ids), np.int64)
     if model.cfg.causal:
         for number, row in enumerate(ids):
-            forwards[number] = left_to_right.letter_by_letter(
-                model, row, places[number], settings, generators[number], on_step
-            )
+            given = (model, row, places[number])
+            drawn = (settings, generators[number], on_step)
+            if verified:
+                forwards[number] = with_guesses(*given, guesses[number], *drawn)
+            else:
+                forwards[number] = letter_by_letter(*given, *drawn)
         return Filled(ids, forwards)
     step = 0
     while True:

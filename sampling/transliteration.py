@@ -220,8 +220,9 @@ class Line:
         places = [places_of(map(len, row)) for row in rows]
         guesses = None
         if settings.sampler == SPECULATE:
+            signs = signs_of(tokenizer)
             words = [[word.guess(tokenizer) for word in row] for row in rows]
-            guesses = Guesses(words, signs_of(tokenizer))
+            guesses = [Guesses(row, signs) for row in words]
         seeds = [seed] * len(rows)
         filled = fill(self.model, ids, places, guesses, settings, seeds, on_step)
         for row, where, found in zip(rows, places, filled.ids, strict=True):
