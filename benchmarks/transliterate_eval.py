@@ -1,15 +1,14 @@
 r"""Measure a model of prepare --source transliterate: errors and speed of each decode rule.
 
-    python benchmarks/transliterate_eval.py checkpoints/typed --text held_out.jsonl \
-        --dictionary training_text.jsonl --ar checkpoints/typed_ar --words people.tsv
+    python benchmarks/transliterate_eval.py checkpoints/typed checkpoints/typed_in_any_order \
+        --text held_out.jsonl --dictionary training_text.jsonl --words people.tsv
 
 --text is Devanagari text that the model has not seen; a typist who is drawn for each sentence types
 it, with the slips of training. Each row of the table writes the same parts of sentences, one at a
 time: words wrong and letters wrong (edit distance over the length of what is meant, in percent),
 tokens a forward (letters, and the end of each word; the places behind an end are no tokens), parts
 a second (processor time of one thread). --words adds words and their spellings by people, with a
-tab between them: an answer is right that is the word of this spelling. --ar names a model that was
-trained with --objective ar on the same text. The dictionary has the commonest word for each
+tab between them: an answer is right that is the word of this spelling. The dictionary has the commonest word for each
 spelling that eight typists give the words of this text, and guesses all others by
 text/spell_back.py.
 The last line is JSON.
@@ -49,6 +48,10 @@ RULES = {                                   # name -> Settings that differ from 
     "entropy 0.9": dict(sampler="entropy", threshold=0.9),
     "entropy 0.5": dict(sampler="entropy", threshold=0.5),
     "all at once": dict(sampler="confidence", steps=1),
+}
+LEFT_TO_RIGHT = {                           # of a model of --objective ar
+    "left to right, one by one": dict(sampler="confidence"),
+    "left to right, verified": dict(sampler=SPECULATE),
 }
 
 
@@ -176,12 +179,11 @@ def judge(answer, pairs):
 
 def who_answers(args):
     """{name: what answers}."""
-    loaded = load(args.checkpoint)
-    found = {name: Model(loaded, rule) for name, rule in RULES.items()}
-    if args.ar:
-        loaded = load(args.ar)
-        found["left to right, one by one"] = Model(loaded, dict(sampler="confidence"))
-        found["left to right, verified"] = Model(loaded, dict(sampler=SPECULATE))
+    found = {}
+    for path in args.checkpoints:
+        loaded = load(path)
+        rules = LEFT_TO_RIGHT if loaded[0].cfg.causal else RULES
+        found |= {name: Model(loaded, rule) for name, rule in rules.items()}
     if args.dictionary:
         found["dictionary, else a guess"] = Dictionary(args.dictionary)
     try:
@@ -193,10 +195,9 @@ def who_answers(args):
 
 def main(argv=None):
     parser = arguments(__doc__)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoints", nargs="+", help="of --objective ar, masked or both")
     parser.add_argument("--text", required=True, help="Devanagari text that the model has not seen")
     parser.add_argument("--count", type=int, default=500, help="parts, and words of people")
-    parser.add_argument("--ar", help="a checkpoint of --objective ar")
     parser.add_argument("--dictionary", help="the training text, for the baseline")
     parser.add_argument("--words", nargs="*", default=[], help="words that people typed, .tsv")
     parser.add_argument("--length", type=int, default=96, help="tokens of a row")
