@@ -8,10 +8,9 @@ it, with the slips of training. Each row of the table writes the same parts of s
 time: words wrong and letters wrong (edit distance over the length of what is meant, in percent),
 tokens a forward (letters, and the end of each word; the places behind an end are no tokens), parts
 a second (processor time of one thread). --words adds words and their spellings by people, with a
-tab between them: an answer is right that is the word of this spelling. The dictionary has the commonest word for each
-spelling that eight typists give the words of this text, and guesses all others by
-text/spell_back.py.
-The last line is JSON.
+tab between them: an answer is right that is the word of this spelling. The dictionary has the
+commonest word for each spelling that eight typists give the words of this text, and guesses all
+others by text/spell_back.py. The last line is JSON.
 """
 import importlib
 import json
