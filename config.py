@@ -886,6 +886,14 @@ class PrepareFlags(DataFlags):
         "follows",
         "ignore",
     )
+    prompt_words: int = flag(
+        0,
+        "--cut_documents with topics for prompts: 1 to so many words of a document that few others "
+        "have, answered by the document; 0 = titles and first sentences",
+        "ignore",
+        at_least=0,
+        at_most=16,
+    )
     typists: int = flag(
         2,
         "people who type each sentence of --source transliterate in Latin letters",
@@ -960,6 +968,11 @@ class PrepareFlags(DataFlags):
             yield f"--clean and --romanise are for documents, not for --source {self.source}"
         if self.cut_documents and self.source != "pairs":
             yield f"--cut_documents makes pairs: add --source pairs (now: {self.source})"
+        if self.prompt_words and not self.cut_documents:
+            yield (
+                f"--prompt_words {self.prompt_words} takes prompts out of documents: add --source "
+                "pairs --cut_documents"
+            )
         if self.report and not self.wants("clean"):
             yield f"--report {self.report} tells what cleaning removed: add --clean"
 

@@ -1,8 +1,12 @@
 """Pairs: what is read and refused, what a row asks, which tokens a loss sees, and what guidance
 moves.
 """
+import io
 import json
 import math
+from collections import Counter
+from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,11 +27,12 @@ from sampling.decode import generate
 from sampling.settings import Settings, opening
 from sampling.torch_model import TorchModel
 from sampling.unmasking import Look
-from text import pairs
+from text import pairs, topics
 from text.build import build
 from text.dataset import TokenData
 from text.pairs import PairWindows, held_out_rows
-from text.tokenizer import Tokenizer
+from text.starter import grammar
+from text.tokenizer import Tokenizer, normalise
 
 WORDS = {"lal": "लाल", "nila": "नीला", "hara": "हरा", "kala": "काला", "bada": "बड़ा", "naya": "नया"}
 BOS, SEP, EOS = 2, 0, 3
@@ -46,10 +51,10 @@ def write_pairs(path, pairs):
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def prepared(folder, source, path, **changes):
+def prepared(folder, source, path, vocab=320, **changes):
     args = config.PrepareArgs(
         source=source, input=(str(path),), data_dir=str(folder),
-        tokenizer=str(folder / "tok.model"), tokenizer_vocab=320, **changes,
+        tokenizer=str(folder / "tok.model"), tokenizer_vocab=vocab, **changes,
     )
     args.said = []
     build(args, args.said.append)
@@ -161,6 +166,173 @@ def test_pairs_of_documents_end_with_a_sentence_and_keep_to_the_length(tmp_path)
         prepared(tmp_path / "none", "pairs", tmp_path / "b.txt", cut_documents=True)
     with pytest.raises(UserError, match="--cut_documents makes pairs: add --source pairs"):
         prepare.main(["--source", "files", "--input", "x.txt", "--cut_documents"])
+
+
+# ---- topics of documents -------------------------------------------------------------------------
+
+PLACES = "nadi pahad jangal bazaar gaanv shahar dariya maidan".split()
+COMMON = "wahan ek din sab log mile aur khush hue".split()
+
+
+def documents_of_places(count, sentences):
+    """Documents about one place each; the other words are in all of them, but one, which is its
+    own and a number.
+    """
+    chance = np.random.default_rng(1)
+    for number in range(count):
+        place = PLACES[number % len(PLACES)]
+        said = [f"{number} mein {place} akela{letters_of(number)}."]
+        said += [" ".join(chance.choice(COMMON, 5)) + "." for _ in range(sentences - 1)]
+        yield " ".join(said)
+
+
+def letters_of(number):
+    return "".join("abcdefghij"[int(digit)] for digit in str(number))
+
+
+def prompts_and_responses(folder, split):
+    tok = Tokenizer(folder / "tok.model")
+    for ids in TokenData(folder, split).documents():
+        ids = ids.tolist()
+        yield tok.decode(ids[:ids.index(SEP)]), tok.decode(ids[ids.index(SEP):])
+
+
+def starter_topics(folder, **changes):
+    """Pairs with topics out of the starter corpus."""
+    texts = [text for _, text in islice(grammar.starter_documents(7, 0.35), 700)]
+    path = folder.with_suffix(".jsonl")
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    changes = dict(cut_documents=True, prompt_words=3, pair_tokens=64) | changes
+    return texts, prepared(folder, "pairs", path, vocab=1000, **changes)
+
+
+def test_a_topic_is_of_words_that_the_response_has_and_few_documents_have(tmp_path):
+    folder = tmp_path / "data"
+    texts, args = starter_topics(folder)
+    has = Counter(word for text in texts for word in set(topics.words_of(normalise(text))))
+    lengths = Counter()
+    cut = 0
+    for split in ("train", "val"):
+        for prompt, response in prompts_and_responses(folder, split):
+            asked = prompt.split(", ")
+            lengths[len(asked)] += 1
+            words = topics.words_of(response)
+            places = [words.index(word) for word in asked]
+            assert places == sorted(set(places)), "in their order, each once"
+            assert all(2 <= has[word] <= 0.02 * len(texts) for word in asked)
+            [*whole] = {text for text in map(normalise, texts) if text.startswith(response)}
+            assert whole and (response in whole or response[-1] in "।.?!\"")
+            cut += response not in whole
+    assert set(lengths) == {1, 2, 3} and min(lengths.values()) > 0.1 * lengths.total()
+    assert 0 < cut < lengths.total()
+    assert TokenData(folder).meta["pairs"]["longest"] <= 64
+    assert "--prompt_words 3" in TokenData(folder).meta["flags"]
+
+
+def test_topics_are_the_same_again_and_others_with_another_seed_or_number(tmp_path):
+    def prompts(name, **changes):
+        folder = tmp_path / name
+        starter_topics(folder, **changes)
+        return sorted(prompts_and_responses(folder, "train"))
+
+    first = prompts("a")
+    assert prompts("b") == first
+    assert {len(prompt.split(", ")) for prompt, _ in prompts("one", prompt_words=1)} == {1}
+    known = {"nadi", "pahad", "jangal"}
+    text = "nadi, pahad aur Jangal."
+    drawn = [topics.topic_of(text, known, 3, seed, 100) for seed in range(50)]
+    assert len(set(drawn)) == 7, "each choice of some of three words comes"
+
+
+def test_other_numbers_of_words_are_other_pairs(tmp_path):
+    _, args = starter_topics(tmp_path / "data")
+    build(args, args.said.append)
+    assert "already there" in args.said[-1]
+    starter_topics(tmp_path / "data", prompt_words=2)
+    lengths = {len(prompt.split(", "))
+               for prompt, _ in prompts_and_responses(tmp_path / "data", "train")}
+    assert lengths == {1, 2}
+
+
+def test_a_word_that_does_not_fit_is_not_asked_for(tmp_path):
+    """Topics are chosen before there is a tokenizer; what the cut takes away goes from them."""
+    mark = pairs.MARK
+    assert topics.still_asked(f"nadi, pahad{mark}Nadi bahti hai.") == f"nadi{mark}Nadi bahti hai."
+    assert topics.still_asked(f"pahad{mark}Nadi bahti hai.") == ""
+    # a word at the border is not taken for another one that it begins with
+    assert topics.topic_of("nadi ke paas", {"nadi", "paa"}, 1, 0, 11) == "nadi"
+
+    chance = np.random.default_rng(2)
+    documents = []
+    for number in range(400):
+        name = letters_of(number // 4)
+        filler = [" ".join(chance.choice(COMMON, 4)) + "." for _ in range(number % 7)]
+        documents.append(" ".join([*filler, f"wahan naam{name} tha. phir ghar{name} gaya."]))
+    (tmp_path / "a.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    folder = tmp_path / "data"
+    args = prepared(
+        folder, "pairs", tmp_path / "a.txt", cut_documents=True, prompt_words=2, pair_tokens=32,
+        val_doc_frac=0.2,
+    )
+    assert "pairs of more than 32 tokens are left out" in "\n".join(args.said)
+    known = topics.topic_words(documents, 1000, 10**9)
+    fewer = 0
+    for split in ("train", "val"):
+        for prompt, response in prompts_and_responses(folder, split):
+            assert set(prompt.split(", ")) <= set(topics.words_of(response))
+            letters = topics.LETTERS * args.pair_tokens
+            chosen = {topics.topic_of(text, known, 2, args.seed, letters) for text in documents
+                      if text.startswith(response)}
+            fewer += prompt not in chosen
+    assert fewer
+
+
+def test_common_words_and_words_of_one_document_are_no_topics():
+    documents = list(documents_of_places(80, 4))
+    known = topics.topic_words(documents, 1000, 10**9)
+    assert known == set(PLACES)
+    assert topics.topic_words(documents[:8], 1000, 10**9) >= {"mein"}, "few documents: most words"
+    assert topics.topic_words(iter(documents), 3, 10**9) == topics.topic_words(
+        documents[:3], 1000, 10**9
+    )
+    chars = sum(map(len, documents[:5])) + 1
+    assert topics.topic_words(documents, 1000, chars) == topics.topic_words(
+        documents[:5], 1000, 10**9
+    )
+    words = topics.words_of("Nadi, 3.5 kilo: हाथी। नदी! ab a-b-c x2y")
+    assert words == ["nadi", "kilo", "हाथी", "नदी"]
+
+
+def test_a_long_text_is_counted_in_little_memory(monkeypatch):
+    documents = list(documents_of_places(400, 4))
+    whole = topics.topic_words(documents, 1000, 10**9)
+    monkeypatch.setattr(topics, "REMEMBERED", 40)      # each document has a word of its own
+    assert topics.topic_words(documents, 1000, 10**9) == whole == set()
+    monkeypatch.setattr(topics, "MOST", 0.2)
+    assert topics.topic_words(documents, 1000, 10**9) == set(PLACES)
+
+
+def test_documents_from_a_pipe_have_topics_too(tmp_path, monkeypatch):
+    texts = "\n\n".join(documents_of_places(80, 3))
+    (tmp_path / "a.txt").write_text(texts, encoding="utf-8")
+    changes = dict(cut_documents=True, prompt_words=1)
+    prepared(tmp_path / "file", "pairs", tmp_path / "a.txt", **changes)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(texts.encode())))
+    prepared(tmp_path / "pipe", "pairs", "-", **changes)
+    for split in ("train", "val"):
+        assert list(prompts_and_responses(tmp_path / "pipe", split)) == list(
+            prompts_and_responses(tmp_path / "file", split)
+        )
+
+
+def test_topics_that_cannot_be_are_refused_in_a_sentence(tmp_path):
+    for words in (["--source", "pairs"], ["--source", "files"]):
+        with pytest.raises(UserError, match="--prompt_words 3 takes .* --cut_documents"):
+            prepare.main([*words, "--input", "x.jsonl", "--prompt_words", "3"])
+    (tmp_path / "a.txt").write_text("nadi bahti hai.\n\npahad ooncha tha.\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no word of it is in several .*leave --prompt_words out"):
+        prepared(tmp_path / "d", "pairs", tmp_path / "a.txt", cut_documents=True, prompt_words=2)
 
 
 # ---- rows ----------------------------------------------------------------------------------------

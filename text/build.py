@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.console import UserError
 from common.files import lock, read_json, rename, seal_holds, sealed, write_json
-from text import dataset, hub, interlace, pairs, transliterate
+from text import dataset, hub, interlace, pairs, topics, transliterate
 from text.clean import RULES, Cleaner
 from text.documents import find_files, kind_of, read_documents
 from text.spool import Spool
@@ -62,11 +62,12 @@ def read(args, spool, sources, paths, log):
     """Pass 1: all sources into the spool, normalised and cleaned, up to the limits."""
     cleaner = Cleaner() if args.wants("clean") else None
     given = ", ".join(map(str, args.input)) or args.source
+    known = topic_words(args, paths) if args.prompt_words else None
     spool.begin()
     try:
         with tqdm(unit=" docs", desc="read", disable=None) as bar:
             for source, path in zip(sources, paths, strict=True):
-                read_source(args, spool, cleaner, source, path, bar, log)
+                read_source(args, spool, cleaner, known, source, path, bar, log)
         check_amount(args, spool, cleaner, given, log)
         if cleaner:
             for line in cleaner.table():
@@ -82,8 +83,20 @@ def read(args, spool, sources, paths, log):
         spool.file.close()
 
 
-def pairs_of(args, path, log):
+def topic_words(args, paths):
+    """The words that may be asked for, of a first pass over all files; read() reads them again, and
+    says then what there is to say of them.
+    """
+    texts = (text for path in paths for text in read_documents(path, [].append))
+    texts = tqdm(texts, unit=" docs", desc="count words", disable=None)
+    return topics.topic_words(texts, args.max_docs, args.max_chars)
+
+
+def pairs_of(args, known, path, log):
     """(pair, the part of it that says on which side of the split it belongs) of one file."""
+    if args.prompt_words:
+        yield from pairs_of_topics(args, known, path, log)
+        return
     if args.cut_documents:
         yield from pairs_of_documents(args, path, log)
         return
@@ -114,6 +127,25 @@ def pairs_of_documents(args, path, log):
         log(f"notice: {path}: {left_out:,} documents of one sentence are left out")
 
 
+def pairs_of_topics(args, known, path, log):
+    """(pair, its document) of each document that has a word that may be asked for."""
+    most = pairs.LONGEST_PIECE * args.pair_tokens       # letters of a pair
+    room = topics.LETTERS * args.pair_tokens            # letters of it that may well fit
+    left_out = 0
+    for text in read_documents(path, log):
+        text = normalise(text).strip()
+        topic = topics.topic_of(text, known, args.prompt_words, args.seed, room)
+        if topic:
+            yield pairs.MARK.join((topic, text[:most])), text
+        elif text:
+            left_out += 1
+    if left_out:
+        log(
+            f"notice: {path}: {left_out:,} documents without a word that few documents have are "
+            "left out"
+        )
+
+
 def cleaned(args, cleaner, source, path, log):
     """(document, itself) of one source: normalised and, if that is asked for, cleaned."""
     for text, kind in documents_of(args, source, path, log):
@@ -123,12 +155,12 @@ def cleaned(args, cleaner, source, path, log):
         yield text, text
 
 
-def read_source(args, spool, cleaner, source, path, bar, log):
+def read_source(args, spool, cleaner, known, source, path, bar, log):
     """One source into the spool; how much came of it is noted in `source`."""
     docs_before = spool.docs.total()
     bytes_before = spool.bytes
     if args.of_pairs:
-        texts = pairs_of(args, path, log)
+        texts = pairs_of(args, known, path, log)
     else:
         texts = cleaned(args, cleaner, source, path, log)
     for text, decides in texts:
@@ -145,6 +177,11 @@ def check_amount(args, spool, cleaner, given, log):
         why = "every document is empty"
         if args.cut_documents:
             why = "no document has a second sentence"
+        if args.prompt_words:
+            why = (
+                "no word of it is in several documents, but in few of them; give more documents, "
+                "or leave --prompt_words out"
+            )
         if args.source == "transliterate":
             why = "no sentence of it is in Devanagari"
         if cleaner:
@@ -245,7 +282,7 @@ def encode(args, folder, spool, tok, log):
         synced = done.place
         for batch in spool.batches(done.place):
             if args.cut_documents:
-                batch = shortened(batch, tok, args.pair_tokens)
+                batch = shortened(args, batch, tok)
             write_batch(args, batch, encoded(batch, tok, args, spool, done), files, done)
             bar.update(done.place - bar.n)
             if done.place - synced >= SYNC_BYTES:
@@ -256,9 +293,17 @@ def encode(args, folder, spool, tok, log):
     return done.count, [digest.hexdigest() for digest in done.hashes]
 
 
-def shortened(batch, tok, most):
-    """These records, with pairs that end with a sentence after at most so many tokens."""
-    return [(*about, pairs.shortened(text, tok, most)) for *about, text in batch]
+def shortened(args, batch, tok):
+    """These records, with pairs that end with a sentence after at most --pair_tokens, and whose
+    prompts name no word behind that. What cannot be so is left as it is, too long.
+    """
+    records = []
+    for *about, text in batch:
+        short = pairs.shortened(text, tok, args.pair_tokens)
+        if args.prompt_words:
+            short = topics.still_asked(short) or text
+        records.append((*about, short))
+    return records
 
 
 def encoded(batch, tok, args, spool, done):
@@ -379,8 +424,8 @@ def flags_of(args):
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     words = []
     for name in ("source", "input", "tokenizer", "tokenizer_vocab", "model_type", "hinglish_ratio",
-                 "pair_tokens", "cut_documents", "typists", "val_doc_frac", "max_docs", "max_chars",
-                 "clean", "romanise", "raw_dir", "seed"):
+                 "pair_tokens", "cut_documents", "prompt_words", "typists", "val_doc_frac",
+                 "max_docs", "max_chars", "clean", "romanise", "raw_dir", "seed"):
         value = getattr(args, name)
         if value is True:
             words.append(f"--{name}")
@@ -494,6 +539,8 @@ def find_sources(args, folder, log):
         settings["pair_tokens"] = args.pair_tokens
     if args.cut_documents:
         settings["cut_documents"] = True
+    if args.prompt_words:
+        settings["prompt_words"] = args.prompt_words
     if args.source == "transliterate":
         settings["typists"] = args.typists
 
