@@ -52,9 +52,11 @@ them to a PyTorch model.
                                         rounding of float32? Not with bf16 products, nor on a GPU
     model.device_memory()               maybe -> (name, bytes) of a device with memory of its own
 
-Guidance: what the model says with the prompt, away from what it says without. A model of pairs was
-trained without prompts, too, and Settings.null_prompt has the ids that stand for none: the response
-so far follows them. Without it, the block stands alone.
+Guidance: what the model says with the prompt, away from what it says without. Beyond 1 a token that
+it hardly finds possible would win, if it is still rarer without the prompt: so none is lifted that
+is less than PLAUSIBLE times as likely as the best one. A model of pairs was trained without
+prompts, too, and Settings.null_prompt has the ids that stand for none: the response so far follows
+them. Without it, the block stands alone.
 
 Legend: B rows, P tokens of the prompt, S positions of a block, T all positions, N masked positions
 that are looked at, V vocabulary rows.
@@ -74,6 +76,7 @@ from sampling.settings import MODES, must_suit_drafts
 from sampling.unmasking import LOOKING, Look, must_be_finite
 
 PROMPT_TOKENS = 1024  # of a prompt that go through the network at once
+PLAUSIBLE = 0.1       # of the best token's chance
 
 
 @dataclass
@@ -632,7 +635,11 @@ def read_logits(model, sides, turns, settings, step):
     must_be_finite(bare, damaged)
     bare = unmasking.log_softmax(bare)
     with np.errstate(over="ignore", invalid="ignore"):  # -inf - -inf is not a number
-        guided = np.where(never, logits, bare + settings.guidance_scale * (logits - bare))
+        guided = bare + settings.guidance_scale * (logits - bare)
+    if settings.guidance_scale > 1:
+        unlikely = logits < logits.max(-1, keepdims=True) + math.log(PLAUSIBLE)
+        guided = np.where(unlikely, np.minimum(guided, logits), guided)
+    guided[never] = -np.inf
     must_be_finite(
         guided,
         f"--guidance_scale {settings.guidance_scale:g} is too large: the guided logits overflow; "

@@ -3,6 +3,7 @@ uncached text on real nets.
 """
 import dataclasses
 import itertools
+import math
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -667,11 +668,49 @@ def small(model, seed=3, exits=False, vocab=40):
     return tiny_model(model, vocab, seed=seed, away=0.2, exits=exits, conv_kernel=7)
 
 
+def lifted(c, guided):
+    """Only tokens that are a tenth as likely as the best by log-probabilities c may gain."""
+    possible = c >= c.amax(-1, keepdim=True) + math.log(0.1)
+    return torch.where(possible, guided, torch.minimum(guided, c))
+
+
+def test_guidance_prefers_no_token_that_the_prompt_makes_unlikely():
+    """Of a token that is rare with the prompt, and rarer without, the formula would make the only
+    answer: it may be at most as frequent as without guidance.
+    """
+    class Prompted:
+        """Without the prompt, 4 is less likely, and 6 hardly possible."""
+        class cfg:
+            mask_id, pad_id, vocab_size, n_layers, causal = 7, 0, 8, 1, False
+
+        def states(self, ids, cache, depth=None):
+            return ids
+
+        def logits(self, states, rows, positions):
+            given = np.array([0, 0, 0, 0, 0.50, 0.48, 0.02, 0], np.float32)
+            bare = np.array([0, 0, 0, 0, 0.30, 0.6999, 0.0001, 0], np.float32)
+            without = states[rows, 1] == self.cfg.mask_id
+            with np.errstate(divide="ignore"):
+                return np.log(np.where(without[:, None], bare, given))
+
+        def new_cache(self, rows, length):
+            return None
+
+    def shares(scale):
+        settings = Settings(400, 1, mode="full", temperature=1.0, eos_id=None, guidance_scale=scale)
+        [row] = generate(Prompted(), [2, 4, 4], settings, [0]).rows
+        return [row.count(token) / 400 for token in (4, 5, 6)]
+
+    assert shares(1)[2] > 0.01 and shares(0)[1] > 0.6
+    common, other, rare = shares(4)
+    assert rare < 0.03 and common > 0.85 > other > 0
+
+
 @pytest.mark.parametrize("model", ["primary", "backup"])
 @pytest.mark.parametrize("mode", MODES)
 def test_guidance_is_the_formula(model, mode):
-    """u + s (c - u) on log-probabilities, both sides of the same network; the greedy first choice
-    shows it.
+    """u + s (c - u) on log-probabilities, both sides of the same network, which lifts no token that
+    is not a tenth as likely as the best one; the greedy first choice shows it.
     """
     net, prompt = small(model, seed=4), [2, 7, 9, 11, 5]
     plain = Settings(8, 1, mode=mode, block_size=8, temperature=0, eos_id=None)
@@ -686,7 +725,7 @@ def test_guidance_is_the_formula(model, mode):
             c = net(torch.cat((torch.tensor([prompt]), block), dim=1))[:, 5:]
             u = net(torch.cat((torch.tensor([[2, 40, 40, 40, 40]]), block), dim=1))[:, 5:]
         c, u = c.log_softmax(-1), u.log_softmax(-1)
-    want = torch.where(torch.isneginf(c), c, u + 3 * (c - u)).argmax(-1).tolist()
+    want = lifted(c, u + 3 * (c - u)).nan_to_num(-math.inf).argmax(-1).tolist()
     assert write(net, prompt, guided, [0]).rows == want
     assert want != c.argmax(-1).tolist()
 
@@ -939,7 +978,7 @@ def test_guided_or_leaving_early_it_is_the_noisy_stream(model, more, monkeypatch
         for _ in range(12):
             net.step(torch.tensor([last]), cache)
             c, u = (net(mask, context)[0, 0].log_softmax(-1) for context in (cache, empty))
-            z = torch.where(torch.isneginf(c), c, u + s.guidance_scale * (c - u))
+            z = lifted(c, u + s.guidance_scale * (c - u)).nan_to_num(-math.inf)
             last = [int(z.argmax())]
             want += last
     assert write(net, prompt, s, [0]).rows == [want]
