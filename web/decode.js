@@ -17,6 +17,8 @@
 // [Float32Array (V,) of each]. web/model.js is one. onStep(canvas, lo, hi) is called, and waited
 // for, after each forward.
 
+const PLAUSIBLE = 0.1;  // of the best token's chance
+
 export async function generate(model, prompt, asked, onStep) {
   let settings = asked;
   if (model.causal) {
@@ -182,11 +184,15 @@ async function readLogits(model, sides, rows, settings) {
   const [logits, without] = found;
   if (!without) return logits;
 
-  // Guidance: away from what the model says without the prompt
+  // Guidance: away from what the model says without the prompt, and no unlikely token is lifted
   return logits.map((given, i) => {
     const here = logSoftmax(given);
     const there = logSoftmax(without[i]);
-    const guided = (v) => there[v] + settings.guidance_scale * (here[v] - there[v]);
+    const likely = Math.fround(lookAt(here).top + Math.log(PLAUSIBLE));
+    const guided = (v) => {
+      const z = there[v] + settings.guidance_scale * (here[v] - there[v]);
+      return settings.guidance_scale > 1 && here[v] < likely ? Math.min(z, here[v]) : z;
+    };
     return given.map((logit, v) => (logit === -Infinity ? logit : guided(v)));
   });
 }
