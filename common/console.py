@@ -118,6 +118,18 @@ def commit_hash(folder):
         return "unknown"
 
 
+def leave(code):
+    """The end of an interrupted program. Threads of pyarrow that still read for the hub's library
+    would abort while the interpreter ends (SIGABRT): then there is no such end.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream:
+            stream.flush()
+    if "pyarrow" in sys.modules:
+        os._exit(code)
+    sys.exit(code)
+
+
 def run(main, argv=None):
     """Call an entry point; a UserError becomes one message on stderr and its exit code. Output is
     UTF-8 everywhere.
@@ -152,4 +164,4 @@ def run(main, argv=None):
         check_packages()
         raise
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
