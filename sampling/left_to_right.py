@@ -5,13 +5,14 @@
     forwards = with_guesses(model, ids, places, guesses, settings, generator)
 
 Letter by letter takes a forward for each. But what a word means can mostly be guessed from what was
-typed, so with_guesses has many letters verified at once: one forward reads whole rows with guesses
-in the places, and says of each place what it would have written behind what stands before. As long
-as that is the guess, the next answer is right, too; the first wrong guess is corrected. What the
-model says of all places behind is the next guess. So every forward settles a letter at least, and
-the text is that of letter by letter, seed for seed (up to the rounding of many rows beside one).
+typed, so with_guesses has many letters verified at once: one forward reads on with guesses in the
+places, and says of each place what it would have written behind what stands before. As long as that
+is the guess, the next answer is right, too; the first wrong guess is corrected, and what was read
+from there on does not join the cache. What the model says of the words behind is their next guess.
+So every forward settles a letter at least, and the text is that of letter by letter, seed for seed
+(up to the rounding of many rows beside one).
 
-Used by sampling/places.py. Legend: B rows, T positions, N open places of a row, n of a word.
+Used by sampling/places.py. Legend: T positions, N places, n of a word, V vocabulary rows.
 """
 from typing import NamedTuple
 
@@ -22,8 +23,6 @@ from sampling.unmasking import must_be_finite
 from text.interlace import word_by_word
 
 NOT_FINITE = "the model gives no finite answer: its training went wrong"
-
-
 MOST = 32               # positions that a forward reads, the most that try_step takes
 
 
