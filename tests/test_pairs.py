@@ -168,6 +168,34 @@ def test_pairs_of_documents_end_with_a_sentence_and_keep_to_the_length(tmp_path)
         prepare.main(["--source", "files", "--input", "x.txt", "--cut_documents"])
 
 
+def test_a_limit_that_leaves_no_pair_for_a_split_is_named_and_nothing_is_lost(tmp_path):
+    def built(held_out, **flags):
+        """Pairs of 40 documents; the held-out ones with a long sentence behind the title."""
+        documents = []
+        for number in range(40):
+            title = f"kahani {number}"
+            long = "lal nila " * 40 if title in held_out else "lal nila"
+            documents.append(f"{title}\n{long.strip()}.")
+        (tmp_path / "a.txt").write_text("\n\n".join(documents), encoding="utf-8")
+        prepared(
+            tmp_path / "data", "pairs", tmp_path / "a.txt", cut_documents=True, **flags
+        )
+        return tmp_path / "data"
+
+    folder = built((), pair_tokens=40)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    tok = Tokenizer(folder / "tok.model")
+    held_out = [
+        tok.decode(ids.tolist()[:ids.tolist().index(SEP)])
+        for ids in TokenData(folder, "val").documents()
+    ]
+    with pytest.raises(UserError, match="no pair for validation has at most --pair_tokens 40"):
+        built(held_out, pair_tokens=40)
+    with pytest.raises(UserError, match="no pair for training has at most --pair_tokens 8"):
+        built((), pair_tokens=8)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 # ---- topics of documents -------------------------------------------------------------------------
 
 PLACES = "nadi pahad jangal bazaar gaanv shahar dariya maidan".split()

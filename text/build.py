@@ -369,6 +369,16 @@ def write_batch(args, batch, rows, files, done):
             done.count[split, script, "response_bytes"] += len(response.encode())
 
 
+def check_pairs(args, count):
+    """Dies if the limit on pairs has left nothing to train with, or nothing to validate with."""
+    for number, what in enumerate(("training", "validation")):
+        if not any(count[number, script, "docs"] for script in SCRIPTS):
+            raise UserError(
+                f"no pair for {what} has at most --pair_tokens {args.pair_tokens} tokens: give a "
+                "larger one, or more text"
+            )
+
+
 def sync_files(files):
     for file in files:
         file.flush()
@@ -664,6 +674,8 @@ def build(args, log=print):
                     read(args, spool, sources, paths, log)
                 tok = get_tokenizer(args, spool, log)
                 count, hashes = encode(args, work, spool, tok, log)
+                if args.of_pairs:
+                    check_pairs(args, count)
                 meta = make_meta(args, spool, tok, digest, count, hashes)
                 publish(args, work, meta, count, log)
     except OSError as error:
