@@ -843,7 +843,9 @@ class CommonFlags(EveryFlags):
     "Everywhere"
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", "ignore", shortcuts={"cpu": "cpu"})
     seed: int = flag(1337, "all randomness", "must", at_least=0, below=2**63)
-    threads: int = flag(0, "CPU threads; 0 = PyTorch's choice", "ignore", at_least=0, rare=True)
+    threads: int = flag(
+        0, "CPU threads; 0 = PyTorch's choice", "ignore", at_least=0, at_most=1024, rare=True
+    )
     print_config: bool = flag(
         False, "show every setting with its origin and the parameter count, then stop", "ignore"
     )
@@ -905,7 +907,8 @@ class PrepareFlags(DataFlags):
     raw_dir: str = flag("data/raw", "what was downloaded", "ignore", rare=True)
     tokenizer: str = flag("data/tokenizer/aria_hindi.model", "trained when missing", "ignore")
     tokenizer_vocab: int = flag(
-        0, "base pieces, mask not included; 0 = by corpus size", "ignore", at_least=0
+        0, "base pieces, mask not included; 0 = by corpus size", "ignore", at_least=0,
+        at_most=1_000_000,
     )
     model_type: str = flag(
         "bpe",
@@ -1433,6 +1436,7 @@ class SampleArgs(GenerateFlags, CommonFlags):
         1,
         "continuations per prompt; seeds seed, seed+1, ..., on and on over all prompts",
         at_least=1,
+        at_most=100_000,
     )
     blockwise: bool = flag(
         None,

@@ -274,6 +274,10 @@ def test_gpu_tiers(memory, row):
         (TrainArgs, "--seq_len 15", ["--seq_len 15", "at least 16"]),
         (TrainArgs, "--batch_size 0", ["--batch_size 0", "at least 1"]),
         (TrainArgs, "--timesteps 1", ["--timesteps 1", "at least 2"]),
+        # numbers that PyTorch, Python and SentencePiece answer with a traceback
+        (TrainArgs, "--threads 1000000000000", ["--threads 1000000000000", "at most 1024"]),
+        (SampleArgs, "a --num_samples 1000000000000", ["--num_samples", "at most 100000"]),
+        (PrepareArgs, "--tokenizer_vocab 1000000000000", ["at most 1000000"]),
         (TrainArgs, "--lr 0", ["--lr 0", "above 0"]),
         (TrainArgs, "--lr nan", ["--lr nan", "finite"]),
         (TrainArgs, "--lr 1e999", ["finite"]),
