@@ -531,7 +531,9 @@ class OptimFlags:
         later=True,
     )
     batch_size: int = flag(4, "sequences per forward", at_least=1)
-    grad_accum: int = flag(8, "forwards per step", at_least=1, aliases=("accumulate_grad_batches",))
+    grad_accum: int = flag(
+        8, "forwards per step", at_least=1, at_most=65_536, aliases=("accumulate_grad_batches",)
+    )
     auto_batch: bool = flag(
         False, "out of memory: half the batch, twice the forwards; probed first", "ignore"
     )

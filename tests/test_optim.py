@@ -2,6 +2,8 @@
 schedules, averages in closed form.
 """
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 import checkpoint
 from common.console import UserError
+from common.files import ROOT
 from training import optim
 
 
@@ -124,6 +127,40 @@ def test_2n_steps_equal_n_save_load_n(kind, dtype, tmp_path):
         resumed = bits(model, opt)
         assert straight.keys() == resumed.keys()
         assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+NO_COMPILER = """
+import sys, torch
+sys.path.insert(0, "tests")
+from test_optim import build, train
+for kind in ("adamw", "muon", "lion"):
+    for dtype in (torch.float32, torch.bfloat16):
+        model, opt = build(kind, dtype)
+        train(model, opt, 0, 2)
+        opt.load_state_tensors({key: t.clone() for key, t in opt.state_tensors().items()})
+        train(model, opt, 2, 3)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+
+
+def test_no_step_imports_the_compiler():
+    """It would take 1.5 s at each start of a training."""
+    done = subprocess.run([sys.executable, "-c", NO_COMPILER], cwd=ROOT)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_step_is_that_of_pytorch(kind, monkeypatch):
+    mine = build(kind)
+    train(*mine, 0, 4)
+    for name in ("AdamW", "Muon"):
+        monkeypatch.setattr(optim, name, getattr(torch.optim, name))
+    theirs = build(kind)
+    train(*theirs, 0, 4)
+    mine = bits(*mine)
+    theirs = bits(*theirs)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 def test_without_the_state_the_result_differs():

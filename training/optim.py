@@ -20,6 +20,7 @@ the matrices from forward to backward, 2 bytes more, which bf16 weights do not n
 """
 import contextlib
 import functools
+import inspect
 import math
 import re
 from types import SimpleNamespace
@@ -66,6 +67,23 @@ def param_groups(model, weight_decay):
     return groups
 
 
+# PyTorch asks its compiler to stay out of these, and imports it to ask: 1.5 s of the processor at
+# each start of a training. Marked so, they are called as they are; nothing here is ever compiled.
+for name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
+    method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+    method.__dynamo_disable = method
+
+
+class AdamW(torch.optim.AdamW):
+    """Its step imports the compiler for the same reason."""
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(torch.optim.Muon):
+    """The same."""
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Muon.step))
+
+
 class Lion(torch.optim.Optimizer):
     """p -= lr * (sign(b1 m + (1-b1) g) + decay p), and only then m = b2 m + (1-b2) g, from the old
     m.
@@ -92,10 +110,10 @@ class Lion(torch.optim.Optimizer):
 def one_optimizer(kind, fused, groups, lr):
     """The torch optimizer of that kind for these groups."""
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=fused)
+        return AdamW(groups, lr=lr, betas=BETAS, fused=fused)
     if kind == "muon":
         # match_rms_adamw makes Muon's updates as large as AdamW's: one --lr serves all
-        return torch.optim.Muon(groups, lr=lr, adjust_lr_fn="match_rms_adamw")
+        return Muon(groups, lr=lr, adjust_lr_fn="match_rms_adamw")
     return Lion(groups, lr)
 
 
