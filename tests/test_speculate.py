@@ -235,7 +235,7 @@ def test_both_networks_have_the_clean_streams_law(model, more, always):
             p = distribution(logits, asked.temperature, asked.top_k, 1.0)
             p = p[np.arange(len(p)), x0[:, 3:].flatten().numpy()]
             laws.append(p.reshape(-1, 2).prod(1))
-    n = 800
+    n = 500
     out = decode.generate(TorchModel(net), prompt, asked, list(range(n)))
     found = Counter(map(tuple, out.rows))
     seen = np.array([found[text] for text in texts])
@@ -268,7 +268,7 @@ def test_greedy_text_is_that_of_one_token_at_a_time(model, always):
                 writer, prompt, one_by_one(dataclasses.replace(asked, eos_id=eos)), [0]
             )
             ended += len(want.full_rows[0]) < 33
-            for size in range(1, 17):
+            for size in (1, 2, 3, 5, 8, 13, 16):
                 mine = dataclasses.replace(asked, eos_id=eos, block_size=size)
                 out = decode.generate(writer, prompt, mine, [5])
                 assert (out.rows, out.full_rows) == (want.rows, want.full_rows), (seed, size)
