@@ -2,6 +2,7 @@
 
     python tests/stress/flags.py                            # half an hour
     python tests/stress/flags.py --commands sample evaluate
+    python tests/stress/flags.py --commands train --beside --objective gaussian
 
 The commands run on a small text and model that they make first. Each case is a process forked from
 this one, so that PyTorch is imported once. A case fails with a traceback, an exit code that has no
@@ -27,7 +28,9 @@ import torch  # noqa: E402
 import config  # noqa: E402
 import edge_benchmark  # noqa: E402
 import evaluate  # noqa: E402
+import export  # noqa: E402
 import prepare  # noqa: E402
+import report  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from common import console  # noqa: E402
@@ -46,7 +49,7 @@ VALUES = {
 LONG = {"max_steps", "benchmark_runs", "warmup_runs", "runs_per_prompt"}
 LEFT_OUT = {
     "preset", "config", "edge_profile", "list_presets", "device", "data_dir", "output_dir", "live",
-    "fsdp", "drive", "wandb",
+    "fsdp", "drive", "wandb", "compile",
 }
 QUICK = ["--device", "cpu", "--threads", "1"]
 PREPARE = ["--data_dir", "OUT", "--tokenizer", "OUT/t.model", "--source"]
@@ -67,12 +70,19 @@ COMMANDS = {
     ),
     "sample": (sample.main, config.SampleArgs, [*SHORT, "--prompt", "lal nila"]),
     "evaluate": (
-        evaluate.main, config.EvaluateArgs, ["--ckpt", "run", "--batches", "1", *QUICK]
+        evaluate.main, config.EvaluateArgs,
+        ["--ckpt", "run", "--batches", "1", "--max_docs", "2", "--chain_docs", "1", "--draws", "1",
+         *QUICK],
     ),
     "edge_benchmark": (
         edge_benchmark.main, config.BenchArgs,
         [*SHORT, "--runs_per_prompt", "1", "--warmup_runs", "0"],
     ),
+    "export": (
+        export.main, config.ExportArgs,
+        ["--ckpt", "run", "--output", "OUT/exported", "--threads", "1"],
+    ),
+    "report": (report.main, config.ReportArgs, ["--ckpt", "run", "--out", "OUT/page.html"]),
 }
 
 
@@ -147,6 +157,7 @@ def cases(args_class):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    parser.add_argument("--beside", nargs=argparse.REMAINDER, default=[], help="flags of all cases")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     bad = 0
@@ -164,7 +175,7 @@ def main():
             started = time.perf_counter()
             count = 0
             for flag, value in cases(args_class):
-                code, said = run(entry, [*base, flag, value])
+                code, said = run(entry, [*base, *asked.beside, flag, value])
                 count += 1
                 if code not in CODES or "Traceback" in said or code == 1 and "error:" not in said:
                     bad += 1
