@@ -46,7 +46,8 @@ VALUES = {
     "bool": ["on", "off"],
 }
 # flags whose large numbers rightly take for ever, or that choose another model, machine or network
-LONG = {"max_steps", "benchmark_runs", "warmup_runs", "runs_per_prompt"}
+LONG = {"max_steps", "benchmark_runs", "warmup_runs", "runs_per_prompt", "draws", "repeats",
+        "samples"}
 LEFT_OUT = {
     "preset", "config", "edge_profile", "list_presets", "device", "data_dir", "output_dir", "live",
     "fsdp", "drive", "wandb", "compile",
