@@ -103,6 +103,7 @@ def test_a_terminal_stops_a_text_and_keeps_what_was_typed(here, tmp_path):
     """
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's & has it ignored
         os.environ.update(HOME=str(tmp_path), PYTHONPATH=str(ROOT), TERM="dumb")
         words = ["-m", "sample", RUN, "--interactive", "--ignore_eos", "--precision", "fp32",
                  "--max_new_tokens", "100000", "--threads", "1"]
@@ -124,10 +125,6 @@ def test_a_terminal_stops_a_text_and_keeps_what_was_typed(here, tmp_path):
         until("मैं कल".encode())          # the echo, which may come twice
         until(b"\r\n")
         until("मैं कल".encode())          # the text
-        # well into it: an interrupt during an import that the first text needs can get lost
-        end = time.monotonic() + 120
-        while len(shown) < 500 and time.monotonic() < end:
-            shown += os.read(terminal, 65536)
         os.write(terminal, b"\x03")
         until(b"stopped")
         os.write(terminal, b"/settings max_new_tokens 4\n")
@@ -218,6 +215,7 @@ def test_zsh_completes_on_a_terminal(tmp_path):
     (tmp_path / "script").write_text(completion.script(config.COMMANDS, "zsh"))
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's & has it ignored
         os.environ.update(HOME=str(tmp_path), ZDOTDIR=str(tmp_path), TERM="dumb", PS1="READY")
         os.chdir(tmp_path)
         os.execvp("zsh", ["zsh", "-f", "-i"])
