@@ -67,20 +67,25 @@ def param_groups(model, weight_decay):
     return groups
 
 
-# PyTorch asks its compiler to stay out of these, and imports it to ask: 1.5 s of the processor at
-# each start of a training. Marked so, they are called as they are; nothing here is ever compiled.
-for name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
-    method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
-    method.__dynamo_disable = method
+def without_compiler():
+    """PyTorch asks its compiler to stay out of these methods, and imports it to ask: 1.5 s of the
+    processor at each start of a training. Marked so, they are called as they are.
+    """
+    for name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
+        method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        method.__dynamo_disable = method
+
+
+without_compiler()
 
 
 class AdamW(torch.optim.AdamW):
-    """Its step imports the compiler for the same reason."""
+    """PyTorch's, with the step under what imports the compiler."""
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 class Muon(torch.optim.Muon):
-    """The same."""
+    """The same for Muon."""
     step = torch.no_grad()(inspect.unwrap(torch.optim.Muon.step))
 
 

@@ -1,6 +1,6 @@
 """Odd values for every flag of every command: each must be taken, or refused in a sentence.
 
-    python tests/stress/flags.py                            # half an hour
+    python tests/stress/flags.py                            # an hour
     python tests/stress/flags.py --commands sample evaluate
     python tests/stress/flags.py --commands train --beside --objective gaussian
 
@@ -45,9 +45,10 @@ VALUES = {
     "str": ["", "x", "ä\n", "../../x", "/dev/null", "none", "0"],
     "bool": ["on", "off"],
 }
-# flags whose large numbers rightly take for ever, or that choose another model, machine or network
+# their large numbers rightly take for ever
 LONG = {"max_steps", "benchmark_runs", "warmup_runs", "runs_per_prompt", "draws", "repeats",
         "samples"}
+# they choose another size, machine, folder or network, or take minutes
 LEFT_OUT = {
     "preset", "config", "edge_profile", "list_presets", "device", "data_dir", "output_dir", "live",
     "fsdp", "drive", "wandb", "compile",
