@@ -33,15 +33,44 @@ def split(weight, block, fill=0):
     return padded.reshape(rows, -1, block)                                         # (O, n, b)
 
 
-def turned(codes, inputs):
-    """The codes (O, n, b) of pack_rows as a product of signed bytes reads them: (I, O) int8."""
+def unsigned(codes, inputs):
+    """The codes (O, n, b) of pack_rows as a product of unsigned bytes reads them: (I, O) uint8."""
     flat = codes.reshape(len(codes), -1)[:, :inputs]
-    return (np.ascontiguousarray(flat.T) ^ MIDDLE).view(np.int8)
+    return np.ascontiguousarray(flat.T)
+
+
+def turned(codes, inputs):
+    """The same for a product of signed bytes, int8."""
+    return (unsigned(codes, inputs) ^ MIDDLE).view(np.int8)
 
 
 def widened(codes, inputs):
     """The same as float32, without their scales."""
     return turned(codes, inputs).astype(np.float32)
+
+
+# ---- what is made of a weights file when a graph is opened ---------------------------------------
+
+def made_of_codes(make):
+    def at(file, place, outputs, row, inputs):
+        """The matrix whose codes stand in a file (bytes) at this place, a row of it for an output.
+        """
+        codes = file[place:place + outputs * row]
+        return make(codes.reshape(outputs, row), inputs)
+    return at
+
+
+def repeated(file, place, outputs, count):
+    """The scales (O,) at this place, each for so many blocks: (O * count,)."""
+    return file[place:place + 4 * outputs].view(np.float32).repeat(count)
+
+
+FORMS = {
+    "turned": made_of_codes(turned),
+    "unsigned": made_of_codes(unsigned),
+    "widened": made_of_codes(widened),
+    "repeated": repeated,
+}
 
 
 def pack(weight, block):

@@ -13,6 +13,7 @@ positions of the transformer's cache, E head size, N rows of any kind.
 """
 import copy
 import os
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from common.files import file_sha256, read_json
 from edge import blocks, drafts
 from model_config import ModelConfig
 
-FORMAT = "aria-edge-3"
+FORMAT = "aria-edge-4"
 MANIFEST = "MANIFEST.json"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
@@ -94,6 +95,13 @@ def load(folder, threads=None):
     return engine(folder, shape, manifest, config, threads)
 
 
+@dataclass
+class Machine:
+    """What an older CPU does worse (graphs.Products)."""
+    cuts_off: bool = False      # products of unsigned with signed bytes are not exact
+    slow_row: bool = False      # the way for one row makes float32 of all weights, each time
+
+
 # ---- what both engines are -----------------------------------------------------------------------
 
 class Engine:
@@ -118,7 +126,7 @@ class Engine:
     @cached_property
     def drafts(self):
         """The table of drafts, or None."""
-        if DRAFTS not in self.manifest["files"]:
+        if DRAFTS not in self.manifest["files"] or self.machine.slow_row:
             return None
         return drafts.Drafts(drafts.read(self.folder / DRAFTS, self.manifest["drafts"]))
 
@@ -127,8 +135,30 @@ class Engine:
 
     def session(self, name):
         if name not in self.sessions:
-            self.sessions[name] = self.open(name)
+            self.sessions[name] = self.open(self.suitable(name))
         return self.sessions[name]
+
+    def has(self, name):
+        """Is there a graph of this name?"""
+        return f"{name}.onnx" in self.manifest["files"]
+
+    @cached_property
+    def machine(self):
+        """How this machine multiplies bytes, by products whose right answers are known."""
+        if not self.has("probe"):
+            return Machine()
+        found = self.run("probe", {})
+        return Machine(
+            cuts_off=bool(found["bytes"].min() < 31.9),
+            slow_row=bool(found["blocks"].max() > 32.05),
+        )
+
+    def suitable(self, name):
+        """The graph of this name that is right on this machine."""
+        unsigned = f"{name}_unsigned"
+        if self.has(unsigned) and self.machine.cuts_off:
+            return unsigned
+        return name
 
     def open(self, name):
         """A session of one graph, and the names of its results."""
@@ -161,14 +191,11 @@ class Engine:
 
     def made_weights(self, name):
         """What a graph wants in another form than it has in the file: {tensor: its value}."""
+        file = np.memmap(self.folder / WEIGHTS, np.uint8, "r")
         found = {}
-        for form, make in (("turned", blocks.turned), ("widened", blocks.widened)):
+        for form, make in blocks.FORMS.items():
             for tensor, place in self.manifest.get(form, {}).get(name, {}).items():
-                offset, outputs, row, inputs = place
-                codes = np.memmap(
-                    self.folder / WEIGHTS, np.uint8, "r", offset=offset, shape=(outputs, row)
-                )
-                found[tensor] = OrtValue.ortvalue_from_numpy(make(codes, inputs))
+                found[tensor] = OrtValue.ortvalue_from_numpy(make(file, *place))
         return found
 
     def run(self, name, feeds):
@@ -186,7 +213,7 @@ class Engine:
         # which of the two is for a row's text to say, not for the other rows of the batch
         name = "head"
         single = states.shape[1] == 1 or states is self.tried
-        if single and "head_one.onnx" in self.manifest["files"]:
+        if single and self.has("head_one") and not self.machine.slow_row:
             name = "head_one"
         z = self.run(name, {"states": states[rows, positions]})["logits"]          # (N, V)
         z[:, self.never] = -np.inf
@@ -393,7 +420,8 @@ class EcoEngine(Engine):
         ids, waited = cache.with_waiting(whole(x0))
         T = ids.shape[1]
         answers = []
-        if T == 1 or (opens and T <= SHORT):
+        one_by_one = T == 1 or (opens and T <= SHORT)
+        if one_by_one and not self.machine.slow_row:
             for t in range(T):
                 answers.append(self.next_row(ids[:, t:t + 1], cache))
         else:

@@ -19,10 +19,13 @@ The transformer:
 Both:
     head              states (N, D) -> logits (N, V)
     head_one          the same for one state, (1, D) -> (1, V): where products have a way for it
+    rows_unsigned, head_unsigned, probe
+                      in 8 bits, for older CPUs, and what tells them: see Products
 
 Legend: B batch, T clean rows, S block, R rows of both streams, D width, H heads, E head size, M
 slots, F feed-forward width, r the convolution's reach, C positions of the transformer's cache.
 """
+import copy
 import math
 
 import numpy as np
@@ -51,8 +54,9 @@ class Weights:
         self.name = path.name
         self.file = open(path, "wb")
         self.places = {}
-        self.turned = {}        # by graph: {tensor: (place, outputs, bytes of an output, inputs)}
-        self.widened = {}       # by graph: the same for those that become float32
+        # tensors that are made when a graph is opened, by what is made of them (blocks.FORMS) and
+        # graph: {tensor: where it is in the file, its shape there}
+        self.made = {form: {} for form in blocks.FORMS}
 
     def add(self, name, array):
         """Write a tensor once -> its name."""
@@ -65,16 +69,26 @@ class Weights:
             self.places[name] = (kind, array.shape, place, array.nbytes)
         return name
 
-    def turn(self, graph, name, inputs):
-        """The bytes (O, n, b) of a matrix that a graph wants as (I, O): whoever opens the graph
-        turns them (blocks.turned) -> the name of what comes of it.
+    def turn(self, graph, name, inputs, form="turned"):
+        """The bytes (O, n, b) of a matrix that a graph wants as (I, O), signed ("turned") or
+        "unsigned": whoever opens the graph turns them -> the name of what comes of it.
         """
         _, (outputs, *row), place, _ = self.places[name]
-        turned = f"{name}.turned"
-        graph.root.turned[turned] = (place, outputs, math.prod(row), inputs)
-        self.places[turned] = (TensorProto.INT8, (inputs, outputs), place, inputs * outputs)
+        turned = f"{name}.{form}"
+        kind = TensorProto.INT8 if form == "turned" else TensorProto.UINT8
+        graph.root.made[form][turned] = (place, outputs, math.prod(row), inputs)
+        self.places[turned] = (kind, (inputs, outputs), place, inputs * outputs)
         graph.root.used[turned] = self.initializer(turned)
         return turned
+
+    def repeat(self, graph, name, count):
+        """Scales (O,) that a graph wants once for each of an output's blocks, (O * count,)."""
+        kind, (outputs,), place, size = self.places[name]
+        repeated = f"{name}.repeated"
+        graph.root.made["repeated"][repeated] = (place, outputs, count)
+        self.places[repeated] = (kind, (outputs * count,), place, size * count)
+        graph.root.used[repeated] = self.initializer(repeated)
+        return repeated
 
     def widen(self, graph, name, inputs):
         """The same in float32 (blocks.widened). That takes more room than the bytes, so it lies in
@@ -83,8 +97,9 @@ class Weights:
         """
         _, (outputs, *row), place, _ = self.places[name]
         widened = f"{name}.widened"
-        before = sum(outputs * inputs for _, outputs, _, inputs in graph.root.widened.values())
-        graph.root.widened[widened] = (place, outputs, math.prod(row), inputs)
+        others = graph.root.made["widened"]
+        before = sum(outputs * inputs for _, outputs, _, inputs in others.values())
+        others[widened] = (place, outputs, math.prod(row), inputs)
         found = (TensorProto.FLOAT, (inputs, outputs), 4 * before, 4 * inputs * outputs)
         graph.root.used[widened] = external(widened, WIDENED, *found)
         return widened
@@ -116,8 +131,7 @@ class Graph:
         self.inputs = []
         self.outputs = []
         self.used = {}              # initializers by name
-        self.turned = {}            # those of them that are turned, see Weights.turn
-        self.widened = {}           # and those that are widened
+        self.made = {form: {} for form in blocks.FORMS}     # those of them in Weights.made
         self.constants = {}
         self.count = 0
 
@@ -183,8 +197,9 @@ class Graph:
         return self.constant(values, np.int64)
 
     def model(self, name):
-        self.weights.turned[name] = self.turned
-        self.weights.widened[name] = self.widened
+        for form, tensors in self.made.items():
+            if tensors:
+                self.weights.made[form][name] = tensors
         graph = helper.make_graph(
             self.nodes, name, self.inputs, self.outputs, list(self.used.values())
         )
@@ -258,16 +273,22 @@ class Products:
     From 8 rows on a product of bytes takes half of its time, as CPUs have units for it: seven
     operators, and the bytes turned around.
 
+    What is multiplied are unsigned bytes, times signed ones of the weights. CPUs of before about
+    2019 add two such products up in 16 bits, and cut off what does not fit: half of the precision
+    is lost. `unsigned` makes the weights unsigned, too, which those CPUs do in 32 bits, and takes
+    them 1.2 to 1.6x as long; newer CPUs have units for the first kind alone.
+
     wide: bytes become float32 when a graph is opened, and nothing but weights is rounded, in 4 bits
     as well. That is for browsers: their last digit of float32 is another than a CPU's, and what is
     rounded to bytes would hang on it.
     """
 
-    def __init__(self, weights, bits, block, wide=False):
+    def __init__(self, weights, bits, block, wide=False, unsigned=False):
         self.weights = weights
         self.bits = bits
         self.block = block
         self.wide = wide
+        self.unsigned = unsigned
         self.one_row = bits != 32 and not wide          # has one row a way of its own?
 
     def linear(self, graph, x, name, matrix, one_row=False):
@@ -305,8 +326,8 @@ class Products:
     def of_one_row(self, graph, x, name, matrix):
         codes, scales = self.byte_weights(graph, name, matrix)
         block = blocks.block_of(matrix.shape[1])
-        count = -(-matrix.shape[1] // block)
-        scales = graph.weight(f"{name}.block_scales", scales.repeat(count))        # (O * n,)
+        scales = self.weights.add(f"{name}.scales", scales)
+        scales = self.weights.repeat(graph, scales, -(-matrix.shape[1] // block))  # (O * n,)
         return self.in_blocks(graph, x, codes, scales, matrix.shape, 8, block)
 
     def of_widened(self, graph, x, name, matrix):
@@ -317,14 +338,20 @@ class Products:
 
     def of_bytes(self, graph, x, name, matrix):
         codes, scales = self.byte_weights(graph, name, matrix)
-        codes = self.weights.turn(graph, codes, matrix.shape[1])
+        form = "unsigned" if self.unsigned else "turned"
+        codes = self.weights.turn(graph, codes, matrix.shape[1], form)
         scales = graph.weight(f"{name}.scales", scales)
+        return self.product_of_bytes(graph, x, codes, scales)
+
+    def product_of_bytes(self, graph, x, codes, scales):
+        """x (..., I), each row rounded by its own largest number, times bytes (I, O)."""
         top = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(-1), keepdims=1)  # (..., 1)
         top = graph.op("Add", top, graph.constant(1e-12))
         step = graph.constant(1 / 127)
         middle = graph.constant(blocks.MIDDLE, np.uint8)
         rounded = graph.op("QuantizeLinear", graph.op("Div", x, top), step, middle)
-        product = graph.fused("MatMulIntegerToFloat", rounded, codes, step, scales, middle)
+        zeros = [middle, middle] if self.unsigned else [middle]
+        product = graph.fused("MatMulIntegerToFloat", rounded, codes, step, scales, *zeros)
         return graph.op("Mul", product, top)
 
     def embed(self, graph, ids, matrix):
@@ -357,6 +384,27 @@ class Products:
             z = self.in_8_bits(graph, x, "head.weight", matrix, name == "head_one")
         graph.output(z, "logits", TensorProto.FLOAT, ["N", matrix.shape[0]])
         return graph.model(name)
+
+
+    def probe(self):
+        """The graph probe: 32 times 1, and as often what a byte beside 1 cannot hold, in both ways
+        to multiply. Of `bytes`, an answer below 32 says that this CPU cuts products off; of
+        `blocks`, one above 32 that nothing was rounded: it has no such product, and makes float32
+        of all weights each time.
+        """
+        graph = Graph(self.weights)
+        rows, inputs, outputs = 8, 64, 16
+        row = np.where(np.arange(inputs) < 32, 1, 0.003)
+        x = graph.constant(np.tile(row, (rows, 1)))
+        scales = graph.constant(np.full(outputs, 1 / 127))
+        codes = graph.constant(np.full((inputs, outputs), 127), np.int8)
+        product = self.product_of_bytes(graph, x, codes, scales)
+        graph.output(product, "bytes", TensorProto.FLOAT, [rows, outputs])
+        codes = graph.constant(np.full((outputs, 1, inputs), blocks.MIDDLE + 127), np.uint8)
+        shape = (outputs, inputs)
+        product = self.in_blocks(graph, graph.constant(row[None]), codes, scales, shape, 8, inputs)
+        graph.output(product, "blocks", TensorProto.FLOAT, [1, outputs])
+        return graph.model("probe")
 
 
 class Eco:
@@ -771,20 +819,32 @@ class Transformer:
 
 def build(cfg, parameters, products):
     """{name: the graph}, whose weights are in the products' file."""
+    head = parameters["head.weight"]
     if products.bits != 32:
         parameters = blocks.even_layers(cfg, parameters)
-    if cfg.model == "backup":
-        graphs = {"rows": Transformer(cfg, parameters, products).graph("rows")}
-    else:
+    graphs = {}
+    if cfg.model == "primary":
         eco = Eco(cfg, parameters, products)
-        graphs = {"next": eco.graph("next", "one", False)}
-        if cfg.causal:
-            graphs["rows"] = eco.graph("rows", "chunk", False)
-        else:
-            graphs["rows"] = eco.graph("rows", "any", "any")
+        graphs["next"] = eco.graph("next", "one", False)
         if not cfg.causal or cfg.interlaced:
             graphs["tried"] = eco.graph("tried", "tried", False)
-    graphs["head"] = products.head("head", parameters["head.weight"])
+    graphs["rows"] = rows(cfg, parameters, products, "rows")
+    graphs["head"] = products.head("head", head)
     if products.one_row:
-        graphs["head_one"] = products.head("head_one", parameters["head.weight"])
+        graphs["head_one"] = products.head("head_one", head)
+        graphs["probe"] = products.probe()
+        unsigned = copy.copy(products)
+        unsigned.unsigned = True
+        if products.bits == 8:
+            graphs["rows_unsigned"] = rows(cfg, parameters, unsigned, "rows_unsigned")
+        graphs["head_unsigned"] = unsigned.head("head_unsigned", head)
     return graphs
+
+
+def rows(cfg, parameters, products, name):
+    if cfg.model == "backup":
+        return Transformer(cfg, parameters, products).graph(name)
+    eco = Eco(cfg, parameters, products)
+    if cfg.causal:
+        return eco.graph(name, "chunk", False)
+    return eco.graph(name, "any", "any")

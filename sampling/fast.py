@@ -11,6 +11,8 @@ with the operators that torch.export's quantisation compiles to (torch's older q
 deprecated). Where an operator is missing (another CPU, another PyTorch), bf16 runs as an ordinary
 product, and int8 is refused. Legend: I inputs, O outputs of a matrix.
 """
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -63,9 +65,46 @@ class PackedBF16(nn.Module):
         return x + self(y)                      # decoding has no dropout
 
 
+@cache
+def bytes_of_activations():
+    """(largest byte, the one that is 0) of an activation that this CPU multiplies exactly.
+
+    CPUs of before about 2019 add two products of an unsigned and a signed byte up in 16 bits, and
+    cut off what does not fit: 255 * 127 twice does not, 127 * 127 does.
+    """
+    weight = torch.full((16, 64), 127, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    scale = torch.ones(16)
+    zeros = torch.zeros(16, dtype=torch.int32)
+    q = torch.full((8, 64), 255, dtype=torch.uint8)
+    found = product_of_bytes(q, 128, packed, scale, zeros)
+    if (found == 64 * 127 * 127).all():
+        return 127, 128
+    return 63, 64
+
+
+def product_of_bytes(q, zero, packed, scale, zeros):
+    """(N, I) unsigned bytes, less their zero, times packed signed ones -> (N, O) float32."""
+    return torch.ops.onednn.qlinear_pointwise(
+        q,
+        1.0,                # the activations' scale
+        zero,
+        packed,
+        scale,
+        zeros,              # the weights' zeros
+        None,               # no bias
+        1.0,                # the output's scale and zero: unused, as it is float32
+        0,
+        torch.float32,
+        "none",             # no function behind the product
+        [],
+        "",
+    )
+
+
 class PackedInt8(nn.Module):
-    """Symmetric int8 weights with a scale for each row; activations to 8 bits on the fly, a scale
-    for each token; float32 out.
+    """Symmetric int8 weights with a scale for each row; activations to 8 bits on the fly, 7 where
+    the CPU needs that, a scale for each token; float32 out.
 
     The operator knows one activation scale. It is told 1, and the tokens' own ones multiply the
     rows of what comes out.
@@ -76,39 +115,25 @@ class PackedInt8(nn.Module):
         self.nbytes = weight.numel()
         weight = weight.detach().float()                                           # (O, I)
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)                      # (O,)
-        self.scale = scale / 127
-        self.zero = torch.zeros(len(weight), dtype=torch.int32)
         rounded = (weight / scale.unsqueeze(1)).round().to(torch.int8)
         try:
             self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
+            self.most, self.zero = bytes_of_activations()
         except (AttributeError, RuntimeError, NotImplementedError) as error:
             raise UserError(
                 f"--quantize_dynamic: this PyTorch has no int8 product for this CPU ({error})"
             ) from None
+        self.scale = scale / self.most
+        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
 
     def rows(self, x):
         """x (..., I) -> (product, largest value of each token): one times the other is the answer.
         """
         x = x.float()
         top = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)                     # (..., 1)
-        # 1 to 255; signed bytes have no fast product
-        q = (x * (127 / top)).add_(128.5).to(torch.uint8)
-        product = torch.ops.onednn.qlinear_pointwise(
-            q,
-            1.0,                # the activations' scale and zero
-            128,
-            self.packed,
-            self.scale,
-            self.zero,
-            None,               # no bias
-            1.0,                # the output's scale and zero: unused, as it is float32
-            0,
-            torch.float32,
-            "none",             # no function behind the product
-            [],
-            "",
-        )
-        return product, top
+        # 1 to 255, or to 127; signed bytes have no fast product
+        q = (x * (self.most / top)).add_(self.zero + 0.5).to(torch.uint8)
+        return product_of_bytes(q, self.zero, self.packed, self.scale, self.zeros), top
 
     def forward(self, x):
         product, top = self.rows(x)

@@ -19,6 +19,8 @@ import numpy as np
 
 from common.console import UserError
 
+FINE = 1e6             # scores that differ by less than one of so many parts are equal
+
 
 class NotFinite(UserError, FloatingPointError):
     """The logits hold NaN or infinity: there is no answer, and the message says why."""
@@ -103,7 +105,10 @@ def noisy(score, settings, generator):
 
 
 def best(score):
-    """All positions, the highest score first; of equals the first."""
+    """All positions, the highest score first; of equals the first. Positions that see the same
+    differ by what this CPU rounds, which would choose another text on another one.
+    """
+    score = np.floor(score.astype(np.float64) * FINE + 0.5)
     return np.argsort(-score, kind="stable")
 
 

@@ -24,7 +24,8 @@ def tensors(folder):
         graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
         for tensor in graph.initializer:
             place = {entry.key: entry.value for entry in tensor.external_data}
-            if place.get("location") == engine.WEIGHTS and not tensor.name.endswith(".turned"):
+            made = tensor.name.endswith(tuple(f".{form}" for form in blocks.FORMS))
+            if place.get("location") == engine.WEIGHTS and not made:
                 kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
                 array = np.frombuffer(data, kind, np.prod(tensor.dims), int(place["offset"]))
                 found[tensor.name] = array.reshape(tensor.dims)

@@ -8,10 +8,12 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import older_cpu
 import pytest
 import torch
 from conftest import aria_here, tree
 from hypothesis import given, settings, strategies as st
+from starter_model import STARTER
 from tiny import tiny_model
 
 import cli
@@ -369,6 +371,80 @@ def test_what_is_tried_is_rounded_as_one_row_is(bits, tmp_path):
     assert np.median(apart) < 1e-5 and max(apart) < coarse / 3
 
 
+# ---- older CPUs ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_unsigned_products_are_the_signed_ones(kind, tmp_path):
+    """So a CPU that cuts signed ones off writes what others write."""
+    ids = random_ids()
+    runner = exported(tmp_path / "edge", tiny_model(kind, away=0.1), 8)
+    if runner.machine.cuts_off:
+        pytest.skip("this CPU cuts signed products off")
+    right = checks.every_path(runner, ids)
+    other = engine.load(tmp_path / "edge", 1)
+    other.machine = engine.Machine(cuts_off=True)
+    assert (checks.every_path(other, ids) == right).all()
+
+
+def test_without_the_way_for_one_row_the_other_is_taken(tmp_path):
+    """The logits are then those of rows that are read at once, and no graph is opened in vain."""
+    ids = random_ids()
+    runner = exported(tmp_path / "edge", tiny_model("primary", away=0.1), 8)
+    runner.machine = engine.Machine(slow_row=True)
+    at_once = checks.all_logits(runner, runner.step(ids, runner.new_cache(2, 90)), ids)
+    cache = runner.new_cache(2, 90)
+    alone = [runner.step(ids[:, i:i + 1], cache) for i in range(90)]
+    alone = checks.all_logits(runner, np.concatenate(alone, axis=1), ids)
+    assert close_where_possible(alone, at_once)
+    assert set(runner.sessions) == {"rows", "head"}
+
+
+def close_where_possible(found, right):
+    possible = np.isfinite(right)
+    return (np.isfinite(found) == possible).all() and close(found[possible], right[possible])
+
+
+LOGITS = """
+import sys
+import numpy as np
+from edge import checks, engine
+runner = engine.load(sys.argv[1], 1)
+ids = np.random.default_rng(0).integers(10, 400, (2, 90))
+rows = checks.all_logits(runner, runner.step(ids, runner.new_cache(2, 90)), ids)
+cache = runner.new_cache(1, 90)
+one = [runner.step(ids[:1, i:i + 1], cache) for i in range(30)]
+one = checks.all_logits(runner, np.concatenate(one, axis=1), ids[:1, :30])
+machine = [runner.machine.cuts_off, runner.machine.slow_row]
+np.savez(sys.argv[2], rows=rows, one=one, machine=machine)
+"""
+
+
+def test_an_older_cpu_gives_the_same_logits(tmp_path):
+    """In processes to which this CPU says that it is an older one. The starter model, whose sums of
+    two products do not fit into 16 bits.
+    """
+    library = older_cpu.build(tmp_path)
+    if library is None:
+        pytest.skip("cpuid does not trap here, or there is no gcc")
+    found = {}
+    for kind in (*older_cpu.KINDS, None):
+        path = tmp_path / f"{kind}.npz"
+        env = older_cpu.environment(library, kind) if kind else {}
+        command = [sys.executable, "-c", LOGITS, STARTER, path]
+        subprocess.run(command, env=os.environ | env, cwd=ROOT, check=True)
+        found[kind] = np.load(path)
+    right = found[None]
+    told = {kind: arrays["machine"].tolist() for kind, arrays in found.items()}
+    assert told["avx2"] == told["avx512"] == [True, False]
+    assert told["avx-vnni"] == [False, False] and told["sse"] == [False, True]
+    for kind in older_cpu.KINDS:
+        # bytes are added up exactly; what one row rounds differs by the width of the registers
+        for way, most in (("rows", 1e-3), ("one", 0.03)):
+            possible = np.isfinite(right[way])
+            gap = found[kind][way][possible] - right[way][possible]
+            assert np.abs(gap).max() < most * np.abs(right[way][possible]).max(), (kind, way)
+
+
 # ---- the folder ----------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -398,7 +474,7 @@ def test_damage_is_named(name, whole):
 def test_another_version_is_refused(whole):
     manifest = json.loads((whole / "MANIFEST.json").read_text())
     write_json(whole / "MANIFEST.json", manifest | {"format": "aria-edge-0"})
-    with pytest.raises(UserError, match="aria-edge-0, this version reads aria-edge-3"):
+    with pytest.raises(UserError, match=f"aria-edge-0, this version reads {engine.FORMAT}"):
         engine.load(whole)
     write_json(whole / "MANIFEST.json", manifest | {"files": {"../x": {}} | manifest["files"]})
     with pytest.raises(Damage, match="no file of it"):

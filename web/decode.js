@@ -18,6 +18,7 @@
 // for, after each forward.
 
 const PLAUSIBLE = 0.1;  // of the best token's chance
+const FINE = 1e6;  // chances that differ by less than one of so many parts are equal
 
 export async function generate(model, prompt, asked, onStep) {
   let settings = asked;
@@ -237,8 +238,10 @@ const RULES = {
   },
 };
 
+// Of equals the first; what rounding alone sets apart is equal.
 function surest(looks) {
-  return looks.map((_, i) => i).sort((a, b) => looks[b].sure - looks[a].sure || a - b);
+  const sure = looks.map((look) => Math.floor(look.sure * FINE + 0.5));
+  return looks.map((_, i) => i).sort((a, b) => sure[b] - sure[a] || a - b);
 }
 
 // In the answer of a model of pairs nothing behind the first end that it guesses, and the end only
