@@ -14,7 +14,7 @@ from pathlib import Path
 
 try:
     import readline  # arrow keys and history for input()
-except ModuleNotFoundError:  # Windows, whose console has both
+except ImportError:  # Windows, whose console has both; a slim Linux
     readline = None
 
 import cli
