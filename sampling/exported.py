@@ -119,12 +119,13 @@ def load(folder, args):
     if getattr(args, "tokenizer", None):
         check_tokenizer(args.tokenizer, tokenizer)
     manifest = runner.manifest
+    faster = manifest.get("drafts", {}).get("faster", 0)
     saved = SimpleNamespace(
         path=folder,
         name=folder.resolve().name,
         step=manifest["step"],
         config=runner.config,
-        drafts_pay=manifest.get("drafts", {}).get("faster", 0) >= DRAFTS_PAY,
+        drafts_pay=faster >= DRAFTS_PAY and not runner.machine.slow_row,
         state={"data_sha256": manifest.get("data_sha256")},
     )
     say(
