@@ -1,6 +1,7 @@
 """An exported model is the trained one: its graphs, its cache, its coarser numbers, its folder; and
 it runs without PyTorch.
 """
+import dataclasses
 import json
 import math
 import os
@@ -355,6 +356,8 @@ def test_what_is_tried_is_rounded_as_one_row_is(bits, tmp_path):
     """
     model = tiny_model("primary", away=0.1)
     runner = exported(tmp_path / "edge", model, bits)
+    if runner.machine.slow_row and bits == 8:
+        pytest.skip("this CPU multiplies one row in the other way")
     ids = random_ids(1, 60)
     one, many = runner.new_cache(1, 70), runner.new_cache(1, 70)
     apart = []
@@ -383,7 +386,7 @@ def test_unsigned_products_are_the_signed_ones(kind, tmp_path):
         pytest.skip("this CPU cuts signed products off")
     right = checks.every_path(runner, ids)
     other = engine.load(tmp_path / "edge", 1)
-    other.machine = engine.Machine(cuts_off=True)
+    other.machine = dataclasses.replace(runner.machine, cuts_off=True)
     assert (checks.every_path(other, ids) == right).all()
 
 
@@ -503,16 +506,16 @@ def test_another_version_is_refused(whole):
 
 def test_a_graph_that_the_runtime_cannot_read(whole):
     """The hashes hold, and yet it is no graph: one sentence, not the runtime's pages."""
-    (whole / "next.onnx").write_bytes(b"no graph")
+    (whole / "tried.onnx").write_bytes(b"no graph")     # of no other name on an older CPU
     manifest = json.loads((whole / "MANIFEST.json").read_text())
     from common.files import file_sha256
-    manifest["files"]["next.onnx"] = {
-        "bytes": 8, "sha256": file_sha256(whole / "next.onnx")
+    manifest["files"]["tried.onnx"] = {
+        "bytes": 8, "sha256": file_sha256(whole / "tried.onnx")
     }
     write_json(whole / "MANIFEST.json", manifest)
-    with pytest.raises(UserError, match="cannot run .*next.onnx"):
-        runner = engine.load(whole)
-        runner.step(random_ids(1, 1), runner.new_cache(1, 9))
+    runner = engine.load(whole)
+    with pytest.raises(UserError, match="cannot run .*tried.onnx"):
+        runner.try_step(random_ids(1, 1), runner.new_cache(1, 9))
 
 
 def test_without_the_runtime(whole, monkeypatch):
