@@ -29,11 +29,13 @@ static int allow_cpuid(int allowed) {
 }
 
 /* What leaf 1 and the two leaves 7 say of vectors, without what the kind lacks. */
-static void forget(unsigned leaf, unsigned part, unsigned *a, unsigned *b, unsigned *c, unsigned *d) {
-  const unsigned avx512_b = BIT(16) | BIT(17) | BIT(21) | BIT(26) | BIT(27) | BIT(28) | BIT(30) | BIT(31);
+static void forget(unsigned leaf, unsigned part,
+                   unsigned *a, unsigned *b, unsigned *c, unsigned *d) {
+  const unsigned avx512_b = BIT(16) | BIT(17) | BIT(21) | BIT(26) | BIT(27) | BIT(28) | BIT(30)
+                            | BIT(31);
   const unsigned avx512_newer = BIT(1) | BIT(6) | BIT(11) | BIT(12) | BIT(14);   /* VNNI is 11 */
   const unsigned amx_and_fp16 = BIT(2) | BIT(3) | BIT(8) | BIT(22) | BIT(23) | BIT(24) | BIT(25);
-  if (leaf == 1 && is("sse")) *c &= ~(BIT(12) | BIT(28) | BIT(29));              /* FMA, AVX, F16C */
+  if (leaf == 1 && is("sse")) *c &= ~(BIT(12) | BIT(28) | BIT(29));    /* FMA, AVX, F16C */
   if (leaf == 7 && part == 0) {
     *d &= ~amx_and_fp16;
     *c &= ~avx512_newer;
@@ -68,7 +70,8 @@ static void on_trap(int number, siginfo_t *info, void *context) {
 
 __attribute__((constructor)) static void begin(void) {
   kind = getenv("OLDER_CPU");
-  if (!kind || !strncmp(program_invocation_short_name, "cc1", 3)) return;       /* gcc's own handler */
+  if (!kind) return;
+  if (!strncmp(program_invocation_short_name, "cc1", 3)) return;    /* gcc has its own handler */
   struct sigaction action = {.sa_sigaction = on_trap, .sa_flags = SA_SIGINFO | SA_NODEFER};
   sigaction(SIGSEGV, &action, NULL);
   if (allow_cpuid(0)) {

@@ -2,9 +2,10 @@
 
     python benchmarks/older_cpu.py avx2 python -m sample --prompt "भारत"
 
-Kinds: avx-vnni (laptops from 2021 on, AMD from Zen 4 on), avx512 (servers before VNNI, 2017), avx2
-(laptops of 2013 to 2020, AMD to Zen 3), sse (Celeron and Pentium to 2021). ONNX Runtime, PyTorch
-and numpy ask the CPU what it can, and older_cpu.c answers. Linux on an Intel CPU, and gcc.
+Kinds: avx-vnni (Intel laptops from 2021 on), avx512 (servers before VNNI, 2017), avx2 (laptops of
+2013 to 2020, AMD to Zen 3), sse (Celeron and Pentium to 2021), each as far as this CPU has it. ONNX
+Runtime, PyTorch and numpy ask the CPU what it can, and older_cpu.c answers; programs with a handler
+of their own for SIGSEGV cannot run so. Linux on an Intel CPU, and gcc.
 """
 import os
 import subprocess
@@ -16,12 +17,20 @@ KINDS = ("avx-vnni", "avx512", "avx2", "sse")
 SOURCE = Path(__file__).with_suffix(".c")
 
 
+def units():
+    """What Linux knows of this CPU, a set of words."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()
+
+
 def build(folder):
     """Compile the library -> its path, or None where it cannot be built or would not work."""
+    if "cpuid_fault" not in units():
+        return None
     path = Path(folder) / "older_cpu.so"
     try:
-        if "cpuid_fault" not in Path("/proc/cpuinfo").read_text().split():
-            return None
         subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", path, SOURCE], check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -34,7 +43,7 @@ def environment(library, kind):
 
 
 def main():
-    kind, *command = sys.argv[1:]
+    kind, *command = sys.argv[1:] or [""]
     if kind not in KINDS or not command:
         sys.exit(f"usage: python benchmarks/older_cpu.py {'|'.join(KINDS)} COMMAND ...")
     with tempfile.TemporaryDirectory() as folder:

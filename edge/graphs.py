@@ -274,8 +274,8 @@ class Products:
     operators, and the bytes turned around.
 
     What is multiplied are unsigned bytes, times signed ones of the weights. CPUs of before about
-    2019 add two such products up in 16 bits, and cut off what does not fit: half of the precision
-    is lost. `unsigned` makes the weights unsigned, too, which those CPUs do in 32 bits, and takes
+    2019 add two such products up in 16 bits, and cut off what does not fit, which doubles what 8
+    bits lose. `unsigned` makes the weights unsigned, too, which those CPUs do in 32 bits, and takes
     them 1.2 to 1.6x as long; newer CPUs have units for the first kind alone.
 
     wide: bytes become float32 when a graph is opened, and nothing but weights is rounded, in 4 bits

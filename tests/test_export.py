@@ -442,8 +442,8 @@ def test_an_older_cpu_gives_the_same_logits(tmp_path):
     two products do not fit into 16 bits.
     """
     library = older_cpu.build(tmp_path)
-    if library is None:
-        pytest.skip("cpuid does not trap here, or there is no gcc")
+    if library is None or not {"avx2", "avx_vnni"} <= older_cpu.units():
+        pytest.skip("cpuid does not trap here, there is no gcc, or this CPU is older itself")
     found = {}
     for kind in (*older_cpu.KINDS, None):
         path = tmp_path / f"{kind}.npz"
